@@ -1,0 +1,191 @@
+"""The rules that the house keeps: each check returns one line per fault, and none if all is well."""
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+LONGEST_FUNCTION, MOST_CELLS = 60, 80
+# Folders that exist on one machine only.
+MACHINE_PATH = re.compile(r"(?<![\w.~/-])/(?:work|root|home|Users|workspace|mnt)/[\w.-]+")
+Definition = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def modules(root: Path = ROOT) -> dict[str, Path]:
+    "List the package's modules in the order of their notebooks."
+    numbered = {}
+    for notebook in sorted((root/"nbs").glob("[0-9]*.ipynb")):
+        name = re.search(r"#\|\s*default_exp\s+(\w+)", notebook.read_text(encoding="utf-8"))
+        if name: numbered[name[1]] = root/"cvnb"/f"{name[1]}.py"
+    return numbered
+
+
+def imports(
+    source: str,             # Python source
+    top_only: bool = False,  # only what is imported when the module is, not what a function imports
+) -> list[str]:              # dotted names; those inside the package begin with "cvnb."
+    "List what a module of the package imports."
+    found, todo = [], list(ast.parse(source).body)
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Import): found += [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(filter(None, ["cvnb" if node.level else "", node.module]))
+            found += [f"cvnb.{a.name}" for a in node.names] if base == "cvnb" else [base]
+        elif top_only and (isinstance(node, Definition) or _for_types_only(node)): continue
+        else: todo += ast.iter_child_nodes(node)
+    return found
+
+
+def _for_types_only(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def inner(source: str, top_only: bool = False) -> set[str]:
+    "List the modules of the package that a module imports."
+    return {name.split(".")[1] for name in imports(source, top_only) if name.startswith("cvnb.")}
+
+
+def upward_imports(
+    sources: dict[str, str],   # module -> source, in the order of the notebooks
+) -> list[str]:                # faults
+    "Find imports of a module with a higher number."
+    order = {name: i for i, name in enumerate(sources)}
+    return [f"{name} imports {other}, which comes after it" for name, source in sources.items()
+            for other in sorted(inner(source) & order.keys()) if order[other] >= order[name]]
+
+
+def reached(
+    sources: dict[str, str],   # module -> source
+    name: str,                 # where to begin
+    top_only: bool = False,    # only what is loaded together with it
+) -> dict[str, str]:           # package imported from outside -> module that imports it
+    "Follow a module's imports through the package and list what they need from outside."
+    seen, todo, outside = {name}, [name], {}
+    while todo:
+        module = todo.pop()
+        for found in imports(sources[module], top_only):
+            first, *rest = found.split(".")
+            if first != "cvnb": outside.setdefault(first, module)
+            elif rest and rest[0] in sources.keys() - seen:
+                seen.add(rest[0])
+                todo.append(rest[0])
+    return outside
+
+
+def forbidden_imports(sources: dict[str, str], names: Iterable[str], forbidden: set[str]) -> list[str]:
+    "Find modules that reach a package which they must do without."
+    return [f"{name} reaches {package}, imported by {module}" for name in names if name in sources
+            for package, module in reached(sources, name).items() if package in forbidden]
+
+
+def star_imports(source: str) -> list[str]:
+    "Find `from x import *`."
+    return [f"line {n.lineno}: from {n.module} import *" for n in ast.walk(ast.parse(source))
+            if isinstance(n, ast.ImportFrom) and any(a.name == "*" for a in n.names)]
+
+
+def undocumented(source: str) -> list[str]:
+    "Find public functions and classes without docstring, and public parameters and results without annotation."
+    found = []
+    for node in ast.parse(source).body:
+        if not isinstance(node, (Definition, ast.ClassDef)) or node.name.startswith("_"): continue
+        if not ast.get_docstring(node): found.append(f"{node.name} has no docstring")
+        inside = node.body if isinstance(node, ast.ClassDef) else [node]
+        public = [f for f in inside if isinstance(f, Definition) and (f.name[0] != "_" or f.name == "__init__")]
+        for f in public: found += _bare(f, node)
+    return found
+
+
+def _bare(f: Definition, owner: ast.AST) -> list[str]:
+    a, name = f.args, f.name if f is owner else f"{owner.name}.{f.name}"
+    params = [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, [a.vararg, a.kwarg])]
+    found = [f"{name}: parameter {p.arg} has no annotation" for p in params
+             if not p.annotation and p.arg not in ("self", "cls")]
+    return found + ([f"{name}: result has no annotation"] if not f.returns and f.name != "__init__" else [])
+
+
+def long_functions(source: str) -> list[str]:
+    "Find functions that have too many lines."
+    lengths = {n.name: n.end_lineno - n.lineno + 1 for n in ast.walk(ast.parse(source)) if isinstance(n, Definition)}
+    return [f"{name} has {n} lines" for name, n in lengths.items() if n > LONGEST_FUNCTION]
+
+
+def machine_paths(text: str) -> list[str]:
+    "Find paths that exist on one machine only."
+    return sorted(set(MACHINE_PATH.findall(text)))
+
+
+def tracked(root: Path = ROOT) -> list[Path]:
+    "List the files that git has or would take."
+    listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=root,
+                            capture_output=True, text=True, check=True).stdout
+    return [root/p for p in listed.split("\0") if p and (root/p).is_file()]
+
+
+def cells(notebook: Path) -> list[dict]:
+    "Read a notebook's cells, each source as one string."
+    read = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return [c | {"source": "".join(c["source"]), "tags": c["metadata"].get("tags", [])} for c in read]
+
+
+def stage_faults(notebook: Path) -> list[str]:
+    "Find what a stage notebook must not have, or lacks."
+    read = cells(notebook)
+    code = [c for c in read if c["cell_type"] == "code"]
+    found = [f"cell {i} defines {n.name}" for i, c in enumerate(read) if c["cell_type"] == "code"
+             for n in ast.walk(ast.parse(c["source"])) if isinstance(n, (Definition, ast.ClassDef))]
+    found += [f"cell {i} exports" for i, c in enumerate(read) if re.search(r"^#\|\s*export", c["source"], re.M)]
+    n = sum("parameters" in c["tags"] for c in code)
+    if n != 1: found.append(f"{n} cells are tagged parameters")
+    title = read[0]["source"] if read and read[0]["cell_type"] == "markdown" else ""
+    if not re.match(r"# \S.*\n+> \S", title): found.append("the first cell is not `# Title` and `> one sentence`")
+    if not re.search(r"^- needs: \[[\w, ]*\]$", title, re.M): found.append("the title cell has no `- needs: [...]`")
+    return found
+
+
+def docs_faults(notebook: Path) -> list[str]:
+    """Find what nbdev stumbles over when it processes a library notebook for the documentation.
+
+    It runs the exported cells and every cell that holds an import, and no other, then looks up each annotation.
+    """
+    found, typed, loaded = [], set(), set()
+    for i, cell in enumerate(cells(notebook)):
+        skipped = re.search(r"nbdev_export\(\)|^#\|\s*eval:\s*false", cell["source"], re.M)
+        if cell["cell_type"] != "code" or skipped: continue
+        tree = ast.parse(cell["source"])
+        inside = [n for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom))]
+        if re.search(r"^#\|\s*export", cell["source"], re.M):
+            for block in filter(_for_types_only, tree.body): typed |= {_bound(a) for n in block.body for a in n.names}
+            continue
+        loaded |= {_bound(a) for n in inside for a in n.names}
+        if inside and len(inside) != len(tree.body): found.append(f"cell {i} mixes imports with other code")
+    return found + [f"{n} is imported for types only: import it in a hidden cell too" for n in sorted(typed - loaded)]
+
+
+def _bound(alias: ast.alias) -> str: return alias.asname or alias.name.split(".")[0]
+
+
+def sidebar(config: Path = ROOT/"_quarto.yml") -> set[str]:
+    "List the pages that the site's sidebar names, relative to nbs/."
+    def pages(item: object) -> Iterable[str]:
+        if isinstance(item, str): yield item
+        elif isinstance(item, list): yield from (p for i in item for p in pages(i))
+        elif isinstance(item, dict): yield from pages([item[k] for k in ("href", "file", "contents") if k in item])
+    return set(pages(yaml.safe_load(config.read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]))
+
+
+def sidebar_faults(named: set[str], nbs: Path = ROOT/"nbs") -> list[str]:
+    "Find pages that the sidebar names and that do not exist, and pages that it does not name."
+    exist = {p.relative_to(nbs).as_posix() for p in nbs.rglob("*.ipynb")
+             if not any(part.startswith((".", "_")) for part in p.relative_to(nbs).parts)}
+    found = {glob: {p.relative_to(nbs).as_posix() for p in nbs.glob(glob)} for glob in named}
+    listed = set().union(*found.values())
+    return [f"no page {g}" for g, pages in sorted(found.items()) if not pages] + \
+           [f"the sidebar does not name {p}" for p in sorted(exist - listed)]
