@@ -25,7 +25,7 @@ import cvnb
 # %% auto #0
 __all__ = ['READY', 'CvnbError', 'UsageError', 'nearest', 'atomic_path', 'write_json', 'read_json', 'sha256_file', 'digest',
            'project_root', 'assets', 'resolve_run', 'n_cores', 'machine', 'seed_everything', 'now', 'file_record',
-           'Stage', 'stage_key']
+           'Stage', 'finished', 'stage_key']
 
 # %% ../nbs/00_core.ipynb #cell-5
 class CvnbError(Exception):
@@ -217,23 +217,32 @@ class Stage:
 
     def __repr__(self) -> str: return f"stage {self.name} of {self.run.name}"
 
-# %% ../nbs/00_core.ipynb #cell-42
+# %% ../nbs/00_core.ipynb #cell-41
+def finished(
+    run: Path,    # run directory
+    stage: str,   # stage name
+) -> dict | None: # its manifest, or None if it did not finish
+    "Read the manifest of a stage that finished."
+    path = run/stage/"stage.json"
+    record = read_json(path) if path.exists() else None
+    return record if record and record["status"] == "done" else None
+
+# %% ../nbs/00_core.ipynb #cell-43
 @patch
 def input(self: Stage,
     stage: str,   # an earlier stage
     name: str,    # a file or a folder that it wrote
 ) -> Path:        # where it lies
     "Find an earlier stage's output and note its digest; raise `CvnbError` if that stage did not finish."
-    manifest = self.run/stage/"stage.json"
-    if not manifest.exists():
+    if not (record := finished(self.run, stage)):
         raise CvnbError(f"{self.name} needs {stage}, which has not finished in {self.run}",
                         f"Run `cvnb run {stage} --run {self.run}` first.")
-    outputs = {k: v for k, v in read_json(manifest)["outputs"].items() if k == name or k.startswith(f"{name}/")}
+    outputs = {k: v for k, v in record["outputs"].items() if k == name or k.startswith(f"{name}/")}
     if not outputs: raise CvnbError(f"{stage} wrote no {name} in {self.run}", f"Run it again with `--force {stage}`.")
     self.inputs |= {f"{stage}/{k}": v["sha256"] for k, v in outputs.items()}
     return self.run/stage/name
 
-# %% ../nbs/00_core.ipynb #cell-43
+# %% ../nbs/00_core.ipynb #cell-44
 @patch
 def path(self: Stage,
     name: str,   # a file, or a folder whose files all count
@@ -243,7 +252,7 @@ def path(self: Stage,
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
-# %% ../nbs/00_core.ipynb #cell-45
+# %% ../nbs/00_core.ipynb #cell-46
 @patch
 def metric(self: Stage,
     name: str,                  # figure's name, with its unit if it has one
@@ -257,7 +266,7 @@ def metric(self: Stage,
     self.metrics[name] = dict(value=get("value", value), low=get("low", low), high=get("high", high), n=get("n", n))
     return value
 
-# %% ../nbs/00_core.ipynb #cell-47
+# %% ../nbs/00_core.ipynb #cell-48
 @patch
 def report(self: Stage,
     fraction: float,   # how much of the stage is done, 0 … 1
@@ -269,7 +278,7 @@ def report(self: Stage,
         json.dump(dict(fraction=round(float(fraction), 3), text=text), f)
     with contextlib.suppress(OSError): os.replace(target + ".new", target)
 
-# %% ../nbs/00_core.ipynb #cell-48
+# %% ../nbs/00_core.ipynb #cell-49
 @patch
 def _collect(self: Stage) -> dict[str, dict]:   # name -> {"path", "sha256", "bytes"}
     "Hash every announced output; raise `CvnbError` for one that was not written."
@@ -282,7 +291,7 @@ def _collect(self: Stage) -> dict[str, dict]:   # name -> {"path", "sha256", "by
             found[key] = dict(path=f"{self.name}/{key}", **file_record(file))
     return found
 
-# %% ../nbs/00_core.ipynb #cell-49
+# %% ../nbs/00_core.ipynb #cell-50
 @patch
 def finish(self: Stage) -> dict:   # what was written: the stage's figures
     "Write `stage.json`: the stage is done."
@@ -295,7 +304,7 @@ def finish(self: Stage) -> dict:   # what was written: the stage's figures
     self.report(1, "done")
     return self.metrics
 
-# %% ../nbs/00_core.ipynb #cell-51
+# %% ../nbs/00_core.ipynb #cell-52
 def stage_key(
     parts: dict,    # digests of code, modules, parameters, data and lock
     inputs: dict,   # input name -> digest

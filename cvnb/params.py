@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Optional
 
-from .core import CvnbError, Stage, UsageError, assets, nearest, seed_everything
+from .core import CvnbError, Stage, UsageError, assets, finished, nearest, seed_everything
 
 # %% auto #0
 __all__ = ['Param', 'parse_parameters', 'Contract', 'read_cells', 'read_contract', 'model_of', 'check', 'parse_value',
@@ -344,7 +344,8 @@ def _ensure(
     "Run a needed stage that has not finished, through the command line."
     import subprocess
     import sys
-    if (stage.run/need/"stage.json").exists(): return
+    if finished(stage.run, need): return
     print(f"{stage.name} needs {need}, which has not finished in {stage.run}: running it first.", flush=True)
-    done = subprocess.run([sys.executable, "-m", "cvnb.cli", "run", need, "--run", str(stage.run)], capture_output=True, text=True)
+    command = [sys.executable, "-c", "from cvnb.cli import main; main()", "run", need, "--run", str(stage.run)]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode: raise CvnbError(f"{need} could not be run: {(done.stderr or done.stdout).strip()}")
