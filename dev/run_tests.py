@@ -40,7 +40,7 @@ def generated() -> bool:
 def style() -> bool:
     "Check Python files and notebooks with ruff."
     wanted = ["cvnb", "tests", "dev", "setup.py", "nbs", "benchmarks", "dashboards"]
-    return call(BIN/"ruff", "check", "--quiet", *[p for p in wanted if (ROOT/p).exists()])[0]
+    return call(BIN/"ruff", "check", "--quiet", "--output-format", "concise", *[p for p in wanted if (ROOT/p).exists()])[0]
 
 
 def libraries() -> bool:

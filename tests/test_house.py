@@ -281,7 +281,7 @@ def test_wheel_brings_the_project(wheel: zipfile.ZipFile) -> None:
     globs = dict(stages="nbs/stages/*.ipynb", configs="configs/*.yaml", dashboards="dashboards/*.ipynb")
     wanted = {f"{kind}/{p.name}" for kind, glob in globs.items() for p in ROOT.glob(glob)}
     assert {f"stages/{p.name}" for p in STAGES} <= brought == wanted
-    assert {"configs/smoke.yaml", "configs/mnist5k.yaml", "dashboards/errors.ipynb"} <= brought
+    assert {"configs/mnist5k.yaml", "dashboards/errors.ipynb"} <= brought
 
 
 def test_wheel_holds_package_only(wheel: zipfile.ZipFile) -> None:
