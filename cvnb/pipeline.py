@@ -224,7 +224,8 @@ def locked(
     try: lock.acquire()
     except Timeout:
         owner = read_json(note) if note.exists() else {}
-        raise CvnbError(f"{run} is in use by process {owner.get('pid', '?')} since {owner.get('since', '?')}", "Wait for it, or give another --run.") from None
+        raise CvnbError(f"{run} is in use by process {owner.get('pid', '?')} since {owner.get('since', '?')}",
+                        "Wait for it, or give another --run.") from None
     try:
         write_json(note, dict(pid=os.getpid(), since=now()))
         yield

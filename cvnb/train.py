@@ -173,7 +173,8 @@ class Classifier(pl.LightningModule):
         images, labels = batch
         loss = self.criterion(self.model(images), labels, images)
         if not torch.isfinite(loss):
-            raise CvnbError(f"the loss is {loss.item()} in epoch {self.current_epoch + 1}, batch {number + 1}", "Lower the learning rate (lr) or use precision 32-true.")
+            raise CvnbError(f"the loss is {loss.item()} in epoch {self.current_epoch + 1}, batch {number + 1}",
+                            "Lower the learning rate (lr) or use precision 32-true.")
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(labels))
         return loss
 

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,3 +77,23 @@ def playwright_page(_browser) -> Iterator:
 def root() -> Path:
     "The project's folder."
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def smoke_run(tmp_path_factory) -> Path:
+    "All six stages with their defaults, run once through the command line."
+    run = tmp_path_factory.mktemp("runs")/"smoke"
+    done = subprocess.run([Path(sys.executable).with_name("cvnb"), "run", "--run", run], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return run
+
+
+@pytest.fixture
+def small_photos(tmp_path) -> Path:
+    "Sixty real images of handwritten digits in two classes."
+    from cvnb.data import locate
+    folder = tmp_path/"photos"
+    for label in "1", "7":
+        (folder/label).mkdir(parents=True)
+        for path in sorted((locate("digits")/label).iterdir())[:30]: shutil.copy(path, folder/label)
+    return folder

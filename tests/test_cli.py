@@ -1,0 +1,116 @@
+"""What the command line says to a wrong call: one message that names the thing and the remedy, exit code 2, nothing written."""
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from cvnb import cli
+from cvnb.data import NAMED
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    "Run the command line in this process, in an empty folder; gives exit code, standard output and standard error."
+    def run(*args: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["cvnb", *map(str, args)])
+        with pytest.raises(SystemExit) as end: cli.main()
+        out = capsys.readouterr()
+        return end.value.code or 0, out.out, out.err
+    return run
+
+
+@pytest.fixture
+def folders(tmp_path) -> Path:
+    "Data folders that nothing can be learned from, and one that would do."
+    for name in "empty", "no_images/cat", "one_class/cat", "good/cat", "good/dog": (tmp_path/"data"/name).mkdir(parents=True)
+    (tmp_path/"data/no_images/cat/notes.txt").write_text("x")
+    for name in "one_class/cat", "good/cat", "good/dog": Image.new("RGB", (8, 8)).save(tmp_path/"data"/name/"a.png")
+    return tmp_path/"data"
+
+
+WRONG_DATA = {"missing": "does not exist", "empty": "is empty", "no_images": "has no images", "one_class": "has one class (cat)",
+              "good/cat/a.png": "is a file"}
+
+
+@pytest.mark.parametrize("name", WRONG_DATA)
+def test_a_folder_that_nothing_can_be_learned_from(call, folders, tmp_path, name):
+    code, _, said = call("run", "--data", folders/name, "--run", tmp_path/"run")
+    assert code == 2 and WRONG_DATA[name] in said and str(folders/name) in said
+    assert len(said.splitlines()) == 1 and not (tmp_path/"run").exists()
+
+
+WRONG_CALLS = {
+    "unknown data": (["run", "--data", "mnist5"], ["mnist5", "mnist5k"]),
+    "unknown stage": (["run", "trian"], ["trian", "Did you mean 'train'?"]),
+    "unknown parameter": (["run", "--set", "train.epoch=3"], ["train.epoch", "Did you mean 'epochs'?"]),
+    "parameter of no stage": (["run", "--set", "tran.epochs=3"], ["tran", "Did you mean 'train'?"]),
+    "wrong type": (["run", "--set", "train.epochs=many"], ["train.epochs = 'many'", "expected int"]),
+    "out of range": (["run", "--set", "train.epochs=0"], ["train.epochs = 0", "1 … 1000"]),
+    "not a number": (["run", "--set", "train.lr=.nan"], ["train.lr = nan", "expected float"]),
+    "wrong choice": (["run", "--set", "train.augment=lots"], ["train.augment = 'lots'", "'none', 'light'"]),
+    "malformed --set": (["run", "--set", "train.epochs"], ["train.epochs", "stage.param=value"]),
+    "no such recipe": (["run", "--config", "nowhere.yaml"], ["nowhere.yaml", "does not exist"]),
+    "not a run": (["status", "nowhere"], ["nowhere", "not a run directory"]),
+    "dashboard of no run": (["dashboard", "nowhere"], ["nowhere", "not a run directory"]),
+    "params of no stage": (["params", "tain"], ["tain", "Did you mean 'train'?"]),
+    "predict without a model": (["predict", "nowhere", "a.png"], ["nowhere"]),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_CALLS)
+def test_a_wrong_call(call, tmp_path, case):
+    args, fragments = WRONG_CALLS[case]
+    where = ["--run", tmp_path/"run"] if args[0] == "run" else []
+    code, out, said = call(*args, *where)
+    assert code == 2 and len(said.splitlines()) == 1 and not out
+    for fragment in fragments: assert fragment in said
+    assert not (tmp_path/"run").exists()
+
+
+WRONG_RECIPES = ["train: {epoch: 3}", "train: {epochs: 3, epochs: 4}", "train: [", "train: 3", "- train", "tain: {}",
+                 "train: {epochs: [3]}"]
+
+
+@pytest.mark.parametrize("text", WRONG_RECIPES)
+def test_a_wrong_recipe(call, tmp_path, text):
+    (tmp_path/"r.yaml").write_text(text)
+    code, _, said = call("run", "--config", tmp_path/"r.yaml", "--run", tmp_path/"run")
+    assert code == 2 and "r.yaml" in said and len(said.splitlines()) == 1 and not (tmp_path/"run").exists()
+
+
+def test_a_run_directory_that_cannot_be(call, tmp_path):
+    (tmp_path/"file").write_text("precious")
+    for run, reason in ((tmp_path/"file", "is a file"), (tmp_path/"file/run", "cannot be written"), (Path("/proc/run"), "cannot be written")):
+        code, _, said = call("run", "--run", run)
+        assert code == 2 and reason in said and str(run) in said
+    assert (tmp_path/"file").read_text() == "precious"
+
+
+def test_no_traceback_from_the_installed_command():
+    command = Path(sys.executable).with_name("cvnb")
+    done = subprocess.run([command, "run", "trian"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("cvnb: no stage 'trian'") and "Traceback" not in done.stderr
+
+
+COMMANDS = ["run", "status", "params", "dashboard", "predict", "data", "doctor"]
+
+
+def test_every_command_has_help_and_is_documented(call, root):
+    assert sorted(COMMANDS) == sorted([c.callback.__name__ for c in cli.app.registered_commands] + [g.name for g in cli.app.registered_groups])
+    page = (root/"nbs/14_cli.ipynb").read_text() + (root/"README.md").read_text()
+    for command in COMMANDS:
+        code, said, _ = call(command, "--help")
+        assert code == 0 and "Usage" in said and f"cvnb {command}" in page
+
+
+def test_lists(call, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    assert all(name in call("data")[1] for name in NAMED)
+    said = call("params", "train")[1]
+    assert "passes over the training set" in said and "1 … 1000" in said
+    assert '"maximum": 1000' in call("params", "train", "--json")[1]
+    assert "complete" in call("doctor")[1]
