@@ -42,6 +42,7 @@ started=$(date +%s)
 python=$(find_python)
 if is_moved || is_other_python || ! is_usable; then
     echo "setup: making .venv with Python $(version "$python")"
+    rm -f $stamp   # first, so that a call which is stopped here leaves nothing that looks finished
     rm -rf $venv
     mkdir $venv
     touch $begun
