@@ -268,7 +268,7 @@ def predict(
         _table("", dict(image="left", label="left", confidence="right"), [(a["path"], a["label"], f"{a['confidence']:.4f}") for a in answers])
 
 # %% ../nbs/14_cli.ipynb #cell-32
-data_app = typer.Typer(help="List the data sets that are known by name.", invoke_without_command=True)
+data_app = typer.Typer(invoke_without_command=True)
 app.add_typer(data_app, name="data")
 
 # %% ../nbs/14_cli.ipynb #cell-33
@@ -277,6 +277,7 @@ def data(
     context: typer.Context,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
+    "List the data sets that are known by name."
     from cvnb.data import NAMED, cache_dir
     if context.invoked_subcommand: return
     rows = [dict(name=d.name, images=d.n_images, about=d.about, source=d.source, licence=d.licence,
