@@ -9,9 +9,10 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,9 +34,10 @@ if TYPE_CHECKING:
     from cvnb.models import ModelSpec, VisionModel
 
 # %% auto #0
-__all__ = ['OPSET', 'FILES', 'TOLERANCE', 'exportable', 'export_onnx', 'check_onnx', 'weights_mb', 'read_pixels', 'run_mixed',
-           'run_files', 'Parity', 'parity', 'require_parity', 'parity_table', 'choose', 'write_bundle', 'find_bundle',
-           'Bundle', 'as_pixels', 'bundle_digest']
+__all__ = ['OPSET', 'Predict', 'RUNTIMES', 'FILES', 'TOLERANCE', 'exportable', 'export_onnx', 'check_onnx', 'weights_mb',
+           'read_pixels', 'predictor', 'run_mixed', 'run_files', 'answer_all', 'Parity', 'parity', 'compare',
+           'require_parity', 'parity_table', 'choose', 'bundle_metrics', 'write_bundle', 'reference_rows',
+           'find_bundle', 'Bundle', 'as_pixels', 'bundle_digest']
 
 # %% ../nbs/11_export.ipynb #cell-6
 def exportable(
@@ -145,40 +147,69 @@ def read_pixels(
     except ValueError as e: raise UsageError(f"{path} is not an image that can be read ({e})", "Convert it to PNG or JPEG.") from None
 
 # %% ../nbs/11_export.ipynb #cell-20
+Predict = Callable[[np.ndarray], np.ndarray]   # uint8 (N, H, W, 3) to probabilities (N, C)
+
+# %% ../nbs/11_export.ipynb #cell-21
+def predictor(
+    path: Path | str,   # an ONNX file
+    threads: int = 0,   # 0 uses every core
+) -> Predict:           # raw images to probabilities
+    "Open an ONNX file as a function."
+    return partial(run_images, open_session(path, threads))
+
+# %% ../nbs/11_export.ipynb #cell-22
 def run_mixed(
-    session: ort.InferenceSession,   # raw images in, probabilities out
-    images: list[np.ndarray],        # N times uint8 (H, W, 3), sizes may differ
-) -> np.ndarray:                     # float32 (N, C), in the order of `images`
+    predict: Predict,           # images of one size to probabilities
+    images: list[np.ndarray],   # N times uint8 (H, W, 3), sizes may differ
+) -> np.ndarray:                # float32 (N, C), in the order of `images`
     "Compute the probabilities of images of mixed sizes."
     shapes: dict[tuple, list[int]] = {}
     for i, image in enumerate(images): shapes.setdefault(image.shape, []).append(i)
     order = [i for rows in shapes.values() for i in rows]
-    parts = [run_images(session, np.stack([images[i] for i in rows])) for rows in shapes.values()]
+    parts = [predict(np.stack([images[i] for i in rows])) for rows in shapes.values()]
     return np.concatenate(parts)[np.argsort(order)]
 
-# %% ../nbs/11_export.ipynb #cell-21
+# %% ../nbs/11_export.ipynb #cell-23
 def run_files(
-    session: ort.InferenceSession,   # raw images in, probabilities out
-    paths: Iterable[Path | str],     # N image files
-    batch_size: int = 64,            # images in memory at a time
-) -> np.ndarray:                     # float32 (N, C)
+    predict: Predict,              # images of one size to probabilities
+    paths: Iterable[Path | str],   # N image files
+    batch_size: int = 64,          # images in memory at a time
+) -> np.ndarray:                   # float32 (N, C)
     "Compute the probabilities of image files, decoding in parallel."
     paths = list(paths)
     with ThreadPoolExecutor(n_cores()) as pool:
         chunks = (list(pool.map(read_pixels, paths[i:i + batch_size])) for i in range(0, len(paths), batch_size))
-        return np.concatenate([run_mixed(session, chunk) for chunk in chunks])
+        return np.concatenate([run_mixed(predict, chunk) for chunk in chunks])
 
-# %% ../nbs/11_export.ipynb #cell-26
+# %% ../nbs/11_export.ipynb #cell-28
+RUNTIMES = ("torch eager", "onnx fp32", "onnx int8")
+
+# %% ../nbs/11_export.ipynb #cell-29
+def answer_all(
+    model: VisionModel,    # the model in torch
+    fp32: Path,            # the same as ONNX
+    int8: Path,            # and quantized
+    root: Path | str,      # the data folder
+    paths: Iterable[str],  # N test images relative to it
+) -> dict[str, np.ndarray]:   # runtime -> probabilities (N, C)
+    "Let torch and both files answer the same images, each from its own decoding."
+    from cvnb.data import load_images
+    from cvnb.models import predict_proba
+    files = [Path(root)/p for p in paths]
+    torch_sees = load_images(root, paths, model.spec.image_size)
+    return dict(zip(RUNTIMES, (predict_proba(model, torch_sees), *(run_files(predictor(f), files) for f in (fp32, int8)))))
+
+# %% ../nbs/11_export.ipynb #cell-30
 @dataclass(frozen=True)
 class Parity:
     "How far a runtime's answers are from torch's, on the same images."
     runtime: str            # what was compared with torch
     max_difference: float   # largest difference of any probability, 0 … 1
-    worst: str              # the image where it occurs
+    worst: str              # the image where it occurs; nothing where there is no difference
     same: Figure            # share of images with the same top class
     accuracy: Figure        # of the runtime
 
-# %% ../nbs/11_export.ipynb #cell-27
+# %% ../nbs/11_export.ipynb #cell-31
 def parity(
     runtime: str,           # name of what is compared
     expected: np.ndarray,   # torch's probabilities (N, C)
@@ -190,10 +221,19 @@ def parity(
     from cvnb.metrics import accuracy
     gap = np.abs(expected - found).max(1)   # (N,); NaN counts as the worst
     worst = int(np.argmax(np.where(np.isnan(gap), np.inf, gap)))
-    return Parity(runtime, float(gap[worst]), list(paths)[worst], accuracy(expected.argmax(1) == found.argmax(1)),
-                  accuracy(found.argmax(1) == labels))
+    return Parity(runtime, float(gap[worst]), list(paths)[worst] if gap[worst] != 0 else "",
+                  accuracy(expected.argmax(1) == found.argmax(1)), accuracy(found.argmax(1) == labels))
 
-# %% ../nbs/11_export.ipynb #cell-28
+# %% ../nbs/11_export.ipynb #cell-32
+def compare(
+    answers: dict[str, np.ndarray],   # from `answer_all`
+    labels: np.ndarray,               # int (N,), true classes
+    paths: Iterable[str],             # N names, to name the worst
+) -> list[Parity]:                    # one per runtime
+    "Compare every runtime with torch."
+    return [parity(runtime, answers["torch eager"], found, labels, paths) for runtime, found in answers.items()]
+
+# %% ../nbs/11_export.ipynb #cell-33
 def require_parity(
     result: Parity,      # from `parity`
     tolerance: float,    # largest difference of a probability that is accepted, 0 … 1
@@ -203,7 +243,7 @@ def require_parity(
     raise CvnbError(f"{result.runtime} differs from torch by {result.max_difference:.4f} on {result.worst}, and {tolerance:g} is accepted",
                     "Look at that image; the preprocessing in the graph is the first suspect.")
 
-# %% ../nbs/11_export.ipynb #cell-29
+# %% ../nbs/11_export.ipynb #cell-34
 def parity_table(
     results: dict[str, list[Parity]],   # model name -> its comparisons
 ) -> pd.DataFrame:                      # one row per model and runtime
@@ -212,7 +252,7 @@ def parity_table(
     return pd.DataFrame([dict(model=name, runtime=r.runtime, max_difference=r.max_difference, worst=r.worst, same_answer=str(r.same),
                               accuracy=str(r.accuracy)) for name, rows in results.items() for r in rows])
 
-# %% ../nbs/11_export.ipynb #cell-34
+# %% ../nbs/11_export.ipynb #cell-39
 def choose(
     trained: np.ndarray,      # bool (N,): what the trained model gets right
     compressed: np.ndarray,   # bool (N,): what the compressed model gets right
@@ -226,12 +266,21 @@ def choose(
            f"[{test.low:+.4f}, {test.high:+.4f}] on {test.n} test images")
     return dict(model="compressed" if test.accepted else "trained", why=why, test=asdict(test))
 
-# %% ../nbs/11_export.ipynb #cell-37
+# %% ../nbs/11_export.ipynb #cell-42
+def bundle_metrics(
+    results: list[Parity],   # from `compare`, for the model that is shipped
+) -> dict[str, Any]:         # figures as {"value", "low", "high", "n"}
+    "Collect the figures that a bundle carries."
+    _, fp32, int8 = results
+    return dict(accuracy_fp32=asdict(fp32.accuracy), accuracy_int8=asdict(int8.accuracy), same_answer_int8=asdict(int8.same),
+                max_difference_fp32=fp32.max_difference, max_difference_int8=int8.max_difference)
+
+# %% ../nbs/11_export.ipynb #cell-43
 FILES = ("model.onnx", "model_int8.onnx", "labels.txt", "reference.npz")
 _INPUT = dict(name="images", dtype="uint8", shape=["batch", "height", "width", 3], channels="RGB", values="0 … 255, as decoded",
               preprocessing="resize and normalisation are in the graph")
 
-# %% ../nbs/11_export.ipynb #cell-38
+# %% ../nbs/11_export.ipynb #cell-44
 def _description(
     folder: Path,            # holds `FILES`
     spec: ModelSpec,         # what the model is
@@ -242,7 +291,7 @@ def _description(
     return dict(format=1, task=spec.task, labels=spec.classes, input=_INPUT | dict(resized_to=spec.image_size), output=output,
                 backbone=spec.backbone, **about, files={name: file_record(folder/name) for name in FILES}, cvnb=cvnb.__version__)
 
-# %% ../nbs/11_export.ipynb #cell-39
+# %% ../nbs/11_export.ipynb #cell-45
 def write_bundle(
     folder: Path | str,         # the bundle; one that is there is replaced
     fp32: Path,                 # the FP32 model
@@ -258,14 +307,23 @@ def write_bundle(
     temp.mkdir(parents=True)
     for source, name in (fp32, "model.onnx"), (int8, "model_int8.onnx"): shutil.copyfile(source, temp/name)
     (temp/"labels.txt").write_text("".join(f"{c}\n" for c in spec.classes), encoding="utf-8")
-    answers = {name: run_mixed(open_session(temp/f"{name}.onnx", threads=1), images) for name in ("model", "model_int8")}
-    np.savez(temp/"reference.npz", **answers, **{f"image_{i}": image for i, image in enumerate(images)})
+    answers = {name: run_mixed(predictor(temp/f"{name}.onnx", threads=1), images) for name in ("model", "model_int8")}
+    np.savez_compressed(temp/"reference.npz", **answers, **{f"image_{i}": image for i, image in enumerate(images)})
     write_json(temp/"bundle.json", _description(temp, spec, about))
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temp, folder)
     return folder
 
-# %% ../nbs/11_export.ipynb #cell-43
+# %% ../nbs/11_export.ipynb #cell-49
+def reference_rows(
+    rows: pd.DataFrame,   # a manifest's rows: path, label, width, height
+    n: int = 8,           # how many
+) -> pd.DataFrame:        # at most `n` rows
+    "Pick the smallest image of each class."
+    by_size = rows.assign(pixels=rows.width * rows.height).sort_values(["pixels", "path"])
+    return by_size.groupby("label").head(1).sort_values("label").head(n)
+
+# %% ../nbs/11_export.ipynb #cell-53
 def find_bundle(
     where: Path | str,   # a bundle, or a run directory
 ) -> Path:               # the bundle's folder
@@ -275,7 +333,7 @@ def find_bundle(
             if (place/"bundle.json").is_file(): return place
     raise UsageError(f"no bundle in {where}", "Give a bundle's folder, or a run whose export stage has finished.")
 
-# %% ../nbs/11_export.ipynb #cell-44
+# %% ../nbs/11_export.ipynb #cell-54
 class Bundle:
     "A model with its labels: raw images in, named probabilities out."
     def __init__(self,
@@ -289,7 +347,7 @@ class Bundle:
 
     def __repr__(self) -> str: return f"Bundle({self.folder.name}: {self.about['task']}, {len(self.labels)} labels, {self.precision})"
 
-# %% ../nbs/11_export.ipynb #cell-45
+# %% ../nbs/11_export.ipynb #cell-55
 @patch(cls_method=True)
 def load(cls: Bundle,
     where: Path | str,        # a bundle, or a run directory
@@ -307,7 +365,7 @@ def load(cls: Bundle,
         raise CvnbError(f"{folder/'bundle.json'} does not belong to {names[precision]}", "Run the export stage again.")
     return cls(folder, about, session, precision)
 
-# %% ../nbs/11_export.ipynb #cell-46
+# %% ../nbs/11_export.ipynb #cell-56
 def as_pixels(
     image: Any,     # a path, or uint8 (H, W, 3)
 ) -> np.ndarray:    # uint8 (H, W, 3)
@@ -317,7 +375,7 @@ def as_pixels(
     got = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
     raise UsageError(f"an image has to be a path or a uint8 array (height, width, 3), and this is {got}", "Convert it first.")
 
-# %% ../nbs/11_export.ipynb #cell-47
+# %% ../nbs/11_export.ipynb #cell-57
 @patch
 def predict(self: Bundle,
     images: Any,             # a path or array, or several: paths, or uint8 arrays (H, W, 3) of any sizes
@@ -328,15 +386,15 @@ def predict(self: Bundle,
     images, answers = [images] if single else list(images), []
     for i in range(0, len(images), batch_size):
         chunk = images[i:i + batch_size]
-        for image, p in zip(chunk, run_mixed(self.session, [as_pixels(image) for image in chunk])):
+        for image, p in zip(chunk, run_mixed(partial(run_images, self.session), [as_pixels(image) for image in chunk])):
             answers.append(dict(path=None if isinstance(image, np.ndarray) else str(image), label=self.labels[int(p.argmax())],
                                 confidence=float(p.max()), probabilities=dict(zip(self.labels, p.tolist()))))
     return answers
 
-# %% ../nbs/11_export.ipynb #cell-51
+# %% ../nbs/11_export.ipynb #cell-61
 TOLERANCE = dict(fp32=1e-3, int8=0.1)   # difference of a probability between machines
 
-# %% ../nbs/11_export.ipynb #cell-52
+# %% ../nbs/11_export.ipynb #cell-62
 @patch
 def verify(self: Bundle) -> dict[str, Any]:   # {"files", "images", "max_difference"}
     "Check every file against its digest, and the answers to the reference images; raise `CvnbError` if one differs."
@@ -347,12 +405,12 @@ def verify(self: Bundle) -> dict[str, Any]:   # {"files", "images", "max_differe
     with np.load(self.folder/"reference.npz", allow_pickle=False) as reference:
         expected = reference["model" if self.precision == "fp32" else "model_int8"]
         images = [reference[f"image_{i}"] for i in range(len(expected))]
-    difference = float(np.abs(run_mixed(self.session, images) - expected).max())
+    difference = float(np.abs(run_mixed(partial(run_images, self.session), images) - expected).max())
     if not difference <= TOLERANCE[self.precision]:
         raise CvnbError(f"{self.folder} answers differently here: a probability is off by {difference:.4f}", "Update onnxruntime.")
     return dict(files=len(self.about["files"]), images=len(images), max_difference=difference)
 
-# %% ../nbs/11_export.ipynb #cell-54
+# %% ../nbs/11_export.ipynb #cell-64
 def bundle_digest(
     folder: Path | str,   # a bundle
 ) -> str:                 # 64 hexadecimal digits
