@@ -33,7 +33,7 @@ class ModelSpec:
     image_size: int               # side in pixels at which the network sees images
     mean: list[float]             # per channel, of pixels in 0…1
     std: list[float]              # per channel, of pixels in 0…1
-    stem: str = "full"            # "full", or "small": stride 1 and no pooling, for small images
+    stem: str = "full"            # "full", "half" (no pooling) or "small" (nor a stride), for small images
     task: str = "classification"  # what the outputs mean
 
 # %% ../nbs/03_models.ipynb #cell-6
@@ -57,16 +57,19 @@ SMALL_IMAGE = 96   # pixels; below it `stem="auto"` means the small stem
 # %% ../nbs/03_models.ipynb #cell-9
 def _shrink_stem(
     net: nn.Module,   # a timm network, changed in place
+    stem: str,        # "full", "half" or "small"
 ) -> nn.Module:       # `net`
-    "Give a convolutional network the small stem; raise `UsageError` for one that cuts images into patches."
+    "Give a convolutional network a stem for small images; raise `UsageError` for one that cuts images into patches."
+    if stem == "full": return net
     if hasattr(net, "patch_embed"):
-        raise UsageError("a network that cuts images into patches has no small stem", "Set train.stem=full.")
+        raise UsageError(f"a network that cuts images into patches has no {stem} stem", "Set train.stem=full.")
+    if hasattr(net, "maxpool"): net.maxpool = nn.Identity()
+    if stem == "half": return net
     name, conv = next((n, m) for n, m in net.named_modules() if isinstance(m, nn.Conv2d))
     if max(conv.kernel_size) > 3:
         small = nn.Conv2d(conv.in_channels, conv.out_channels, 3, padding=1, bias=conv.bias is not None)
         net.set_submodule(name, small)
     else: conv.stride = (1, 1)
-    if hasattr(net, "maxpool"): net.maxpool = nn.Identity()
     return net
 
 # %% ../nbs/03_models.ipynb #cell-12
@@ -89,7 +92,7 @@ def build(
     if not timm.is_model(spec.backbone):
         raise UsageError(f"backbone '{spec.backbone}' is not a timm model", nearest(spec.backbone, timm.list_models())[:200])
     net = timm.create_model(spec.backbone, num_classes=len(spec.classes), pretrained=False)
-    return VisionModel(spec, _shrink_stem(net) if spec.stem == "small" else net)
+    return VisionModel(spec, _shrink_stem(net, spec.stem))
 
 # %% ../nbs/03_models.ipynb #cell-17
 PACKAGED = "tf_efficientnet_lite0"
@@ -135,7 +138,7 @@ def create_model(
     backbone: str,        # timm model name
     classes: list[str],   # class names
     image_size: int,      # side in pixels
-    stem: str = "auto",   # "small", "full", or "auto": small below 96 pixels unless trained weights are loaded
+    stem: str = "auto",   # "full", "half", "small", or "auto": small below 96 pixels unless trained weights are loaded
     weights: str = "",    # "", "imagenet", or a folder with model.safetensors
 ) -> VisionModel:         # ready to train
     "Build a model and load weights."

@@ -233,7 +233,7 @@ def locked(
         note.unlink(missing_ok=True)
         lock.release()
 
-# %% ../nbs/13_pipeline.ipynb #cell-32
+# %% ../nbs/13_pipeline.ipynb #cell-33
 def _git(
     root: Path,   # the project
 ) -> dict:        # {"commit", "dirty"}, or nulls outside a repository
@@ -245,7 +245,7 @@ def _git(
     commit, changes = ask("rev-parse", "HEAD"), ask("status", "--porcelain", "--untracked-files=no")
     return dict(commit=commit, dirty=None if changes is None else bool(changes))
 
-# %% ../nbs/13_pipeline.ipynb #cell-33
+# %% ../nbs/13_pipeline.ipynb #cell-34
 def write_run(
     run: Path,             # run directory
     root: Path,            # the project
@@ -261,10 +261,10 @@ def write_run(
         lock=lock_digest(root), machine=machine(), seeds={s: p["seed"] for s, p in params.items() if "seed" in p},
         seconds=round(seconds, 2), cvnb=cvnb.__version__))
 
-# %% ../nbs/13_pipeline.ipynb #cell-35
+# %% ../nbs/13_pipeline.ipynb #cell-36
 Report = Callable[[str, str, float, str], None]   # stage, event, fraction, text
 
-# %% ../nbs/13_pipeline.ipynb #cell-36
+# %% ../nbs/13_pipeline.ipynb #cell-37
 @contextlib.contextmanager
 def _watched(
     stage: str,        # stage name
@@ -287,7 +287,7 @@ def _watched(
         stop.set(); thread.join()
         path.unlink(missing_ok=True)
 
-# %% ../nbs/13_pipeline.ipynb #cell-37
+# %% ../nbs/13_pipeline.ipynb #cell-38
 @contextlib.contextmanager
 def _environment(
     **variables: str,   # set while the block runs
@@ -299,7 +299,7 @@ def _environment(
     finally:
         for k, v in old.items(): os.environ.pop(k, None) if v is None else os.environ.__setitem__(k, v)
 
-# %% ../nbs/13_pipeline.ipynb #cell-38
+# %% ../nbs/13_pipeline.ipynb #cell-39
 def _execute(
     contract: Contract,   # the stage
     params: dict,         # all its parameters
@@ -315,7 +315,7 @@ def _execute(
     papermill.execute_notebook(str(contract.path), str(output), plain, cwd=str(cwd), progress_bar=False, kernel_name="python3",
                                extra_arguments=["--IPKernelApp.log_level=40"], autosave_cell_every=5)
 
-# %% ../nbs/13_pipeline.ipynb #cell-39
+# %% ../nbs/13_pipeline.ipynb #cell-40
 def _failure(
     contract: Contract,   # the stage
     error: Exception,     # what papermill raised
@@ -332,7 +332,7 @@ def _failure(
     source = "\n".join(f"    {line}" for line in error.source.strip().splitlines()[:12])
     return CvnbError(f"{contract.stage} failed in cell [{error.exec_count}] with {name}: {error.evalue}\n{source}\n", kept)
 
-# %% ../nbs/13_pipeline.ipynb #cell-40
+# %% ../nbs/13_pipeline.ipynb #cell-41
 def _record_failure(
     folder: Path,      # the stage's folder
     contract: Contract,# the stage
@@ -346,7 +346,7 @@ def _record_failure(
             stage=contract.stage, status="failed", key=None, params=json.loads(json.dumps(params, default=str)), inputs={}, outputs={},
             metrics={}, seconds=None, started=now(), cvnb=cvnb.__version__, environment=dict(machine=machine(), parts=parts, error=str(error))))
 
-# %% ../nbs/13_pipeline.ipynb #cell-41
+# %% ../nbs/13_pipeline.ipynb #cell-42
 def run_stage(
     contract: Contract,   # the stage
     params: dict,         # all its parameters, `run` among them
@@ -371,7 +371,7 @@ def run_stage(
     os.replace(folder/READY, folder/"stage.json")
     return read_json(folder/"stage.json")
 
-# %% ../nbs/13_pipeline.ipynb #cell-43
+# %% ../nbs/13_pipeline.ipynb #cell-44
 @dataclass
 class Outcome:
     "What happened to one stage in a call."
@@ -381,7 +381,7 @@ class Outcome:
     seconds: float  # wall time in this call
     record: dict    # its manifest
 
-# %% ../nbs/13_pipeline.ipynb #cell-44
+# %% ../nbs/13_pipeline.ipynb #cell-45
 def run_pipeline(
     run: Path,                            # run directory
     values: Values,                       # given parameters
@@ -409,7 +409,7 @@ def run_pipeline(
         if any(o.state == "done" for o in outcomes): write_run(run, root, values, params, time.perf_counter() - begin)
     return outcomes
 
-# %% ../nbs/13_pipeline.ipynb #cell-45
+# %% ../nbs/13_pipeline.ipynb #cell-46
 def _clear(
     folder: Path,   # a stage's folder
 ) -> None:
@@ -417,7 +417,7 @@ def _clear(
     import shutil
     shutil.rmtree(folder, ignore_errors=True)
 
-# %% ../nbs/13_pipeline.ipynb #cell-46
+# %% ../nbs/13_pipeline.ipynb #cell-47
 def headline(
     record: dict,   # a stage's manifest
     n: int = 2,     # figures to name
@@ -427,7 +427,7 @@ def headline(
     show = lambda v: "–" if v is None else f"{v:,.0f}" if abs(v) >= 100 or v == int(v) else f"{v:.4g}"
     return " · ".join(f"{k} {show(f['value'])}" + (f" [{f['low']:.3f}, {f['high']:.3f}]" if f["low"] is not None else "") for k, f in figures)
 
-# %% ../nbs/13_pipeline.ipynb #cell-47
+# %% ../nbs/13_pipeline.ipynb #cell-48
 def status(
     run: Path,               # run directory
     values: Values,          # given parameters
@@ -442,7 +442,7 @@ def status(
         rows.append(dict(stage=s, state=state, why=why, seconds=record and record["seconds"], headline=headline(record) if record else ""))
     return rows
 
-# %% ../nbs/13_pipeline.ipynb #cell-48
+# %% ../nbs/13_pipeline.ipynb #cell-49
 def recorded_values(
     run: Path,   # run directory
 ) -> Values:     # empty for a new run

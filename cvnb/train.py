@@ -285,7 +285,7 @@ def fit(
     model.to("cpu").eval()
     return pd.DataFrame(history.rows)
 
-# %% ../nbs/06_train.ipynb #cell-39
+# %% ../nbs/06_train.ipynb #cell-40
 def plot_history(
     history: pd.DataFrame,   # from `fit`
 ) -> Any:                    # a matplotlib figure
@@ -299,7 +299,7 @@ def plot_history(
     figure.tight_layout(); plt.close(figure)
     return figure
 
-# %% ../nbs/06_train.ipynb #cell-42
+# %% ../nbs/06_train.ipynb #cell-43
 def predictions(
     model: VisionModel,    # trained
     rows: pd.DataFrame,    # manifest rows: path, split, label
@@ -316,7 +316,7 @@ def predictions(
     table["probabilities"] = list(proba)
     return table
 
-# %% ../nbs/06_train.ipynb #cell-44
+# %% ../nbs/06_train.ipynb #cell-45
 def show_predictions(
     table: pd.DataFrame,   # rows of `predictions`
     images: np.ndarray,    # their images, uint8 (N, S, S, 3)
@@ -333,7 +333,7 @@ def show_predictions(
     figure.tight_layout(); plt.close(figure)
     return figure
 
-# %% ../nbs/06_train.ipynb #cell-45
+# %% ../nbs/06_train.ipynb #cell-46
 def hardest(
     table: pd.DataFrame,   # rows of `predictions`
     classes: list[str],    # class names in the order of the probabilities
@@ -344,7 +344,7 @@ def hardest(
     truth = np.stack(table.probabilities.to_numpy())[np.arange(len(table)), index]
     return np.argsort(truth, kind="stable")[:n]
 
-# %% ../nbs/06_train.ipynb #cell-48
+# %% ../nbs/06_train.ipynb #cell-49
 def tracker(
     stage: Stage,          # whose folder gets wandb/
     mode: str = "offline", # "offline", "online" or "disabled"
@@ -357,7 +357,7 @@ def tracker(
     logger.experiment
     return logger
 
-# %% ../nbs/06_train.ipynb #cell-49
+# %% ../nbs/06_train.ipynb #cell-50
 def close_tracker(
     logger: Any,           # from `tracker`
     figures: dict | None = None,   # name -> Figure or number, for the run's summary
