@@ -36,6 +36,7 @@ def open_session(
     import onnxruntime as ort
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
+    options.add_session_config_entry("session.x64quantprecision", "1")   # exact INT8 on processors without VNNI
     try: return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as e:   # ONNX Runtime raises a class per error code, with no base but Exception
         reason = str(e).splitlines()[0][:160]
@@ -131,7 +132,7 @@ def quantize_nodes(
     target: Path,           # where to write the INT8 model
     ranges: Path,           # from `calibrate`
     nodes: list[str],       # names of the nodes to quantize
-    weight_bits: int = 7,   # 7, or 8 where every target processor has VNNI
+    weight_bits: int = 8,   # 8, or 7 for processors without VNNI that are not run by `open_session`
 ) -> Path:                  # `target`
     "Write a copy of a model in which these nodes run in INT8."
     import onnx
@@ -144,7 +145,7 @@ def quantize_nodes(
         onnx.save(_tidy(onnx.load(temp), onnx.load(source)), temp)
     return target
 
-# %% ../nbs/10_quantize.ipynb #cell-30
+# %% ../nbs/10_quantize.ipynb #cell-31
 def divergence(
     expected: np.ndarray,   # probabilities (N, C)
     found: np.ndarray,      # probabilities (N, C)
@@ -153,12 +154,12 @@ def divergence(
     p, q = np.clip(expected, 1e-7, 1), np.clip(found, 1e-7, 1)
     return float((p * np.log(p / q)).sum(1).mean())
 
-# %% ../nbs/10_quantize.ipynb #cell-31
+# %% ../nbs/10_quantize.ipynb #cell-32
 def sensitivity(
     source: Path,           # the FP32 model
     ranges: Path,           # from `calibrate`
     images: np.ndarray,     # uint8 (N, H, W, 3), a hundred or so
-    weight_bits: int = 7,   # 7 or 8
+    weight_bits: int = 8,   # 7 or 8
 ) -> dict[str, float]:      # layer -> divergence in nats, largest first
     "Measure what quantizing each layer alone does to the answers."
     import onnx
@@ -169,7 +170,7 @@ def sensitivity(
         alone.unlink()
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
-# %% ../nbs/10_quantize.ipynb #cell-34
+# %% ../nbs/10_quantize.ipynb #cell-35
 @dataclass(frozen=True)
 class Quantized:
     "How a model was quantized, and what that cost on the validation images."
@@ -182,7 +183,7 @@ class Quantized:
         return (f"{len(self.layers) - len(self.kept_fp32)} of {len(self.layers)} layers in INT8, accuracy "
                 f"{last.difference:+.4f} [{last.low:+.4f}, {last.high:+.4f}] (n={last.n:.0f})")
 
-# %% ../nbs/10_quantize.ipynb #cell-35
+# %% ../nbs/10_quantize.ipynb #cell-36
 def _prefixes(
     ranked: Callable[[], list[str]],   # gives the layers, the costliest first
 ) -> Iterator[list[str]]:              # 0, 1, 2, 4, … of them, at last all
@@ -192,7 +193,7 @@ def _prefixes(
     for k in range(math.ceil(math.log2(len(order))) if len(order) > 1 else 0): yield order[:2**k]
     yield order
 
-# %% ../nbs/10_quantize.ipynb #cell-37
+# %% ../nbs/10_quantize.ipynb #cell-38
 def quantize(
     source: Path,               # the FP32 model
     target: Path,               # where to write the INT8 model
@@ -200,7 +201,7 @@ def quantize(
     images: np.ndarray,         # uint8 (N, H, W, 3), validation images
     labels: np.ndarray,         # int (N,), their classes
     tolerance: float = 0.005,   # loss of accuracy that is accepted, 0 … 1
-    weight_bits: int = 7,       # 7, or 8 where every target processor has VNNI
+    weight_bits: int = 8,       # 8, or 7 for processors without VNNI that are not run by `open_session`
 ) -> Quantized:                 # what was done
     "Write an INT8 model, keeping as many layers in FP32 as the tolerance asks for."
     from tempfile import TemporaryDirectory
@@ -219,7 +220,7 @@ def quantize(
             if tries[-1]["difference"] >= -tolerance: break
     return _quantized(model, kept, tries)
 
-# %% ../nbs/10_quantize.ipynb #cell-38
+# %% ../nbs/10_quantize.ipynb #cell-39
 def _compare(
     right_fp32: np.ndarray,   # bool (N,)
     right_int8: np.ndarray,   # bool (N,)
@@ -230,7 +231,7 @@ def _compare(
     paired = noninferiority(right_fp32, right_int8)
     return dict(kept_fp32=n_kept, difference=paired.difference, low=paired.low, high=paired.high, n=paired.n)
 
-# %% ../nbs/10_quantize.ipynb #cell-39
+# %% ../nbs/10_quantize.ipynb #cell-40
 def _quantized(
     model: onnx.ModelProto,   # the FP32 model
     kept: list[str],          # layers left in FP32
