@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from .core import CvnbError, UsageError, assets, resolve_run
+from .core import CvnbError, UsageError, assets, resolve_run, write_json
 from .data import load_images, open_image
 from .metrics import accuracy, calibration_error, calibration_table, confusion, per_class, proportion
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['answers', 'mistakes', 'short', 'show_images', 'plot_confusion', 'mixed_up', 'thirds', 'slices', 'plot_slices',
            'plot_reliability', 'saliency', 'overlay', 'saliency_pictures', 'save_pictures', 'show_pictures', 'report',
-           'check_run', 'free_port', 'voila_command', 'serve_dashboard']
+           'check_run', 'free_port', 'voila_settings', 'serve_dashboard']
 
 # %% ../nbs/07_errors.ipynb #cell-5
 _LOOKS = ["path", "brightness", "contrast", "width", "height", "tags", "label_score"]
@@ -43,7 +44,7 @@ def answers(
 ) -> pd.DataFrame:               # `predictions` with the columns of `_LOOKS`, ordered by path
     "Join answers with what the audit saw; raise `CvnbError` where there are none."
     table = predictions[predictions.split == split] if split else predictions
-    if table.empty: raise CvnbError(f"there are no predictions{f' for the {split} split' if split else ''}", "Give that split images and run train again.")
+    if table.empty: raise CvnbError(f"there are no predictions for split '{split or 'any'}'", "Give that split images and run train again.")
     seen = manifest.reindex(columns=_LOOKS)
     return table.merge(seen, on="path", how="left", validate="1:1").sort_values("path", ignore_index=True)
 
@@ -142,12 +143,12 @@ def _parts(
 def slices(
     table: pd.DataFrame,   # from `answers`
 ) -> pd.DataFrame:         # slice, name, accuracy, low, high, n, below; least accurate first
-    "Measure the accuracy of every slice and mark those whose interval lies below the overall accuracy."
+    "Measure the accuracy of every slice and mark those of ten images or more whose interval lies below the overall accuracy."
     overall = accuracy(table.correct).value
     rows = [dict(slice=kind, name=name) | {k: getattr(f, a) for k, a in dict(accuracy="value", low="low", high="high", n="n").items()}
             for kind, name, mask in _parts(table) for f in [accuracy(table.correct[mask])]]
     found = pd.DataFrame(rows)
-    return found.assign(below=found.high < overall).sort_values(["accuracy", "slice", "name"], ignore_index=True)
+    return found.assign(below=(found.high < overall) & (found.n >= 10)).sort_values(["accuracy", "slice", "name"], ignore_index=True)
 
 # %% ../nbs/07_errors.ipynb #cell-33
 def plot_slices(
@@ -193,11 +194,12 @@ def saliency(
 ) -> np.ndarray:             # float32 (N, S, S), 0 … 1
     "Map which pixels spoke for the predicted class rather than the true one."
     import torch
+    predicted, labels = np.array(predicted), np.array(labels)
     x, rows = model.eval().preprocess(torch.from_numpy(images)), np.arange(len(images))   # x: (N, 3, S, S)
-    against = torch.from_numpy((np.asarray(predicted) != np.asarray(labels)).astype(np.float32))
-    generator, total = torch.Generator().manual_seed(0), torch.zeros_like(x)
-    for _ in range(draws):
-        noisy = (x + noise * torch.randn(x.shape, generator=generator)).requires_grad_()
+    against = torch.from_numpy((predicted != labels).astype(np.float32))
+    total = torch.zeros_like(x)
+    for copy in noise * torch.randn(draws, *x.shape[1:], generator=torch.Generator().manual_seed(0)):
+        noisy = (x + copy).requires_grad_()
         logits = model.net(noisy)                                                         # (N, C)
         total += torch.autograd.grad((logits[rows, predicted] - against * logits[rows, labels]).sum(), noisy)[0]
     heat = total.abs().amax(1).numpy()                                                    # (N, S, S)
@@ -214,26 +216,29 @@ def overlay(
     from matplotlib import colormaps
     from PIL import Image
     side = max(side, len(image))
-    large = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST), np.float32)
-    warm = np.asarray(Image.fromarray(np.round(heat * 255).astype(np.uint8)).resize((side, side), Image.Resampling.BILINEAR), np.float32)[..., None] / 255
+    enlarge = lambda pixels, how: np.asarray(Image.fromarray(pixels).resize((side, side), how), np.float32)
+    large = enlarge(image, Image.Resampling.NEAREST)
+    warm = enlarge(np.round(heat * 255).astype(np.uint8), Image.Resampling.BILINEAR)[..., None] / 255
     grey = large.mean(2, keepdims=True) * 0.6
     mixed = grey * (1 - 0.85 * warm) + 255 * colormaps["inferno"](warm[..., 0])[..., :3] * 0.85 * warm
     return Image.fromarray(np.hstack([large, mixed]).round().clip(0, 255).astype(np.uint8))
 
 # %% ../nbs/07_errors.ipynb #cell-45
 def saliency_pictures(
-    model: VisionModel,   # trained
-    root: Path | str,     # the data folder
-    rows: pd.DataFrame,   # from `mistakes`
+    model: VisionModel,     # trained
+    root: Path | str,       # the data folder
+    rows: pd.DataFrame,     # from `mistakes`
     report: Callable[[float, str], None] | None = None,   # told the fraction that is done
-) -> list[Image]:         # one picture per row
-    "Explain rows one by one, each image beside its saliency."
+    batch_size: int = 16,   # images at a time
+) -> list[Image]:           # one picture per row
+    "Explain rows, each image beside its saliency."
     index, pictures = {c: i for i, c in enumerate(model.spec.classes)}, []
-    for i, row in enumerate(rows.itertuples()):
-        image = load_images(root, [row.path], model.spec.image_size)
-        heat = saliency(model, image, [index[row.predicted]], [index[row.label]])
-        pictures.append(overlay(image[0], heat[0]))
-        if report: report((i + 1) / len(rows), f"saliency {i + 1}/{len(rows)}")
+    for i in range(0, len(rows), batch_size):
+        part = rows.iloc[i:i + batch_size]
+        images = load_images(root, part.path, model.spec.image_size)
+        heat = saliency(model, images, part.predicted.map(index).to_numpy(), part.label.map(index).to_numpy())
+        pictures += map(overlay, images, heat)
+        if report: report(len(pictures) / len(rows), f"saliency {len(pictures)}/{len(rows)}")
     return pictures
 
 # %% ../nbs/07_errors.ipynb #cell-46
@@ -259,7 +264,7 @@ def show_pictures(
     import matplotlib.pyplot as plt
     if not pictures: return "No mistakes to explain."
     lines = -(-len(pictures) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(columns * 2.4, lines * 1.5), squeeze=False)
+    figure, axes = plt.subplots(lines, columns, figsize=(columns * 1.8, lines * 1.2), squeeze=False)
     for ax in axes.flat: ax.axis("off")
     for ax, picture, row in zip(axes.flat, pictures, rows.itertuples()):
         ax.imshow(picture)
@@ -316,37 +321,50 @@ def free_port(
 _POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
 
 # %% ../nbs/07_errors.ipynb #cell-60
-def voila_command(
+def voila_settings(
     notebook: Path,   # the one notebook to serve
     port: int,        # on 127.0.0.1
-) -> list[str]:       # a command line
-    "Say how Voila is started: one notebook, this machine only, with a token, and without its folder's files."
-    settings = dict(headers={"Content-Security-Policy": _POLICY})
-    return [sys.executable, "-m", "voila", str(notebook), "--no-browser", "--Voila.ip=127.0.0.1", f"--Voila.port={port}",
-            "--Voila.port_retries=0", "--Voila.auto_token=True", f"--Voila.root_dir={notebook.parent}", f"--Voila.tornado_settings={settings!r}",
-            "--Voila.log_level=ERROR", "--VoilaConfiguration.file_allowlist=[]", "--VoilaConfiguration.show_tracebacks=False"]
+    token: str,       # that the address has to carry
+) -> dict:            # what goes into voila.json
+    "Say how Voila serves: this machine only, with a token, one notebook and none of its folder's files."
+    server = dict(ip="127.0.0.1", port=port, port_retries=0, open_browser=False, token=token, root_dir=str(notebook.parent),
+                  log_level="ERROR", tornado_settings=dict(headers={"Content-Security-Policy": _POLICY}))
+    return dict(Voila=server, VoilaConfiguration=dict(file_allowlist=[], show_tracebacks=False, allow_template_override="NO"))
 
-# %% ../nbs/07_errors.ipynb #cell-61
+# %% ../nbs/07_errors.ipynb #cell-62
 @contextlib.contextmanager
 def _voila(
     notebook: Path,       # the one notebook to serve
     port: int,            # on 127.0.0.1
-    env: dict[str, str],  # its environment
+    token: str,           # that the address has to carry
+    env: dict[str, str],  # environment of Voila and its kernels
 ) -> Iterator[subprocess.Popen]:   # Voila, answering
-    "Run Voila as long as the block lasts; raise `CvnbError` if it ends before it answers."
-    server = subprocess.Popen(voila_command(notebook, port), env=env, start_new_session=True)
-    try:
-        while server.poll() is None:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1): break
-            time.sleep(0.05)
-        if server.poll() is not None: raise CvnbError(f"Voila ended with exit code {server.returncode}", "Its message stands above; `cvnb doctor` says what is missing.")
-        yield server
-    finally:
-        server.terminate()
-        try: server.wait(15)
-        except subprocess.TimeoutExpired: server.kill()
+    "Run Voila as long as the block lasts; raise `CvnbError` if it ends by itself."
+    with tempfile.TemporaryDirectory() as own, open(Path(own)/"log", "w+") as log:
+        write_json(Path(own)/"voila.json", voila_settings(notebook, port, token))
+        server = subprocess.Popen([sys.executable, "-m", "voila", str(notebook)], cwd=own, stderr=log, start_new_session=True,
+                                  env=env | dict(JUPYTER_CONFIG_DIR=own))
+        try:
+            while server.poll() is None:
+                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1): break
+                time.sleep(0.05)
+            if server.poll() is None: yield server
+            if code := server.poll():
+                log.seek(0)
+                said = (log.read().strip().splitlines() or ["no message"])[-1]
+                raise CvnbError(f"Voila ended with exit code {code} ({said})", "`cvnb doctor` says what is missing.")
+        finally: _end(server)
 
 # %% ../nbs/07_errors.ipynb #cell-63
+def _end(
+    server: subprocess.Popen,   # running or not
+) -> None:
+    "Ask a process to end, and make it after a while."
+    server.terminate()
+    try: server.wait(15)
+    except subprocess.TimeoutExpired: server.kill()
+
+# %% ../nbs/07_errors.ipynb #cell-65
 @contextlib.contextmanager
 def _stoppable() -> Iterator[None]:
     "End the block quietly on Ctrl-C, SIGTERM and SIGHUP."
@@ -361,7 +379,7 @@ def _stoppable() -> Iterator[None]:
     finally:
         for n, handler in old.items(): signal.signal(n, handler)
 
-# %% ../nbs/07_errors.ipynb #cell-64
+# %% ../nbs/07_errors.ipynb #cell-66
 def serve_dashboard(
     run: Path | str,            # a run directory whose training has finished
     port: int = 0,              # on 127.0.0.1; 0 picks a free one
@@ -372,8 +390,7 @@ def serve_dashboard(
     import webbrowser
     folder, port, token = check_run(run), free_port(port), secrets.token_urlsafe(16)
     address = f"http://127.0.0.1:{port}/?token={token}"
-    env = os.environ | dict(CVNB_RUN=str(folder), JUPYTER_TOKEN=token)
-    with _stoppable(), _voila(assets("dashboards")/"errors.ipynb", port, env) as server:
+    with _stoppable(), _voila(assets("dashboards")/"errors.ipynb", port, token, os.environ | dict(CVNB_RUN=str(folder))) as server:
         print(f"Dashboard of {folder.name}: {address}\nCtrl-C ends it.", flush=True)
         if open_browser: webbrowser.open(address)
-        if code := server.wait(): raise CvnbError(f"Voila ended with exit code {code}", "Its message stands above.")
+        server.wait()
