@@ -313,17 +313,18 @@ def contracts(
         if not ready:
             left = [s for s in found if s not in ordered]
             raise CvnbError(f"stages {left} need each other, or one that does not exist", "Mend their `- needs:` lines.")
-        for s in ready: ordered[s] = found[s]
+        waiting = {s: sum(s in c.needs for c in found.values()) for s in ready}
+        for s in sorted(ready, key=waiting.get): ordered[s] = found[s]   # what nobody waits for is soonest to be looked at
     return ordered
 
-# %% ../nbs/01_params.ipynb #cell-44
+# %% ../nbs/01_params.ipynb #cell-45
 def table(
     contract: Contract,   # a stage's contract
 ) -> list[dict]:          # one row per parameter: name, type, default, range, help
     "List a stage's parameters for people."
     return [dict(name=p.name, type=p.type_name, default=repr(p.default), range=p.range, help=p.help) for p in contract.params]
 
-# %% ../nbs/01_params.ipynb #cell-47
+# %% ../nbs/01_params.ipynb #cell-48
 def open_stage(
     name: str,                # stage name
     namespace: dict[str, Any] # the notebook's `globals()`
@@ -336,7 +337,7 @@ def open_stage(
     seed_everything(params.get("seed", 0))
     return stage
 
-# %% ../nbs/01_params.ipynb #cell-49
+# %% ../nbs/01_params.ipynb #cell-50
 def _ensure(
     stage: Stage,   # the stage that is being opened
     need: str,      # a stage that it needs

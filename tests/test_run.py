@@ -76,7 +76,7 @@ def test_an_unchanged_run_does_nothing_and_loads_no_torch(smoke_run):
 
 def test_a_changed_parameter_reaches_only_what_depends_on_it(smoke_run):
     assert set(states(smoke_run).values()) == {"fresh"}
-    changed = states(smoke_run, errors={"max_images": 3})
+    changed = states(smoke_run, errors={"n_images": 3})
     assert changed.pop("errors") == "stale" and set(changed.values()) == {"fresh"}
 
 
@@ -88,16 +88,16 @@ def test_a_lost_output_is_noticed(copy):
 
 def test_plain_papermill_runs_a_stage(copy, root, tmp_path):
     out = tmp_path/"errors.ipynb"
-    done = papermill(root/"nbs/stages/errors.ipynb", out, "-p", "run", copy, "-p", "max_images", "3", cwd=tmp_path)
+    done = papermill(root/"nbs/stages/errors.ipynb", out, "-p", "run", copy, "-p", "n_images", "3", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     record = read_json(copy/"errors/stage.json")
-    assert record["status"] == "done" and record["params"]["max_images"] == 3 and record["key"] is None
+    assert record["status"] == "done" and record["params"]["n_images"] == 3 and record["key"] is None
     assert states(copy)["errors"] == "stale"     # nobody knows which code made it
 
 
 def test_plain_papermill_is_told_about_a_wrong_value(copy, root, tmp_path):
-    done = papermill(root/"nbs/stages/errors.ipynb", tmp_path/"out.ipynb", "-p", "run", copy, "-p", "max_images", "-3")
-    assert done.returncode != 0 and "errors.max_images = -3 (from the notebook): expected int" in done.stderr
+    done = papermill(root/"nbs/stages/errors.ipynb", tmp_path/"out.ipynb", "-p", "run", copy, "-p", "n_images", "-3")
+    assert done.returncode != 0 and "errors.n_images = -3 (from the notebook): expected int" in done.stderr
 
 
 def test_predict(smoke_run, tmp_path):
