@@ -153,20 +153,30 @@ def stage_faults(notebook: Path) -> list[str]:
 def docs_faults(notebook: Path) -> list[str]:
     """Find what nbdev stumbles over when it processes a library notebook for the documentation.
 
-    It runs the exported cells and every cell that holds an import, and no other, then looks up each annotation.
+    It runs the exported cells and every cell that holds an import, and no other, and looks up the annotations of a
+    public name right after the cell that defines it.
     """
     found, typed, loaded = [], set(), set()
     for i, cell in enumerate(cells(notebook)):
         skipped = re.search(r"nbdev_export\(\)|^#\|\s*eval:\s*false", cell["source"], re.M)
         if cell["cell_type"] != "code" or skipped: continue
         tree = ast.parse(cell["source"])
-        inside = [n for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom))]
+        imported = [n for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom))]
         if re.search(r"^#\|\s*export", cell["source"], re.M):
             for block in filter(_for_types_only, tree.body): typed |= {_bound(a) for n in block.body for a in n.names}
+            found += [f"cell {i} is annotated with {name}, which was imported for types only: import it in a hidden cell above"
+                      for name in sorted((typed - loaded) & _annotations(tree))]
             continue
-        loaded |= {_bound(a) for n in inside for a in n.names}
-        if inside and len(inside) != len(tree.body): found.append(f"cell {i} mixes imports with other code")
-    return found + [f"{n} is imported for types only: import it in a hidden cell too" for n in sorted(typed - loaded)]
+        loaded |= {_bound(a) for n in imported for a in n.names}
+        if imported and len(imported) != len(tree.body): found.append(f"cell {i} mixes imports with other code")
+    return found
+
+
+def _annotations(tree: ast.Module) -> set[str]:
+    public = [n for n in tree.body if isinstance(n, (Definition, ast.ClassDef)) and n.name[0] != "_"]
+    functions = [f for n in public for f in ast.walk(n) if isinstance(f, Definition)]
+    shown = [a.annotation for f in functions for a in ast.walk(f.args) if isinstance(a, ast.arg)] + [f.returns for f in functions]
+    return {n.id for a in shown if a for n in ast.walk(a) if isinstance(n, ast.Name)}
 
 
 def _bound(alias: ast.alias) -> str: return alias.asname or alias.name.split(".")[0]
