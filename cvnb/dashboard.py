@@ -29,7 +29,7 @@ from .metrics import Figure, accuracy, calibration_error, calibration_table, con
 
 # %% auto #0
 __all__ = ['ORDERS', 'INK', 'BLUE', 'RED', 'Results', 'read_results', 'newest_run', 'Choice', 'select', 'thumbnail', 'grid',
-           'headline', 'heat_map', 'reliability_plot', 'where_to_look', 'Dashboard', 'dashboard']
+           'headline', 'matrix_classes', 'heat_map', 'reliability_plot', 'where_to_look', 'Dashboard', 'dashboard']
 
 # %% ../nbs/15_dashboard.ipynb #cell-5
 @dataclass(frozen=True)
@@ -194,10 +194,22 @@ def headline(
         _card("Mistakes in the selection", f"{wrong:,}", f"of {len(part):,} images", "chosen")]) + "</div>"
 
 # %% ../nbs/15_dashboard.ipynb #cell-30
+def matrix_classes(
+    table: pd.DataFrame,   # from `errors.answers`
+    classes: list[str],    # all classes, in order
+    most: int = 100,       # more than a screen can show
+) -> list[str]:            # in order
+    "Pick the classes of the confusion matrix: all, or where there are too many those that are wrong or wrongly predicted most often."
+    wrong = table[~table.correct]
+    counts = pd.concat([wrong.label, wrong.predicted]).value_counts()
+    chosen = sorted(classes, key=lambda c: -counts.get(c, 0))[:most]
+    return [c for c in classes if c in {*chosen}]
+
+# %% ../nbs/15_dashboard.ipynb #cell-32
 _EMPTY = "#f6f7f9"
 _SHADES = dict(wrong=[[0, _EMPTY], [0.001, "#fde3dc"], [1, RED]], right=[[0, _EMPTY], [0.001, "#e3edf7"], [1, "#a9c8e8"]])
 
-# %% ../nbs/15_dashboard.ipynb #cell-31
+# %% ../nbs/15_dashboard.ipynb #cell-33
 def _layer(
     counts: np.ndarray,   # (C, C)
     mask: np.ndarray,     # bool (C, C): the cells of this layer
@@ -211,7 +223,7 @@ def _layer(
                       text=text, texttemplate="%{text}" if len(counts) <= 20 else None, customdata=about, hovertemplate=hover,
                       hoverongaps=False, xgap=1, ygap=1)
 
-# %% ../nbs/15_dashboard.ipynb #cell-32
+# %% ../nbs/15_dashboard.ipynb #cell-34
 def heat_map(
     counts: pd.DataFrame,   # from `metrics.confusion`
     choice: Choice,         # its classes are framed
@@ -228,7 +240,7 @@ def heat_map(
     figure.update_yaxes(title="true", range=[n - 0.5, -0.5], scaleanchor="x", **ticks)
     return _plain(_framed(figure, list(counts.index), choice))
 
-# %% ../nbs/15_dashboard.ipynb #cell-33
+# %% ../nbs/15_dashboard.ipynb #cell-35
 def _framed(
     figure: go.Figure,    # a confusion matrix
     classes: list[str],   # in its order
@@ -240,7 +252,7 @@ def _framed(
     (x0, x1), (y0, y1) = span(choice.predicted), span(choice.label)
     return figure.add_shape(type="rect", x0=x0, x1=x1, y0=y0, y1=y1, line=dict(color=INK, width=2))
 
-# %% ../nbs/15_dashboard.ipynb #cell-34
+# %% ../nbs/15_dashboard.ipynb #cell-36
 def _plain(
     figure: go.Figure,   # any figure
 ) -> go.Figure:          # `figure`, in the page's style
@@ -250,12 +262,12 @@ def _plain(
     return figure.update_layout(height=430, margin=dict(l=10, r=10, t=10, b=10), paper_bgcolor="white", plot_bgcolor="white",
                                 showlegend=False, font=dict(family="system-ui, sans-serif", size=13, color=INK), dragmode=False)
 
-# %% ../nbs/15_dashboard.ipynb #cell-36
+# %% ../nbs/15_dashboard.ipynb #cell-38
 def reliability_plot(
     bins: pd.DataFrame,   # from `metrics.calibration_table`
 ) -> go.Figure:           # accuracy against confidence
     "Draw the reliability of the confidence; bins hold equally many images."
-    low = max(0, min(bins.confidence.min(), bins.low.min()) - 0.03)
+    low = min(bins.confidence.min(), bins.low.min()) - 0.03
     hover = "confidence %{x:.1%}<br>accuracy <b>%{y:.1%}</b><br>%{customdata[0]:.1%} … %{customdata[1]:.1%}<br>%{customdata[2]} images<extra></extra>"
     spread = dict(type="data", symmetric=False, array=bins.high - bins.accuracy, arrayminus=bins.accuracy - bins.low, thickness=1, width=3)
     ideal = go.Scatter(x=[0, 1], y=[0, 1], mode="lines", line=dict(color="#b8bfc8", dash="dash", width=1), hoverinfo="skip")
@@ -266,12 +278,12 @@ def reliability_plot(
     figure.update_yaxes(title="accuracy", range=[low, 1.02], tickformat=".0%")
     return _plain(figure).update_yaxes(showgrid=True, gridcolor="#eef0f3")
 
-# %% ../nbs/15_dashboard.ipynb #cell-39
+# %% ../nbs/15_dashboard.ipynb #cell-41
 _LINE = """<tr class="{mark}"><td>{name}</td>
 <td class="bar"><i style="left:{low:.1f}%;width:{width:.1f}%"></i><b style="left:{value:.1f}%"></b></td>
 <td>{value:.1f}%</td><td class="soft">{low:.1f} … {high:.1f}%</td><td class="soft">n = {n:,}</td></tr>"""
 
-# %% ../nbs/15_dashboard.ipynb #cell-40
+# %% ../nbs/15_dashboard.ipynb #cell-42
 def _list(
     title: str,          # what is listed
     note: str,           # what it means
@@ -284,7 +296,7 @@ def _list(
                           width=100 * (r.high - r.low), n=r.n) for name, r, mark in zip(names, rows.itertuples(), marked)]
     return f'<div class="list"><h2>{escape(title)}</h2><p>{escape(note)}</p><table>{"".join(lines)}</table></div>'
 
-# %% ../nbs/15_dashboard.ipynb #cell-41
+# %% ../nbs/15_dashboard.ipynb #cell-43
 def where_to_look(
     table: pd.DataFrame,   # from `errors.answers`, one split
     n: int = 8,            # at most so many of each
@@ -297,7 +309,7 @@ def where_to_look(
                   pairs.label + " taken for " + pairs.predicted, pairs.rename(columns=dict(share="value")), [False] * len(pairs))
     return f'<div class="lists">{parts}{mixed}</div>'
 
-# %% ../nbs/15_dashboard.ipynb #cell-44
+# %% ../nbs/15_dashboard.ipynb #cell-46
 _STYLE = """<style>
 .cvnb { max-width: 1320px; margin: 0 auto; padding: 18px 24px 60px; font-family: system-ui, -apple-system, "Segoe UI", sans-serif;
    color: #1f2937; overflow: visible; }
@@ -351,7 +363,7 @@ _STYLE = """<style>
 .cvnb .warn { color: #92400e; background: #fef6e7; border-radius: 8px; padding: 8px 14px; font-size: 13.5px; line-height: 1.4; }
 </style>"""
 
-# %% ../nbs/15_dashboard.ipynb #cell-45
+# %% ../nbs/15_dashboard.ipynb #cell-47
 _CLICKS = """<script>(() => {
   const send = text => { const box = document.querySelector('.cvnb-pick input'); box.value = text;
     for (const name of ['input', 'change']) box.dispatchEvent(new Event(name, {bubbles: true})); };
@@ -361,7 +373,7 @@ _CLICKS = """<script>(() => {
   new MutationObserver(look).observe(document.body, {childList: true, subtree: true});
 })()</script>"""
 
-# %% ../nbs/15_dashboard.ipynb #cell-46
+# %% ../nbs/15_dashboard.ipynb #cell-48
 def _output(
     kind: str,      # MIME type
     data: Any,      # what it shows
@@ -369,7 +381,7 @@ def _output(
     "Wrap something to show the way a kernel sends it."
     return (dict(output_type="display_data", data={kind: data}, metadata={}),)
 
-# %% ../nbs/15_dashboard.ipynb #cell-47
+# %% ../nbs/15_dashboard.ipynb #cell-49
 def _show(
     panel: widgets.Output,   # where to show it
     figure: go.Figure,       # what to show
@@ -378,14 +390,14 @@ def _show(
     config = dict(displayModeBar=False, responsive=True, typesetMath=False)
     panel.outputs = _output("application/vnd.plotly.v1+json", json.loads(figure.to_json()) | dict(config=config))
 
-# %% ../nbs/15_dashboard.ipynb #cell-48
+# %% ../nbs/15_dashboard.ipynb #cell-50
 def _of_split(
     table: pd.DataFrame,   # one split
 ) -> tuple[Figure, str]:   # its calibration error, and where to look
     "Work out what no filter changes."
     return calibration_error(table.confidence, table.correct), where_to_look(table)
 
-# %% ../nbs/15_dashboard.ipynb #cell-49
+# %% ../nbs/15_dashboard.ipynb #cell-51
 class Dashboard:
     "The page of a run's errors: widgets, and what they show."
     def __init__(self,
@@ -393,6 +405,7 @@ class Dashboard:
         per_page: int = 36,  # images on one page of the grid
     ):
         self.results, self.per_page, self.page, self._busy = results, per_page, 0, False
+        self.shown = matrix_classes(results.table, results.classes)
         self._of_split = lru_cache(lambda split: _of_split(results.table[results.table.split == split]))
         self.filters, self.views = _filters(results), _views()
         for widget in self.filters.values(): widget.observe(lambda _: self.draw(), "value")
@@ -411,7 +424,7 @@ class Dashboard:
         low, high = values.pop("confidence")
         return Choice(low=low, high=high, **values)
 
-# %% ../nbs/15_dashboard.ipynb #cell-50
+# %% ../nbs/15_dashboard.ipynb #cell-52
 def _filters(
     results: Results,   # the run
 ) -> dict[str, widgets.Widget]:   # one per field of `Choice`; confidence is a range
@@ -427,7 +440,7 @@ def _filters(
     return dict(split=drop("Split", splits, "110px"), label=drop("True class", classes, "190px"), predicted=drop("Predicted", classes, "190px"),
                 show=show, confidence=confidence, order=drop("", orders, "215px"))
 
-# %% ../nbs/15_dashboard.ipynb #cell-51
+# %% ../nbs/15_dashboard.ipynb #cell-53
 def _views() -> dict[str, widgets.Widget]:   # what shows, and what turns pages
     "Make everything that is no filter."
     button = lambda text, tip: widgets.Button(description=text, tooltip=tip, layout=dict(width="auto"))
@@ -439,7 +452,7 @@ def _views() -> dict[str, widgets.Widget]:   # what shows, and what turns pages
     views["clicks"].outputs = _output("text/html", _CLICKS)
     return views
 
-# %% ../nbs/15_dashboard.ipynb #cell-52
+# %% ../nbs/15_dashboard.ipynb #cell-54
 def _head(
     results: Results,   # the run
 ) -> str:               # HTML
@@ -449,7 +462,7 @@ def _head(
     if results.root.is_dir(): return _STYLE + text
     return _STYLE + text + '<p class="warn">The images are not where the audit found them, so the grid shows none.</p>'
 
-# %% ../nbs/15_dashboard.ipynb #cell-53
+# %% ../nbs/15_dashboard.ipynb #cell-55
 def _panel(
     title: str,               # what is shown
     hint: str,                # how to read it
@@ -460,7 +473,7 @@ def _panel(
     panel = widgets.VBox([widgets.HTML(f'<h2>{title}</h2><p class="hint">{hint}</p>'), view], layout=dict(width=width))
     return panel.add_class("panel")
 
-# %% ../nbs/15_dashboard.ipynb #cell-54
+# %% ../nbs/15_dashboard.ipynb #cell-56
 def _layout(
     results: Results,   # the run
     filters: dict,      # from `_filters`
@@ -470,16 +483,26 @@ def _layout(
     gap = widgets.HTML(layout=dict(flex="1"))
     names = "split", "label", "predicted", "confidence", "show"
     controls = widgets.HBox([*(filters[n] for n in names), gap, views["reset"]], layout=dict(flex_flow="row wrap")).add_class("bar-of-filters")
+    few = len(results.classes) == len(matrix_classes(results.table, results.classes))
+    which = "" if few else "The classes with the most mistakes. "
     panels = widgets.HBox([
-        _panel("Confusion matrix", "Red: mistakes. Click a cell to see its images, again to see all.", views["matrix"], "54%"),
-        _panel("Reliability", "Of what is predicted as chosen above: accuracy by confidence, in groups of equal size. Dashed: as it should be.", views["bins"], "46%")])
+        _panel("Confusion matrix", f"{which}Red: mistakes. Click a cell to see its images, again to see all.", views["matrix"], "54%"),
+        _panel("Reliability", "Accuracy by confidence, for the predicted class. Dashed: as it should be.", views["bins"], "46%")])
     explain = [views["explain"]] if results.pictures else []
     turn = [views["title"], gap, *explain, filters["order"], views["back"], views["next"]]
     turn = widgets.HBox(turn, layout=dict(align_items="center", margin="14px 0 6px"))
     parts = widgets.HTML(_head(results)), views["cards"], controls, panels, turn, views["grid"], views["lists"], views["pick"], views["clicks"]
     return widgets.VBox(parts).add_class("cvnb")
 
-# %% ../nbs/15_dashboard.ipynb #cell-55
+# %% ../nbs/15_dashboard.ipynb #cell-57
+def _counts(
+    table: pd.DataFrame,   # rows of these classes, perhaps none
+    classes: list[str],    # in order
+) -> pd.DataFrame:         # counts (C, C)
+    "Count which class was taken for which, also where there is nothing to count."
+    return confusion(table.label, table.predicted, classes) if len(table) else pd.DataFrame(0, classes, classes)
+
+# %% ../nbs/15_dashboard.ipynb #cell-58
 @patch
 def draw(self: Dashboard,
     page: int = 0,   # of the grid; brought into its range
@@ -488,16 +511,17 @@ def draw(self: Dashboard,
     if self._busy: return
     choice, table, views = self.choice, self.results.table, self.views
     rows, spread = select(table, choice), select(table, choice, "label", "predicted", "show")
-    classes, believed = self.results.classes, select(table, choice, "label", "confidence", "show")
+    believed = select(table, choice, "label", "confidence", "show")
     error, views["lists"].value = self._of_split(choice.split)
     views["cards"].value = headline(self.results, choice, error)
-    _show(views["matrix"], heat_map(confusion(spread.label, spread.predicted, classes) if len(spread) else pd.DataFrame(0, classes, classes), choice))
+    inside = spread.label.isin(self.shown) & spread.predicted.isin(self.shown)
+    _show(views["matrix"], heat_map(_counts(spread[inside], self.shown), choice))
     groups = min(10, max(1, len(believed) // 10))
     if len(believed): _show(views["bins"], reliability_plot(calibration_table(believed.confidence, believed.correct, groups)))
     else: views["bins"].outputs = _output("text/html", "<p class='hint'>This class was never predicted.</p>")
     self.turn(rows, page)
 
-# %% ../nbs/15_dashboard.ipynb #cell-56
+# %% ../nbs/15_dashboard.ipynb #cell-59
 @patch
 def turn(self: Dashboard,
     rows: pd.DataFrame,   # all rows of the grid
@@ -514,7 +538,7 @@ def turn(self: Dashboard,
     (self.widget.add_class if explain else self.widget.remove_class)("explained")
     views["grid"].value = grid(self.results, part, explain)
 
-# %% ../nbs/15_dashboard.ipynb #cell-57
+# %% ../nbs/15_dashboard.ipynb #cell-60
 @patch
 def set(self: Dashboard,
     choice: Choice,   # what to show
@@ -526,20 +550,20 @@ def set(self: Dashboard,
     self._busy = False
     self.draw()
 
-# %% ../nbs/15_dashboard.ipynb #cell-58
+# %% ../nbs/15_dashboard.ipynb #cell-61
 @patch
 def pick(self: Dashboard,
     cell: str,   # "row,column,…" as the matrix sends it
 ) -> None:
     "Choose the classes of a cell of the matrix, or all again if it is chosen already."
-    try: label, predicted = (self.results.classes[int(i)] for i in cell.split(",")[:2])
+    try: label, predicted = (self.shown[int(i)] for i in cell.split(",")[:2])
     except (ValueError, IndexError): return
     now = self.choice
     if (now.label, now.predicted) == (label, predicted): return self.set(replace(now, label="", predicted=""))
     hidden = now.show == ("wrong" if label == predicted else "correct")
     self.set(replace(now, label=label, predicted=predicted, show="all" if hidden else now.show))
 
-# %% ../nbs/15_dashboard.ipynb #cell-61
+# %% ../nbs/15_dashboard.ipynb #cell-64
 def dashboard(
     run: Path | str = "",    # a run directory; by default `CVNB_RUN`, or else the newest run
 ) -> widgets.Widget:         # the page
