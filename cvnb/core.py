@@ -25,7 +25,7 @@ import cvnb
 # %% auto #0
 __all__ = ['READY', 'CvnbError', 'UsageError', 'nearest', 'atomic_path', 'write_json', 'read_json', 'sha256_file', 'digest',
            'project_root', 'assets', 'resolve_run', 'n_cores', 'machine', 'seed_everything', 'now', 'file_record',
-           'Stage', 'finished', 'stage_key']
+           'Stage', 'finished', 'show_figure', 'stage_key']
 
 # %% ../nbs/00_core.ipynb #cell-5
 class CvnbError(Exception):
@@ -262,8 +262,9 @@ def metric(self: Stage,
     n: int | None = None,       # how many observations it stands on
 ) -> Any:                       # `value`
     "Record a headline figure."
-    get = lambda key, default: getattr(value, key, default)
-    self.metrics[name] = dict(value=get("value", value), low=get("low", low), high=get("high", high), n=get("n", n))
+    given = dict(value=value, low=low, high=high, n=n)
+    plain = lambda v: v if isinstance(v, (int, float, type(None))) and type(v).__module__ == "builtins" else _plain(v)
+    self.metrics[name] = {k: plain(getattr(value, k, v)) for k, v in given.items()}
     return value
 
 # %% ../nbs/00_core.ipynb #cell-48
@@ -292,8 +293,17 @@ def _collect(self: Stage) -> dict[str, dict]:   # name -> {"path", "sha256", "by
     return found
 
 # %% ../nbs/00_core.ipynb #cell-50
+def show_figure(
+    figure: dict,   # value, low, high, n
+) -> str:           # "0.9840 [0.9740, 0.9900] (n=750)"
+    "Write a recorded figure for people."
+    number = lambda v: "–" if v is None else f"{v:,}" if isinstance(v, int) else f"{v:.4g}"
+    interval = "" if figure["low"] is None else f" [{number(figure['low'])}, {number(figure['high'])}]"
+    return number(figure["value"]) + interval + (f" (n={figure['n']:,})" if figure["n"] else "")
+
+# %% ../nbs/00_core.ipynb #cell-51
 @patch
-def finish(self: Stage) -> dict:   # what was written: the stage's figures
+def finish(self: Stage) -> dict:   # the stage's figures, to look at
     "Write `stage.json`: the stage is done."
     parts = json.loads(os.environ.get("CVNB_KEY_PARTS", "null"))
     record = dict(stage=self.name, status="done", key=parts and stage_key(parts, self.inputs),
@@ -302,9 +312,9 @@ def finish(self: Stage) -> dict:   # what was written: the stage's figures
                   environment=dict(machine=machine(), parts=parts))
     write_json(self.dir/(READY if parts else "stage.json"), record)
     self.report(1, "done")
-    return self.metrics
+    return {name: show_figure(figure) for name, figure in self.metrics.items()}
 
-# %% ../nbs/00_core.ipynb #cell-52
+# %% ../nbs/00_core.ipynb #cell-53
 def stage_key(
     parts: dict,    # digests of code, modules, parameters, data and lock
     inputs: dict,   # input name -> digest

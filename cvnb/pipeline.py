@@ -32,6 +32,7 @@ from cvnb.core import (
     project_root,
     read_json,
     sha256_file,
+    show_figure,
     stage_key,
     write_json,
 )
@@ -424,8 +425,7 @@ def headline(
 ) -> str:           # "accuracy_test 0.984 [0.974, 0.990]"
     "Name a stage's first figures, those with an interval first."
     figures = sorted(record["metrics"].items(), key=lambda item: item[1]["low"] is None)[:n]
-    show = lambda v: "–" if v is None else f"{v:,.0f}" if abs(v) >= 100 or v == int(v) else f"{v:.4g}"
-    return " · ".join(f"{k} {show(f['value'])}" + (f" [{f['low']:.3f}, {f['high']:.3f}]" if f["low"] is not None else "") for k, f in figures)
+    return " · ".join(f"{name} {show_figure(figure | dict(n=None))}" for name, figure in figures)
 
 # %% ../nbs/13_pipeline.ipynb #cell-48
 def status(
