@@ -38,7 +38,7 @@ __all__ = ['LOADERS', 'CONTROL', 'PEER', 'Candidate', 'peak_memory_mb', 'batches
            'report_html', 'summarize', 'load_average', 'write_report', 'candidates_of', 'sample_images',
            'accuracies_of', 'slug']
 
-# %% ../nbs/12_benchmark.ipynb #cell-6
+# %% ../nbs/12_benchmark.ipynb #cell-7
 @dataclass(frozen=True)
 class Candidate:
     "One row of the table: a model in a runtime."
@@ -51,7 +51,7 @@ class Candidate:
         "Name the candidate."
         return f"{self.model}, {self.runtime}"
 
-# %% ../nbs/12_benchmark.ipynb #cell-7
+# %% ../nbs/12_benchmark.ipynb #cell-8
 def _torch(
     path: str,      # a folder with model.safetensors
     threads: int,   # of the runtime
@@ -67,10 +67,10 @@ def _torch(
         with torch.inference_mode(): return model(torch.from_numpy(images)).softmax(1).numpy()
     return predict
 
-# %% ../nbs/12_benchmark.ipynb #cell-8
+# %% ../nbs/12_benchmark.ipynb #cell-9
 _STATIC = 16   # sizes that OpenVINO compiles for; any further one takes the dynamic model
 
-# %% ../nbs/12_benchmark.ipynb #cell-9
+# %% ../nbs/12_benchmark.ipynb #cell-10
 def _openvino(
     path: str,      # an ONNX file
     threads: int,   # of the runtime
@@ -89,11 +89,11 @@ def _openvino(
         return requests[shape].infer({0: images}, share_inputs=True, share_outputs=True)[0].copy()
     return predict
 
-# %% ../nbs/12_benchmark.ipynb #cell-10
+# %% ../nbs/12_benchmark.ipynb #cell-11
 LOADERS: dict[str, Callable[[str, int], Predict]] = {
     "torch eager": _torch, "onnx fp32": predictor, "onnx int8": predictor, "openvino fp32": _openvino, "openvino int8": _openvino}
 
-# %% ../nbs/12_benchmark.ipynb #cell-12
+# %% ../nbs/12_benchmark.ipynb #cell-13
 def peak_memory_mb() -> float:   # megabytes; NaN where the system does not tell
     "Read the largest resident memory that this process has had."
     status = Path("/proc/self/status")
@@ -103,7 +103,7 @@ def peak_memory_mb() -> float:   # megabytes; NaN where the system does not tell
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
     return float("nan")
 
-# %% ../nbs/12_benchmark.ipynb #cell-13
+# %% ../nbs/12_benchmark.ipynb #cell-14
 def batches_of(
     images: list[np.ndarray],   # raw images, each uint8 (H, W, 3)
     batch_size: int,            # images at a time
@@ -114,7 +114,7 @@ def batches_of(
     same = [image for image in images if image.shape == common]
     return [np.stack([same[i % len(same)] for i in range(batch_size)])]
 
-# %% ../nbs/12_benchmark.ipynb #cell-14
+# %% ../nbs/12_benchmark.ipynb #cell-15
 def time_batches(
     predict: Predict,            # what is timed
     batches: list[np.ndarray],   # its inputs, taken in turn
@@ -129,7 +129,7 @@ def time_batches(
         seconds.append(time.perf_counter() - begin)
     return seconds[warm_up:]
 
-# %% ../nbs/12_benchmark.ipynb #cell-16
+# %% ../nbs/12_benchmark.ipynb #cell-17
 def _reply(
     predict: Predict,           # the runtime
     images: list[np.ndarray],   # raw images to time on
@@ -140,7 +140,7 @@ def _reply(
     if "memory" in request: return dict(peak_memory_mb=peak_memory_mb())
     return dict(seconds=time_batches(predict, batches_of(images, request["batch_size"]), request["time"], request["warm_up"]))
 
-# %% ../nbs/12_benchmark.ipynb #cell-17
+# %% ../nbs/12_benchmark.ipynb #cell-18
 def serve() -> None:
     "Be a worker: load what the first line of the input says, then answer a request per line until the input ends."
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -151,7 +151,7 @@ def serve() -> None:
     print(json.dumps(dict(ready=True)), file=out, flush=True)
     for line in sys.stdin: print(json.dumps(_reply(predict, images, json.loads(line))), file=out, flush=True)
 
-# %% ../nbs/12_benchmark.ipynb #cell-18
+# %% ../nbs/12_benchmark.ipynb #cell-19
 def _environment(
     threads: int,        # of each runtime
 ) -> dict[str, str]:     # environment variables
@@ -159,7 +159,7 @@ def _environment(
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
     return os.environ | dict.fromkeys(names, str(threads)) | dict(PYTHONUNBUFFERED="1")
 
-# %% ../nbs/12_benchmark.ipynb #cell-19
+# %% ../nbs/12_benchmark.ipynb #cell-20
 class Worker:
     "A process that holds one candidate."
     def __init__(self,
@@ -180,7 +180,7 @@ class Worker:
         self.process.kill()
         self.process.communicate()
 
-# %% ../nbs/12_benchmark.ipynb #cell-20
+# %% ../nbs/12_benchmark.ipynb #cell-21
 @patch
 def send(self: Worker,
     **request: Any,   # what JSON can hold
@@ -190,7 +190,7 @@ def send(self: Worker,
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
 
-# %% ../nbs/12_benchmark.ipynb #cell-21
+# %% ../nbs/12_benchmark.ipynb #cell-22
 @patch
 def receive(self: Worker) -> dict[str, Any]:   # the answer
     "Wait for an answer; raise `CvnbError` with the worker's last words if there is none."
@@ -198,7 +198,7 @@ def receive(self: Worker) -> dict[str, Any]:   # the answer
     said = self.log.read_text(errors="replace").strip().splitlines() or ["no reason given"]
     raise CvnbError(f"the benchmark's worker for {self.candidate.name} ended ({said[-1][:300]})", "Run the stage again.")
 
-# %% ../nbs/12_benchmark.ipynb #cell-28
+# %% ../nbs/12_benchmark.ipynb #cell-29
 @dataclass(frozen=True)
 class Measured:
     "What was measured of one candidate."
@@ -206,7 +206,7 @@ class Measured:
     batch_seconds: np.ndarray   # (rounds, 1): one batch
     peak_memory_mb: float       # of its process at batch 1
 
-# %% ../nbs/12_benchmark.ipynb #cell-29
+# %% ../nbs/12_benchmark.ipynb #cell-30
 def _turns(
     workers: list[Worker],   # loaded
     rounds: int,             # how often everyone gets a turn
@@ -222,7 +222,7 @@ def _turns(
             seconds[i].append(workers[i].receive()["seconds"])
     return [np.array(s) for s in seconds.values()]
 
-# %% ../nbs/12_benchmark.ipynb #cell-30
+# %% ../nbs/12_benchmark.ipynb #cell-31
 @contextlib.contextmanager
 def _started(
     candidates: list[Candidate],   # one process for each
@@ -236,7 +236,7 @@ def _started(
         for worker in workers: worker.receive()
         yield workers
 
-# %% ../nbs/12_benchmark.ipynb #cell-31
+# %% ../nbs/12_benchmark.ipynb #cell-32
 def _ask_all(
     workers: list[Worker],   # loaded
     **request: Any,          # the same for all
@@ -248,7 +248,7 @@ def _ask_all(
         answers.append(worker.receive())
     return answers
 
-# %% ../nbs/12_benchmark.ipynb #cell-32
+# %% ../nbs/12_benchmark.ipynb #cell-33
 def measure(
     candidates: list[Candidate],   # what to compare
     images: list[np.ndarray],      # raw images, each uint8 (H, W, 3)
@@ -269,7 +269,7 @@ def measure(
         classes = {i: _ask_all([workers[i]], classify=paths)[0]["classes"] for i, paths in (classify or {}).items()}
     return [Measured(*m) for m in zip(single, batch, memory)], classes
 
-# %% ../nbs/12_benchmark.ipynb #cell-35
+# %% ../nbs/12_benchmark.ipynb #cell-36
 def over_rounds(
     statistic: Callable[..., float],   # of arrays (rounds, calls)
     *seconds: np.ndarray,              # one or more of these, with the same rounds
@@ -279,7 +279,7 @@ def over_rounds(
     figure = bootstrap(lambda rows: statistic(*(s[rows.astype(int)] for s in seconds)), np.arange(len(seconds[0])), n_resamples=300)
     return Figure(figure.value, figure.low, figure.high, seconds[0].size)
 
-# %% ../nbs/12_benchmark.ipynb #cell-36
+# %% ../nbs/12_benchmark.ipynb #cell-37
 def ratio(
     reference: np.ndarray,   # seconds (rounds, calls)
     other: np.ndarray,       # seconds (rounds, calls), from the same rounds
@@ -287,10 +287,10 @@ def ratio(
     "Estimate the ratio of two medians."
     return over_rounds(lambda a, b: float(np.median(a) / np.median(b)), reference, other)
 
-# %% ../nbs/12_benchmark.ipynb #cell-38
+# %% ../nbs/12_benchmark.ipynb #cell-39
 CONTROL = (0.95, 1.05)   # where the ratio of a runtime to itself has to lie
 
-# %% ../nbs/12_benchmark.ipynb #cell-39
+# %% ../nbs/12_benchmark.ipynb #cell-40
 def control(
     candidate: Candidate,   # what ran twice
     one: np.ndarray,        # seconds (rounds, calls)
@@ -304,7 +304,7 @@ def control(
     return dict(model=candidate.model, runtime=candidate.runtime, ratio=figure.value, low=figure.low, high=figure.high, n=figure.n,
                 valid=valid, verdict=verdict)
 
-# %% ../nbs/12_benchmark.ipynb #cell-42
+# %% ../nbs/12_benchmark.ipynb #cell-43
 def size_mb(
     path: str,   # a model file, or a folder with model.safetensors
 ) -> float:      # megabytes
@@ -312,7 +312,7 @@ def size_mb(
     file = Path(path)/"model.safetensors" if Path(path).is_dir() else Path(path)
     return file.stat().st_size / 1e6
 
-# %% ../nbs/12_benchmark.ipynb #cell-43
+# %% ../nbs/12_benchmark.ipynb #cell-44
 def _row(
     candidate: Candidate,         # what the row is about
     found: Measured,              # its timings
@@ -331,10 +331,10 @@ def _row(
                 accuracy=accuracy.value, accuracy_low=accuracy.low, accuracy_high=accuracy.high, n=accuracy.n,
                 speedup=faster.value, speedup_low=faster.low, speedup_high=faster.high, vs_peer=against and against.value)
 
-# %% ../nbs/12_benchmark.ipynb #cell-44
+# %% ../nbs/12_benchmark.ipynb #cell-45
 PEER = ("trained", "openvino int8")   # the best that an unpruned model gets elsewhere
 
-# %% ../nbs/12_benchmark.ipynb #cell-45
+# %% ../nbs/12_benchmark.ipynb #cell-46
 def rows_of(
     candidates: list[Candidate],   # what was measured
     measured: list[Measured],      # their timings, in the same order
@@ -345,7 +345,7 @@ def rows_of(
     seconds = {(c.model, c.runtime): m.seconds for c, m in zip(candidates, measured)}
     return [_row(c, m, a, measured[0].seconds, seconds.get(PEER), batch_size) for c, m, a in zip(candidates, measured, accuracies)]
 
-# %% ../nbs/12_benchmark.ipynb #cell-49
+# %% ../nbs/12_benchmark.ipynb #cell-50
 def table(
     rows: list[dict[str, Any]],   # from `rows_of`
 ) -> pd.DataFrame:                # text, ready to show
@@ -361,11 +361,11 @@ def table(
         "MB": f"{r['size_mb']:.2f}", "memory MB": f"{r['peak_memory_mb']:.0f}"}
     return pd.DataFrame([shown(r) for r in rows])
 
-# %% ../nbs/12_benchmark.ipynb #cell-52
+# %% ../nbs/12_benchmark.ipynb #cell-53
 _MARKERS = {"torch eager": "o", "onnx fp32": "s", "onnx int8": "D", "openvino fp32": "^", "openvino int8": "v"}
 _COLORS = dict(trained="#4c72b0", compressed="#dd8452")
 
-# %% ../nbs/12_benchmark.ipynb #cell-53
+# %% ../nbs/12_benchmark.ipynb #cell-54
 def plot(
     rows: list[dict[str, Any]],   # from `rows_of`
 ) -> Plot:                        # accuracy against latency
@@ -386,14 +386,14 @@ def plot(
     plt.close(figure)
     return figure
 
-# %% ../nbs/12_benchmark.ipynb #cell-56
+# %% ../nbs/12_benchmark.ipynb #cell-57
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1280px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0;font-size:13.5px;font-variant-numeric:tabular-nums;line-height:1.35}
 td,th{padding:.4em .7em;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}svg{max-width:100%;height:auto}
 p.void{background:#fdd;padding:.6em 1em;border-left:4px solid #c00}.scroll{overflow-x:auto}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.2em 1.5em}dt{font-weight:600}dd{margin:0;overflow-wrap:anywhere}"""
 
-# %% ../nbs/12_benchmark.ipynb #cell-57
+# %% ../nbs/12_benchmark.ipynb #cell-58
 def _svg(
     figure: Plot,   # a plot
 ) -> str:           # an <svg> element
@@ -402,7 +402,7 @@ def _svg(
     figure.savefig(text, format="svg", metadata=dict(Date=None, Creator=None))
     return text.getvalue()[text.getvalue().index("<svg"):]
 
-# %% ../nbs/12_benchmark.ipynb #cell-58
+# %% ../nbs/12_benchmark.ipynb #cell-59
 def _facts(
     result: dict[str, Any],   # benchmark.json
 ) -> dict[str, Any]:          # what the figures were measured on
@@ -412,7 +412,7 @@ def _facts(
                 cores=host["cores"], system=host["os"], load="{:.2f} before, {:.2f} after".format(*result["load"]), images=result["images"],
                 shipped=result["shipped"], **{f"bundle {name}": sha256 for name, sha256 in result["bundle"].items()})
 
-# %% ../nbs/12_benchmark.ipynb #cell-59
+# %% ../nbs/12_benchmark.ipynb #cell-60
 def report_html(
     result: dict[str, Any],   # benchmark.json
 ) -> str:                     # a whole page
@@ -428,7 +428,7 @@ def report_html(
 <p>From raw images to probabilities, one thread, one process per row, in turns. Intervals are 95 %.</p><dl>{listed}</dl></body></html>
 """
 
-# %% ../nbs/12_benchmark.ipynb #cell-60
+# %% ../nbs/12_benchmark.ipynb #cell-61
 def summarize(
     run: str,                       # the run's name
     rows: list[dict[str, Any]],     # from `rows_of`
@@ -443,12 +443,12 @@ def summarize(
     return dict(run=run, rows=rows, control=checked, machine=machine(), load=load, date=now(), images=about,
                 shipped=bundle["shipped"]["model"], bundle={name: record["sha256"] for name, record in bundle["files"].items()})
 
-# %% ../nbs/12_benchmark.ipynb #cell-61
+# %% ../nbs/12_benchmark.ipynb #cell-62
 def load_average() -> float:   # of the last minute; NaN where the system does not tell
     "Read how busy the machine is."
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
 
-# %% ../nbs/12_benchmark.ipynb #cell-63
+# %% ../nbs/12_benchmark.ipynb #cell-64
 def write_report(
     path: Path,               # report.html
     result: dict[str, Any],   # benchmark.json
@@ -457,7 +457,7 @@ def write_report(
     with atomic_path(path) as temp: temp.write_text(report_html(result), encoding="utf-8")
     return path
 
-# %% ../nbs/12_benchmark.ipynb #cell-65
+# %% ../nbs/12_benchmark.ipynb #cell-66
 def candidates_of(
     run: Path,              # a run whose export has finished
     openvino: bool = True,  # whether to measure OpenVINO where it is installed
@@ -472,7 +472,7 @@ def candidates_of(
         found += [Candidate("trained", f"openvino {p}", c.path) for p, c in dict(fp32=found[1], int8=found[2]).items()]
     return found
 
-# %% ../nbs/12_benchmark.ipynb #cell-67
+# %% ../nbs/12_benchmark.ipynb #cell-68
 def sample_images(
     root: Path | str,      # the data folder
     rows: pd.DataFrame,    # test rows of the manifest
@@ -482,7 +482,7 @@ def sample_images(
     "Take test images at their own sizes."
     return [read_pixels(Path(root)/path) for path in rows.sample(min(n, len(rows)), random_state=seed).path]
 
-# %% ../nbs/12_benchmark.ipynb #cell-71
+# %% ../nbs/12_benchmark.ipynb #cell-72
 def accuracies_of(
     candidates: list[Candidate],       # what is compared
     parity: list[dict[str, Any]],      # from export.json: model, runtime, accuracy
@@ -494,7 +494,7 @@ def accuracies_of(
     known = {(p["model"], p["runtime"]): Figure(**p["accuracy"]) for p in parity}
     return [accuracy(np.array(classes[i]) == truth) if i in classes else known[c.model, c.runtime] for i, c in enumerate(candidates)]
 
-# %% ../nbs/12_benchmark.ipynb #cell-73
+# %% ../nbs/12_benchmark.ipynb #cell-74
 def slug(
     row: dict[str, Any],   # from `rows_of`
 ) -> str:                  # such as "compressed_int8"

@@ -98,7 +98,7 @@ def distillation_criterion(
     if loss not in LOSSES: raise UsageError(f"no distillation loss '{loss}'", nearest(loss, list(LOSSES)))
     return Distillation(teacher.eval(), loss, temperature, soft)
 
-# %% ../nbs/09_distill.ipynb #cell-28
+# %% ../nbs/09_distill.ipynb #cell-29
 def verdict(
     reference: pd.DataFrame,   # predictions of the trained model: path, correct
     new: pd.DataFrame,         # predictions of the compressed model: path, correct
@@ -107,10 +107,11 @@ def verdict(
     "Test whether a model may replace another; raise `CvnbError` if they did not answer the same images."
     both = reference[["path", "correct"]].merge(new[["path", "correct"]], on="path", validate="1:1", suffixes=("_reference", "_new"))
     if not len(both) == len(reference) == len(new):
-        raise CvnbError(f"the models answered different images ({len(reference)} and {len(new)}, {len(both)} in common)", "Run train again, then compress.")
+        raise CvnbError(f"the models answered different images ({len(reference)} and {len(new)}, {len(both)} in common)",
+                        "Run train again, then compress.")
     return noninferiority(both.correct_reference, both.correct_new, margin)
 
-# %% ../nbs/09_distill.ipynb #cell-29
+# %% ../nbs/09_distill.ipynb #cell-30
 def verdict_text(
     result: NonInferiority,   # from `verdict`
 ) -> str:                     # Markdown
@@ -121,4 +122,5 @@ def verdict_text(
                f"{result.only_new} images are right only now, {result.only_reference} were right only before.")
     if result.accepted: return f"**Accepted: the compressed model is not worse by more than the margin.** {numbers}"
     if result.high < -result.margin: return f"**Rejected: the compressed model is worse by more than the margin.** {numbers}"
-    return f"**Rejected: that the compressed model is good enough could not be shown.** {numbers} More test images or a longer distillation can settle it."
+    return (f"**Rejected: that the compressed model is good enough could not be shown.** {numbers} "
+            "More test images, a longer distillation or a larger macs_fraction can settle it.")

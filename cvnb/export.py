@@ -39,7 +39,7 @@ __all__ = ['OPSET', 'Predict', 'RUNTIMES', 'FILES', 'TOLERANCE', 'exportable', '
            'require_parity', 'parity_table', 'choose', 'bundle_metrics', 'write_bundle', 'reference_rows',
            'find_bundle', 'Bundle', 'as_pixels', 'bundle_digest']
 
-# %% ../nbs/11_export.ipynb #cell-6
+# %% ../nbs/11_export.ipynb #cell-7
 def exportable(
     model: VisionModel,   # stays as it is
 ) -> nn.Module:           # raw images in, probabilities out
@@ -61,7 +61,7 @@ def exportable(
     for name in pools: model.set_submodule(name, Mean())
     return Probabilities(model).eval()
 
-# %% ../nbs/11_export.ipynb #cell-8
+# %% ../nbs/11_export.ipynb #cell-9
 def _tidy(
     proto: onnx.ModelProto,   # changed in place
     spec: ModelSpec,          # what the model is
@@ -80,10 +80,10 @@ def _tidy(
     for key, value in facts.items(): proto.metadata_props.add(key=key, value=value)
     return proto
 
-# %% ../nbs/11_export.ipynb #cell-9
+# %% ../nbs/11_export.ipynb #cell-10
 OPSET = 18   # the first that has antialiased resizing
 
-# %% ../nbs/11_export.ipynb #cell-10
+# %% ../nbs/11_export.ipynb #cell-11
 def export_onnx(
     model: VisionModel,   # to export
     path: Path | str,     # the ONNX file to write
@@ -101,7 +101,7 @@ def export_onnx(
     with atomic_path(path) as temp: temp.write_bytes(_tidy(program.model_proto, model.spec).SerializeToString())
     return Path(path)
 
-# %% ../nbs/11_export.ipynb #cell-14
+# %% ../nbs/11_export.ipynb #cell-15
 def _signature(
     values: Iterable[Any],   # a graph's inputs or outputs
 ) -> list[tuple]:            # (name, element type, shape with names for what is free)
@@ -109,7 +109,7 @@ def _signature(
     shape = lambda v: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim]
     return [(v.name, v.type.tensor_type.elem_type, shape(v)) for v in values]
 
-# %% ../nbs/11_export.ipynb #cell-15
+# %% ../nbs/11_export.ipynb #cell-16
 def check_onnx(
     path: Path,           # an ONNX file
     n_classes: int,       # length of the output
@@ -129,7 +129,7 @@ def check_onnx(
     if size_mb > largest_mb: raise CvnbError(f"{path.name} has {size_mb:.2f} MB, and its weights need {largest_mb:.2f}", remedy)
     return size_mb
 
-# %% ../nbs/11_export.ipynb #cell-16
+# %% ../nbs/11_export.ipynb #cell-17
 def weights_mb(
     n_params: int,               # learned numbers
     bytes_per_weight: float = 4  # 4 for FP32, 1 for INT8
@@ -137,7 +137,7 @@ def weights_mb(
     "Say how large a file with these weights may be: 10 % and 0.3 MB for the graph itself are allowed."
     return 1.1 * n_params * bytes_per_weight / 1e6 + 0.3
 
-# %% ../nbs/11_export.ipynb #cell-19
+# %% ../nbs/11_export.ipynb #cell-20
 def read_pixels(
     path: Path | str,   # an image file
 ) -> np.ndarray:        # uint8 (H, W, 3)
@@ -146,10 +146,10 @@ def read_pixels(
     try: return np.asarray(open_image(path))
     except ValueError as e: raise UsageError(f"{path} is not an image that can be read ({e})", "Convert it to PNG or JPEG.") from None
 
-# %% ../nbs/11_export.ipynb #cell-20
+# %% ../nbs/11_export.ipynb #cell-21
 Predict = Callable[[np.ndarray], np.ndarray]   # uint8 (N, H, W, 3) to probabilities (N, C)
 
-# %% ../nbs/11_export.ipynb #cell-21
+# %% ../nbs/11_export.ipynb #cell-22
 def predictor(
     path: Path | str,   # an ONNX file
     threads: int = 0,   # 0 uses every core
@@ -157,7 +157,7 @@ def predictor(
     "Open an ONNX file as a function."
     return partial(run_images, open_session(path, threads))
 
-# %% ../nbs/11_export.ipynb #cell-22
+# %% ../nbs/11_export.ipynb #cell-23
 def run_mixed(
     predict: Predict,           # images of one size to probabilities
     images: list[np.ndarray],   # N times uint8 (H, W, 3), sizes may differ
@@ -169,7 +169,7 @@ def run_mixed(
     parts = [predict(np.stack([images[i] for i in rows])) for rows in shapes.values()]
     return np.concatenate(parts)[np.argsort(order)]
 
-# %% ../nbs/11_export.ipynb #cell-23
+# %% ../nbs/11_export.ipynb #cell-24
 def run_files(
     predict: Predict,              # images of one size to probabilities
     paths: Iterable[Path | str],   # N image files
@@ -181,10 +181,10 @@ def run_files(
         chunks = (list(pool.map(read_pixels, paths[i:i + batch_size])) for i in range(0, len(paths), batch_size))
         return np.concatenate([run_mixed(predict, chunk) for chunk in chunks])
 
-# %% ../nbs/11_export.ipynb #cell-28
+# %% ../nbs/11_export.ipynb #cell-29
 RUNTIMES = ("torch eager", "onnx fp32", "onnx int8")
 
-# %% ../nbs/11_export.ipynb #cell-29
+# %% ../nbs/11_export.ipynb #cell-30
 def answer_all(
     model: VisionModel,    # the model in torch
     fp32: Path,            # the same as ONNX
@@ -199,7 +199,7 @@ def answer_all(
     torch_sees = load_images(root, paths, model.spec.image_size)
     return dict(zip(RUNTIMES, (predict_proba(model, torch_sees), *(run_files(predictor(f), files) for f in (fp32, int8)))))
 
-# %% ../nbs/11_export.ipynb #cell-30
+# %% ../nbs/11_export.ipynb #cell-31
 @dataclass(frozen=True)
 class Parity:
     "How far a runtime's answers are from torch's, on the same images."
@@ -209,7 +209,7 @@ class Parity:
     same: Figure            # share of images with the same top class
     accuracy: Figure        # of the runtime
 
-# %% ../nbs/11_export.ipynb #cell-31
+# %% ../nbs/11_export.ipynb #cell-32
 def parity(
     runtime: str,           # name of what is compared
     expected: np.ndarray,   # torch's probabilities (N, C)
@@ -224,7 +224,7 @@ def parity(
     return Parity(runtime, float(gap[worst]), list(paths)[worst] if gap[worst] != 0 else "",
                   accuracy(expected.argmax(1) == found.argmax(1)), accuracy(found.argmax(1) == labels))
 
-# %% ../nbs/11_export.ipynb #cell-32
+# %% ../nbs/11_export.ipynb #cell-33
 def compare(
     answers: dict[str, np.ndarray],   # from `answer_all`
     labels: np.ndarray,               # int (N,), true classes
@@ -233,7 +233,7 @@ def compare(
     "Compare every runtime with torch."
     return [parity(runtime, answers["torch eager"], found, labels, paths) for runtime, found in answers.items()]
 
-# %% ../nbs/11_export.ipynb #cell-33
+# %% ../nbs/11_export.ipynb #cell-34
 def require_parity(
     result: Parity,      # from `parity`
     tolerance: float,    # largest difference of a probability that is accepted, 0 … 1
@@ -243,7 +243,7 @@ def require_parity(
     raise CvnbError(f"{result.runtime} differs from torch by {result.max_difference:.4f} on {result.worst}, and {tolerance:g} is accepted",
                     "Look at that image; the preprocessing in the graph is the first suspect.")
 
-# %% ../nbs/11_export.ipynb #cell-34
+# %% ../nbs/11_export.ipynb #cell-35
 def parity_table(
     results: dict[str, list[Parity]],   # model name -> its comparisons
 ) -> pd.DataFrame:                      # one row per model and runtime
@@ -252,7 +252,7 @@ def parity_table(
     return pd.DataFrame([dict(model=name, runtime=r.runtime, max_difference=r.max_difference, worst=r.worst, same_answer=str(r.same),
                               accuracy=str(r.accuracy)) for name, rows in results.items() for r in rows])
 
-# %% ../nbs/11_export.ipynb #cell-39
+# %% ../nbs/11_export.ipynb #cell-40
 def choose(
     trained: np.ndarray,      # bool (N,): what the trained model gets right
     compressed: np.ndarray,   # bool (N,): what the compressed model gets right
@@ -266,7 +266,7 @@ def choose(
            f"[{test.low:+.4f}, {test.high:+.4f}] on {test.n} test images")
     return dict(model="compressed" if test.accepted else "trained", why=why, test=asdict(test))
 
-# %% ../nbs/11_export.ipynb #cell-42
+# %% ../nbs/11_export.ipynb #cell-43
 def bundle_metrics(
     results: list[Parity],   # from `compare`, for the model that is shipped
 ) -> dict[str, Any]:         # figures as {"value", "low", "high", "n"}
@@ -275,12 +275,12 @@ def bundle_metrics(
     return dict(accuracy_fp32=asdict(fp32.accuracy), accuracy_int8=asdict(int8.accuracy), same_answer_int8=asdict(int8.same),
                 max_difference_fp32=fp32.max_difference, max_difference_int8=int8.max_difference)
 
-# %% ../nbs/11_export.ipynb #cell-43
+# %% ../nbs/11_export.ipynb #cell-44
 FILES = ("model.onnx", "model_int8.onnx", "labels.txt", "reference.npz")
 _INPUT = dict(name="images", dtype="uint8", shape=["batch", "height", "width", 3], channels="RGB", values="0 … 255, as decoded",
               preprocessing="resize and normalisation are in the graph")
 
-# %% ../nbs/11_export.ipynb #cell-44
+# %% ../nbs/11_export.ipynb #cell-45
 def _description(
     folder: Path,            # holds `FILES`
     spec: ModelSpec,         # what the model is
@@ -291,7 +291,7 @@ def _description(
     return dict(format=1, task=spec.task, labels=spec.classes, input=_INPUT | dict(resized_to=spec.image_size), output=output,
                 backbone=spec.backbone, **about, files={name: file_record(folder/name) for name in FILES}, cvnb=cvnb.__version__)
 
-# %% ../nbs/11_export.ipynb #cell-45
+# %% ../nbs/11_export.ipynb #cell-46
 def write_bundle(
     folder: Path | str,         # the bundle; one that is there is replaced
     fp32: Path,                 # the FP32 model
@@ -314,7 +314,7 @@ def write_bundle(
     os.replace(temp, folder)
     return folder
 
-# %% ../nbs/11_export.ipynb #cell-49
+# %% ../nbs/11_export.ipynb #cell-50
 def reference_rows(
     rows: pd.DataFrame,   # a manifest's rows: path, label, width, height
     n: int = 8,           # how many
@@ -323,7 +323,7 @@ def reference_rows(
     by_size = rows.assign(pixels=rows.width * rows.height).sort_values(["pixels", "path"])
     return by_size.groupby("label").head(1).sort_values("label").head(n)
 
-# %% ../nbs/11_export.ipynb #cell-53
+# %% ../nbs/11_export.ipynb #cell-54
 def find_bundle(
     where: Path | str,   # a bundle, or a run directory
 ) -> Path:               # the bundle's folder
@@ -333,7 +333,7 @@ def find_bundle(
             if (place/"bundle.json").is_file(): return place
     raise UsageError(f"no bundle in {where}", "Give a bundle's folder, or a run whose export stage has finished.")
 
-# %% ../nbs/11_export.ipynb #cell-54
+# %% ../nbs/11_export.ipynb #cell-55
 class Bundle:
     "A model with its labels: raw images in, named probabilities out."
     def __init__(self,
@@ -347,7 +347,7 @@ class Bundle:
 
     def __repr__(self) -> str: return f"Bundle({self.folder.name}: {self.about['task']}, {len(self.labels)} labels, {self.precision})"
 
-# %% ../nbs/11_export.ipynb #cell-55
+# %% ../nbs/11_export.ipynb #cell-56
 @patch(cls_method=True)
 def load(cls: Bundle,
     where: Path | str,        # a bundle, or a run directory
@@ -365,7 +365,7 @@ def load(cls: Bundle,
         raise CvnbError(f"{folder/'bundle.json'} does not belong to {names[precision]}", "Run the export stage again.")
     return cls(folder, about, session, precision)
 
-# %% ../nbs/11_export.ipynb #cell-56
+# %% ../nbs/11_export.ipynb #cell-57
 def as_pixels(
     image: Any,     # a path, or uint8 (H, W, 3)
 ) -> np.ndarray:    # uint8 (H, W, 3)
@@ -375,7 +375,7 @@ def as_pixels(
     got = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
     raise UsageError(f"an image has to be a path or a uint8 array (height, width, 3), and this is {got}", "Convert it first.")
 
-# %% ../nbs/11_export.ipynb #cell-57
+# %% ../nbs/11_export.ipynb #cell-58
 @patch
 def predict(self: Bundle,
     images: Any,             # a path or array, or several: paths, or uint8 arrays (H, W, 3) of any sizes
@@ -391,10 +391,10 @@ def predict(self: Bundle,
                                 confidence=float(p.max()), probabilities=dict(zip(self.labels, p.tolist()))))
     return answers
 
-# %% ../nbs/11_export.ipynb #cell-61
+# %% ../nbs/11_export.ipynb #cell-62
 TOLERANCE = dict(fp32=1e-3, int8=0.1)   # difference of a probability between machines
 
-# %% ../nbs/11_export.ipynb #cell-62
+# %% ../nbs/11_export.ipynb #cell-63
 @patch
 def verify(self: Bundle) -> dict[str, Any]:   # {"files", "images", "max_difference"}
     "Check every file against its digest, and the answers to the reference images; raise `CvnbError` if one differs."
@@ -410,7 +410,7 @@ def verify(self: Bundle) -> dict[str, Any]:   # {"files", "images", "max_differe
         raise CvnbError(f"{self.folder} answers differently here: a probability is off by {difference:.4f}", "Update onnxruntime.")
     return dict(files=len(self.about["files"]), images=len(images), max_difference=difference)
 
-# %% ../nbs/11_export.ipynb #cell-64
+# %% ../nbs/11_export.ipynb #cell-65
 def bundle_digest(
     folder: Path | str,   # a bundle
 ) -> str:                 # 64 hexadecimal digits

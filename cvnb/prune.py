@@ -36,7 +36,7 @@ def check_prunable(
     if own: raise CvnbError(f"{model.spec.backbone} cannot be pruned: it has {', '.join(sorted(own))} layers",
                             "Train a convolutional backbone with batch norm, such as resnet18.")
 
-# %% ../nbs/08_prune.ipynb #cell-11
+# %% ../nbs/08_prune.ipynb #cell-12
 def sensitivity(
     model: VisionModel,   # in eval mode
     images: Tensor,       # uint8 (N, H, W, 3)
@@ -62,7 +62,7 @@ def sensitivity(
         for hook in hooks: hook.remove()
     return total
 
-# %% ../nbs/08_prune.ipynb #cell-14
+# %% ../nbs/08_prune.ipynb #cell-15
 @torch.no_grad()
 def _areas(
     model: VisionModel,   # in eval mode
@@ -75,14 +75,14 @@ def _areas(
     for hook in hooks: hook.remove()
     return area
 
-# %% ../nbs/08_prune.ipynb #cell-15
+# %% ../nbs/08_prune.ipynb #cell-16
 def _macs(
     area: dict[nn.Module, int],   # from `_areas`
 ) -> int:                         # multiply-accumulates for one image
     "Add up the multiply-accumulates without running the network again."
     return sum(layer.weight.numel() * positions for layer, positions in area.items())
 
-# %% ../nbs/08_prune.ipynb #cell-17
+# %% ../nbs/08_prune.ipynb #cell-18
 def _worth(
     graph: tp.DependencyGraph,        # of the network
     group: Any,                       # a torch-pruning group with all its channels
@@ -102,7 +102,7 @@ def _worth(
         else: by_conv = mine if by_conv is None else by_conv + mine
     return (by_conv if by_norm is None else by_norm), macs
 
-# %% ../nbs/08_prune.ipynb #cell-19
+# %% ../nbs/08_prune.ipynb #cell-20
 class Slice(NamedTuple):
     "A handful of a group's channels that can go together."
     loss: float   # sensitivity per MAC: what to lose first
@@ -110,7 +110,7 @@ class Slice(NamedTuple):
     group: int    # position of its group
     end: int      # how many channels the group has lost once this slice is gone
 
-# %% ../nbs/08_prune.ipynb #cell-20
+# %% ../nbs/08_prune.ipynb #cell-21
 def _slices(
     worth: list[tuple[Tensor, float]],   # per group: sensitivity (channels,), MACs of one channel
     least: list[int],                    # per group: channels that stay
@@ -125,7 +125,7 @@ def _slices(
             begin = end
     return sorted(found)
 
-# %% ../nbs/08_prune.ipynb #cell-23
+# %% ../nbs/08_prune.ipynb #cell-24
 @dataclass(frozen=True)
 class _Surgery:
     "A network that is being cut, and what the cutting has to know."
@@ -135,7 +135,7 @@ class _Surgery:
     stay: dict[nn.Module, int]   # layer -> channels that stay
     round_to: int                # channels per slice
 
-# %% ../nbs/08_prune.ipynb #cell-24
+# %% ../nbs/08_prune.ipynb #cell-25
 def _prepare(
     model: VisionModel,   # will be changed in place
     round_to: int,        # channels per slice
@@ -146,7 +146,7 @@ def _prepare(
     graph = tp.DependencyGraph().build_dependency(model.net, torch.zeros(1, 3, size, size))
     return _Surgery(model, graph, area, {layer: max(round_to, int(keep * len(layer.weight))) for layer in area}, round_to)
 
-# %% ../nbs/08_prune.ipynb #cell-25
+# %% ../nbs/08_prune.ipynb #cell-26
 def _groups(
     surgery: _Surgery,   # whose model's classifier keeps its outputs
 ) -> list:               # torch-pruning groups
@@ -155,7 +155,7 @@ def _groups(
     found = surgery.graph.get_all_groups(ignored_layers=[surgery.model.net.get_classifier()])
     return [g for g in found if not any(grouped(item.dep.layer) for item in g)]
 
-# %% ../nbs/08_prune.ipynb #cell-26
+# %% ../nbs/08_prune.ipynb #cell-27
 def _remove(
     graph: tp.DependencyGraph,           # of the network, which is changed in place
     groups: list,                        # its groups
@@ -172,7 +172,7 @@ def _remove(
         root, channels = groups[i][0].dep, worth[i][0].argsort(stable=True)[:end].tolist()
         graph.get_pruning_group(root.layer, root.pruning_fn, channels).prune()
 
-# %% ../nbs/08_prune.ipynb #cell-27
+# %% ../nbs/08_prune.ipynb #cell-28
 def _unreachable(
     model: VisionModel,   # that should be pruned
     goal: float,          # fraction of its MACs that was asked for
@@ -182,7 +182,7 @@ def _unreachable(
     return CvnbError(f"{model.spec.backbone} cannot be pruned to {goal:.1%} of its MACs: {least:.1%} are left when every layer is down "
                      "to the channels that stay", "Raise compress.macs_fraction, or train a smaller backbone.")
 
-# %% ../nbs/08_prune.ipynb #cell-28
+# %% ../nbs/08_prune.ipynb #cell-29
 def _step(
     surgery: _Surgery,   # whose model is changed
     images: Tensor,      # uint8 (N, H, W, 3)
@@ -196,7 +196,7 @@ def _step(
     _remove(surgery.graph, groups, worth, slices, macs)
     return bool(slices)
 
-# %% ../nbs/08_prune.ipynb #cell-29
+# %% ../nbs/08_prune.ipynb #cell-30
 def prune_path(
     model: VisionModel,       # trained; stays as it is
     fractions: list[float],   # of the model's MACs, 0 … 1
@@ -219,7 +219,7 @@ def prune_path(
             if not _step(surgery, sample, now - max(goal * full, 0.8 * now), seed): raise _unreachable(model, goal, now / full)
         yield copy.deepcopy(surgery.model)
 
-# %% ../nbs/08_prune.ipynb #cell-30
+# %% ../nbs/08_prune.ipynb #cell-31
 def prune(
     model: VisionModel,      # trained; stays as it is
     macs_fraction: float,    # of the model's MACs that may stay, 0 … 1
@@ -229,7 +229,7 @@ def prune(
     "Prune a copy to at most a fraction of the MACs; raise `CvnbError` if that cannot be reached."
     return next(prune_path(model, [macs_fraction], images, **options))
 
-# %% ../nbs/08_prune.ipynb #cell-36
+# %% ../nbs/08_prune.ipynb #cell-37
 @torch.no_grad()
 def recalibrate(
     model: VisionModel,      # changed in place
@@ -248,7 +248,7 @@ def recalibrate(
     for m, momentum in zip(norms, momenta): m.momentum = momentum
     return model.eval()
 
-# %% ../nbs/08_prune.ipynb #cell-44
+# %% ../nbs/08_prune.ipynb #cell-46
 def layer_table(
     before: VisionModel,   # as it was trained
     after: VisionModel,    # its pruned copy
@@ -262,7 +262,7 @@ def layer_table(
         rows.append(dict(layer=name, inputs=f"{into} → {new_into}", outputs=f"{out} → {new_out}", weights_kept=kept))
     return pd.DataFrame(rows)
 
-# %% ../nbs/08_prune.ipynb #cell-47
+# %% ../nbs/08_prune.ipynb #cell-49
 def tradeoff(
     step: str,            # what this point is
     model: VisionModel,   # any model
@@ -273,7 +273,7 @@ def tradeoff(
     figure = accuracy(predict_logits(model, images).argmax(1) == labels)
     return dict(step=step, macs=count_macs(model), params=count_params(model), accuracy=figure.value, low=figure.low, high=figure.high, n=figure.n)
 
-# %% ../nbs/08_prune.ipynb #cell-48
+# %% ../nbs/08_prune.ipynb #cell-50
 def plot_tradeoffs(
     points: pd.DataFrame,   # rows of `tradeoff`
 ) -> Any:                   # a matplotlib figure

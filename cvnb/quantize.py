@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ['LAYERS', 'BETWEEN', 'open_session', 'run_images', 'layers', 'network_nodes', 'ImageReader', 'calibrate',
            'quantize_nodes', 'divergence', 'sensitivity', 'Quantized', 'quantize']
 
-# %% ../nbs/10_quantize.ipynb #cell-6
+# %% ../nbs/10_quantize.ipynb #cell-7
 def open_session(
     path: Path | str,   # an ONNX file
     threads: int = 0,   # 0 uses every core
@@ -42,7 +42,7 @@ def open_session(
         reason = str(e).splitlines()[0][:160]
         raise CvnbError(f"{path} cannot be opened ({reason})", "Run the export stage again.") from None
 
-# %% ../nbs/10_quantize.ipynb #cell-7
+# %% ../nbs/10_quantize.ipynb #cell-8
 def run_images(
     session: ort.InferenceSession,   # raw images in, probabilities out
     images: np.ndarray,              # uint8 (N, H, W, 3)
@@ -53,11 +53,11 @@ def run_images(
     batches = [images[i:i + batch_size] for i in range(0, len(images), batch_size)]
     return np.concatenate([session.run(None, {name: batch})[0] for batch in batches])
 
-# %% ../nbs/10_quantize.ipynb #cell-14
+# %% ../nbs/10_quantize.ipynb #cell-15
 LAYERS = ("Conv", "Gemm", "MatMul")   # what has weights and does the work
 BETWEEN = ("Add", "Mul", "Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool", "Concat")   # INT8 kernels exist
 
-# %% ../nbs/10_quantize.ipynb #cell-15
+# %% ../nbs/10_quantize.ipynb #cell-16
 def layers(
     model: onnx.ModelProto,   # an FP32 model
 ) -> list[str]:               # node names, from input to output
@@ -65,7 +65,7 @@ def layers(
     weights = {w.name for w in model.graph.initializer}
     return [n.name for n in model.graph.node if n.op_type in LAYERS and weights & set(n.input)]
 
-# %% ../nbs/10_quantize.ipynb #cell-17
+# %% ../nbs/10_quantize.ipynb #cell-18
 def network_nodes(
     model: onnx.ModelProto,   # an FP32 model
 ) -> list[str]:               # node names, from input to output
@@ -78,7 +78,7 @@ def network_nodes(
             if node.name in own or (node.op_type in BETWEEN and not normed): names.append(node.name)
     return names
 
-# %% ../nbs/10_quantize.ipynb #cell-20
+# %% ../nbs/10_quantize.ipynb #cell-21
 class ImageReader:
     "Feed images to ONNX Runtime's calibration, one batch per call."
     def __init__(self, images: np.ndarray, batch_size: int):
@@ -88,7 +88,7 @@ class ImageReader:
         batch = next(self.batches, None)
         return None if batch is None else dict(images=batch)
 
-# %% ../nbs/10_quantize.ipynb #cell-21
+# %% ../nbs/10_quantize.ipynb #cell-22
 def calibrate(
     source: Path,           # the FP32 model
     ranges: Path,           # JSON file to write
@@ -104,7 +104,7 @@ def calibrate(
     augmented.unlink()
     return ranges
 
-# %% ../nbs/10_quantize.ipynb #cell-24
+# %% ../nbs/10_quantize.ipynb #cell-25
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     "Keep ONNX Runtime's advice to pre-process out of the output; exported graphs are folded already."
@@ -112,7 +112,7 @@ def _quiet() -> Iterator[None]:
     try: yield
     finally: logging.disable(logging.NOTSET)
 
-# %% ../nbs/10_quantize.ipynb #cell-25
+# %% ../nbs/10_quantize.ipynb #cell-26
 def _tidy(
     quantized: onnx.ModelProto,   # changed in place
     source: onnx.ModelProto,      # what it was made from
@@ -126,7 +126,7 @@ def _tidy(
     quantized.opset_import.extend(keep)
     return quantized
 
-# %% ../nbs/10_quantize.ipynb #cell-26
+# %% ../nbs/10_quantize.ipynb #cell-27
 def quantize_nodes(
     source: Path,           # the FP32 model
     target: Path,           # where to write the INT8 model
@@ -145,7 +145,7 @@ def quantize_nodes(
         onnx.save(_tidy(onnx.load(temp), onnx.load(source)), temp)
     return target
 
-# %% ../nbs/10_quantize.ipynb #cell-31
+# %% ../nbs/10_quantize.ipynb #cell-32
 def divergence(
     expected: np.ndarray,   # probabilities (N, C)
     found: np.ndarray,      # probabilities (N, C)
@@ -154,7 +154,7 @@ def divergence(
     p, q = np.clip(expected, 1e-7, 1), np.clip(found, 1e-7, 1)
     return float((p * np.log(p / q)).sum(1).mean())
 
-# %% ../nbs/10_quantize.ipynb #cell-32
+# %% ../nbs/10_quantize.ipynb #cell-33
 def sensitivity(
     source: Path,           # the FP32 model
     ranges: Path,           # from `calibrate`
@@ -170,7 +170,7 @@ def sensitivity(
         alone.unlink()
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
-# %% ../nbs/10_quantize.ipynb #cell-35
+# %% ../nbs/10_quantize.ipynb #cell-36
 @dataclass(frozen=True)
 class Quantized:
     "How a model was quantized, and what that cost on the validation images."
@@ -183,7 +183,7 @@ class Quantized:
         return (f"{len(self.layers) - len(self.kept_fp32)} of {len(self.layers)} layers in INT8, accuracy "
                 f"{last.difference:+.4f} [{last.low:+.4f}, {last.high:+.4f}] (n={last.n:.0f})")
 
-# %% ../nbs/10_quantize.ipynb #cell-36
+# %% ../nbs/10_quantize.ipynb #cell-37
 def _prefixes(
     ranked: Callable[[], list[str]],   # gives the layers, the costliest first
 ) -> Iterator[list[str]]:              # 0, 1, 2, 4, … of them, at last all
@@ -193,7 +193,7 @@ def _prefixes(
     for k in range(math.ceil(math.log2(len(order))) if len(order) > 1 else 0): yield order[:2**k]
     yield order
 
-# %% ../nbs/10_quantize.ipynb #cell-38
+# %% ../nbs/10_quantize.ipynb #cell-39
 def quantize(
     source: Path,               # the FP32 model
     target: Path,               # where to write the INT8 model
@@ -220,7 +220,7 @@ def quantize(
             if tries[-1]["difference"] >= -tolerance: break
     return _quantized(model, kept, tries)
 
-# %% ../nbs/10_quantize.ipynb #cell-39
+# %% ../nbs/10_quantize.ipynb #cell-40
 def _compare(
     right_fp32: np.ndarray,   # bool (N,)
     right_int8: np.ndarray,   # bool (N,)
@@ -231,7 +231,7 @@ def _compare(
     paired = noninferiority(right_fp32, right_int8)
     return dict(kept_fp32=n_kept, difference=paired.difference, low=paired.low, high=paired.high, n=paired.n)
 
-# %% ../nbs/10_quantize.ipynb #cell-40
+# %% ../nbs/10_quantize.ipynb #cell-41
 def _quantized(
     model: onnx.ModelProto,   # the FP32 model
     kept: list[str],          # layers left in FP32

@@ -28,7 +28,6 @@ from torchvision.transforms import v2
 
 from .core import CvnbError, Stage, atomic_path, digest, read_json, write_json
 from .data import load_images
-from .metrics import accuracy
 from .models import VisionModel, predict_proba
 
 # %% auto #0
@@ -354,7 +353,7 @@ def tracker(
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     logger = WandbLogger(project="cvnb", name=f"{stage.run.name}/{stage.name}", save_dir=stage.dir, offline=mode == "offline", config=stage.params)
-    logger.experiment
+    _ = logger.experiment   # opens the run
     return logger
 
 # %% ../nbs/06_train.ipynb #cell-50
