@@ -193,7 +193,9 @@ def _show(
     rows = [(r["model"], r["runtime"], f"{r['accuracy']:.4f} [{r['accuracy_low']:.4f}, {r['accuracy_high']:.4f}]", f"{r['p50_ms']:.2f}",
              f"{r['size_mb']:.2f}", f"{r['speedup']:.1f}×") for r in _models(folder)]
     if rows:
+        verdict = read_json(folder/"benchmark/benchmark.json")["control"]["verdict"]
         _table("", dict(model="left", runtime="left", **{"accuracy [95 %]": "left", "ms p50": "right", "MB": "right", "faster": "right"}), rows)
+        print(f"\nControl: {verdict}")
         audit = read_json(folder/"audit/audit.json")
         image = next(iter(sorted(p for p in Path(audit["root"]).rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))), "IMAGE")
         where = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
