@@ -238,7 +238,7 @@ def input(self: Stage,
         raise CvnbError(f"{self.name} needs {stage}, which has not finished in {self.run}",
                         f"Run `cvnb run {stage} --run {self.run}` first.")
     outputs = {k: v for k, v in record["outputs"].items() if k == name or k.startswith(f"{name}/")}
-    if not outputs: raise CvnbError(f"{stage} wrote no {name} in {self.run}", f"Run it again with `--force {stage}`.")
+    if not outputs: raise CvnbError(f"{stage} wrote no {name} in {self.run}", f"Run it again: `cvnb run {stage} --run {self.run} --force`.")
     self.inputs |= {f"{stage}/{k}": v["sha256"] for k, v in outputs.items()}
     return self.run/stage/name
 
