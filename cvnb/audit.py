@@ -5,6 +5,7 @@
 # %% ../nbs/05_audit.ipynb #cell-3
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import subprocess
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from .core import CvnbError, atomic_path, digest, resolve_run
+from .core import CvnbError, UsageError, atomic_path, digest, resolve_run
 from .data import cache_dir, open_image, resize
 from .metrics import Figure, accuracy, proportion
 
@@ -26,12 +27,12 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['CHANGES', 'TAGS', 'part', 'mark_duplicates', 'originals', 'thumbnails', 'views', 'Planted', 'plant', 'neighbours',
-           'pick_threshold', 'Detector', 'measure', 'near_duplicates', 'detector_table', 'name_pairs', 'exact_pairs',
-           'leaks', 'reduce', 'probe', 'flag_labels', 'turned_labels_found', 'LabelCheck', 'check_labels',
-           'make_manifest', 'tagged', 'per_file', 'write_vectors', 'count_tags', 'summarize', 'show_pairs',
-           'show_suspects', 'fiftyone', 'start_fiftyone', 'dataset_name', 'write_dataset', 'load_dataset']
+           'pick_threshold', 'Detector', 'measure', 'near_duplicates', 'name_pairs', 'exact_pairs', 'leaks', 'reduce',
+           'probe', 'flag_labels', 'turned_labels_found', 'LabelCheck', 'check_labels', 'tagged', 'make_manifest',
+           'per_file', 'write_vectors', 'count_tags', 'summarize', 'show_pairs', 'show_suspects', 'fiftyone',
+           'start_fiftyone', 'dataset_name', 'write_dataset', 'load_dataset']
 
-# %% ../nbs/05_audit.ipynb #cell-8
+# %% ../nbs/05_audit.ipynb #cell-5
 def part(
     report: Callable[[float, str], None],   # told how much of the stage is done
     begin: float,                           # where the part begins, 0 … 1
@@ -40,7 +41,7 @@ def part(
     "Give one part of a stage its place on the progress bar."
     return lambda fraction, text="": report(begin + (end - begin) * fraction, text)
 
-# %% ../nbs/05_audit.ipynb #cell-11
+# %% ../nbs/05_audit.ipynb #cell-9
 def mark_duplicates(
     table: pd.DataFrame,   # from `inspect`
 ) -> pd.DataFrame:         # with `duplicate_of`: the first path with the same pixels, '' for that one itself
@@ -50,14 +51,16 @@ def mark_duplicates(
     original = table.pixel_sha256.where(table.ok).map(first)
     return table.assign(duplicate_of=original.where(table.ok & (original != table.path), "").astype(str))
 
-# %% ../nbs/05_audit.ipynb #cell-14
+# %% ../nbs/05_audit.ipynb #cell-10
 def originals(
     table: pd.DataFrame,   # from `mark_duplicates`
 ) -> pd.DataFrame:         # one row per image, without unreadable files and exact copies
-    "Take every image once."
-    return table[table.ok & (table.duplicate_of == "")].reset_index(drop=True)
+    "Take every image once; raise `UsageError` if all files hold the same one."
+    unique = table[table.ok & (table.duplicate_of == "")].reset_index(drop=True)
+    if len(unique) < 2: raise UsageError("all readable files hold the same image", "Give different images for different classes.")
+    return unique
 
-# %% ../nbs/05_audit.ipynb #cell-17
+# %% ../nbs/05_audit.ipynb #cell-13
 def thumbnails(
     images: np.ndarray,   # uint8 (N, H, W, 3)
     size: int = 16,       # side in pixels
@@ -69,7 +72,7 @@ def thumbnails(
     x -= x.mean(axis=1, keepdims=True)
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-6)
 
-# %% ../nbs/05_audit.ipynb #cell-19
+# %% ../nbs/05_audit.ipynb #cell-14
 def views(
     images: np.ndarray,   # uint8 (N, S, S, 3)
     image_size: int,      # side in pixels at which the network sees images
@@ -79,30 +82,24 @@ def views(
     from cvnb.models import embed
     return dict(network=embed(images, image_size, report=report), pixels=thumbnails(images))
 
-# %% ../nbs/05_audit.ipynb #cell-22
-def _recompress(image: PILImage) -> PILImage:
-    "Save as JPEG at quality 50 and read back."
+# %% ../nbs/05_audit.ipynb #cell-17
+CHANGES = ("recompressed", "cropped", "brighter")   # what is done to planted copies
+
+def _changed(
+    image: PILImage,   # any size
+    change: str,       # one of `CHANGES`
+) -> PILImage:         # of the same size
+    "Copy an image the way copies differ in practice."
     from PIL import Image
+    if change == "brighter": return image.point(lambda level: min(255, round(1.15 * level)))
+    if change == "cropped":
+        box = (image.width / 32, image.height / 32, image.width, image.height)
+        return image.resize(image.size, Image.Resampling.BILINEAR, box=box)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=50)
     return Image.open(buffer).convert("RGB")
 
-# %% ../nbs/05_audit.ipynb #cell-23
-def _crop(image: PILImage) -> PILImage:
-    "Cut 1/32 off the left and the top, and stretch to the old size."
-    from PIL import Image
-    width, height = image.size
-    return image.resize(image.size, Image.Resampling.BILINEAR, box=(width / 32, height / 32, width, height))
-
-# %% ../nbs/05_audit.ipynb #cell-24
-def _brighten(image: PILImage) -> PILImage:
-    "Make every level 15 % brighter."
-    return image.point(lambda level: min(255, round(1.15 * level)))
-
-# %% ../nbs/05_audit.ipynb #cell-25
-CHANGES = dict(recompressed=_recompress, cropped=_crop, brighter=_brighten)   # what is done to planted copies
-
-# %% ../nbs/05_audit.ipynb #cell-26
+# %% ../nbs/05_audit.ipynb #cell-18
 @dataclass(frozen=True)
 class Planted:
     "Changed copies of some images, and where they come from."
@@ -111,7 +108,7 @@ class Planted:
     change: np.ndarray   # str (P,): name of the change
     fit: np.ndarray      # bool (P,): half sets the threshold, the other half measures its recall
 
-# %% ../nbs/05_audit.ipynb #cell-27
+# %% ../nbs/05_audit.ipynb #cell-19
 def plant(
     root: Path | str,     # the data folder
     paths: pd.Series,     # images without exact copies, relative to it
@@ -123,12 +120,12 @@ def plant(
     import torch
     paths = list(paths)
     source = np.random.default_rng(seed).permutation(len(paths))[:n]
-    change = np.array([list(CHANGES)[i % len(CHANGES)] for i in range(len(source))])
-    changed = [np.array(CHANGES[c](open_image(Path(root)/paths[i]))) for c, i in zip(change, source)]
+    change = np.array([CHANGES[i % len(CHANGES)] for i in range(len(source))])
+    changed = [np.array(_changed(open_image(Path(root)/paths[i]), c)) for c, i in zip(change, source)]
     images = np.concatenate([resize(torch.from_numpy(x)[None], size).numpy() for x in changed])
     return Planted(images, source, change, np.arange(len(source)) // len(CHANGES) % 2 == 0)
 
-# %% ../nbs/05_audit.ipynb #cell-31
+# %% ../nbs/05_audit.ipynb #cell-22
 def neighbours(
     vectors: np.ndarray,   # float32 (N, D), rows of length 1
     k: int = 10,           # neighbours of each image
@@ -139,7 +136,7 @@ def neighbours(
     distance, position = search.kneighbors()        # of unit vectors: distance² = 2 - 2 cosine
     return (1 - distance ** 2 / 2).astype(np.float32), position
 
-# %% ../nbs/05_audit.ipynb #cell-34
+# %% ../nbs/05_audit.ipynb #cell-24
 def pick_threshold(
     own: np.ndarray,       # similarity of each own image to its nearest neighbour (N,)
     planted: np.ndarray,   # similarity of each planted copy to its source (P,)
@@ -153,7 +150,7 @@ def pick_threshold(
     below = own[own < best].max(initial=-1)
     return float((best + below) / 2 if below > -1 else best)
 
-# %% ../nbs/05_audit.ipynb #cell-36
+# %% ../nbs/05_audit.ipynb #cell-26
 @dataclass(frozen=True)
 class Detector:
     "How near duplicates are told from similar images, and how well that works on these images."
@@ -169,7 +166,13 @@ class Detector:
         "Give the difference of recall and flagged share."
         return self.recall.value - self.n_flagged / self.n_images
 
-# %% ../nbs/05_audit.ipynb #cell-37
+    @property
+    def row(self) -> dict[str, Any]:   # view, threshold, recall in all and by change, images flagged
+        "Say what it finds in one line of a table."
+        recalls = {change: str(recall) for change, recall in self.recalls.items()}
+        return dict(view=self.view, threshold=round(self.threshold, 5), n_flagged=self.n_flagged, recall=str(self.recall)) | recalls
+
+# %% ../nbs/05_audit.ipynb #cell-27
 def measure(
     view: str,             # name of the view
     own: np.ndarray,       # similarity of each own image to its nearest neighbour (N,)
@@ -184,7 +187,7 @@ def measure(
     recalls = {c: accuracy(found[held & (copies.change == c)]) for c in CHANGES}
     return Detector(view, threshold, accuracy(found[held]), recalls, int((own >= threshold).sum()), len(own))
 
-# %% ../nbs/05_audit.ipynb #cell-39
+# %% ../nbs/05_audit.ipynb #cell-28
 def near_duplicates(
     seen: dict[str, np.ndarray],      # own images in each view, float32 (N, D)
     planted: dict[str, np.ndarray],   # planted copies in each view, float32 (P, D)
@@ -192,10 +195,11 @@ def near_duplicates(
     limit: float = 0.005,             # largest share of own images that a picked threshold may flag
     threshold: float = 0,             # a given cosine similarity; 0 picks one
     view: str = "auto",               # "network", "pixels", or "auto": the one that finds planted copies better
-) -> tuple[pd.DataFrame, list[Detector]]:   # pairs i < j with similarity, most similar first; the views, the one that was taken first
-    "Find pairs of nearly equal images."
+) -> tuple[pd.DataFrame, list[Detector]]:   # pairs i < j with similarity, most similar first; one detector per view
+    "Find pairs of nearly equal images in the view whose detector comes first."
     around = {v: neighbours(seen[v]) for v in ([view] if view != "auto" else seen)}
-    detectors = [measure(v, near[:, 0], (planted[v] * seen[v][copies.source]).sum(1), copies, limit, threshold) for v, (near, _) in around.items()]
+    to_source = {v: (planted[v] * seen[v][copies.source]).sum(axis=1) for v in around}
+    detectors = [measure(v, around[v][0][:, 0], to_source[v], copies, limit, threshold) for v in around]
     best, *_ = detectors = sorted(detectors, key=lambda d: -d.gain)
     similarity, position = around[best.view]
     i, k = np.nonzero(similarity >= best.threshold)
@@ -203,15 +207,7 @@ def near_duplicates(
     table = pd.DataFrame(dict(i=pairs[:, 0], j=pairs[:, 1], similarity=similarity[i, k])).drop_duplicates(["i", "j"])
     return table.sort_values(["similarity", "i", "j"], ascending=[False, True, True], ignore_index=True), detectors
 
-# %% ../nbs/05_audit.ipynb #cell-40
-def detector_table(
-    detectors: list[Detector],   # from `near_duplicates`
-) -> pd.DataFrame:               # one row per view: threshold, recall in all and by change, images flagged
-    "List what each view finds."
-    return pd.DataFrame([dict(view=d.view, threshold=round(d.threshold, 5), recall=str(d.recall), n_flagged=d.n_flagged)
-                         | {change: str(recall) for change, recall in d.recalls.items()} for d in detectors])
-
-# %% ../nbs/05_audit.ipynb #cell-43
+# %% ../nbs/05_audit.ipynb #cell-31
 def name_pairs(
     pairs: pd.DataFrame,   # i, j, similarity
     table: pd.DataFrame,   # the images that i and j count: path, label, split
@@ -221,7 +217,7 @@ def name_pairs(
     return pd.DataFrame(dict(path=left.path, label=left.label, split=left.split, other=right.path, other_label=right.label,
                              other_split=right.split, similarity=pairs.similarity.to_numpy(float)))
 
-# %% ../nbs/05_audit.ipynb #cell-44
+# %% ../nbs/05_audit.ipynb #cell-32
 def exact_pairs(
     table: pd.DataFrame,   # from `mark_duplicates`
 ) -> pd.DataFrame:         # as `name_pairs`, one row per copy
@@ -231,14 +227,14 @@ def exact_pairs(
     pairs = pd.DataFrame(dict(i=copied.duplicate_of.map(place), j=copied.path.map(place), similarity=1.0))
     return name_pairs(pairs.reset_index(drop=True), table)
 
-# %% ../nbs/05_audit.ipynb #cell-47
+# %% ../nbs/05_audit.ipynb #cell-33
 def leaks(
     pairs: pd.DataFrame,   # from `name_pairs`
 ) -> pd.DataFrame:         # the pairs across splits
     "Keep the pairs whose images are in different splits."
     return pairs[pairs.split != pairs.other_split].reset_index(drop=True)
 
-# %% ../nbs/05_audit.ipynb #cell-50
+# %% ../nbs/05_audit.ipynb #cell-36
 def reduce(
     seen: dict[str, np.ndarray],   # float32 (N, D) per view
     size: int = 64,                # components at most
@@ -250,7 +246,7 @@ def reduce(
     with threadpool_limits(1): x = PCA(min(size, *joined.shape), random_state=0).fit_transform(joined)
     return (x / x.std(axis=0).mean()).astype(np.float32)
 
-# %% ../nbs/05_audit.ipynb #cell-51
+# %% ../nbs/05_audit.ipynb #cell-37
 def probe(
     x: np.ndarray,        # features (N, D)
     labels: np.ndarray,   # class indices (N,), at least `folds` of each
@@ -265,7 +261,7 @@ def probe(
     cv = StratifiedKFold(folds, shuffle=True, random_state=seed)
     with threadpool_limits(1): return cross_val_predict(model, x, labels, cv=cv, method="predict_proba")
 
-# %% ../nbs/05_audit.ipynb #cell-53
+# %% ../nbs/05_audit.ipynb #cell-38
 def flag_labels(
     labels: np.ndarray,   # class indices (N,)
     proba: np.ndarray,    # probabilities (N, C)
@@ -277,7 +273,7 @@ def flag_labels(
     flagged = find_label_issues(labels, proba, filter_by=method, n_jobs=1)
     return get_label_quality_scores(labels, proba), np.asarray(flagged, bool)
 
-# %% ../nbs/05_audit.ipynb #cell-56
+# %% ../nbs/05_audit.ipynb #cell-41
 def turned_labels_found(
     x: np.ndarray,        # features (N, D)
     labels: np.ndarray,   # class indices (N,)
@@ -294,7 +290,7 @@ def turned_labels_found(
     if np.bincount(wrong, minlength=n_classes).min() < folds: return proportion(0, 0)
     return accuracy(flag_labels(wrong, probe(x, wrong, folds, seed), method)[1][turned])
 
-# %% ../nbs/05_audit.ipynb #cell-59
+# %% ../nbs/05_audit.ipynb #cell-44
 @dataclass(frozen=True)
 class LabelCheck:
     "What the check of the labels found."
@@ -303,21 +299,21 @@ class LabelCheck:
     recall: Figure        # share of labels turned at random that are found
     n_checked: int        # images in the check
 
-# %% ../nbs/05_audit.ipynb #cell-60
+# %% ../nbs/05_audit.ipynb #cell-45
 def _image(
     table: pd.DataFrame,   # from `mark_duplicates`
 ) -> pd.Series:            # path of the original
     "Say for every file which image it holds."
     return table.duplicate_of.where(table.duplicate_of != "", table.path)
 
-# %% ../nbs/05_audit.ipynb #cell-61
+# %% ../nbs/05_audit.ipynb #cell-46
 def _contradictions(
     table: pd.DataFrame,   # from `mark_duplicates`
 ) -> np.ndarray:           # bool (N,)
     "Find exact copies of one image that have different labels."
     return (table.ok & (table.groupby(_image(table)).label.transform("nunique") > 1)).to_numpy()
 
-# %% ../nbs/05_audit.ipynb #cell-62
+# %% ../nbs/05_audit.ipynb #cell-47
 def check_labels(
     table: pd.DataFrame,   # from `mark_duplicates`
     x: np.ndarray,         # features of the rows of `originals(table)` (N, D)
@@ -326,47 +322,23 @@ def check_labels(
     method: str = "low_self_confidence",   # cleanlab's `filter_by`
 ) -> LabelCheck:           # scores, suggestions and flags
     "Check every label against what an image looks like."
-    unique, nothing = originals(table), proportion(0, 0)
+    unique, image, nothing = originals(table), _image(table), proportion(0, 0)
     out = pd.DataFrame(dict(label_score=np.nan, suggested="", label_error=_contradictions(table)), index=table.index)
     enough = unique.label.map(unique.label.value_counts()).to_numpy() >= folds
     classes, labels = np.unique(unique.label[enough].to_numpy(str), return_inverse=True)
     if len(classes) < 2: return LabelCheck(out, nothing, nothing, 0)
     proba, place = probe(x[enough], labels, folds, seed), {p: i for i, p in enumerate(unique.path[enough])}
-    image = _image(table)
     rows = np.flatnonzero(table.ok & image.isin(place) & table.label.isin(classes))
-    given, seen = np.searchsorted(classes, table.label.iloc[rows].to_numpy(str)), proba[image.iloc[rows].map(place).to_numpy(int)]
-    score, flagged = flag_labels(given, seen, method)
-    out.iloc[rows, 0], out.iloc[rows, 1] = score, classes[seen.argmax(1)]
+    answers = proba[image.iloc[rows].map(place).to_numpy(int)]
+    score, flagged = flag_labels(np.searchsorted(classes, table.label.iloc[rows].to_numpy(str)), answers, method)
+    out.iloc[rows, 0], out.iloc[rows, 1] = score, classes[answers.argmax(1)]
     out.iloc[rows, 2] = flagged | out.label_error.iloc[rows].to_numpy()
     found = turned_labels_found(x[enough], labels, folds, seed, method)
     return LabelCheck(out, accuracy(proba.argmax(1) == labels), found, len(rows))
 
-# %% ../nbs/05_audit.ipynb #cell-67
+# %% ../nbs/05_audit.ipynb #cell-51
 TAGS = ("exact_duplicate", "near_duplicate", "leak", "label_error")   # what an image can be tagged with
 
-# %% ../nbs/05_audit.ipynb #cell-68
-def _both(
-    pairs: pd.DataFrame,   # from `name_pairs`
-) -> set[str]:             # paths
-    "List the images of pairs."
-    return set(pairs.path) | set(pairs.other)
-
-# %% ../nbs/05_audit.ipynb #cell-69
-def make_manifest(
-    table: pd.DataFrame,   # from `mark_duplicates`, with splits
-    exact: pd.DataFrame,   # from `exact_pairs`
-    near: pd.DataFrame,    # from `name_pairs`
-    check: LabelCheck,     # from `check_labels`
-) -> pd.DataFrame:         # the manifest
-    "Join all findings into the manifest."
-    findings = [_both(exact), _both(near), _both(leaks(pd.concat([exact, near]))), set(table.path[check.table.label_error])]
-    tags = [[tag for tag, paths in zip(TAGS, findings) if path in paths] for path in table.path]
-    turned = near.rename(columns=dict(path="other", other="path"))[["path", "other", "similarity"]]
-    nearest = pd.concat([near, turned]).sort_values(["similarity", "other"], ascending=[False, True]).groupby("path").other.first()
-    return table.assign(tags=tags, near_duplicate_of=table.path.map(nearest).fillna("").astype(str),
-                        label_score=check.table.label_score, suggested=check.table.suggested)
-
-# %% ../nbs/05_audit.ipynb #cell-70
 def tagged(
     manifest: pd.DataFrame,   # from `make_manifest`
     tag: str,                 # one of `TAGS`
@@ -374,7 +346,23 @@ def tagged(
     "Say which images have a tag."
     return np.array([tag in tags for tags in manifest.tags], bool)
 
-# %% ../nbs/05_audit.ipynb #cell-73
+# %% ../nbs/05_audit.ipynb #cell-52
+def make_manifest(
+    table: pd.DataFrame,   # from `mark_duplicates`, with splits
+    exact: pd.DataFrame,   # from `exact_pairs`
+    near: pd.DataFrame,    # from `name_pairs`
+    check: LabelCheck,     # from `check_labels`
+) -> pd.DataFrame:         # the manifest
+    "Join all findings into the manifest."
+    across = leaks(pd.concat([exact, near]))
+    findings = [*({*pairs.path, *pairs.other} for pairs in (exact, near, across)), {*table.path[check.table.label_error]}]
+    tags = [[tag for tag, paths in zip(TAGS, findings) if path in paths] for path in table.path]
+    turned = near.rename(columns=dict(path="other", other="path"))[["path", "other", "similarity"]]
+    nearest = pd.concat([near, turned]).sort_values(["similarity", "other"], ascending=[False, True]).groupby("path").other.first()
+    return table.assign(tags=tags, near_duplicate_of=table.path.map(nearest).fillna("").astype(str),
+                        label_score=check.table.label_score, suggested=check.table.suggested)
+
+# %% ../nbs/05_audit.ipynb #cell-55
 def per_file(
     table: pd.DataFrame,   # from `mark_duplicates`
     vectors: np.ndarray,   # rows of `originals(table)` (N, D)
@@ -383,7 +371,7 @@ def per_file(
     place = {path: i for i, path in enumerate(originals(table).path)}
     return vectors[_image(table)[table.ok].map(place).to_numpy(int)]
 
-# %% ../nbs/05_audit.ipynb #cell-75
+# %% ../nbs/05_audit.ipynb #cell-56
 def write_vectors(
     path: Path | str,      # target, .npy
     vectors: np.ndarray,   # any array
@@ -392,14 +380,14 @@ def write_vectors(
     with atomic_path(path) as temp, open(temp, "wb") as file: np.save(file, vectors, allow_pickle=False)
     return Path(path)
 
-# %% ../nbs/05_audit.ipynb #cell-78
+# %% ../nbs/05_audit.ipynb #cell-57
 def count_tags(
     manifest: pd.DataFrame,   # from `make_manifest`
 ) -> dict[str, int]:          # tag -> images
     "Count the images that have each tag."
     return {tag: int(tagged(manifest, tag).sum()) for tag in TAGS}
 
-# %% ../nbs/05_audit.ipynb #cell-79
+# %% ../nbs/05_audit.ipynb #cell-58
 def summarize(
     manifest: pd.DataFrame,       # from `make_manifest`
     detectors: list[Detector],    # from `near_duplicates`
@@ -415,111 +403,100 @@ def summarize(
         image_size=dict(width=float(ok.width.median()), height=float(ok.height.median())),
         checks=dict(exact_duplicates=dict(n=n["exact_duplicate"], contradicting_labels=int(_contradictions(manifest).sum())),
                     near_duplicates=dict(n=n["near_duplicate"], **seen[0], others=seen[1:]), leaks=dict(n=n["leak"]),
-                    label_errors=dict(n=n["label_error"], n_checked=check.n_checked, recall=asdict(check.recall), classifier_accuracy=asdict(check.accuracy))))
+                    label_errors=dict(n=n["label_error"], n_checked=check.n_checked, recall=asdict(check.recall),
+                                      classifier_accuracy=asdict(check.accuracy))))
 
-# %% ../nbs/05_audit.ipynb #cell-82
-def _tile(
-    axis: Any,               # a matplotlib axis
-    root: Path | str,        # the data folder
-    path: str,               # an image
-    title: str,              # text above it; class names come from folders, and none is read as a formula
-    colour: str = "black",   # of the text
-) -> None:
-    "Draw one image of a grid."
-    axis.imshow(open_image(Path(root)/path))
-    axis.set_title(title.replace("$", r"\$"), fontsize=7, color=colour, pad=3)
-
-# %% ../nbs/05_audit.ipynb #cell-83
-def _grid(
-    n: int,         # images
-    columns: int,   # images per line
-) -> tuple:         # a matplotlib figure and n axes
-    "Make a grid for images."
+# %% ../nbs/05_audit.ipynb #cell-61
+def _tiles(
+    root: Path | str,   # the data folder
+    tiles: list[tuple[str, str, str]],   # path, text above the image, colour of the text
+    columns: int = 8,   # images per line
+) -> Any:               # a matplotlib figure
+    "Draw images with text; class names come from folders, and none is read as a formula."
     import matplotlib.pyplot as plt
-    lines = max(1, -(-n // columns))
+    lines = -(-len(tiles) // columns)
     figure, axes = plt.subplots(lines, columns, figsize=(columns * 1.15, lines * 1.55), squeeze=False)
     for axis in axes.flat: axis.axis("off")
-    return figure, list(axes.flat)[:n]
+    for axis, (path, text, colour) in zip(axes.flat, tiles):
+        axis.imshow(open_image(Path(root)/path))
+        axis.set_title(text.replace("$", r"\$"), fontsize=7, color=colour, pad=3)
+    figure.tight_layout(); plt.close(figure)
+    return figure
 
-# %% ../nbs/05_audit.ipynb #cell-84
+# %% ../nbs/05_audit.ipynb #cell-62
 def show_pairs(
     root: Path | str,     # the data folder
     pairs: pd.DataFrame,  # from `name_pairs`
     n: int = 12,          # pairs at most
 ) -> Any:                 # a matplotlib figure, or a sentence where there is nothing to show
-    "Show pairs side by side with class and split; red where the splits or the labels differ."
-    import matplotlib.pyplot as plt
+    "Show pairs side by side with class, split and similarity; red where the splits or the labels differ."
     if pairs.empty or not n: return f"{len(pairs)} pairs, none shown."
-    rows = pairs.head(n)
-    figure, axes = _grid(2 * len(rows), 8)
-    for k, row in enumerate(rows.itertuples()):
+    tiles = []
+    for row in pairs.head(n).itertuples():
         colour = "firebrick" if row.split != row.other_split or row.label != row.other_label else "black"
-        _tile(axes[2 * k], root, row.path, f"{row.label[:12]}, {row.split}\nsimilarity", colour)
-        _tile(axes[2 * k + 1], root, row.other, f"{row.other_label[:12]}, {row.other_split}\n{row.similarity:.4f}", colour)
-    figure.tight_layout(); plt.close(figure)
-    return figure
+        tiles += [(row.path, f"{row.label[:12]}, {row.split}\nsimilarity", colour),
+                  (row.other, f"{row.other_label[:12]}, {row.other_split}\n{row.similarity:.4f}", colour)]
+    return _tiles(root, tiles)
 
-# %% ../nbs/05_audit.ipynb #cell-86
+# %% ../nbs/05_audit.ipynb #cell-64
 def show_suspects(
     root: Path | str,         # the data folder
     manifest: pd.DataFrame,   # from `make_manifest`
     n: int = 12,              # images at most
 ) -> Any:                     # a matplotlib figure, or a sentence where there is nothing to show
     "Show the likeliest label errors, worst first, with the given and the suggested class."
-    import matplotlib.pyplot as plt
-    suspects = manifest[tagged(manifest, "label_error")].sort_values(["label_score", "path"]).head(n)
-    if suspects.empty: return "No likely label errors to show."
-    figure, axes = _grid(len(suspects), 8)
-    for axis, row in zip(axes, suspects.itertuples()):
-        _tile(axis, root, row.path, f"given {row.label[:12]}\nlike {row.suggested[:12]} ({row.label_score:.2f})")
-    figure.tight_layout(); plt.close(figure)
-    return figure
+    suspects = manifest[tagged(manifest, "label_error")].sort_values(["label_score", "path"])
+    if suspects.empty or not n: return f"{len(suspects)} likely label errors, none shown."
+    return _tiles(root, [(row.path, f"given {row.label[:12]}\nlike {row.suggested[:12]} ({row.label_score:.2f})", "black")
+                         for row in suspects.head(n).itertuples()])
 
-# %% ../nbs/05_audit.ipynb #cell-89
-_QUIET = dict(FIFTYONE_DO_NOT_TRACK="true", FIFTYONE_DATABASE_VALIDATION="false")   # whoever sets them otherwise is obeyed
-
-# %% ../nbs/05_audit.ipynb #cell-90
+# %% ../nbs/05_audit.ipynb #cell-67
 def _orphan_port() -> int | None:   # a TCP port, or None
     "Find a running FiftyOne database that no FiftyOne process supervises any more."
     import psutil
-    folder = os.environ.get("FIFTYONE_DATABASE_DIR") or str(Path.home()/".fiftyone"/"var"/"lib"/"mongo")
-    for process in psutil.process_iter(["name", "cmdline"]):
+    folder = os.environ.get("FIFTYONE_DATABASE_DIR") or str(Path.home()/".fiftyone/var/lib/mongo")
+    for process in psutil.process_iter(["cmdline"]):
         try:
-            if not (process.info["name"] or "").startswith("mongod") or folder not in (process.info["cmdline"] or []): continue
-            parent = process.parent()
+            command, parent = process.info["cmdline"] or [""], process.parent()
+            if Path(command[0]).stem != "mongod" or folder not in command: continue
             if parent and "--51-service" in parent.cmdline(): continue
             return next((c.laddr.port for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN), None)
         except psutil.Error: continue
     return None
 
-# %% ../nbs/05_audit.ipynb #cell-91
+# %% ../nbs/05_audit.ipynb #cell-68
+_QUIET = dict(FIFTYONE_DO_NOT_TRACK="true", FIFTYONE_DATABASE_VALIDATION="false")   # whoever sets them otherwise is obeyed
+
 def fiftyone() -> Any:   # the module
     "Import FiftyOne and connect to its database; raise `CvnbError` if that cannot be started."
     import logging
 
     from filelock import FileLock, Timeout
+    if "fiftyone" in sys.modules: return sys.modules["fiftyone"]
     for name, value in _QUIET.items(): os.environ.setdefault(name, value)
     cache_dir().mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(cache_dir()/"fiftyone.lock", timeout=120):
-            if not os.environ.get("FIFTYONE_DATABASE_URI") and (port := _orphan_port()): os.environ["FIFTYONE_DATABASE_URI"] = f"mongodb://127.0.0.1:{port}"
+            if "FIFTYONE_DATABASE_URI" not in os.environ and (port := _orphan_port()):
+                os.environ["FIFTYONE_DATABASE_URI"] = f"mongodb://127.0.0.1:{port}"
             import fiftyone as fo
             fo.list_datasets()
     except ImportError as e: raise CvnbError(f"FiftyOne cannot be loaded ({e})", "Install cvnb[audit].") from None
     except Timeout: raise CvnbError("another process has been starting FiftyOne for two minutes", "End it and run audit again.") from None
     except Exception as e:   # pymongo, FiftyOne and the system each raise their own
-        raise CvnbError(f"FiftyOne's database cannot be started ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})",
-                        "Check that ~/.fiftyone can be written to and that the disk is not full, end any mongod process that is left over, and run audit again.") from None
+        why = " ".join(str(e).split())[:200]
+        raise CvnbError(f"FiftyOne's database cannot be started ({type(e).__name__}: {why})",
+                        "Check that ~/.fiftyone can be written to and the disk is not full, end a mongod that is left over, and try again.") from None
     logging.getLogger("fiftyone").setLevel(logging.WARNING)
     return fo
 
-# %% ../nbs/05_audit.ipynb #cell-93
+# %% ../nbs/05_audit.ipynb #cell-69
 def start_fiftyone() -> subprocess.Popen:   # the process; keep it until `fiftyone()` was called
     "Begin to start FiftyOne's database in the background."
     code = "import sys; from cvnb.audit import fiftyone; fiftyone(); sys.stdin.read()"
     return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
-# %% ../nbs/05_audit.ipynb #cell-96
+# %% ../nbs/05_audit.ipynb #cell-72
 def dataset_name(
     run: Path | str,   # run directory
 ) -> str:              # name of its FiftyOne dataset
@@ -527,7 +504,7 @@ def dataset_name(
     run = resolve_run(run).resolve()
     return f"{run.name}-{digest(str(run))[:8]}"
 
-# %% ../nbs/05_audit.ipynb #cell-98
+# %% ../nbs/05_audit.ipynb #cell-73
 def _sample(
     fo: Any,             # the FiftyOne module
     root: Path,          # the data folder
@@ -536,11 +513,11 @@ def _sample(
     "Describe one image to FiftyOne."
     suggested = fo.Classification(label=row.suggested) if row.suggested else None
     return fo.Sample(filepath=str(root/row.path), tags=[row.split, *row.tags], split=row.split, suggested=suggested,
-                     ground_truth=fo.Classification(label=row.label), metadata=fo.ImageMetadata(width=row.width, height=row.height, num_channels=3),
-                     label_score=None if np.isnan(row.label_score) else row.label_score, brightness=row.brightness, contrast=row.contrast,
-                     duplicate_of=row.duplicate_of, near_duplicate_of=row.near_duplicate_of)
+                     ground_truth=fo.Classification(label=row.label), duplicate_of=row.duplicate_of, near_duplicate_of=row.near_duplicate_of,
+                     metadata=fo.ImageMetadata(width=row.width, height=row.height, num_channels=3), brightness=row.brightness,
+                     contrast=row.contrast, label_score=None if np.isnan(row.label_score) else row.label_score)
 
-# %% ../nbs/05_audit.ipynb #cell-100
+# %% ../nbs/05_audit.ipynb #cell-74
 def write_dataset(
     run: Path | str,          # run directory
     root: Path | str,         # the data folder
@@ -550,35 +527,26 @@ def write_dataset(
 ) -> str:                     # the dataset's name
     "Write a run's persistent FiftyOne dataset, in place of an older one."
     fo, name = fiftyone(), dataset_name(run)
+    import fiftyone.brain as brain
     rows, new = manifest[manifest.ok], fo.Dataset(f"{name}-new-{os.getpid()}", overwrite=True)
     if report: report(0.2, "writing the FiftyOne dataset")
     new.add_samples([_sample(fo, Path(root), row) for row in rows.itertuples()], progress=False)
     if report: report(0.8, "indexing the FiftyOne dataset")
-    _index(fo, new, vectors)
-    for tag in TAGS: new.save_view(tag.replace("_", " "), new.match_tags(tag).sort_by("label_score" if tag == "label_error" else "near_duplicate_of"))
+    with contextlib.redirect_stdout(io.StringIO()):
+        brain.compute_similarity(new, embeddings=vectors, brain_key="similarity", backend="sklearn", progress=False)
+        if len(vectors) > 2: brain.compute_visualization(new, embeddings=vectors, brain_key="map", method="pca", progress=False)
+    by = dict(exact_duplicate="duplicate_of", near_duplicate="near_duplicate_of", leak="near_duplicate_of", label_error="label_score")
+    for tag in TAGS: new.save_view(tag.replace("_", " "), new.match_tags(tag).sort_by(by[tag]))
     if fo.dataset_exists(name): fo.delete_dataset(name)
     new.name, new.persistent = name, True
     return name
 
-# %% ../nbs/05_audit.ipynb #cell-101
-def _index(
-    fo: Any,               # the FiftyOne module
-    dataset: Any,          # a FiftyOne dataset
-    vectors: np.ndarray,   # one row per sample (N, D)
-) -> None:
-    "Give the App a map of the images and a search by similarity."
-    import contextlib
-
-    import fiftyone.brain as brain
-    with contextlib.redirect_stdout(io.StringIO()):
-        brain.compute_similarity(dataset, embeddings=vectors, brain_key="similarity", backend="sklearn", progress=False)
-        if len(vectors) > 2: brain.compute_visualization(dataset, embeddings=vectors, brain_key="map", method="pca", progress=False)
-
-# %% ../nbs/05_audit.ipynb #cell-102
+# %% ../nbs/05_audit.ipynb #cell-75
 def load_dataset(
     run: Path | str,   # run directory
 ) -> Any:              # a FiftyOne dataset
     "Open the FiftyOne dataset of a run; raise `CvnbError` if there is none."
     fo, name = fiftyone(), dataset_name(run)
-    if not fo.dataset_exists(name): raise CvnbError(f"FiftyOne has no dataset '{name}' of {resolve_run(run)}", f"Run `cvnb run audit --run {run} --force audit`.")
+    if not fo.dataset_exists(name):
+        raise CvnbError(f"FiftyOne has no dataset '{name}' of {resolve_run(run)}", f"Run `cvnb run audit --run {run} --force`.")
     return fo.load_dataset(name)

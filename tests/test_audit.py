@@ -1,0 +1,84 @@
+"""What the audit's notebook cannot show: repeats, fresh processes, and a database under strain."""
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from cvnb.core import read_json, sha256_file
+
+FILES = ("manifest.parquet", "embeddings.npy", "audit.json")
+COUNT = """import json, sys
+from cvnb.audit import load_dataset
+dataset = load_dataset(sys.argv[1])
+print(json.dumps(dict(n=len(dataset), tags=dataset.count_sample_tags(), persistent=dataset.persistent,
+                      labels=dataset.count_values("ground_truth.label"), exists=len(dataset.match_tags("train").values("filepath")))))"""
+OPEN = "from cvnb.audit import fiftyone; fo = fiftyone(); fo.list_datasets()"
+
+
+def python(code: str, *args: object, **env: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], env=os.environ | env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def audit(data: Path, run: Path, root: Path) -> dict[str, str]:
+    "Run the stage through papermill and digest what it wrote."
+    command = [Path(sys.executable).with_name("papermill"), root/"nbs/stages/audit.ipynb", run.with_suffix(".ipynb")]
+    done = subprocess.run([*map(str, command), "-p", "data", str(data), "-p", "run", str(run)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {name: sha256_file(run/"audit"/name) for name in FILES}
+
+
+@pytest.mark.slow
+def test_an_audit_repeats_byte_for_byte_and_its_dataset_stays(small_photos, root, tmp_path):
+    run = tmp_path/"run"
+    assert audit(small_photos, run, root) == audit(small_photos, run, root)
+    out, err = python(COUNT, run).communicate(timeout=120)
+    assert out, err
+    seen, manifest = json.loads(out.splitlines()[-1]), pd.read_parquet(run/"audit/manifest.parquet")
+    assert seen["n"] == len(manifest) == read_json(run/"audit/audit.json")["n_images"] == 60 and seen["persistent"]
+    assert seen["labels"] == {"1": 30, "7": 30}
+    assert seen["tags"] == Counter([*manifest.split, *manifest.tags.explode().dropna()])
+
+
+def test_importing_the_audit_loads_nothing_heavy():
+    out, err = python("import sys, cvnb.audit; print({'torch', 'fiftyone', 'sklearn', 'cleanlab'} & sys.modules.keys())").communicate()
+    assert out == "set()\n", err
+
+
+def test_processes_that_start_at_once_share_the_database():
+    processes = [python(OPEN) for _ in range(3)]
+    for process in processes:
+        _, err = process.communicate(timeout=150)
+        assert process.returncode == 0, err
+
+
+def test_a_database_left_behind_is_used(tmp_path):
+    mongod = Path(importlib.util.find_spec("fiftyone").origin).parent/"db/bin/mongod"
+    folder = tmp_path/"database"
+    folder.mkdir()
+    log = (tmp_path/"log").open("w+")
+    left = subprocess.Popen([mongod, "--dbpath", folder, "--port", "0", "--nounixsocket"], stdout=log)
+    try:
+        deadline = time.time() + 60
+        while "Waiting for connections" not in (tmp_path/"log").read_text() and time.time() < deadline: time.sleep(0.1)
+        process = python(OPEN + "; fo.Dataset('here', persistent=True); print(fo.config.database_uri)", FIFTYONE_DATABASE_DIR=str(folder))
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0 and out.startswith("mongodb://127.0.0.1:"), err
+    finally:
+        left.terminate()
+        left.wait()
+
+
+def test_a_database_that_does_not_answer_is_one_line():
+    code = "from cvnb.audit import fiftyone\nfrom cvnb.core import CvnbError\ntry: fiftyone()\nexcept CvnbError as e: print(e)"
+    out, err = python(code, FIFTYONE_DATABASE_URI="mongodb://127.0.0.1:9/?serverSelectionTimeoutMS=300").communicate(timeout=120)
+    assert out.startswith("FiftyOne's database cannot be started (") and len(out.splitlines()) == 1 and "end a mongod" in out, err
