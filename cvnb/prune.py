@@ -282,7 +282,8 @@ def plot_tradeoffs(
     figure, ax = plt.subplots(figsize=(6, 3.2))
     aside = points.groupby("macs").cumcount() * points.macs.max() / 60   # models of equal cost stand side by side
     for i, p in enumerate(points.itertuples()):
-        ax.errorbar((p.macs + aside.iloc[i]) / 1e6, p.accuracy, [[p.accuracy - p.low], [p.high - p.accuracy]], fmt="o", color=f"C{i}", capsize=3, label=p.step)
+        error = [[p.accuracy - p.low], [p.high - p.accuracy]]
+        ax.errorbar((p.macs + aside.iloc[i]) / 1e6, p.accuracy, error, fmt="o", color=f"C{i}", capsize=3, label=p.step)
     ax.set(xlabel="million multiply-accumulates per image", ylabel="validation accuracy", xlim=(0, None))
     ax.spines[["top", "right"]].set_visible(False); ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, .5))
     figure.tight_layout(); plt.close(figure)

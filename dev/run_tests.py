@@ -19,9 +19,10 @@ LEFT_OUT = re.compile(r"^left out: .*", re.M)
 def call(
     *command: str | Path,   # program and arguments
     keep: bool = False,     # whether to return what it prints, besides showing it
+    **variables: str,       # added to the environment
 ) -> tuple[bool, str]:      # whether it ended well, and what it printed
     "Run a command in the project's folder, its output shown as it comes."
-    env = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONUNBUFFERED": "1"}
+    env = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONUNBUFFERED": "1"} | variables
     pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") if keep else {}
     with subprocess.Popen([str(c) for c in command], cwd=ROOT, env=env, **pipe) as process:
         lines = []
@@ -45,7 +46,9 @@ def style() -> bool:
 
 def libraries() -> bool:
     "Run the library notebooks and the index, as many at a time as there are cores."
-    return call(BIN/"nbdev_test", "--path", "nbs", "--skip_folder_re", "^[_.]|^stages$|^tutorials$")[0]
+    # One thread each: as many workers with as many threads would wait for each other.
+    return call(BIN/"nbdev_test", "--path", "nbs", "--skip_folder_re", "^[_.]|^stages$|^tutorials$", "--timing",
+                OMP_NUM_THREADS="1")[0]
 
 
 def stages() -> bool:

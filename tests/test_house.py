@@ -128,7 +128,7 @@ def test_one_quarto_file() -> None:
 
 def test_every_notebook_of_the_design_exists() -> None:
     assert list(MODULES)[:15] == ["core", "params", "data", "models", "metrics", "audit", "train", "errors", "prune",
-                                  "distill", "quantize", "export", "benchmark", "pipeline", "cli", "dashboard"]
+                                  "distill", "quantize", "export", "benchmark", "pipeline", "cli"]
     assert {p.stem for p in STAGES} == {"audit", "train", "errors", "compress", "export", "benchmark"}
 
 
