@@ -20,7 +20,8 @@ COUNT = """import json, sys
 from cvnb.audit import load_dataset
 dataset = load_dataset(sys.argv[1])
 print(json.dumps(dict(n=len(dataset), tags=dataset.count_sample_tags(), persistent=dataset.persistent,
-                      labels=dataset.count_values("ground_truth.label"), exists=len(dataset.match_tags("train").values("filepath")))))"""
+                      labels=dataset.count_values("ground_truth.label"), tagged=len(dataset.match_tags("train")))))
+dataset.delete()"""
 OPEN = "from cvnb.audit import fiftyone; fo = fiftyone(); fo.list_datasets()"
 
 
@@ -45,7 +46,7 @@ def test_an_audit_repeats_byte_for_byte_and_its_dataset_stays(small_photos, root
     assert out, err
     seen, manifest = json.loads(out.splitlines()[-1]), pd.read_parquet(run/"audit/manifest.parquet")
     assert seen["n"] == len(manifest) == read_json(run/"audit/audit.json")["n_images"] == 60 and seen["persistent"]
-    assert seen["labels"] == {"1": 30, "7": 30}
+    assert seen["labels"] == {"1": 30, "7": 30} and seen["tagged"] == (manifest.split == "train").sum()
     assert seen["tags"] == Counter([*manifest.split, *manifest.tags.explode().dropna()])
 
 
