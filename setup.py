@@ -57,6 +57,7 @@ setup(
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],
+        "papermill.engine": cfg["papermill_engines"].split(),
     },
     cmdclass={"build_py": BuildWithProject},
     include_package_data=True,

