@@ -15,7 +15,7 @@ extras["all"] = sorted({req for reqs in extras.values() for req in reqs})
 extras["dev"] = extras["all"] + dev
 
 # An installed cvnb has no project around it: it runs these. In an editable install they are where they are.
-PROJECT = {"stages": "nbs/stages/*.ipynb", "configs": "configs/*.yaml", "dashboards": "dashboards/*.ipynb"}
+PROJECT = {"stages": "nbs/stages/*.ipynb", "configs": "configs/*.*", "dashboards": "dashboards/*.ipynb"}
 
 
 class BuildWithProject(build_py):

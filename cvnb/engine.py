@@ -31,13 +31,13 @@ from jupyter_client.provisioning import LocalProvisioner
 import cvnb
 
 # %% auto #0
-__all__ = ['PACKAGES', 'SAVE_EVERY', 'serve_forks', 'ForkedProcess', 'start_fork_server', 'stop_fork_server', 'ForkProvisioner',
-           'ForkKernelManager', 'ForkEngine']
+__all__ = ['KERNEL', 'PACKAGES', 'ADDRESS', 'SAVE_EVERY', 'serve_forks', 'ForkedProcess', 'start_fork_server', 'stop_fork_server',
+           'ForkProvisioner', 'ForkKernelManager', 'ForkEngine']
 
 # %% ../nbs/12b_engine.ipynb #cell-5
+KERNEL = "IPython ipykernel.kernelapp ipykernel.zmqshell matplotlib_inline.backend_inline"
 PACKAGES = ("numpy pandas scipy sklearn sklearn.linear_model sklearn.metrics sklearn.model_selection matplotlib.pyplot PIL.Image torch torchvision "
-            "torchvision.transforms.v2 timm pytorch_lightning torchmetrics onnxruntime IPython ipykernel.kernelapp ipykernel.zmqshell "
-            "matplotlib_inline.backend_inline")   # what stages import; cvnb itself is not among them, because its code may change between stages
+            "torchvision.transforms.v2 timm pytorch_lightning torchmetrics onnxruntime")   # not cvnb: its code may change between stages
 
 # %% ../nbs/12b_engine.ipynb #cell-6
 def _import_packages(
@@ -141,10 +141,18 @@ def _become(
     if "numpy" in sys.modules: sys.modules["numpy"].random.seed()
     sys.argv = ["ipykernel_launcher", *request["argv"]]
     sys.path[:] = [request["cwd"], *(p for p in sys.path if p not in ("", request["cwd"]))]
-    from ipykernel.iostream import OutStream
+    from ipykernel.ipkernel import IPythonKernel
     from ipykernel.kernelapp import IPKernelApp
-    OutStream.flush_timeout = 0.2   # at its end a kernel can wait this long, by default ten seconds, for a thread that has ended before
-    IPKernelApp.launch_instance([*request["argv"], f"--IPKernelApp.parent_handle={os.getppid()}"])   # it ends if the server does
+
+    class Kernel(IPythonKernel):
+        def do_shutdown(self, restart: bool) -> Any:
+            for stream in sys.stdout, sys.stderr:
+                stream.flush()
+                stream.flush = lambda: None   # a later one could wait ten seconds for a thread that has ended
+            return super().do_shutdown(restart)
+
+    # It ends if the server does.
+    IPKernelApp.launch_instance([*request["argv"], f"--IPKernelApp.parent_handle={os.getppid()}"], kernel_class=Kernel)
     threading._shutdown()      # what the interpreter does at its end, without taking torch apart piece by piece
     atexit._run_exitfuncs()
     os._exit(0)
@@ -216,19 +224,20 @@ class ForkedProcess:
         self.send_signal(signal.SIGTERM)
 
 # %% ../nbs/12b_engine.ipynb #cell-14
-_ADDRESS = "CVNB_FORK_SERVER"   # where a server of a parent process is
+ADDRESS = "CVNB_FORK_SERVER"   # where a server of a parent process is
 _started: dict[str, Any] = {}   # this process's own server: address, process, lease
 
 # %% ../nbs/12b_engine.ipynb #cell-15
 def start_fork_server(
-    names: str = PACKAGES,   # packages to import first
-) -> str:                 # its address, or "" where there can be none
+    wanted: set[str] | None = None,   # packages that will be needed, such as "torch"; by default all that stages use
+) -> str:   # its address, or "" where there can be none
     "Begin to start a fork server, unless there is one; it gets ready in the background and ends with this process."
-    if inherited := os.environ.get(_ADDRESS): return inherited
+    if inherited := os.environ.get(ADDRESS): return inherited
     if _started: return _started["address"]
     if not hasattr(os, "fork") or sys.platform != "linux": return ""
     folder = tempfile.mkdtemp(prefix="cvnb-")
     address, (lease, theirs) = os.path.join(folder, "fork"), socket.socketpair()
+    names = f"{KERNEL} " + " ".join(p for p in PACKAGES.split() if wanted is None or p.split(".")[0] in wanted)
     code = f"from {cvnb.__name__}.engine import serve_forks; serve_forks({address!r}, {theirs.fileno()}, {names!r})"
     process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True)
     theirs.close()

@@ -16,7 +16,7 @@ import cvnb
 from .core import digest
 
 # %% auto #0
-__all__ = ['Name', 'code_digest', 'Node', 'reached']
+__all__ = ['Name', 'code_digest', 'Node', 'reached', 'packages']
 
 # %% ../nbs/12a_fingerprint.ipynb #cell-5
 def _bare(
@@ -128,6 +128,7 @@ class Node:
     "A function, a class, a module variable, or what a module does when it is imported."
     code: list[str] = field(default_factory=list)   # its syntax trees, as text
     uses: set[Name] = field(default_factory=set)    # names of the package that it uses
+    packages: set[str] = field(default_factory=set) # other packages that it imports
 
 # %% ../nbs/12a_fingerprint.ipynb #cell-19
 _PURE = {"dataclass", "contextmanager", "contextlib.contextmanager", "lru_cache", "cache", "property", "staticmethod", "classmethod",
@@ -164,6 +165,16 @@ def _outside(
     return {}
 
 # %% ../nbs/12a_fingerprint.ipynb #cell-24
+def _packages(
+    node: ast.AST,   # a piece of code
+) -> set[str]:       # names of other packages, such as "torch"
+    "List the packages that a piece of code imports."
+    nodes = list(ast.walk(node))
+    found = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
+    found |= {n.module for n in nodes if isinstance(n, ast.ImportFrom) and not n.level and n.module}
+    return {name.split(".")[0] for name in found} - {"cvnb", "__future__"}
+
+# %% ../nbs/12a_fingerprint.ipynb #cell-25
 @lru_cache
 def _module(
     path: Path,               # a module's file
@@ -180,6 +191,7 @@ def _module(
             outside |= _outside(s)
             known |= _imports(s, package)
             nodes[_ON_IMPORT].uses |= {(m, _ON_IMPORT) for m, _ in _imports(s, package).values() if m in package}
+            nodes[_ON_IMPORT].packages |= _packages(s)
     for s in body:
         if isinstance(s, (ast.Import, ast.ImportFrom)) or _owner(s) == ["__all__"]: continue
         origins = sorted({f"{n.id} = {outside[n.id]}" for n in ast.walk(s) if isinstance(n, ast.Name) and n.id in outside})
@@ -187,28 +199,55 @@ def _module(
             node = nodes.setdefault(name, Node())
             node.code += [ast.dump(s), *origins]
             node.uses |= _names(s, known, package)
+            node.packages |= _packages(s)
     return nodes
 
-# %% ../nbs/12a_fingerprint.ipynb #cell-27
-def reached(
+# %% ../nbs/12a_fingerprint.ipynb #cell-28
+def _walk(
     cells: list[str],              # the sources of a notebook's code cells
     package: Path | None = None,   # the package's folder
-) -> dict[str, str]:               # "module.name" -> digest of its code, for all that is reached
+) -> dict[str, Node]:              # "module.name" -> node, for all that is reached
     "Follow the names that cells use through the package."
     files = {p.stem: p for p in (package or Path(cvnb.__file__).parent).glob("*.py") if not p.stem.startswith("_")}
     modules, found = frozenset(files), {}
-    todo = sorted(_in_cells(cells, modules))
+    todo = list(_in_cells(cells, modules))
     while todo:
         module, name = todo.pop()
         nodes = _module(files[module], files[module].stat().st_mtime_ns, modules)
         for n in {_ON_IMPORT, *([name] if name in nodes else nodes)}:   # a name that is defined in no visible way: all of the module
             key = f"{module}.{n}" if n else module
             if key in found: continue
-            found[key] = digest(nodes[n].code)[:16]
+            found[key] = nodes[n]
             todo += nodes[n].uses
-    return dict(sorted(found.items()))
+    return found
 
-# %% ../nbs/12a_fingerprint.ipynb #cell-28
+# %% ../nbs/12a_fingerprint.ipynb #cell-29
+def reached(
+    cells: list[str],              # the sources of a notebook's code cells
+    package: Path | None = None,   # the package's folder
+) -> dict[str, str]:               # "module.name" -> digest of its code, for all that is reached
+    "Digest every function, class and variable of the package that cells reach."
+    return {name: digest(node.code)[:16] for name, node in sorted(_walk(cells, package).items())}
+
+# %% ../nbs/12a_fingerprint.ipynb #cell-30
+def packages(
+    cells: list[str],              # the sources of a notebook's code cells
+    package: Path | None = None,   # the package's folder
+) -> set[str]:                     # names of other packages, such as "torch"
+    "List the packages that cells import, themselves or through what they reach."
+    own = {p for source in cells for p in _packages(ast.parse(source) if _parses(source) else ast.Module([], []))}
+    return own.union(*(node.packages for node in _walk(cells, package).values()))
+
+# %% ../nbs/12a_fingerprint.ipynb #cell-31
+def _parses(
+    source: str,   # a cell's source
+) -> bool:         # whether it is Python without magics
+    "Say whether a cell is plain Python."
+    try: ast.parse(source)
+    except SyntaxError: return False
+    return True
+
+# %% ../nbs/12a_fingerprint.ipynb #cell-32
 def _in_cells(
     cells: list[str],          # sources
     package: frozenset[str],   # the package's modules

@@ -13,6 +13,7 @@ import tokenize
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal, Optional
 
 import cvnb
@@ -20,7 +21,7 @@ from .core import CvnbError, Stage, UsageError, assets, finished, nearest, seed_
 
 # %% auto #0
 __all__ = ['Param', 'parse_parameters', 'Contract', 'read_cells', 'read_contract', 'model_of', 'check', 'parse_value',
-           'parse_set', 'read_recipe', 'contracts', 'table', 'open_stage']
+           'parse_set', 'read_recipe', 'contracts', 'document', 'recipe_schema', 'completions', 'table', 'open_stage']
 
 # %% ../nbs/01_params.ipynb #cell-5
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ def parse_parameters(
         if isinstance(node, (ast.Import, ast.ImportFrom)): continue   # `from typing import Literal` for the kernel
         try: params.append(_param(node, comments))
         except ValueError as e: raise ValueError(f"line {node.lineno}: {e}") from None
+        if params[-1].name in [p.name for p in params[:-1]]: raise ValueError(f"line {node.lineno}: {params[-1].name} is declared twice")
     return params
 
 # %% ../nbs/01_params.ipynb #cell-20
@@ -203,6 +205,8 @@ def _find(
     origin: str = "",     # where it was given, for the message
 ) -> Param:               # the parameter
     "Find a parameter by name or raise `UsageError` with the nearest valid name."
+    if name == "run" and origin not in ("", "the notebook"):
+        raise UsageError(f"{contract.stage}.run{_from(origin)} is not set there", "Use --run DIR.")
     for p in contract.params:
         if p.name == name: return p
     raise UsageError(f"{contract.stage}.{name}{_from(origin)}: no such parameter", nearest(name, contract.names))
@@ -214,7 +218,7 @@ def _adapt(
 ) -> Any:         # the same, in the type that the contract wants where nothing is lost by it
     "Let YAML's integers stand for floats and its text for paths and numbers like 1e-3."
     if _core(p) is Path and isinstance(value, str): return Path(value)
-    if _core(p) is float and isinstance(value, int) and not isinstance(value, bool): return float(value)
+    if _core(p) is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53: return float(value)
     if _core(p) is float and isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
         return float(value)   # YAML 1.1 reads 1e-3 as text
     return value
@@ -233,7 +237,8 @@ def check(
         problem = e.errors()[0]
         p = _find(contract, str(problem["loc"][0]))
         wanted = p.type_name + (f" in {p.range}" if p.range else "")
-        raise UsageError(f"{contract.stage}.{p.name} = {values.get(p.name)!r}{_from(origin)}: expected {wanted}",
+        given = shorten(repr(values.get(p.name)), 80)
+        raise UsageError(f"{contract.stage}.{p.name} = {given}{_from(origin)}: expected {wanted}",
                          f"See `cvnb params {contract.stage}`.") from None
     return {n: getattr(model, n) for n in values}
 
@@ -246,7 +251,7 @@ def parse_value(
     import yaml
     if _core(p) in (str, Path): return text
     try: return yaml.safe_load(text)
-    except yaml.YAMLError: return text
+    except (yaml.YAMLError, ValueError): return text   # ValueError: a date that does not exist, a number of thousands of digits
 
 # %% ../nbs/01_params.ipynb #cell-37
 def parse_set(
@@ -284,9 +289,11 @@ def read_recipe(
     path = Path(path)
     if not path.is_file(): raise UsageError(f"recipe {path} does not exist", "Give a YAML file with --config.")
     try: raw = yaml.load(path.read_text(encoding="utf-8"), _loader())
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise UsageError(f"{path} is not YAML ({' '.join(str(e).split())})", "Mend the file.") from None
+    except (yaml.YAMLError, ValueError, OSError) as e:   # ValueError: bytes that are no text, a date that does not exist
+        raise UsageError(f"{path} is not YAML ({shorten(' '.join(str(e).split()), 200)})", "Mend the file.") from None
+    except RecursionError: raise UsageError(f"{path} is nested too deeply", "Write one section per stage, with `name: value` lines.") from None
     except UsageError as e: raise UsageError(f"{path}: {e.what}", e.remedy) from None
+    if raw is None: return {}
     if not isinstance(raw, dict): raise UsageError(f"{path} holds no sections", "Write one section per stage.")
     return _sections(raw, path, contracts)
 
@@ -300,9 +307,10 @@ def _sections(
     shared, recipe = {k: raw[k] for k in ("data", "seed") if k in raw}, {}
     for name in [k for k in raw if k not in shared]:
         if name not in contracts: raise UsageError(f"{path}: no stage '{name}'", nearest(str(name), list(contracts)))
-        if not isinstance(raw[name], dict): raise UsageError(f"{path}: section '{name}' has to be a mapping", "Write `name: value` lines below it.")
+        if not isinstance(raw[name], dict | None):
+            raise UsageError(f"{path}: section '{name}' has to be a mapping", "Write `name: value` lines below it.")
     for stage, contract in contracts.items():
-        given = {k: v for k, v in shared.items() if k in contract.names} | raw.get(stage, {})
+        given = {k: v for k, v in shared.items() if k in contract.names} | (raw.get(stage) or {})
         if given: recipe[stage] = check(contract, {str(k): v for k, v in given.items()}, str(path))
     return recipe
 
@@ -325,13 +333,51 @@ def contracts(
     return ordered
 
 # %% ../nbs/01_params.ipynb #cell-46
+def document(
+    cell: Any,   # a notebook cell, changed in place
+) -> None:
+    "On a docs page, show a parameters cell as a table; nbdev calls it for each cell (`procs` in settings.ini)."
+    if cell.cell_type != "code" or "parameters" not in cell.metadata.get("tags", []): return
+    rows = [dict(name=f"`{p.name}`", type=f"`{p.type_name}`".replace("|", "\\|"), default=f"`{p.default!r}`", range=p.range, meaning=p.help)
+            for p in parse_parameters(cell.source)]
+    lines = [" | ".join(r.values()) for r in rows]
+    cell.cell_type = "markdown"
+    cell.source = "\n".join(["## Parameters", "", " | ".join(rows[0]), " | ".join("---" for _ in rows[0]), *lines])
+
+# %% ../nbs/01_params.ipynb #cell-49
+def recipe_schema(
+    contracts: dict[str, Contract],   # the known stages
+) -> dict:                            # a JSON Schema
+    "Describe recipes to an editor: a YAML file that names this schema is completed and checked while it is written."
+    stages = {s: model_of(c).model_json_schema() for s, c in contracts.items()}
+    for schema in stages.values(): schema["properties"].pop("run", None)
+    shared = {k: next(p[k] for s in stages.values() if k in (p := s["properties"])) for k in ("data", "seed")
+              if any(k in s["properties"] for s in stages.values())}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "cvnb recipe", "type": "object",
+            "additionalProperties": False, "properties": shared | stages}
+
+# %% ../nbs/01_params.ipynb #cell-50
+def completions(
+    typed: str,                       # the beginning of a `stage.param=value`
+    contracts: dict[str, Contract],   # the known stages
+) -> list[tuple[str, str]]:           # how it could go on, and what that means
+    "Complete a `--set`: first the parameter's name, then its value where there are few."
+    name, equals, _ = typed.partition("=")
+    known = {f"{s}.{p.name}": p for s, c in contracts.items() for p in c.params if p.name != "run"}
+    if not equals: return [(f"{n}=", p.help) for n, p in known.items() if n.startswith(typed)]
+    if name not in known: return []
+    p = known[name]
+    values = ["true", "false"] if _core(p) is bool else typing.get_args(_core(p)) if typing.get_origin(_core(p)) is Literal else [p.default]
+    return [(f"{name}={v}", p.help) for v in values if f"{name}={v}".startswith(typed)]
+
+# %% ../nbs/01_params.ipynb #cell-52
 def table(
     contract: Contract,   # a stage's contract
 ) -> list[dict]:          # one row per parameter: name, type, default, range, help
     "List a stage's parameters for people."
     return [dict(name=p.name, type=p.type_name, default=repr(p.default), range=p.range, help=p.help) for p in contract.params]
 
-# %% ../nbs/01_params.ipynb #cell-49
+# %% ../nbs/01_params.ipynb #cell-55
 def open_stage(
     name: str,                # stage name
     namespace: dict[str, Any] # the notebook's `globals()`
@@ -344,7 +390,7 @@ def open_stage(
     seed_everything(params.get("seed", 0))
     return stage
 
-# %% ../nbs/01_params.ipynb #cell-51
+# %% ../nbs/01_params.ipynb #cell-57
 def _ensure(
     stage: Stage,   # the stage that is being opened
     need: str,      # a stage that it needs

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from cvnb.core import (
     READY,
     CvnbError,
     UsageError,
+    assets,
+    atomic_path,
     digest,
     finished,
     machine,
@@ -34,12 +37,12 @@ from cvnb.core import (
     write_json,
 )
 from .data import dataset_digest, locate
-from .fingerprint import code_digest, reached
-from .params import Contract, contracts, read_cells
+from .fingerprint import code_digest, packages, reached
+from .params import Contract, check, contracts, read_cells
 
 # %% auto #0
 __all__ = ['Report', 'lock_digest', 'key_parts', 'reasons', 'in_short', 'Values', 'prepare_run', 'locked', 'write_run',
-           'run_stage', 'Outcome', 'run_pipeline', 'headline', 'status', 'recorded_values']
+           'run_stage', 'Outcome', 'run_pipeline', 'headline', 'status', 'recorded_values', 'init_project']
 
 # %% ../nbs/13_pipeline.ipynb #cell-5
 def lock_digest(
@@ -51,19 +54,26 @@ def lock_digest(
     return digest(sorted(f"{d.name}=={d.version}" for d in distributions()))
 
 # %% ../nbs/13_pipeline.ipynb #cell-6
+def _sources(
+    contract: Contract,   # a stage
+) -> list[str]:           # its code cells, without the parameters
+    "Read a stage's code."
+    cells = [c for c in read_cells(contract.path) if c["cell_type"] == "code"]
+    return [c["source"] for c in cells if "parameters" not in c.get("metadata", {}).get("tags", [])]
+
+# %% ../nbs/13_pipeline.ipynb #cell-7
 def key_parts(
     contract: Contract,    # a stage's contract
     params: dict,          # its parameters, typed
     root: Path,            # the project
 ) -> dict[str, Any]:       # code, functions, params, data, lock
     "Collect all that a stage's result depends on and that is known before it runs."
-    cells = [c for c in read_cells(contract.path) if c["cell_type"] == "code"]
-    code = [c["source"] for c in cells if "parameters" not in c.get("metadata", {}).get("tags", [])]
+    code = _sources(contract)
     data = dataset_digest(locate(params["data"])) if "data" in params else None
     plain = json.loads(json.dumps({k: v for k, v in params.items() if k != "run"}, default=str))
     return dict(code=digest([code_digest(c) for c in code]), functions=reached(code), params=plain, data=data, lock=lock_digest(root))
 
-# %% ../nbs/13_pipeline.ipynb #cell-8
+# %% ../nbs/13_pipeline.ipynb #cell-9
 def _changed(
     old: dict,   # name -> value
     new: dict,   # name -> value
@@ -71,7 +81,7 @@ def _changed(
     "Name what differs between two mappings."
     return sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
 
-# %% ../nbs/13_pipeline.ipynb #cell-9
+# %% ../nbs/13_pipeline.ipynb #cell-10
 def _lost_outputs(
     run: Path,      # run directory
     record: dict,   # a stage's manifest
@@ -81,7 +91,7 @@ def _lost_outputs(
         path = run/out["path"]
         if not path.is_file() or path.stat().st_size != out["bytes"] or sha256_file(path) != out["sha256"]: yield name
 
-# %% ../nbs/13_pipeline.ipynb #cell-10
+# %% ../nbs/13_pipeline.ipynb #cell-11
 def _input_digest(
     run: Path,   # run directory
     name: str,   # "stage/file"
@@ -91,7 +101,7 @@ def _input_digest(
     record = finished(run, stage)
     return record and record["outputs"].get(file, {}).get("sha256")
 
-# %% ../nbs/13_pipeline.ipynb #cell-11
+# %% ../nbs/13_pipeline.ipynb #cell-12
 def _differences(
     old: dict,          # a finished stage's parts
     new: dict,          # today's, from `key_parts`
@@ -105,7 +115,7 @@ def _differences(
     if old["data"] != new["data"]: yield "the data changed"
     if old["lock"] != new["lock"]: yield "the installed packages changed"
 
-# %% ../nbs/13_pipeline.ipynb #cell-12
+# %% ../nbs/13_pipeline.ipynb #cell-13
 def reasons(
     run: Path,           # run directory
     contract: Contract,  # a stage's contract
@@ -123,14 +133,14 @@ def reasons(
     found += [f"output {name} is missing or was changed" for name in _lost_outputs(run, record)]
     return found or ([] if record["key"] == stage_key(parts, record["inputs"]) else ["its key does not fit"])
 
-# %% ../nbs/13_pipeline.ipynb #cell-13
+# %% ../nbs/13_pipeline.ipynb #cell-14
 def in_short(
     found: list[str],   # from `reasons`
 ) -> str:               # the first, and how many more
     "Shorten reasons to a line."
     return "" if not found else found[0] + (f", and {len(found) - 1} more" if len(found) > 1 else "")
 
-# %% ../nbs/13_pipeline.ipynb #cell-17
+# %% ../nbs/13_pipeline.ipynb #cell-18
 @dataclass
 class Values:
     "Given parameters and where each came from."
@@ -155,7 +165,7 @@ class Values:
         values = contract.defaults() | self.given.get(contract.stage, {})
         return values | {"run": str(run)} if "run" in contract.names else values
 
-# %% ../nbs/13_pipeline.ipynb #cell-19
+# %% ../nbs/13_pipeline.ipynb #cell-20
 def _select(
     stages: list[str] | None,        # what the user named; all if empty
     known: dict[str, Contract],      # stages in order
@@ -168,7 +178,7 @@ def _select(
         if s in wanted: wanted |= set(known[s].needs)
     return [s for s in known if s in wanted]
 
-# %% ../nbs/13_pipeline.ipynb #cell-22
+# %% ../nbs/13_pipeline.ipynb #cell-23
 def prepare_run(
     run: Path,   # run directory
 ) -> None:
@@ -181,7 +191,7 @@ def prepare_run(
     except OSError as e:
         raise UsageError(f"run directory {run} cannot be written ({e.strerror})", "Give another one with --run.") from None
 
-# %% ../nbs/13_pipeline.ipynb #cell-25
+# %% ../nbs/13_pipeline.ipynb #cell-26
 @contextlib.contextmanager
 def locked(
     run: Path,   # run directory
@@ -201,7 +211,7 @@ def locked(
         note.unlink(missing_ok=True)
         lock.release()
 
-# %% ../nbs/13_pipeline.ipynb #cell-28
+# %% ../nbs/13_pipeline.ipynb #cell-29
 def _git(
     root: Path,   # the project
 ) -> dict:        # {"commit", "dirty"}, or nulls outside a repository
@@ -213,7 +223,7 @@ def _git(
     commit, changes = ask("rev-parse", "HEAD"), ask("status", "--porcelain", "--untracked-files=no")
     return dict(commit=commit, dirty=None if changes is None else bool(changes))
 
-# %% ../nbs/13_pipeline.ipynb #cell-29
+# %% ../nbs/13_pipeline.ipynb #cell-30
 def write_run(
     run: Path,             # run directory
     root: Path,            # the project
@@ -224,15 +234,16 @@ def write_run(
     "Write run.json: what was asked for, of which code, where."
     plain = json.loads(json.dumps(dict(given=values.given, params=params), default=str))
     old = read_json(run/"run.json") if (run/"run.json").exists() else {}
+    origins = {s: {name: values.origins.get(s, {}).get(name, "the notebook") for name in p} for s, p in params.items()}
     return write_json(run/"run.json", dict(
-        run=run.name, created=old.get("created", now()), updated=now(), **plain, origins=values.origins, git=_git(root),
+        run=run.name, created=old.get("created", now()), updated=now(), **plain, origins=origins, git=_git(root),
         lock=lock_digest(root), machine=machine(), seeds={s: p["seed"] for s, p in params.items() if "seed" in p},
         seconds=round(seconds, 2), cvnb=cvnb.__version__))
 
-# %% ../nbs/13_pipeline.ipynb #cell-31
+# %% ../nbs/13_pipeline.ipynb #cell-32
 Report = Callable[[str, str, float, str], None]   # stage, event, fraction, text
 
-# %% ../nbs/13_pipeline.ipynb #cell-32
+# %% ../nbs/13_pipeline.ipynb #cell-33
 @contextlib.contextmanager
 def _watched(
     stage: str,        # stage name
@@ -255,7 +266,7 @@ def _watched(
         stop.set(); thread.join()
         path.unlink(missing_ok=True)
 
-# %% ../nbs/13_pipeline.ipynb #cell-33
+# %% ../nbs/13_pipeline.ipynb #cell-34
 @contextlib.contextmanager
 def _environment(
     **variables: str,   # set while the block runs
@@ -267,7 +278,19 @@ def _environment(
     finally:
         for k, v in old.items(): os.environ.pop(k, None) if v is None else os.environ.__setitem__(k, v)
 
-# %% ../nbs/13_pipeline.ipynb #cell-34
+# %% ../nbs/13_pipeline.ipynb #cell-35
+@lru_cache
+def _atomic_files() -> Any:   # a papermill handler
+    "Make papermill write notebooks atomically: a full disk or a kill leaves the notebook that was saved before."
+    from papermill.iorw import LocalHandler
+
+    class AtomicFiles(LocalHandler):
+        "Write through a temporary file."
+        def write(self, buf: str, path: str) -> None:
+            with atomic_path(path) as temp: super().write(buf, str(temp))
+    return AtomicFiles()
+
+# %% ../nbs/13_pipeline.ipynb #cell-36
 def _execute(
     contract: Contract,   # the stage
     params: dict,         # all its parameters
@@ -278,12 +301,18 @@ def _execute(
     import logging
 
     import papermill
+    from papermill.engines import papermill_engines
+    from papermill.iorw import papermill_io
+
+    from cvnb.engine import ForkEngine
     logging.getLogger("papermill").setLevel(logging.ERROR)
+    papermill_io.register("/", _atomic_files())
+    papermill_engines.register("cvnb", ForkEngine)
     plain = {k: str(v) if isinstance(v, Path) else v for k, v in params.items()}
     papermill.execute_notebook(str(contract.path), str(output), plain, "cvnb", cwd=str(cwd), progress_bar=False, kernel_name="python3",
-                               extra_arguments=["--IPKernelApp.log_level=50"])
+                               language="python", extra_arguments=["--IPKernelApp.log_level=50"])
 
-# %% ../nbs/13_pipeline.ipynb #cell-35
+# %% ../nbs/13_pipeline.ipynb #cell-37
 def _failure(
     contract: Contract,   # the stage
     error: Exception,     # what papermill raised
@@ -295,12 +324,15 @@ def _failure(
     if name in ("CvnbError", "UsageError"):
         kind = UsageError if name == "UsageError" else CvnbError
         return kind(f"{contract.stage}: {error.evalue.rstrip('.')}", "" if kind is UsageError else kept)
+    said = str(getattr(error, "evalue", error))
+    if "No space left on device" in said or "File too large" in said:
+        return CvnbError(f"{contract.stage}: no space left on the disk of {notebook.parent}", f"Free some; what finished is kept. {kept}")
     if name == "DeadKernelError": return CvnbError(f"the kernel of {contract.stage} died, perhaps for lack of memory", kept)
     if not hasattr(error, "exec_count"): return CvnbError(f"{contract.stage} could not be executed ({name}: {error})", kept)
     source = "\n".join(f"    {line}" for line in error.source.strip().splitlines()[:12])
     return CvnbError(f"{contract.stage} failed in cell [{error.exec_count}] with {name}: {error.evalue}\n{source}\n", kept)
 
-# %% ../nbs/13_pipeline.ipynb #cell-36
+# %% ../nbs/13_pipeline.ipynb #cell-38
 def _record_failure(
     folder: Path,      # the stage's folder
     contract: Contract,# the stage
@@ -314,7 +346,7 @@ def _record_failure(
             stage=contract.stage, status="failed", key=None, params=json.loads(json.dumps(params, default=str)), inputs={}, outputs={},
             metrics={}, seconds=None, started=now(), cvnb=cvnb.__version__, environment=dict(machine=machine(), parts=parts, error=str(error))))
 
-# %% ../nbs/13_pipeline.ipynb #cell-37
+# %% ../nbs/13_pipeline.ipynb #cell-39
 def run_stage(
     contract: Contract,   # the stage
     params: dict,         # all its parameters, `run` among them
@@ -323,15 +355,13 @@ def run_stage(
     report: Report,       # told about progress
 ) -> dict:                # the stage's manifest
     "Run one stage; raise `CvnbError` with the place and the kept notebook if it fails."
-    from cvnb.engine import start_fork_server   # it brings Jupyter's client along
     folder = Path(params["run"])/contract.stage
     folder.mkdir(parents=True, exist_ok=True)
     for old in "stage.json", READY: (folder/old).unlink(missing_ok=True)
     notebook = folder/"notebook.ipynb"
     try:
         with _watched(contract.stage, folder, report) as progress, \
-             _environment(CVNB_PROGRESS=progress, CVNB_KEY_PARTS=json.dumps(parts), CVNB_FORK_SERVER=start_fork_server(),
-                          PYDEVD_DISABLE_FILE_VALIDATION="1"):
+             _environment(CVNB_PROGRESS=progress, CVNB_KEY_PARTS=json.dumps(parts), PYDEVD_DISABLE_FILE_VALIDATION="1"):
             _execute(contract, params, notebook, root)
         if not (folder/READY).exists(): raise CvnbError(f"{contract.path.name} ended without `stage.finish()`", "Make it the last cell.")
     except Exception as e:
@@ -341,7 +371,7 @@ def run_stage(
     os.replace(folder/READY, folder/"stage.json")
     return read_json(folder/"stage.json")
 
-# %% ../nbs/13_pipeline.ipynb #cell-39
+# %% ../nbs/13_pipeline.ipynb #cell-41
 @dataclass
 class Outcome:
     "What happened to one stage in a call."
@@ -351,7 +381,7 @@ class Outcome:
     seconds: float  # wall time in this call
     record: dict    # its manifest
 
-# %% ../nbs/13_pipeline.ipynb #cell-40
+# %% ../nbs/13_pipeline.ipynb #cell-42
 def run_pipeline(
     run: Path,                            # run directory
     values: Values,                       # given parameters
@@ -364,6 +394,7 @@ def run_pipeline(
     root, known = root or project_root(), contracts()
     order, begin, outcomes = _select(stages, known), time.perf_counter(), []
     params = {s: values.of(c, run) for s, c in known.items()}
+    for s in order: check(known[s], params[s], "the notebook")   # the given ones were checked before, its own defaults were not
     prepare_run(run)
     with locked(run):
         write_run(run, root, values, params, 0)
@@ -372,6 +403,7 @@ def run_pipeline(
             forced = force and s in (stages or order)
             why = "--force" if forced else in_short(reasons(run, known[s], parts))
             report(s, "start" if why else "fresh", 0, why)
+            if why: _start_forks([known[s] for s in order])
             if forced: _clear(run/s)
             record = run_stage(known[s], params[s], parts, root, report) if why else finished(run, s)
             outcomes.append(Outcome(s, "done" if why else "fresh", why, time.perf_counter() - start, record))
@@ -379,7 +411,15 @@ def run_pipeline(
         if any(o.state == "done" for o in outcomes): write_run(run, root, values, params, time.perf_counter() - begin)
     return outcomes
 
-# %% ../nbs/13_pipeline.ipynb #cell-41
+# %% ../nbs/13_pipeline.ipynb #cell-43
+def _start_forks(
+    stages: list[Contract],   # that may run
+) -> None:
+    "Begin to start the fork server with what stages import; what they start in turn finds it in the environment."
+    from cvnb.engine import ADDRESS, start_fork_server   # it brings Jupyter's client along
+    if ADDRESS not in os.environ: os.environ[ADDRESS] = start_fork_server(set().union(*(packages(_sources(s)) for s in stages)))
+
+# %% ../nbs/13_pipeline.ipynb #cell-44
 def _clear(
     folder: Path,   # a stage's folder
 ) -> None:
@@ -387,7 +427,7 @@ def _clear(
     import shutil
     shutil.rmtree(folder, ignore_errors=True)
 
-# %% ../nbs/13_pipeline.ipynb #cell-42
+# %% ../nbs/13_pipeline.ipynb #cell-45
 def headline(
     record: dict,   # a stage's manifest
     n: int = 2,     # figures to name
@@ -396,7 +436,7 @@ def headline(
     figures = sorted(record["metrics"].items(), key=lambda item: item[1]["low"] is None)[:n]
     return " · ".join(f"{name} {show_figure(figure | dict(n=None))}" for name, figure in figures)
 
-# %% ../nbs/13_pipeline.ipynb #cell-43
+# %% ../nbs/13_pipeline.ipynb #cell-46
 def status(
     run: Path,               # run directory
     values: Values,          # given parameters
@@ -414,13 +454,46 @@ def status(
                        headline=headline(record) if record else "")
     return list(rows.values())
 
-# %% ../nbs/13_pipeline.ipynb #cell-44
+# %% ../nbs/13_pipeline.ipynb #cell-47
 def recorded_values(
     run: Path,   # run directory
 ) -> Values:     # empty for a new run
     "Read the parameters that a run was given, checked against today's contracts."
-    from cvnb.params import check
     if not (run/"run.json").exists(): return Values()
     given, known = read_json(run/"run.json").get("given", {}), contracts()
     layer = {s: check(known[s], {k: v for k, v in values.items() if k in known[s].names}, "run.json") for s, values in given.items() if s in known}
     return Values().add(layer, "run.json")
+
+# %% ../nbs/13_pipeline.ipynb #cell-49
+_README = """# {name}
+
+    cvnb run --config {name}      audit, train, errors, compress, export, benchmark into runs/{name}
+    cvnb status runs/{name}       what is up to date, what is not, and why
+    cvnb dashboard runs/{name}    look at the errors
+
+`configs/{name}.yaml` is the recipe. The stages in `nbs/stages/` are yours to edit. A notebook more is a stage more: its first cell names
+what it needs (`- needs: [train]`), one cell is tagged `parameters`, and its last line is `stage.finish()`.
+"""
+
+# %% ../nbs/13_pipeline.ipynb #cell-50
+def init_project(
+    folder: Path | str,     # where; it may exist, but no file is overwritten
+    data: str = "digits",   # a data set known by name, or a folder with one sub-folder per class
+) -> list[Path]:            # what was written, relative to the folder
+    "Write a project: the stages to edit, a recipe, a .gitignore and a README; raise `UsageError` rather than overwrite a file."
+    folder = Path(folder).expanduser().resolve()
+    name, header = folder.name, "# yaml-language-server: $schema=recipe.schema.json\n"
+    package = assets("stages", Path("/"))   # those that came with cvnb, wherever this is called
+    default = assets("configs", Path("/"))
+    files = {f"nbs/stages/{p.name}": p.read_text(encoding="utf-8") for p in sorted(package.glob("*.ipynb"))}
+    files |= {f"configs/{p}": (default/p).read_text(encoding="utf-8") for p in ("default.yaml", "recipe.schema.json")}
+    recipe = files["configs/default.yaml"].removeprefix(header)
+    files |= {f"configs/{name}.yaml": f"{header}data: {json.dumps(data)}\n\n{recipe}", ".gitignore": "runs/\n.ipynb_checkpoints/\n",
+              "README.md": _README.format(name=name)}
+    there = [f for f in files if (folder/f).exists()]
+    if folder.is_file(): raise UsageError(f"{folder} is a file", "Give a folder.")
+    if there: raise UsageError(f"{folder} has {there[0]} already", "Give an empty folder; nothing was written.")
+    for file, text in files.items():
+        (folder/file).parent.mkdir(parents=True, exist_ok=True)
+        (folder/file).write_text(text, encoding="utf-8")
+    return [Path(f) for f in files]

@@ -61,6 +61,19 @@ def upward_imports(
             for other in sorted(inner(source) & order.keys()) if order[other] >= order[name]]
 
 
+def closure(
+    sources: dict[str, str],   # module -> source
+    name: str,                 # where to begin
+) -> set[str]:                 # modules of the package
+    "Follow a module's imports through the package."
+    seen, todo = {name}, [name]
+    while todo:
+        new = inner(sources[todo.pop()]) & sources.keys() - seen
+        seen |= new
+        todo += new
+    return seen
+
+
 def reached(
     sources: dict[str, str],   # module -> source
     name: str,                 # where to begin

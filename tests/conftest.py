@@ -1,6 +1,7 @@
 """Fixtures for a browser, and the last line of every test run: what was left out and how to get it."""
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -80,12 +81,9 @@ def root() -> Path:
 
 
 @pytest.fixture(scope="session")
-def smoke_run(tmp_path_factory) -> Path:
+def smoke_run(traced_run) -> Path:
     "All six stages with their defaults, run once through the command line."
-    run = tmp_path_factory.mktemp("runs")/"smoke"
-    done = subprocess.run([Path(sys.executable).with_name("cvnb"), "run", "--run", run], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return run
+    return traced_run[0]
 
 
 @pytest.fixture
@@ -97,3 +95,15 @@ def small_photos(tmp_path) -> Path:
         (folder/label).mkdir(parents=True)
         for path in sorted((locate("digits")/label).iterdir())[:30]: shutil.copy(path, folder/label)
     return folder
+
+
+@pytest.fixture(scope="session")
+def traced_run(tmp_path_factory) -> tuple[Path, dict[str, set[tuple[str, str]]]]:
+    "The smoke run, and for each stage the functions of cvnb that it called: (module, qualified name)."
+    run, seen = tmp_path_factory.mktemp("runs")/"smoke", tmp_path_factory.mktemp("trace")
+    env = os.environ | {"PYTHONPATH": str(ROOT/"tests/tracer"), "CVNB_TRACED": str(ROOT/"cvnb") + os.sep, "CVNB_TRACE": str(seen)}
+    done = subprocess.run([Path(sys.executable).with_name("cvnb"), "run", "--run", run], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    called: dict[str, set[tuple[str, str]]] = {}
+    for file in seen.iterdir(): called.setdefault(file.name.split("-")[0], set()).update(map(tuple, json.loads(file.read_text())))
+    return run, called

@@ -96,7 +96,7 @@ def test_no_traceback_from_the_installed_command():
     assert done.returncode == 2 and done.stderr.startswith("cvnb: no stage 'trian'") and "Traceback" not in done.stderr
 
 
-COMMANDS = ["run", "status", "params", "dashboard", "predict", "data", "doctor"]
+COMMANDS = ["run", "status", "init", "params", "dashboard", "predict", "data", "doctor"]
 
 
 def test_every_command_has_help_and_is_documented(call, root):

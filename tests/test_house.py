@@ -16,6 +16,8 @@ import house
 import pytest
 import readme
 
+from cvnb.params import contracts, recipe_schema
+
 ROOT = house.ROOT
 MODULES = house.modules()
 SOURCES = {name: path.read_text(encoding="utf-8") for name, path in MODULES.items() if path.exists()}
@@ -107,6 +109,8 @@ def test_processed_pages(project: Path) -> None:
     for page in processed: assert house.cells(project/"_proc"/page)[0]["source"].startswith("---\n"), page
     core = "".join(c["source"] for c in house.cells(project/"_proc"/"00_core.ipynb"))
     assert "show_doc(CvnbError)" in core and "class CvnbError" not in core
+    train = "\n".join(c["source"] for c in house.cells(project/"_proc/stages/train.ipynb") if c["cell_type"] == "markdown")
+    assert "name | type | default | range | meaning" in train and "`epochs` | `int` |" in train
 
 
 def test_sidebar() -> None:
@@ -121,6 +125,13 @@ def test_sidebar_faults_are_found() -> None:
 def test_one_quarto_file() -> None:
     link = ROOT/"nbs"/"_quarto.yml"
     assert link.is_symlink() and os.readlink(link) == "../_quarto.yml"
+
+
+def test_the_recipe_schema_is_that_of_the_notebooks() -> None:
+    written = json.loads((ROOT/"configs/recipe.schema.json").read_text(encoding="utf-8"))
+    assert written == recipe_schema(contracts()), "write it anew: cvnb params --json > configs/recipe.schema.json"
+    for recipe in (ROOT/"configs").glob("*.yaml"):
+        assert recipe.read_text(encoding="utf-8").startswith("# yaml-language-server: $schema=recipe.schema.json\n"), recipe
 
 
 # Notebooks

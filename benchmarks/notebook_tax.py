@@ -1,0 +1,115 @@
+"""What it costs to run work as notebooks: plain papermill, nbclient, ploomber-engine and cvnb's engine, side by side on the same notebooks.
+
+    python benchmarks/notebook_tax.py [--notebooks 12] [--steps 1500] [--write]
+
+Each notebook is like a stage: it imports what stages import, takes a parameter, trains a small network on real digits in ten cells,
+prints, and draws a plot. It notes how long its own work took; what the wall clock shows beyond that is the tax. The engines take turns,
+each in a fresh process; cvnb's time includes the start of its fork server. ploomber-engine runs a notebook inside the calling process,
+without isolation: what one notebook changes, the next one sees.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import nbformat as nbf
+
+sys.path.insert(0, str(Path(__file__).parent))
+from table import show  # noqa: E402
+
+PEER = "ploomber-engine==0.0.33"
+ENGINES = ("papermill", "nbclient", "ploomber-engine", "cvnb")
+IMPORTS = """import json, time
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytorch_lightning as pl
+import sklearn.datasets
+import timm
+import torch, torchvision"""
+SETUP = """torch.manual_seed(seed)
+torch.set_num_threads(1)
+digits = sklearn.datasets.load_digits()
+x, y = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16, torch.tensor(digits.target)
+net = torch.nn.Sequential(torch.nn.Conv2d(1, 16, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(576, 10))
+optimizer, seconds, losses = torch.optim.AdamW(net.parameters(), 1e-3), [], []"""
+WORK = """begin = time.perf_counter()
+for i in range(steps):
+    pick = torch.randint(len(y), (64,))
+    loss = torch.nn.functional.cross_entropy(net(x[pick]), y[pick])
+    optimizer.zero_grad(); loss.backward(); optimizer.step()
+losses.append(loss.item()); seconds.append(time.perf_counter() - begin)
+print(f"loss {losses[-1]:.4f}")"""
+END = """plt.plot(losses)
+with open(out, "w") as f: json.dump(dict(seconds=sum(seconds), loss=losses[-1]), f)"""
+
+
+def write(folder: Path, steps: int) -> Path:
+    "Write the notebook."
+    code = nbf.v4.new_code_cell
+    parameters = code(f'steps: int = {steps // 10}\nseed: int = 0\nout: str = "x.json"', metadata=dict(tags=["parameters"]))
+    cells = [nbf.v4.new_markdown_cell("# A stage"), code(IMPORTS), parameters, code(SETUP), *[code(WORK) for _ in range(10)], code(END)]
+    kernel = dict(kernelspec=dict(name="python3", display_name="python3", language="python"))
+    nbf.write(nbf.v4.new_notebook(cells=cells, metadata=kernel), folder/"stage.ipynb")
+    return folder/"stage.ipynb"
+
+
+def execute(engine: str, notebook: Path, n: int) -> None:
+    "Run the notebook n times with one engine, in this process."
+    for i in range(n):
+        out, parameters = notebook.parent/f"{engine}-{i}.ipynb", dict(seed=i, out=str(notebook.parent/f"{engine}-{i}.json"))
+        if engine == "papermill" or engine == "cvnb":
+            import papermill
+            name = None if engine == "papermill" else "cvnb"
+            papermill.execute_notebook(notebook, out, parameters, name, progress_bar=False, kernel_name="python3")
+        elif engine == "ploomber-engine":
+            from ploomber_engine import execute_notebook
+            execute_notebook(notebook, out, parameters=parameters, progress_bar=False)
+        else:
+            from nbclient import NotebookClient
+            nb = nbf.read(notebook, 4)
+            nb.cells[2].source += "\n" + "\n".join(f"{k} = {v!r}" for k, v in parameters.items())
+            NotebookClient(nb, kernel_name="python3").execute()
+            nbf.write(nb, out)
+
+
+def measure(engine: str, notebook: Path, n: int, peers: Path) -> tuple[float, float]:   # wall seconds, seconds of work
+    "Run an engine in a fresh process."
+    env = os.environ | dict(PYTHONPATH=str(peers) if engine == "ploomber-engine" else "", MPLBACKEND="agg" if engine == "ploomber-engine" else "")
+    env = {k: v for k, v in env.items() if v or k not in ("PYTHONPATH", "MPLBACKEND")}
+    begin = time.perf_counter()
+    subprocess.run([sys.executable, __file__, "--execute", engine, "--notebooks", str(n), "--in", notebook], check=True, env=env,
+                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wall = time.perf_counter() - begin
+    return wall, sum(json.loads((notebook.parent/f"{engine}-{i}.json").read_text())["seconds"] for i in range(n))
+
+
+def main() -> None:
+    "Measure and print."
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--notebooks", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=30000, help="training steps per notebook where wall and work are compared")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/notebook_tax.md")
+    parser.add_argument("--execute", help=argparse.SUPPRESS)
+    parser.add_argument("--in", dest="notebook", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.execute: return execute(args.execute, args.notebook, args.notebooks)
+    with tempfile.TemporaryDirectory() as folder:
+        peers = Path(folder)/"peers"
+        subprocess.run([Path(sys.executable).with_name("uv"), "pip", "install", "-q", "--target", peers, "--no-deps", PEER], check=True)
+        rows = []
+        for steps, engines in ((100, ENGINES), (args.steps, ("papermill", "cvnb"))):
+            notebook = write(Path(folder), steps)
+            found = {engine: measure(engine, notebook, args.notebooks, peers) for engine in engines}
+            tax = {engine: (wall - work) / args.notebooks for engine, (wall, work) in found.items()}
+            rows += [{"steps": steps, "engine": engine, "wall s": wall, "work s": work, "tax per notebook s": tax[engine],
+                      "tax ÷ papermill's": tax[engine] / tax["papermill"], "wall ÷ work": wall / work} for engine, (wall, work) in found.items()]
+    show("notebook_tax", f"{args.notebooks} stage-like notebooks", rows, args.write)
+
+
+if __name__ == "__main__": main()
