@@ -113,7 +113,8 @@ def open_image(
                 if image.mode.startswith("I"): image = image.point(lambda v: v / 256).convert("L")   # 16-bit
                 return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
-        raise ValueError(str(e).replace(str(path), "file") or type(e).__name__) from None
+        said = str(e).replace(f" file {str(path)!r}", "") or type(e).__name__
+        raise ValueError("it is cut off" if "runcated" in said else said) from None
 
 # %% ../nbs/02_data.ipynb #cell-19
 def resize(
@@ -196,6 +197,8 @@ def assign_splits(
     "Split each class by hash; what the folder already splits is kept."
     table, given = table.copy(), set(table.split) - {""}
     shares = {s: share for s, share in (("test", test), ("val", val)) if s not in given}
+    if sum(shares.values()) > 0.9:
+        raise UsageError(f"val_share {val:g} and test_share {test:g} leave next to nothing for training", "Give smaller ones.")
     todo = table.ok & table.split.isin({"", "train"})
     order = table[todo].drop_duplicates("pixel_sha256")
     order = order.assign(rank=[digest([seed, h]) for h in order.pixel_sha256])
@@ -252,7 +255,7 @@ def dataset_digest(
 ) -> str:                 # 64 hexadecimal digits
     "Digest a data set by its files' names and contents."
     folder = Path(folder).resolve()
-    index = cache_dir()/"digests"/f"{digest(str(folder))[:32]}.json"
+    index = cache_dir()/"digests-2"/f"{digest(str(folder))[:32]}.json"   # 2: the format of its rows
     old, new = (read_json(index) if index.exists() else {}), {}
     for name in list_images(folder):
         stat = (folder/name).stat()

@@ -35,7 +35,7 @@ __all__ = ['KERNEL', 'PACKAGES', 'ADDRESS', 'SAVE_EVERY', 'serve_forks', 'Forked
            'ForkProvisioner', 'ForkKernelManager', 'ForkEngine']
 
 # %% ../nbs/12b_engine.ipynb #cell-5
-KERNEL = "IPython ipykernel.kernelapp ipykernel.zmqshell matplotlib_inline.backend_inline"
+KERNEL = "IPython ipykernel.kernelapp ipykernel.zmqshell"   # not matplotlib's inline backend, which joins the kernel that imports it
 PACKAGES = ("numpy pandas scipy sklearn sklearn.linear_model sklearn.metrics sklearn.model_selection matplotlib.pyplot PIL.Image torch torchvision "
             "torchvision.transforms.v2 timm pytorch_lightning torchmetrics onnxruntime")   # not cvnb: its code may change between stages
 
@@ -135,6 +135,7 @@ def _become(
     import random
     os.setsid()
     os.environ.clear(); os.environ.update(request["env"])
+    if os.environ.get("VIRTUAL_ENV") != sys.prefix: os.environ.pop("VIRTUAL_ENV", None)   # another one is activated; IPython would warn
     os.chdir(request["cwd"])
     for name in [m for m in sys.modules if m == "cvnb" or m.startswith("cvnb.")]: del sys.modules[name]   # read anew, as it is now
     random.seed()

@@ -142,9 +142,10 @@ def read_pixels(
     path: Path | str,   # an image file
 ) -> np.ndarray:        # uint8 (H, W, 3)
     "Decode an image at its own size; raise `UsageError` that names a missing file or one that is no image."
+    if Path(path).is_dir(): raise UsageError(f"{path} is a folder, not an image", "Name its files: FOLDER/*.png.")
     if not Path(path).is_file(): raise UsageError(f"image {path} does not exist", "Check the path.")
     try: return np.asarray(open_image(path))
-    except ValueError as e: raise UsageError(f"{path} is not an image that can be read ({e})", "Convert it to PNG or JPEG.") from None
+    except ValueError as e: raise UsageError(f"{path} is not an image that can be read ({e})", "Give a whole PNG, JPEG or WebP file.") from None
 
 # %% ../nbs/11_export.ipynb #cell-21
 Predict = Callable[[np.ndarray], np.ndarray]   # uint8 (N, H, W, 3) to probabilities (N, C)

@@ -117,6 +117,8 @@ def _imagenet(
 ) -> dict[str, Tensor]:   # trained weights, classifier included
     "Fetch a backbone's ImageNet weights; raise `CvnbError` if they cannot be had."
     if backbone == PACKAGED: return packaged_state(timm.create_model(backbone).state_dict())
+    import logging
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)   # it would report each of its five attempts
     try: return timm.create_model(backbone, pretrained=True).state_dict()
     except Exception as e:   # hub clients raise dozens of types when offline
         raise CvnbError(f"the weights of {backbone} could not be fetched ({type(e).__name__})",
@@ -142,6 +144,8 @@ def create_model(
     weights: str = "",    # "", "imagenet", or a folder with model.safetensors
 ) -> VisionModel:         # ready to train
     "Build a model and load weights."
+    if weights not in ("", "imagenet") and not (Path(weights)/"model.json").is_file():
+        raise UsageError(f"train.weights = {weights!r} is no folder with a model", "Use '', 'imagenet', or the train folder of a run.")
     if not timm.is_model(backbone): build(ModelSpec(backbone, classes, image_size, [0], [1]))   # raises with the nearest name
     if stem == "auto": stem = "small" if image_size < SMALL_IMAGE and not weights else "full"
     config = timm.get_pretrained_cfg(backbone, allow_unregistered=True)

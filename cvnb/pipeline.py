@@ -182,8 +182,13 @@ def _select(
 def prepare_run(
     run: Path,   # run directory
 ) -> None:
-    "Create a run directory; raise `UsageError` if it is a file or cannot be written."
+    "Create a run directory; raise `UsageError` if it is a file, holds something else, or cannot be written."
     if run.exists() and not run.is_dir(): raise UsageError(f"run directory {run} is a file", "Give another one with --run.")
+    if project_root(run)/"nbs" in (run, *run.parents): raise UsageError(f"run directory {run} is under nbs/", "Give another one with --run.")
+    if run.exists() and not (run/"run.json").exists():
+        stage = lambda p: p.is_dir() and any((p/name).exists() for name in ("stage.json", "notebook.ipynb"))
+        other = sorted(p.name for p in run.iterdir() if not p.name.startswith(".") and not stage(p))
+        if other: raise UsageError(f"{run} is not a run directory, it holds {other[0]}", "Give a new or empty folder with --run.")
     try:
         run.mkdir(parents=True, exist_ok=True)
         probe = run/f".write-{os.getpid()}"
@@ -397,6 +402,7 @@ def run_pipeline(
     for s in order: check(known[s], params[s], "the notebook")   # the given ones were checked before, its own defaults were not
     prepare_run(run)
     with locked(run):
+        before = (run/"run.json").read_bytes() if (run/"run.json").exists() else None
         write_run(run, root, values, params, 0)
         for s in order:
             start, parts = time.perf_counter(), key_parts(known[s], params[s], root)
@@ -405,7 +411,10 @@ def run_pipeline(
             report(s, "start" if why else "fresh", 0, why)
             if why: _start_forks([known[s] for s in order])
             if forced: _clear(run/s)
-            record = run_stage(known[s], params[s], parts, root, report) if why else finished(run, s)
+            try: record = run_stage(known[s], params[s], parts, root, report) if why else finished(run, s)
+            except UsageError:   # a value that cannot be is not remembered
+                (run/"run.json").unlink() if before is None else (run/"run.json").write_bytes(before)
+                raise
             outcomes.append(Outcome(s, "done" if why else "fresh", why, time.perf_counter() - start, record))
             report(s, "done" if why else "skipped", 1, headline(record))
         if any(o.state == "done" for o in outcomes): write_run(run, root, values, params, time.perf_counter() - begin)
@@ -434,7 +443,8 @@ def headline(
 ) -> str:           # "accuracy_test 0.984 [0.974, 0.990]"
     "Name a stage's first figures, those with an interval first."
     figures = sorted(record["metrics"].items(), key=lambda item: item[1]["low"] is None)[:n]
-    return " · ".join(f"{name} {show_figure(figure | dict(n=None))}" for name, figure in figures)
+    lost = record["metrics"].get("n_unreadable", {}).get("value")
+    return " · ".join([f"{lost} unreadable"] * bool(lost) + [f"{name} {show_figure(figure | dict(n=None))}" for name, figure in figures])
 
 # %% ../nbs/13_pipeline.ipynb #cell-46
 def status(
@@ -449,7 +459,7 @@ def status(
         above = [n for n in contract.needs if rows[n]["state"] != "fresh"]
         record, path = finished(run, s), run/s/"stage.json"
         state = ("waits" if above else "fresh") if not found else "stale" if record else "failed" if path.exists() else "missing"
-        if above: found.append(f"what {' and '.join(above)} will write may differ")
+        if above: found.append(f"what {', '.join(above)} will write may differ")
         rows[s] = dict(stage=s, state=state, why=in_short(found), reasons=found, seconds=record and record["seconds"],
                        headline=headline(record) if record else "")
     return list(rows.values())

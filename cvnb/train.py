@@ -91,10 +91,19 @@ def _mix(
     return int(digest(list(numbers))[:8], 16)
 
 # %% ../nbs/06_train.ipynb #cell-14
+def _tensor(
+    array: np.ndarray,   # any, also a read-only one
+) -> Tensor:             # on the same memory
+    "Share an array's memory; nothing here writes to it, so torch need not warn that it could not."
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)
+
+# %% ../nbs/06_train.ipynb #cell-15
 class Batches(Dataset):
     "Augmented training batches: images uint8 (B, S, S, 3) and labels (B,)."
     def __init__(self, data: Labelled, augment: Callable[[Tensor], Tensor], seed: int):
-        self.images, self.labels = torch.from_numpy(data.images), torch.from_numpy(data.labels)
+        self.images, self.labels = _tensor(data.images), _tensor(data.labels)
         self.augment, self.seed = augment, seed
 
     def __len__(self) -> int: return len(self.labels)
@@ -106,7 +115,7 @@ class Batches(Dataset):
             images = torch.stack([self.augment(i) for i in self.images[index].permute(0, 3, 1, 2)])
         return images.permute(0, 2, 3, 1), self.labels[index]
 
-# %% ../nbs/06_train.ipynb #cell-16
+# %% ../nbs/06_train.ipynb #cell-17
 def show_batch(
     data: Labelled,       # images with labels
     classes: list[str],   # class names
@@ -124,7 +133,7 @@ def show_batch(
     plt.close(figure)
     return figure
 
-# %% ../nbs/06_train.ipynb #cell-19
+# %% ../nbs/06_train.ipynb #cell-20
 @dataclass(frozen=True)
 class FitOptions:
     "How to train."
@@ -138,7 +147,7 @@ class FitOptions:
     precision: str = "32-true"    # Lightning's precision
     seed: int = 0                 # order and augmentation
 
-# %% ../nbs/06_train.ipynb #cell-20
+# %% ../nbs/06_train.ipynb #cell-21
 class DataModule(pl.LightningDataModule):
     "Training batches from memory, augmented; validation batches as they are."
     def __init__(self, train: Labelled, val: Labelled, options: FitOptions):
@@ -151,13 +160,13 @@ class DataModule(pl.LightningDataModule):
         return DataLoader(data, batch_size=None, sampler=EpochBatches(len(data), o.batch_size, o.seed))
 
     def val_dataloader(self) -> DataLoader:
-        data = torch.utils.data.TensorDataset(torch.from_numpy(self.val.images), torch.from_numpy(self.val.labels))
+        data = torch.utils.data.TensorDataset(_tensor(self.val.images), _tensor(self.val.labels))
         return DataLoader(data, batch_size=256)
 
-# %% ../nbs/06_train.ipynb #cell-21
+# %% ../nbs/06_train.ipynb #cell-22
 Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]   # logits (B, C), labels (B,), images uint8 (B, S, S, 3) -> loss
 
-# %% ../nbs/06_train.ipynb #cell-22
+# %% ../nbs/06_train.ipynb #cell-23
 class Classifier(pl.LightningModule):
     "Train a `VisionModel` with AdamW and one-cycle."
     def __init__(self, model: VisionModel, options: FitOptions, criterion: Criterion | None = None):
@@ -190,7 +199,7 @@ class Classifier(pl.LightningModule):
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, o.lr, total_steps=max(steps, 5), pct_start=0.25)
         return dict(optimizer=optimizer, lr_scheduler=dict(scheduler=schedule, interval="step"))
 
-# %% ../nbs/06_train.ipynb #cell-24
+# %% ../nbs/06_train.ipynb #cell-25
 class History(pl.Callback):
     "Keep a row per epoch and report progress."
     def __init__(self, report: Callable[[float, str], None] | None = None):
@@ -213,7 +222,7 @@ class History(pl.Callback):
         speed = trainer.num_training_batches * min(module.options.batch_size, len(trainer.datamodule.train)) / (time.perf_counter() - self._begin)
         self.rows.append(dict(epoch=module.current_epoch + 1, **values, lr=float(trainer.optimizers[0].param_groups[0]["lr"]), images_per_s=speed))
 
-# %% ../nbs/06_train.ipynb #cell-25
+# %% ../nbs/06_train.ipynb #cell-26
 class Checkpoint(pl.Callback):
     "Save the last epoch's state, atomically: a kill during saving leaves the one before."
     def __init__(self, path: Path): self.path = path
@@ -221,7 +230,7 @@ class Checkpoint(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, module: Classifier) -> None:
         with atomic_path(self.path) as temp: trainer.save_checkpoint(temp)
 
-# %% ../nbs/06_train.ipynb #cell-27
+# %% ../nbs/06_train.ipynb #cell-28
 def _identity(
     model: VisionModel,     # with its starting weights
     train: Labelled,        # training data
@@ -234,7 +243,7 @@ def _identity(
     h.update(train.images.tobytes() + train.labels.tobytes())
     return h.hexdigest()
 
-# %% ../nbs/06_train.ipynb #cell-28
+# %% ../nbs/06_train.ipynb #cell-29
 def _resume_from(
     folder: Path,    # the stage's folder
     identity: str,   # of this training
@@ -246,21 +255,21 @@ def _resume_from(
     write_json(note, identity)
     return None
 
-# %% ../nbs/06_train.ipynb #cell-29
+# %% ../nbs/06_train.ipynb #cell-30
 def clear_checkpoints(
     folder: Path | str,   # the stage's folder
 ) -> None:
     "Delete the checkpoints, once the weights are saved."
     shutil.rmtree(Path(folder)/"checkpoints", ignore_errors=True)
 
-# %% ../nbs/06_train.ipynb #cell-30
+# %% ../nbs/06_train.ipynb #cell-31
 def _quiet() -> None:
     "Silence Lightning's advertisements and its advice about workers; images are in memory here."
     for name in "pytorch_lightning", "lightning.pytorch", "lightning_fabric": logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"pytorch_lightning\..*|lightning_fabric\..*|torch\.jit\..*")
     warnings.filterwarnings("ignore", message=r".*does not have many workers.*|.*LeafSpec.*")
 
-# %% ../nbs/06_train.ipynb #cell-32
+# %% ../nbs/06_train.ipynb #cell-33
 def fit(
     model: VisionModel,       # trained in place; ends in eval mode on the CPU
     train: Labelled,          # training images
@@ -284,7 +293,7 @@ def fit(
     model.to("cpu").eval()
     return pd.DataFrame(history.rows)
 
-# %% ../nbs/06_train.ipynb #cell-40
+# %% ../nbs/06_train.ipynb #cell-41
 def plot_history(
     history: pd.DataFrame,   # from `fit`
 ) -> Any:                    # a matplotlib figure
@@ -298,7 +307,7 @@ def plot_history(
     figure.tight_layout(); plt.close(figure)
     return figure
 
-# %% ../nbs/06_train.ipynb #cell-43
+# %% ../nbs/06_train.ipynb #cell-44
 def predictions(
     model: VisionModel,    # trained
     rows: pd.DataFrame,    # manifest rows: path, split, label
@@ -315,7 +324,7 @@ def predictions(
     table["probabilities"] = list(proba)
     return table
 
-# %% ../nbs/06_train.ipynb #cell-45
+# %% ../nbs/06_train.ipynb #cell-46
 def show_predictions(
     table: pd.DataFrame,   # rows of `predictions`
     images: np.ndarray,    # their images, uint8 (N, S, S, 3)
@@ -332,7 +341,7 @@ def show_predictions(
     figure.tight_layout(); plt.close(figure)
     return figure
 
-# %% ../nbs/06_train.ipynb #cell-46
+# %% ../nbs/06_train.ipynb #cell-47
 def hardest(
     table: pd.DataFrame,   # rows of `predictions`
     classes: list[str],    # class names in the order of the probabilities
@@ -343,7 +352,7 @@ def hardest(
     truth = np.stack(table.probabilities.to_numpy())[np.arange(len(table)), index]
     return np.argsort(truth, kind="stable")[:n]
 
-# %% ../nbs/06_train.ipynb #cell-49
+# %% ../nbs/06_train.ipynb #cell-50
 def tracker(
     stage: Stage,          # whose folder gets wandb/
     mode: str = "offline", # "offline", "online" or "disabled"
@@ -352,11 +361,12 @@ def tracker(
     if mode == "disabled": return False
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    logger = WandbLogger(project="cvnb", name=f"{stage.run.name}/{stage.name}", save_dir=stage.dir, offline=mode == "offline", config=stage.params)
-    _ = logger.experiment   # opens the run
+    import wandb
+    run = wandb.init(project="cvnb", name=f"{stage.run.name}/{stage.name}", dir=stage.dir, mode=mode, config=stage.params)
+    logger = WandbLogger(experiment=run)   # which would warn of its own settings if it opened the run
     return logger
 
-# %% ../nbs/06_train.ipynb #cell-50
+# %% ../nbs/06_train.ipynb #cell-51
 def close_tracker(
     logger: Any,           # from `tracker`
     figures: dict | None = None,   # name -> Figure or number, for the run's summary

@@ -90,6 +90,17 @@ def test_a_run_directory_that_cannot_be(call, tmp_path):
     assert (tmp_path/"file").read_text() == "precious"
 
 
+def test_a_folder_that_is_something_else_is_no_run_directory(call, tmp_path, root, monkeypatch):
+    (tmp_path/"thesis").mkdir()
+    (tmp_path/"thesis/chapter.txt").write_text("precious")
+    monkeypatch.chdir(tmp_path/"thesis")
+    wrong = {tmp_path/"thesis": "it holds chapter.txt", "": "it holds chapter.txt", "/": "is not a run directory", root/"nbs/run": "under nbs/"}
+    for run, reason in wrong.items():
+        code, _, said = call("run", "--run", run)
+        assert code == 2 and reason in said and len(said.splitlines()) == 1
+    assert [p.name for p in (tmp_path/"thesis").iterdir()] == ["chapter.txt"]
+
+
 def test_no_traceback_from_the_installed_command():
     command = Path(sys.executable).with_name("cvnb")
     done = subprocess.run([command, "run", "trian"], capture_output=True, text=True)

@@ -53,6 +53,15 @@ def test_every_stage_left_its_files(smoke_run):
         assert not [p.name for p in (smoke_run/stage).iterdir() if p.name.endswith((".tmp", ".ready")) or p.name == ".progress"]
 
 
+def test_executed_notebooks_show_pictures_and_no_warnings(smoke_run):
+    for stage in STAGES:
+        outputs = [o for c in read_json(smoke_run/stage/"notebook.ipynb")["cells"] for o in c.get("outputs", [])]
+        shown = [o["data"] for o in outputs if "data" in o]
+        assert not [d for d in shown if "<Figure" in "".join(d.get("text/plain", "")) and "image/png" not in d]
+        assert stage == "export" or any("image/png" in d for d in shown), f"{stage} shows no picture"
+        assert not [o for o in outputs if o.get("name") == "stderr"], stage
+
+
 def test_the_run_directory_is_as_designed(smoke_run):
     wanted = {"audit": ["manifest.parquet", "embeddings.npy", "audit.json"], "errors": ["errors.json", "slices.parquet", "saliency"],
               "train": ["model.safetensors", "model.json", "predictions.parquet", "metrics.json"],
