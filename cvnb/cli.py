@@ -34,6 +34,10 @@ def main() -> None:
     except CvnbError as e:
         print(f"cvnb: {e}", file=sys.stderr)
         sys.exit(e.exit_code)
+    except ModuleNotFoundError as e:
+        if not (remedy := next((remedy for modules, remedy in _PARTS.values() if (e.name or "").split(".")[0] in modules.split()), "")): raise
+        print(f"cvnb: {e.name} is not installed, and this command needs it. {remedy}, or with everything: pip install 'cvnb[all]'.", file=sys.stderr)
+        sys.exit(1)
 
 # %% ../nbs/14_cli.ipynb #cell-7
 def _version(

@@ -9,7 +9,7 @@ import ast
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import cvnb
@@ -130,6 +130,11 @@ class Node:
     uses: set[Name] = field(default_factory=set)    # names of the package that it uses
     packages: set[str] = field(default_factory=set) # other packages that it imports
 
+    @cached_property
+    def digest(self) -> str:   # 16 hexadecimal digits
+        "Digest the code."
+        return digest(self.code)[:16]
+
 # %% ../nbs/12a_fingerprint.ipynb #cell-19
 _PURE = {"dataclass", "contextmanager", "contextlib.contextmanager", "lru_cache", "cache", "property", "staticmethod", "classmethod",
          "torch.no_grad", "torch.inference_mode", "functools.wraps"}   # decorators that register nothing anywhere
@@ -227,7 +232,7 @@ def reached(
     package: Path | None = None,   # the package's folder
 ) -> dict[str, str]:               # "module.name" -> digest of its code, for all that is reached
     "Digest every function, class and variable of the package that cells reach."
-    return {name: digest(node.code)[:16] for name, node in sorted(_walk(cells, package).items())}
+    return {name: node.digest for name, node in sorted(_walk(cells, package).items())}
 
 # %% ../nbs/12a_fingerprint.ipynb #cell-30
 def packages(

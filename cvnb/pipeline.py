@@ -362,7 +362,7 @@ def run_stage(
     "Run one stage; raise `CvnbError` with the place and the kept notebook if it fails."
     folder = Path(params["run"])/contract.stage
     folder.mkdir(parents=True, exist_ok=True)
-    for old in "stage.json", READY: (folder/old).unlink(missing_ok=True)
+    for old in (folder/"stage.json", folder/READY, *folder.rglob(".*.tmp")): old.unlink(missing_ok=True)   # also what a kill left half-written
     notebook = folder/"notebook.ipynb"
     try:
         with _watched(contract.stage, folder, report) as progress, \

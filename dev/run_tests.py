@@ -74,7 +74,7 @@ def notebooks() -> bool:
 def pytest() -> tuple[bool, str]:
     "Run pytest and return its last words too."
     color = "yes" if sys.stdout.isatty() else "no"
-    ok, text = call(sys.executable, "-m", "pytest", f"--color={color}", keep=True)
+    ok, text = call(sys.executable, "-m", "pytest", "--durations=8", f"--color={color}", keep=True)
     words = [m[-1].group() for m in (list(SUMMARY.finditer(text)), list(LEFT_OUT.finditer(text))) if m]
     return ok, "\n".join(words or ["pytest did not come to an end"])
 

@@ -2,12 +2,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -135,22 +132,3 @@ def test_a_failing_stage_says_where_and_keeps_the_rest(copy):
     assert done.returncode == 2 and "backbone 'resnet19' is not a timm model" in done.stderr and "Traceback" not in done.stderr
     assert read_json(copy/"train/stage.json")["status"] == "failed" and read_json(copy/"audit/stage.json")["status"] == "done"
     assert states(copy)["train"] == "failed"
-
-
-def test_a_killed_training_goes_on_and_ends_with_the_same_weights(copy, tmp_path):
-    shutil.rmtree(copy/"train")
-    other = shutil.copytree(copy, tmp_path/"other")
-    settings = ["--set", "train.epochs=4", "--set", "train.tracking=disabled"]
-    silent = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    process = subprocess.Popen([CVNB, "run", "train", "--run", copy, *settings], start_new_session=True, **silent)
-    checkpoint, deadline = copy/"train/checkpoints/last.ckpt", time.time() + 300
-    while not checkpoint.exists() and process.poll() is None and time.time() < deadline: time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert checkpoint.exists() and not (copy/"train/stage.json").exists()
-    for run in copy, other:
-        done = cvnb("run", "train", "--run", run, *settings, "--json")
-        assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout)["stages"]["audit"]["state"] == "fresh"
-    for name in "model.safetensors", "predictions.parquet", "metrics.json":
-        assert sha256_file(copy/"train"/name) == sha256_file(Path(other)/"train"/name)
