@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 import cvnb
-from .core import CvnbError, UsageError, assets, finished, project_root, read_json
+from .core import CvnbError, UsageError, assets, finished, nearest, project_root, read_json
 
 if TYPE_CHECKING:
     from cvnb.params import Contract
@@ -62,7 +63,9 @@ def _recipe(
     "Choose the recipe: the given one, that with the data's name, or `default`."
     if config:
         named = assets("configs")/f"{config}.yaml"
-        return named if not config.exists() and named.exists() else config
+        if config.is_file() or named.exists(): return config if config.is_file() else named
+        recipes = [p.stem for p in sorted(assets("configs").glob("*.yaml"))]
+        raise UsageError(f"recipe {config} " + ("is a folder" if config.is_dir() else "does not exist"), f"{nearest(config.stem, recipes)} Or give a YAML file.")
     if not data: return None
     named = assets("configs")/f"{Path(data).name}.yaml"
     return named if named.exists() else assets("configs")/"default.yaml"
@@ -196,7 +199,7 @@ def _table(
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for heading, justify in columns.items(): table.add_column(heading, justify=justify, overflow="fold")
     for row in rows: table.add_row(*(escape(str(v)) for v in row))
-    Console(highlight=False).print(table)
+    Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 200).print(table)   # a pipe has no width
 
 # %% ../nbs/14_cli.ipynb #cell-22
 def _accepted(
@@ -271,7 +274,6 @@ def params(
     as_json: Annotated[bool, typer.Option("--json", help="Print the JSON Schema.")] = False,
 ) -> None:
     "List a stage's parameters with types, defaults and ranges; with --json as JSON Schema, without a stage that of a recipe."
-    from cvnb.core import nearest
     from cvnb.params import contracts, model_of, recipe_schema, table
     known = contracts()
     if stage and stage not in known: raise UsageError(f"no stage '{stage}'", nearest(stage, list(known)))

@@ -49,7 +49,7 @@ def _show(
     value: float | None,   # a bound
 ) -> str:                  # without a needless ".0"
     "Write a bound the way a person would."
-    return "" if value is None else f"{value:g}"
+    return "" if value is None else str(int(value)) if value == round(value) and abs(value) < 1e15 else f"{value:g}"
 
 # %% ../nbs/01_params.ipynb #cell-8
 _TYPES = {"int": int, "float": float, "str": str, "bool": bool, "Path": Path, "None": type(None)}
@@ -236,7 +236,8 @@ def check(
     except ValidationError as e:
         problem = e.errors()[0]
         p = _find(contract, str(problem["loc"][0]))
-        wanted = p.type_name + (f" in {p.range}" if p.range else "")
+        choices = typing.get_args(_core(p)) if typing.get_origin(_core(p)) is Literal else ()
+        wanted = f"one of {', '.join(map(repr, choices))}" if choices else p.type_name + (f" in {p.range}" if p.range else "")
         given = shorten(repr(values.get(p.name)), 80)
         raise UsageError(f"{contract.stage}.{p.name} = {given}{_from(origin)}: expected {wanted}",
                          f"See `cvnb params {contract.stage}`.") from None
