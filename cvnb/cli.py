@@ -65,7 +65,8 @@ def _recipe(
         named = assets("configs")/f"{config}.yaml"
         if config.is_file() or named.exists(): return config if config.is_file() else named
         recipes = [p.stem for p in sorted(assets("configs").glob("*.yaml"))]
-        raise UsageError(f"recipe {config} " + ("is a folder" if config.is_dir() else "does not exist"), f"{nearest(config.stem, recipes)} Or give a YAML file.")
+        what = "is a folder" if config.is_dir() else "does not exist"
+        raise UsageError(f"recipe {config} {what}", f"{nearest(config.stem, recipes)} Or give a YAML file.")
     if not data: return None
     named = assets("configs")/f"{Path(data).name}.yaml"
     return named if named.exists() else assets("configs")/"default.yaml"
