@@ -63,7 +63,8 @@ def _unsafe() -> str:   # why this process must not be forked, or ""
 class _ForkServer:
     "Fork kernels for whoever asks. `serve` returns in each fork with what was asked for, and in the server when every connection is closed."
     def __init__(self, listener: socket.socket, lease: socket.socket):
-        self.listener, self.owners, self.buffers = listener, {}, {lease: b""}   # process -> connection; connection -> what it began to say
+        self.listener, self.lease = listener, lease
+        self.owners, self.buffers = {}, {lease: b""}   # process -> connection; connection -> what it began to say
         self.selector, (self.woken, self.waker) = selectors.DefaultSelector(), socket.socketpair()
         for s in listener, self.woken, self.waker: s.setblocking(False)
         for s in listener, self.woken, lease: self.selector.register(s, selectors.EVENT_READ)
@@ -113,12 +114,14 @@ class _ForkServer:
         return None
 
     def _dismiss(self, connection: socket.socket) -> None:
-        "End the kernels of an owner that is gone."
+        "End the kernels of an owner that is gone; with the lease, all of them."
         self.selector.unregister(connection)
         del self.buffers[connection]
         connection.close()
-        for pid in [pid for pid, owner in self.owners.items() if owner is connection]:
+        for pid in [pid for pid, owner in self.owners.items() if connection in (owner, self.lease)]:
+            with contextlib.suppress(ProcessLookupError): os.kill(pid, signal.SIGKILL)       # a fork of this moment has no group yet
             with contextlib.suppress(ProcessLookupError): os.killpg(pid, signal.SIGKILL)
+        if connection is self.lease: self.buffers.clear()
 
     def _leave(self) -> None:
         "In a fork: let go of everything that is the server's."
@@ -251,8 +254,9 @@ def stop_fork_server() -> None:
     "End this process's fork server, if it has one."
     if not _started: return
     _started["lease"].close()
-    _started["process"].terminate()
-    _started["process"].wait()
+    if not os.path.exists(_started["address"]): _started["process"].terminate()   # it is still importing
+    try: _started["process"].wait(10)
+    except subprocess.TimeoutExpired: _started["process"].kill()
     shutil.rmtree(_started["folder"], ignore_errors=True)
     _started.clear()
 

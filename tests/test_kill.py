@@ -179,7 +179,9 @@ def test_kernels_end_with_the_call_that_started_them(tmp_path):
 
 def test_interrupted_by_hand(tmp_path):
     project(tmp_path, one=FIRST, two="import time\ntime.sleep(60)")
-    call = subprocess.Popen([CVNB, "run"], cwd=tmp_path, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)   # what a shell starts in the background is told to ignore Ctrl-C
+    call = subprocess.Popen([CVNB, "run"], cwd=tmp_path, start_new_session=True, preexec_fn=heed, stdout=subprocess.DEVNULL,
+                            stderr=subprocess.PIPE, text=True)
     assert wait(call, lambda: (tmp_path/"runs/smoke/two/notebook.ipynb").exists())
     time.sleep(0.5)
     call.send_signal(signal.SIGINT)
