@@ -1,6 +1,6 @@
 """What it costs to run work as notebooks: plain papermill, nbclient, ploomber-engine and cvnb's engine, side by side on the same notebooks.
 
-    python benchmarks/notebook_tax.py [--notebooks 12] [--steps 1500] [--write]
+    python benchmarks/notebook_tax.py [--notebooks 12] [--steps 30000] [--write]
 
 Each notebook is like a stage: it imports what stages import, takes a parameter, trains a small network on real digits in ten cells,
 prints, and draws a plot. It notes how long its own work took; what the wall clock shows beyond that is the tax. The engines take turns,
@@ -23,7 +23,8 @@ import nbformat as nbf
 sys.path.insert(0, str(Path(__file__).parent))
 from table import show  # noqa: E402
 
-PEER = "ploomber-engine==0.0.33"
+PEER = ("ploomber-engine==0.0.33", "ploomber-core", "ploomber-extension", "debuglater", "dill", "colorama",
+        "posthog", "backoff", "monotonic", "six", "distro")   # what it needs beyond what is installed
 ENGINES = ("papermill", "nbclient", "ploomber-engine", "cvnb")
 IMPORTS = """import json, time
 import matplotlib.pyplot as plt
@@ -81,6 +82,7 @@ def execute(engine: str, notebook: Path, n: int) -> None:
 def measure(engine: str, notebook: Path, n: int, peers: Path) -> tuple[float, float]:   # wall seconds, seconds of work
     "Run an engine in a fresh process."
     env = os.environ | dict(PYTHONPATH=str(peers) if engine == "ploomber-engine" else "", MPLBACKEND="agg" if engine == "ploomber-engine" else "")
+    env = env | dict(PLOOMBER_STATS_ENABLED="false")
     env = {k: v for k, v in env.items() if v or k not in ("PYTHONPATH", "MPLBACKEND")}
     begin = time.perf_counter()
     subprocess.run([sys.executable, __file__, "--execute", engine, "--notebooks", str(n), "--in", notebook], check=True, env=env,
@@ -101,7 +103,7 @@ def main() -> None:
     if args.execute: return execute(args.execute, args.notebook, args.notebooks)
     with tempfile.TemporaryDirectory() as folder:
         peers = Path(folder)/"peers"
-        subprocess.run([Path(sys.executable).with_name("uv"), "pip", "install", "-q", "--target", peers, "--no-deps", PEER], check=True)
+        subprocess.run([Path(sys.executable).with_name("uv"), "pip", "install", "-q", "--target", peers, "--no-deps", *PEER], check=True)
         rows = []
         for steps, engines in ((100, ENGINES), (args.steps, ("papermill", "cvnb"))):
             notebook = write(Path(folder), steps)
