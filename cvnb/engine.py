@@ -41,15 +41,12 @@ PACKAGES = ("numpy pandas scipy sklearn sklearn.linear_model sklearn.metrics skl
 
 # %% ../nbs/12b_engine.ipynb #cell-6
 def _import_packages(
-    names: str,     # dotted names with blanks between
-) -> list[str]:     # those that are not installed
+    names: str,   # dotted names with blanks between
+) -> None:
     "Import packages; one that is missing is left out."
     import importlib
-    missing = []
     for name in names.split():
-        try: importlib.import_module(name)
-        except ImportError: missing.append(name)
-    return missing
+        with contextlib.suppress(ImportError): importlib.import_module(name)
 
 # %% ../nbs/12b_engine.ipynb #cell-7
 def _unsafe() -> str:   # why this process must not be forked, or ""
@@ -415,8 +412,7 @@ class ForkEngine:
         manager.notebook_start()
         client = _client()(manager, kernel_manager_class=ForkKernelManager, kernel_name=kernel_name, timeout=execution_timeout,
                            startup_timeout=start_timeout, log_output=log_output, log=logging.getLogger("papermill"), **keep)
-        cwd = {"cwd": kwargs["cwd"]} if kwargs.get("cwd") else {}
-        try: client.execute(**cwd)
+        try: client.execute()   # papermill has changed to the working directory
         finally:
             manager.cleanup_pbar()
             manager.notebook_complete()

@@ -31,18 +31,26 @@ def _bare(
     return node
 
 # %% ../nbs/12a_fingerprint.ipynb #cell-6
+@lru_cache(1024)
+def _tree(
+    source: str,         # a cell
+) -> ast.Module | None:  # None if it is no plain Python: magics and shell lines are not
+    "Parse a cell once, without docstrings."
+    try: return _bare(ast.parse(source))
+    except SyntaxError: return None
+
+# %% ../nbs/12a_fingerprint.ipynb #cell-7
 def code_digest(
     source: str,   # Python source, perhaps with notebook magics
 ) -> str:          # 64 hexadecimal digits
     "Digest code without its comments, docstrings and layout."
-    try: return digest(ast.dump(_bare(ast.parse(source))))
-    except SyntaxError: return digest(source)   # magics and shell lines are no Python
+    return digest(ast.dump(tree) if (tree := _tree(source)) else source)
 
-# %% ../nbs/12a_fingerprint.ipynb #cell-9
+# %% ../nbs/12a_fingerprint.ipynb #cell-10
 Name = tuple[str, str]   # module, and the name in it; "*" is the whole module
 _ON_IMPORT = ""          # the name of what a module does when it is imported
 
-# %% ../nbs/12a_fingerprint.ipynb #cell-10
+# %% ../nbs/12a_fingerprint.ipynb #cell-11
 def _imports(
     node: ast.AST,          # a piece of code
     package: frozenset[str],# the package's modules
@@ -63,7 +71,7 @@ def _imports(
                 found[a.asname or a.name] = (a.name, "*") if whole else (module, a.name)
     return found
 
-# %% ../nbs/12a_fingerprint.ipynb #cell-11
+# %% ../nbs/12a_fingerprint.ipynb #cell-12
 def _dotted(
     node: ast.expr,   # an expression
 ) -> list[str]:       # ["a", "b", "c"] for a.b.c; empty for anything else
@@ -72,7 +80,7 @@ def _dotted(
     if isinstance(node, ast.Attribute) and (before := _dotted(node.value)): return [*before, node.attr]
     return []
 
-# %% ../nbs/12a_fingerprint.ipynb #cell-12
+# %% ../nbs/12a_fingerprint.ipynb #cell-13
 def _strings(
     node: ast.AST,   # a piece of code
 ) -> Iterator[str]:  # its string constants that mention the package
@@ -83,7 +91,7 @@ def _strings(
         else: continue
         if re.search(r"\bcvnb\b", text): yield text
 
-# %% ../nbs/12a_fingerprint.ipynb #cell-13
+# %% ../nbs/12a_fingerprint.ipynb #cell-14
 def _notes(
     node: ast.AST,   # a piece of code
 ) -> set[int]:       # ids of the syntax nodes inside function annotations
@@ -92,7 +100,7 @@ def _notes(
     notes = [a.annotation for f in functions for a in ast.walk(f.args) if isinstance(a, ast.arg)] + [f.returns for f in functions]
     return {id(n) for note in notes if note for n in ast.walk(note)}
 
-# %% ../nbs/12a_fingerprint.ipynb #cell-14
+# %% ../nbs/12a_fingerprint.ipynb #cell-15
 def _names(
     node: ast.AST,             # a piece of code
     known: dict[str, Name],    # what names stand for around it
@@ -112,7 +120,7 @@ def _names(
     for text in _strings(node): used |= _hidden(text, package)
     return {(module, name) for module, name in used if module in package}
 
-# %% ../nbs/12a_fingerprint.ipynb #cell-15
+# %% ../nbs/12a_fingerprint.ipynb #cell-16
 def _hidden(
     text: str,                 # a string that mentions the package
     package: frozenset[str],   # the package's modules
@@ -122,7 +130,7 @@ def _hidden(
     except SyntaxError: used = set()
     return used or {(m, "*") for m in re.findall(r"\bcvnb\.(\w+)", text)}
 
-# %% ../nbs/12a_fingerprint.ipynb #cell-18
+# %% ../nbs/12a_fingerprint.ipynb #cell-19
 @dataclass
 class Node:
     "A function, a class, a module variable, or what a module does when it is imported."
@@ -135,11 +143,11 @@ class Node:
         "Digest the code."
         return digest(self.code)[:16]
 
-# %% ../nbs/12a_fingerprint.ipynb #cell-19
+# %% ../nbs/12a_fingerprint.ipynb #cell-20
 _PURE = {"dataclass", "contextmanager", "contextlib.contextmanager", "lru_cache", "cache", "property", "staticmethod", "classmethod",
          "torch.no_grad", "torch.inference_mode", "functools.wraps"}   # decorators that register nothing anywhere
 
-# %% ../nbs/12a_fingerprint.ipynb #cell-20
+# %% ../nbs/12a_fingerprint.ipynb #cell-21
 def _owner(
     node: ast.stmt,        # a statement at the top of a module
 ) -> list[str]:            # the names it defines; none if it only does something
@@ -152,14 +160,14 @@ def _owner(
     names = [n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
     return names or [_ON_IMPORT]
 
-# %% ../nbs/12a_fingerprint.ipynb #cell-21
+# %% ../nbs/12a_fingerprint.ipynb #cell-22
 def _for_types(
     node: ast.stmt,   # a statement at the top of a module
 ) -> bool:            # whether it is `if TYPE_CHECKING:`
     "Recognise imports that never run."
     return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
 
-# %% ../nbs/12a_fingerprint.ipynb #cell-23
+# %% ../nbs/12a_fingerprint.ipynb #cell-24
 def _outside(
     statement: ast.stmt,   # at the top of a module
 ) -> dict[str, str]:       # local name -> where it comes from
@@ -169,7 +177,7 @@ def _outside(
         return {a.asname or a.name: f"{statement.module}.{a.name}" for a in statement.names}
     return {}
 
-# %% ../nbs/12a_fingerprint.ipynb #cell-24
+# %% ../nbs/12a_fingerprint.ipynb #cell-25
 def _packages(
     node: ast.AST,   # a piece of code
 ) -> set[str]:       # names of other packages, such as "torch"
@@ -179,7 +187,7 @@ def _packages(
     found |= {n.module for n in nodes if isinstance(n, ast.ImportFrom) and not n.level and n.module}
     return {name.split(".")[0] for name in found} - {"cvnb", "__future__"}
 
-# %% ../nbs/12a_fingerprint.ipynb #cell-25
+# %% ../nbs/12a_fingerprint.ipynb #cell-26
 @lru_cache
 def _module(
     path: Path,               # a module's file
@@ -207,7 +215,7 @@ def _module(
             node.packages |= _packages(s)
     return nodes
 
-# %% ../nbs/12a_fingerprint.ipynb #cell-28
+# %% ../nbs/12a_fingerprint.ipynb #cell-29
 def _walk(
     cells: list[str],              # the sources of a notebook's code cells
     package: Path | None = None,   # the package's folder
@@ -226,7 +234,7 @@ def _walk(
             todo += nodes[n].uses
     return found
 
-# %% ../nbs/12a_fingerprint.ipynb #cell-29
+# %% ../nbs/12a_fingerprint.ipynb #cell-30
 def reached(
     cells: list[str],              # the sources of a notebook's code cells
     package: Path | None = None,   # the package's folder
@@ -234,23 +242,14 @@ def reached(
     "Digest every function, class and variable of the package that cells reach."
     return {name: node.digest for name, node in sorted(_walk(cells, package).items())}
 
-# %% ../nbs/12a_fingerprint.ipynb #cell-30
+# %% ../nbs/12a_fingerprint.ipynb #cell-31
 def packages(
     cells: list[str],              # the sources of a notebook's code cells
     package: Path | None = None,   # the package's folder
 ) -> set[str]:                     # names of other packages, such as "torch"
     "List the packages that cells import, themselves or through what they reach."
-    own = {p for source in cells for p in _packages(ast.parse(source) if _parses(source) else ast.Module([], []))}
+    own = {p for source in cells if (tree := _tree(source)) for p in _packages(tree)}
     return own.union(*(node.packages for node in _walk(cells, package).values()))
-
-# %% ../nbs/12a_fingerprint.ipynb #cell-31
-def _parses(
-    source: str,   # a cell's source
-) -> bool:         # whether it is Python without magics
-    "Say whether a cell is plain Python."
-    try: ast.parse(source)
-    except SyntaxError: return False
-    return True
 
 # %% ../nbs/12a_fingerprint.ipynb #cell-32
 def _in_cells(
@@ -258,9 +257,7 @@ def _in_cells(
     package: frozenset[str],   # the package's modules
 ) -> set[Name]:                # names of the package that they use
     "List what cells use; one imports for all that follow."
-    trees, used = [], set()
-    for source in cells:
-        try: trees.append(ast.parse(source))
-        except SyntaxError: used |= {(m, "*") for m in re.findall(r"\bcvnb\.(\w+)", source) if m in package}   # magics
+    trees = [tree for source in cells if (tree := _tree(source))]
+    used = {(m, "*") for source in cells if not _tree(source) for m in re.findall(r"\bcvnb\.(\w+)", source) if m in package}   # magics
     known = {k: v for tree in trees for k, v in _imports(tree, package).items()}
     return used.union(*(_names(tree, known, package) for tree in trees))

@@ -64,11 +64,12 @@ def upward_imports(
 def closure(
     sources: dict[str, str],   # module -> source
     name: str,                 # where to begin
+    top_only: bool = False,    # only what is loaded together with it
 ) -> set[str]:                 # modules of the package
     "Follow a module's imports through the package."
     seen, todo = {name}, [name]
     while todo:
-        new = inner(sources[todo.pop()]) & sources.keys() - seen
+        new = inner(sources[todo.pop()], top_only) & sources.keys() - seen
         seen |= new
         todo += new
     return seen
@@ -80,16 +81,8 @@ def reached(
     top_only: bool = False,    # only what is loaded together with it
 ) -> dict[str, str]:           # package imported from outside -> module that imports it
     "Follow a module's imports through the package and list what they need from outside."
-    seen, todo, outside = {name}, [name], {}
-    while todo:
-        module = todo.pop()
-        for found in imports(sources[module], top_only):
-            first, *rest = found.split(".")
-            if first != "cvnb": outside.setdefault(first, module)
-            elif rest and rest[0] in sources.keys() - seen:
-                seen.add(rest[0])
-                todo.append(rest[0])
-    return outside
+    return {found.split(".")[0]: module for module in sorted(closure(sources, name, top_only))
+            for found in imports(sources[module], top_only) if found.split(".")[0] != "cvnb"}
 
 
 def forbidden_imports(sources: dict[str, str], names: Iterable[str], forbidden: set[str]) -> list[str]:

@@ -46,13 +46,6 @@ def test_a_folder_that_nothing_can_be_learned_from(call, folders, tmp_path, name
 WRONG_CALLS = {
     "unknown data": (["run", "--data", "mnist5"], ["mnist5", "mnist5k"]),
     "unknown stage": (["run", "trian"], ["trian", "Did you mean 'train'?"]),
-    "unknown parameter": (["run", "--set", "train.epoch=3"], ["train.epoch", "Did you mean 'epochs'?"]),
-    "parameter of no stage": (["run", "--set", "tran.epochs=3"], ["tran", "Did you mean 'train'?"]),
-    "wrong type": (["run", "--set", "train.epochs=many"], ["train.epochs = 'many'", "expected int"]),
-    "out of range": (["run", "--set", "train.epochs=0"], ["train.epochs = 0 (from --set)", "1 … 1000"]),
-    "not a number": (["run", "--set", "train.lr=.nan"], ["train.lr = nan", "expected float"]),
-    "wrong choice": (["run", "--set", "train.augment=lots"], ["train.augment = 'lots'", "'none', 'light'"]),
-    "malformed --set": (["run", "--set", "train.epochs"], ["train.epochs", "stage.param=value"]),
     "no such recipe": (["run", "--config", "nowhere.yaml"], ["nowhere.yaml", "does not exist"]),
     "not a run": (["status", "nowhere"], ["nowhere", "not a run directory"]),
     "dashboard of no run": (["dashboard", "nowhere"], ["nowhere", "not a run directory"]),
@@ -69,17 +62,6 @@ def test_a_wrong_call(call, tmp_path, case):
     assert code == 2 and len(said.splitlines()) == 1 and not out
     for fragment in fragments: assert fragment in said
     assert not (tmp_path/"run").exists()
-
-
-WRONG_RECIPES = ["train: {epoch: 3}", "train: {epochs: 3, epochs: 4}", "train: [", "train: 3", "- train", "tain: {}",
-                 "train: {epochs: [3]}"]
-
-
-@pytest.mark.parametrize("text", WRONG_RECIPES)
-def test_a_wrong_recipe(call, tmp_path, text):
-    (tmp_path/"r.yaml").write_text(text)
-    code, _, said = call("run", "--config", tmp_path/"r.yaml", "--run", tmp_path/"run")
-    assert code == 2 and "r.yaml" in said and len(said.splitlines()) == 1 and not (tmp_path/"run").exists()
 
 
 def test_a_run_directory_that_cannot_be(call, tmp_path):
