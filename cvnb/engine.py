@@ -173,6 +173,7 @@ def serve_forks(
     listener.bind(address + ".new"); listener.listen()
     os.rename(address + ".new", address)   # who sees it can connect
     if request := _ForkServer(listener, socket.socket(fileno=lease)).serve(): _become(request)
+    os._exit(0)   # taking torch apart would take a second, and triton reports on standard error what gc.freeze kept
 
 # %% ../nbs/12b_engine.ipynb #cell-12
 class ForkedProcess:
