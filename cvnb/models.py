@@ -5,8 +5,11 @@
 # %% ../nbs/03_models.ipynb #cell-3
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import pickle
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +17,17 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from .core import CvnbError, UsageError, atomic_path, nearest, read_json, write_json
-from .data import resize
+from .images import resize
 
 # %% auto #0
-__all__ = ['SMALL_IMAGE', 'PACKAGED', 'ModelSpec', 'Preprocess', 'VisionModel', 'build', 'packaged_state', 'create_model',
-           'save_model', 'fit_to_shapes', 'load_model', 'predict_logits', 'predict_proba', 'count_macs', 'count_params',
-           'embedder', 'embed']
+__all__ = ['SMALL_IMAGE', 'PACKAGED', 'WEIGHT_SUFFIXES', 'ModelSpec', 'Preprocess', 'Units', 'VisionModel', 'build', 'check_size',
+           'packaged_state', 'read_weights', 'create_model', 'save_model', 'fit_to_shapes', 'load_model',
+           'load_classifier', 'predict_logits', 'predict_proba', 'features', 'count_macs', 'count_params', 'embedder',
+           'embed']
 
 # %% ../nbs/03_models.ipynb #cell-5
 @dataclass(frozen=True)
@@ -35,6 +40,8 @@ class ModelSpec:
     std: list[float]              # per channel, of pixels in 0…1
     stem: str = "full"            # "full", "half" (no pooling) or "small" (nor a stride), for small images
     task: str = "classification"  # what the outputs mean
+    target_mean: list[float] = field(default_factory=list)   # regression: mean of each training label
+    target_std: list[float] = field(default_factory=list)    # regression: spread of each training label
 
 # %% ../nbs/03_models.ipynb #cell-6
 class Preprocess(nn.Module):
@@ -55,50 +62,145 @@ class Preprocess(nn.Module):
 SMALL_IMAGE = 96   # pixels; below it `stem="auto"` means the small stem
 
 # %% ../nbs/03_models.ipynb #cell-9
+def _first_convs(
+    net: nn.Module,   # a timm network
+) -> list[str]:       # names of the layers that see the image, several where they work side by side
+    "Name the layers that see the image."
+    known = getattr(net, "pretrained_cfg", {}).get("first_conv") or ()
+    names = [known] if isinstance(known, str) else list(known)
+    here = dict(net.named_modules())
+    return [n for n in names if n in here] or [next(n for n, m in here.items() if isinstance(m, nn.Conv2d))]
+
+# %% ../nbs/03_models.ipynb #cell-10
+def _drop_stride(
+    net: nn.Module,   # a timm network, changed in place
+) -> None:
+    "Let the first layer that shrinks its input keep the resolution."
+    firsts = {name: net.get_submodule(name) for name in _first_convs(net)}
+    shrinking = any(max(conv.stride) > 1 for conv in firsts.values())
+    for name, conv in firsts.items():
+        if max(conv.kernel_size) > 3 and len(firsts) == 1:
+            stride = max(1, round(conv.stride[0] / 4))   # ConvMixer's is 7
+            net.set_submodule(name, nn.Conv2d(conv.in_channels, conv.out_channels, 3, stride, 1, bias=conv.bias is not None))
+        else: conv.stride = (1, 1)
+    if shrinking: return
+    strided = (nn.Conv2d, nn.MaxPool2d)
+    name, layer = next((n, m) for n, m in net.named_modules() if isinstance(m, strided) and max(np.atleast_1d(m.stride)) > 1)
+    if isinstance(layer, nn.MaxPool2d): net.set_submodule(name, nn.Identity())
+    else: layer.stride = (1, 1)
+
+# %% ../nbs/03_models.ipynb #cell-11
+_POOLS = ("maxpool", "stem.pool", "features.pool0")   # timm's names of the pooling behind a stem
+
 def _shrink_stem(
     net: nn.Module,   # a timm network, changed in place
     stem: str,        # "full", "half" or "small"
 ) -> nn.Module:       # `net`
-    "Give a convolutional network a stem for small images; raise `UsageError` for one that cuts images into patches."
+    "Give a convolutional network a stem for small images; raise `UsageError` for one that has no pooling to drop."
     if stem == "full": return net
-    if hasattr(net, "patch_embed"):
-        raise UsageError(f"a network that cuts images into patches has no {stem} stem", "Set train.stem=full.")
-    if hasattr(net, "maxpool"): net.maxpool = nn.Identity()
-    if stem == "half": return net
-    name, conv = next((n, m) for n, m in net.named_modules() if isinstance(m, nn.Conv2d))
-    if max(conv.kernel_size) > 3:
-        small = nn.Conv2d(conv.in_channels, conv.out_channels, 3, padding=1, bias=conv.bias is not None)
-        net.set_submodule(name, small)
-    else: conv.stride = (1, 1)
+    pools = [name for name, _ in net.named_modules() if name in _POOLS]
+    for name in pools: net.set_submodule(name, nn.Identity())
+    if stem == "half" and not pools: raise UsageError("this backbone has no pooling behind its stem", "Set train.stem to small or full.")
+    if stem == "small": _drop_stride(net)
     return net
 
-# %% ../nbs/03_models.ipynb #cell-12
+# %% ../nbs/03_models.ipynb #cell-14
+class Units(nn.Module):
+    "Turn standardised outputs into the label's own units."
+    def __init__(self, spec: ModelSpec):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(spec.target_mean), persistent=False)
+        self.register_buffer("std", torch.tensor(spec.target_std), persistent=False)
+
+    def forward(self,
+        outputs: Tensor,   # (N, K), of mean 0 and spread 1
+    ) -> Tensor:           # float32 (N, K)
+        return outputs.float() * self.std + self.mean
+
+# %% ../nbs/03_models.ipynb #cell-15
 class VisionModel(nn.Module):
     "Preprocessing and network in one module: raw images in, logits out."
     def __init__(self, spec: ModelSpec, net: nn.Module):
         super().__init__()
         self.spec, self.preprocess, self.net = spec, Preprocess(spec), net
+        self.units = Units(spec) if spec.target_std else nn.Identity()
 
     def forward(self,
         images: Tensor,   # uint8 (N, H, W, 3)
-    ) -> Tensor:          # logits (N, C)
-        return self.net(self.preprocess(images))
+    ) -> Tensor:          # logits (N, C); numbers in the label's unit for regression
+        return self.units(self.net(self.preprocess(images)))
 
-# %% ../nbs/03_models.ipynb #cell-13
+# %% ../nbs/03_models.ipynb #cell-16
+def _network(
+    spec: ModelSpec,            # what to build
+    pretrained: bool = False,   # whether timm fetches trained weights
+) -> nn.Module:                 # with the spec's outputs, size and stem
+    "Build a timm network; raise `UsageError` for one that timm does not know, or a stem or a size that it cannot have."
+    if not timm.is_model(spec.backbone):
+        raise UsageError(f"backbone '{spec.backbone}' is not a timm model", nearest(spec.backbone, timm.list_models())[:200])
+    fixed = timm.get_pretrained_cfg(spec.backbone, allow_unregistered=True).fixed_input_size
+    sized = dict(img_size=spec.image_size) if fixed else {}
+    net = _created(spec, pretrained, **sized)
+    patches = next((m for m in net.modules() if isinstance(m, PatchEmbed)), None)
+    if patches is None or spec.stem == "full": return _shrink_stem(net, spec.stem)
+    smaller = patches.patch_size[0] // dict(half=2, small=4)[spec.stem]
+    if smaller < 2: raise UsageError(f"{spec.backbone} cuts images into patches that cannot be smaller", "Set train.stem=full.")
+    return _created(spec, pretrained, patch_size=smaller, **sized)
+
+# %% ../nbs/03_models.ipynb #cell-17
+def _created(
+    spec: ModelSpec,     # what to build
+    pretrained: bool,    # whether timm fetches trained weights
+    **options: int,      # img_size and patch_size, where the network is made for one size
+) -> nn.Module:          # a timm network
+    "Call timm; raise `UsageError` where it cannot make the network for this size."
+    make = lambda **more: timm.create_model(spec.backbone, pretrained=pretrained, num_classes=len(spec.classes), **more)
+    try: return make(**options)
+    except TypeError as e:
+        if "patch_size" in options: raise UsageError(f"{spec.backbone} has no {spec.stem} stem", "Set train.stem=full.") from None
+        if "img_size" in str(e): return make()   # it takes no size: `check_size` says whether it works
+        raise
+    except (AssertionError, ValueError, ZeroDivisionError) as e:
+        raise _no_size(spec, e) from None
+
+# %% ../nbs/03_models.ipynb #cell-18
+def _no_size(
+    spec: ModelSpec,    # of the network
+    error: Exception,   # what torch or timm said
+) -> UsageError:        # to raise
+    "Say that a network cannot see images of its size, and which it can."
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+    made_for = timm.get_pretrained_cfg(spec.backbone, allow_unregistered=True).input_size[-1]
+    stem, full = (f" with the {spec.stem} stem", " and train.stem=full") if spec.stem != "full" else ("", "")
+    return UsageError(f"{spec.backbone} cannot see images of {spec.image_size} pixels{stem} ({reason})",
+                      f"Set train.image_size={made_for}, for which it was made{full}, or choose another backbone.")
+
+# %% ../nbs/03_models.ipynb #cell-19
 def build(
     spec: ModelSpec,   # what to build
 ) -> VisionModel:      # with random weights
-    "Build a model from its description; raise `UsageError` for a backbone that timm does not know."
-    if not timm.is_model(spec.backbone):
-        raise UsageError(f"backbone '{spec.backbone}' is not a timm model", nearest(spec.backbone, timm.list_models())[:200])
-    net = timm.create_model(spec.backbone, num_classes=len(spec.classes), pretrained=False)
-    return VisionModel(spec, _shrink_stem(net, spec.stem))
+    "Build a model from its description; raise `UsageError` for a backbone that timm does not know, or a stem that it cannot have."
+    return VisionModel(spec, _network(spec))
 
-# %% ../nbs/03_models.ipynb #cell-17
+# %% ../nbs/03_models.ipynb #cell-23
+def check_size(
+    model: VisionModel,      # any; unchanged
+    size: int | None = None, # side in pixels at which the network would see images; its own if None
+) -> None:
+    "Raise `UsageError` if a network cannot see images of a size."
+    spec, was_training = replace(model.spec, image_size=size or model.spec.image_size), model.training
+    blank = torch.zeros(2, 3, spec.image_size, spec.image_size, device=next(model.parameters()).device)
+    try:
+        with torch.inference_mode(): outputs = model.eval().net(blank)
+        if outputs.shape != (2, len(spec.classes)): raise ValueError(f"its outputs have the shape {tuple(outputs.shape)}")
+    except (RuntimeError, AssertionError, ValueError, AttributeError, IndexError) as e: raise _no_size(spec, e) from None
+    finally: model.train(was_training)
+
+# %% ../nbs/03_models.ipynb #cell-26
 PACKAGED = "tf_efficientnet_lite0"
 _PACKAGED_NORM = dict(mean=[127 / 255] * 3, std=[128 / 255] * 3)
 
-# %% ../nbs/03_models.ipynb #cell-18
+# %% ../nbs/03_models.ipynb #cell-27
 def packaged_state(
     like: dict[str, Tensor],   # state dict of timm's tf_efficientnet_lite0 with 1,000 classes
 ) -> dict[str, Tensor]:        # the trained weights under timm's names
@@ -111,51 +213,146 @@ def packaged_state(
         raise CvnbError("the packaged EfficientNet-Lite0 does not fit timm's", "Install the versions in requirements.lock.")
     return dict(zip(like, state.values()))
 
-# %% ../nbs/03_models.ipynb #cell-20
-def _imagenet(
-    backbone: str,   # timm model name
-) -> dict[str, Tensor]:   # trained weights, classifier included
-    "Fetch a backbone's ImageNet weights; raise `CvnbError` if they cannot be had."
-    if backbone == PACKAGED: return packaged_state(timm.create_model(backbone).state_dict())
+# %% ../nbs/03_models.ipynb #cell-29
+def _fetched(
+    spec: ModelSpec,   # of the model that gets the weights
+    name: str,         # "imagenet", or "hf-hub:owner/name"
+) -> dict[str, Tensor]:   # trained weights
+    "Fetch trained weights; raise `CvnbError` if they cannot be had."
     import logging
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)   # it would report each of its five attempts
-    try: return timm.create_model(backbone, pretrained=True).state_dict()
+    try:
+        if name == "imagenet": return _network(spec, pretrained=True).state_dict()
+        return timm.create_model(name, pretrained=True).state_dict()
+    except CvnbError: raise
     except Exception as e:   # hub clients raise dozens of types when offline
-        raise CvnbError(f"the weights of {backbone} could not be fetched ({type(e).__name__})",
-                        f"Use train.weights='' or backbone {PACKAGED}, whose weights are installed.") from e
+        what = spec.backbone if name == "imagenet" else name
+        raise CvnbError(f"the weights of {what} could not be fetched ({type(e).__name__})",
+                        f"Use train.weights='', a file of weights, or backbone {PACKAGED}, whose weights are installed.") from e
 
-# %% ../nbs/03_models.ipynb #cell-21
+# %% ../nbs/03_models.ipynb #cell-30
+WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth")
+
+# %% ../nbs/03_models.ipynb #cell-31
+def _tensors(
+    state: object,   # what a file held
+) -> dict[str, Tensor]:   # empty where there are none
+    "Find the state dict in a training script's checkpoint."
+    if not isinstance(state, dict): return {}
+    for key in "state_dict", "model", "net", "module":
+        if isinstance(state.get(key), dict): return _tensors(state[key])
+    return {k: v for k, v in state.items() if isinstance(v, Tensor)}
+
+# %% ../nbs/03_models.ipynb #cell-32
+def read_weights(
+    path: Path | str,   # .safetensors, .pt or .pth
+) -> dict[str, Tensor]:   # name -> tensor
+    "Read a file of weights as data; raise `CvnbError` if it is corrupt, or holds anything but tensors."
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors": return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise CvnbError(f"{path} is damaged, or holds Python objects beside tensors, which could run code when loaded",
+                        "Save only its state dict, with safetensors.torch.save_file or torch.save.") from None
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError) as e:
+        reason = (str(e).splitlines() or [type(e).__name__])[0][:100]
+        raise CvnbError(f"{path} cannot be read as weights ({reason})", "Fetch or save it again.") from None
+    if tensors := _tensors(state): return tensors
+    raise CvnbError(f"{path} holds no weights", "Save a network's state dict.")
+
+# %% ../nbs/03_models.ipynb #cell-33
+_PREFIX = re.compile(r"^(?:(?:module|model|net|state_dict|backbone|_orig_mod)\.)+")
+
+def _under_own_names(
+    net: nn.Module,            # that shall get the weights
+    state: dict[str, Tensor],  # trained weights
+) -> dict[str, Tensor]:        # under the network's names where they can be told
+    "Take prefixes off, and let timm translate and resize what its networks know to translate."
+    own = net.state_dict()
+    fits = lambda found: sum(k in own and own[k].shape == v.shape for k, v in found.items())
+    bare = {_PREFIX.sub("", k): v for k, v in state.items() if _PREFIX.match(k)}
+    state = max(state, bare, key=fits)
+    translate = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
+    if translate is None or fits(state) == len(own): return state
+    try: return max(state, translate(dict(state), net), key=fits)
+    except (TypeError, KeyError, RuntimeError, ValueError, AttributeError, IndexError): return state   # it is of another kind
+
+# %% ../nbs/03_models.ipynb #cell-34
 def _load_matching(
     net: nn.Module,            # changed in place
     state: dict[str, Tensor],  # trained weights, whose classifier may have other classes
+    where: str,                # where they are from, for the message
 ) -> None:
-    "Load all weights but those of a classifier or a stem with another shape."
-    own = net.state_dict()
+    "Load all weights but those of a classifier or a first layer with another shape; raise `CvnbError` if others do not fit."
+    own, state = net.state_dict(), _under_own_names(net, state)
+    known = getattr(net, "pretrained_cfg", {}).get("classifier") or ()
+    free = tuple(f"{name}." for name in [*([known] if isinstance(known, str) else known), *_first_convs(net)])
+    must = [k for k in own if not k.startswith(free) and not k.endswith("num_batches_tracked")]
     fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
-    if len(fitting) < len(own) / 2: raise CvnbError("the weights belong to another architecture", "Name the backbone that they were trained with.")
+    missing, left = [k for k in must if k not in fitting], [k for k in state if k not in own and not k.startswith(free)]
+    if missing or len(left) > len(state) / 10:
+        why = f"the first that does not is {missing[0]}" if missing else f"{len(left)} others have no place, such as {left[0]}"
+        raise CvnbError(f"the weights of {where} belong to another architecture: {len(must) - len(missing)} of {len(must)} tensors fit, {why}",
+                        "Name the backbone that they were trained with.")
     net.load_state_dict(fitting, strict=False)
 
-# %% ../nbs/03_models.ipynb #cell-22
+# %% ../nbs/03_models.ipynb #cell-35
+def _run_of(
+    weights: str,          # as `create_model` takes it
+) -> ModelSpec | None:     # of the model that a run wrote; None for weights from anywhere else
+    "Describe the model in a run's folder; raise `UsageError` for a name that is nothing to take weights from."
+    if weights in ("", "imagenet") or weights.startswith("hf-hub:"): return None
+    path = Path(weights).expanduser()
+    if (path/"model.json").is_file(): return ModelSpec(**read_json(path/"model.json"))
+    if path.is_file() and path.suffix in WEIGHT_SUFFIXES: return None
+    raise UsageError(f"train.weights = {weights!r} is neither a folder with a model nor a file of weights ({', '.join(WEIGHT_SUFFIXES)})",
+                     "Use '', 'imagenet', 'hf-hub:owner/name', the train folder of a run, or a file.")
+
+# %% ../nbs/03_models.ipynb #cell-36
+def _with_stem(
+    spec: ModelSpec,     # all but the stem
+    stems: list[str],    # in the order in which they are tried
+) -> VisionModel:        # with the first stem with which the network can see images of its size
+    "Build a model with the first stem that works; raise `UsageError` if none does."
+    for stem in stems:
+        try:
+            model = build(replace(spec, stem=stem))
+            check_size(model)
+            return model
+        except UsageError:
+            if stem == stems[-1]: raise
+    raise ValueError("no stem was given")
+
+# %% ../nbs/03_models.ipynb #cell-37
 def create_model(
     backbone: str,        # timm model name
-    classes: list[str],   # class names
+    classes: list[str],   # class names; for regression the names of the numbers
     image_size: int,      # side in pixels
-    stem: str = "auto",   # "full", "half", "small", or "auto": small below 96 pixels unless trained weights are loaded
-    weights: str = "",    # "", "imagenet", or a folder with model.safetensors
+    stem: str = "auto",   # "full", "half", "small", or "auto": that of the weights' run, or small below 96 pixels without weights
+    weights: str = "",    # "", "imagenet", "hf-hub:owner/name", a folder with model.safetensors, or a file of weights
+    task: str = "classification",        # what the outputs mean
+    target_mean: Sequence[float] = (),   # regression: mean of each training label
+    target_std: Sequence[float] = (),    # regression: spread of each training label
 ) -> VisionModel:         # ready to train
     "Build a model and load weights."
-    if weights not in ("", "imagenet") and not (Path(weights)/"model.json").is_file():
-        raise UsageError(f"train.weights = {weights!r} is no folder with a model", "Use '', 'imagenet', or the train folder of a run.")
+    run = _run_of(weights)
     if not timm.is_model(backbone): build(ModelSpec(backbone, classes, image_size, [0], [1]))   # raises with the nearest name
-    if stem == "auto": stem = "small" if image_size < SMALL_IMAGE and not weights else "full"
     config = timm.get_pretrained_cfg(backbone, allow_unregistered=True)
     norm = _PACKAGED_NORM if backbone == PACKAGED else dict(mean=list(config.mean), std=list(config.std))
-    model = build(ModelSpec(backbone, list(classes), image_size, stem=stem, **norm))
-    if weights == "imagenet": _load_matching(model.net, _imagenet(backbone))
-    elif weights: _load_matching(model.net, load_model(weights).net.state_dict())
+    if run: norm = dict(mean=run.mean, std=run.std)
+    spec = ModelSpec(backbone, list(classes), image_size, task=task, target_mean=list(target_mean), target_std=list(target_std), **norm)
+    small = image_size < SMALL_IMAGE and not weights
+    model = _with_stem(spec, [stem] if stem != "auto" else [run.stem] if run else ["small", "full"] if small else ["full"])
+    if not weights: return model
+    if run: state = load_model(Path(weights).expanduser()).net.state_dict()
+    elif weights == "imagenet" and backbone == PACKAGED: state = packaged_state(timm.create_model(backbone).state_dict())
+    elif weights == "imagenet" or weights.startswith("hf-hub:"): state = _fetched(model.spec, weights)
+    else: state = read_weights(Path(weights).expanduser())
+    _load_matching(model.net, state, weights)
     return model
 
-# %% ../nbs/03_models.ipynb #cell-24
+# %% ../nbs/03_models.ipynb #cell-42
 def save_model(
     model: VisionModel,   # to save
     folder: Path | str,   # gets model.safetensors and model.json
@@ -167,7 +364,7 @@ def save_model(
     write_json(folder/"model.json", asdict(model.spec))
     return folder
 
-# %% ../nbs/03_models.ipynb #cell-25
+# %% ../nbs/03_models.ipynb #cell-43
 def fit_to_shapes(
     net: nn.Module,            # changed in place
     state: dict[str, Tensor],  # weights, perhaps of a pruned copy
@@ -189,7 +386,7 @@ def fit_to_shapes(
         if getattr(layer, "bias", None) is not None: layer.bias = nn.Parameter(torch.empty_like(state[f"{name}.bias"]))
     return net
 
-# %% ../nbs/03_models.ipynb #cell-26
+# %% ../nbs/03_models.ipynb #cell-44
 def load_model(
     folder: Path | str,   # has model.safetensors and model.json
 ) -> VisionModel:         # in eval mode
@@ -204,7 +401,18 @@ def load_model(
         raise CvnbError(f"{folder/'model.safetensors'} cannot be loaded ({reason})", "Run the stage that wrote it again.") from None
     return model.eval()
 
-# %% ../nbs/03_models.ipynb #cell-30
+# %% ../nbs/03_models.ipynb #cell-46
+def load_classifier(
+    folder: Path | str,   # has model.safetensors and model.json
+    stage: str,           # that asks, for the message
+) -> VisionModel:         # in eval mode
+    "Load a model with one class per image; raise `CvnbError` for any other task."
+    kind = ModelSpec(**read_json(Path(folder)/"model.json")).task
+    if kind == "classification": return load_model(folder)
+    raise CvnbError(f"{stage} is made for classification, and the model in {folder} was trained for {kind}",
+                    "Its predictions and figures are in the train folder; train with task=classification to go on.")
+
+# %% ../nbs/03_models.ipynb #cell-51
 def predict_logits(
     model: nn.Module,        # raw images in, logits out
     images: np.ndarray,      # uint8 (N, H, W, 3)
@@ -219,7 +427,7 @@ def predict_logits(
     model.train(was_training)
     return torch.cat(parts).numpy() if parts else np.empty((0, 0), np.float32)
 
-# %% ../nbs/03_models.ipynb #cell-31
+# %% ../nbs/03_models.ipynb #cell-52
 def predict_proba(
     model: nn.Module,        # raw images in, logits out
     images: np.ndarray,      # uint8 (N, H, W, 3)
@@ -229,7 +437,23 @@ def predict_proba(
     "Compute class probabilities in batches."
     return torch.from_numpy(predict_logits(model, images, batch_size, device)).softmax(1).numpy()
 
-# %% ../nbs/03_models.ipynb #cell-34
+# %% ../nbs/03_models.ipynb #cell-55
+def features(
+    model: VisionModel,      # raw images in
+    images: np.ndarray,      # uint8 (N, H, W, 3)
+    device: str = "cpu",     # where to compute
+    batch_size: int = 256,   # images at a time
+) -> np.ndarray:             # float32 (N, D)
+    "Compute pooled features in batches, in evaluation mode; the model's mode is restored."
+    was_training = model.training
+    model.eval().to(device)
+    pooled = lambda x: model.net.forward_head(model.net.forward_features(model.preprocess(x)), pre_logits=True)
+    with torch.inference_mode():
+        parts = [pooled(torch.from_numpy(images[i:i + batch_size]).to(device)).float().cpu() for i in range(0, len(images), batch_size)]
+    model.train(was_training)
+    return torch.cat(parts).numpy() if parts else np.empty((0, model.net.num_features), np.float32)
+
+# %% ../nbs/03_models.ipynb #cell-58
 def count_macs(
     model: VisionModel,   # any device
 ) -> int:                 # multiply-accumulates for one image
@@ -242,14 +466,14 @@ def count_macs(
     model.train(was_training)
     return counter.get_total_flops() // 2
 
-# %% ../nbs/03_models.ipynb #cell-35
+# %% ../nbs/03_models.ipynb #cell-59
 def count_params(
     model: nn.Module,   # any module
 ) -> int:               # learned numbers
     "Count a model's parameters."
     return sum(p.numel() for p in model.parameters())
 
-# %% ../nbs/03_models.ipynb #cell-38
+# %% ../nbs/03_models.ipynb #cell-62
 def embedder(
     image_size: int = 96,   # side in pixels at which the network sees images
 ) -> VisionModel:           # raw images in, vectors (N, 1280) out
@@ -258,7 +482,7 @@ def embedder(
     model.net.reset_classifier(0)
     return model.eval()
 
-# %% ../nbs/03_models.ipynb #cell-39
+# %% ../nbs/03_models.ipynb #cell-63
 def embed(
     images: np.ndarray,      # uint8 (N, H, W, 3)
     image_size: int = 96,    # side in pixels at which the network sees images
@@ -268,7 +492,9 @@ def embed(
     "Embed images."
     model, parts = embedder(image_size), []
     for i in range(0, len(images), batch_size):
-        parts.append(predict_logits(model, images[i:i + batch_size], batch_size))
+        part = images[i:i + batch_size]
+        full = np.concatenate([part, np.zeros((batch_size - len(part), *part.shape[1:]), np.uint8)])   # an image's vector is the same in any batch
+        parts.append(predict_logits(model, full, batch_size)[:len(part)])
         if report: report(i / len(images), f"embedding {i}/{len(images)}")
     vectors = np.concatenate(parts)
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)

@@ -1,0 +1,175 @@
+"""Backbones of many families at small sizes, and weights from files that are whole, wrapped, foreign or damaged."""
+from __future__ import annotations
+
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from cvnb.core import CvnbError, UsageError
+from cvnb.models import VisionModel, check_size, create_model, features, load_model, save_model
+
+CLASSES = ["a", "b", "c"]
+SIZES = [32, 64]
+FAST = ["resnet10t", "mobilenetv3_small_050", "efficientnet_b0", "regnetx_002", "ghostnet_050", "vit_tiny_patch16_224", "levit_128s", "lcnet_050"]
+SLOW = ["resnet18", "convnext_atto", "densenet121", "vgg11", "deit_tiny_patch16_224", "mobilevit_xxs", "repvgg_a0", "mixer_s32_224", "mobileone_s0",
+        "fastvit_t8", "edgenext_xx_small", "efficientvit_b0", "swin_tiny_patch4_window7_224", "resmlp_12_224", "pvt_v2_b0", "visformer_tiny",
+        "coatnet_nano_rw_224", "maxvit_tiny_rw_224", "xcit_nano_12_p16_224", "dla34", "darknet53", "nf_resnet26", "convmixer_768_32"]
+REFUSED = {"inception_v3": 299, "efficientformer_l1": 224, "crossvit_tiny_240": 240}
+
+
+def batch(size: int, n: int = 2) -> torch.Tensor:
+    return torch.randint(0, 256, (n, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def trains(model: VisionModel, size: int) -> None:
+    "Steps forward and backward reach the first layer; two, because some heads begin with zeros."
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        logits = model.train()(batch(size))
+        torch.nn.functional.cross_entropy(logits, torch.tensor([0, 2])).backward()
+        optimizer.step()
+    assert logits.shape == (2, 3) and torch.isfinite(logits).all()
+    assert next(p.grad for p in model.net.parameters() if p.ndim == 4).abs().sum() > 0
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("backbone", FAST + [pytest.param(b, marks=pytest.mark.slow) for b in SLOW])
+def test_backbone_trains_on_small_images(backbone: str, size: int) -> None:
+    model = create_model(backbone, CLASSES, size)
+    trains(model, size)
+    assert features(model, batch(size).numpy()).shape[0] == 2
+
+
+@pytest.mark.parametrize("backbone", FAST[:2] + ["vit_tiny_patch16_224"] + [
+    pytest.param(b, marks=pytest.mark.slow) for b in ("vgg11", "repvgg_a0", "densenet121", "dla34", "darknet53")])
+def test_small_stem_keeps_more_of_the_image(backbone: str) -> None:
+    places = {}
+    for stem in "full", "small":
+        seen = create_model(backbone, CLASSES, 64, stem).net.eval().forward_features(torch.zeros(1, 3, 64, 64))
+        places[stem] = seen.shape[1] if seen.ndim == 3 else seen.shape[-1] * seen.shape[-2]
+    assert places["small"] >= 3 * places["full"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", REFUSED)
+def test_backbone_that_cannot_see_small_images_is_refused(backbone: str) -> None:
+    with pytest.raises(UsageError, match=f"image_size={REFUSED[backbone]}"): create_model(backbone, CLASSES, 32)
+    trains(create_model(backbone, CLASSES, REFUSED[backbone]), REFUSED[backbone])
+
+
+def test_stem_that_a_backbone_cannot_have_is_refused() -> None:
+    with pytest.raises(UsageError, match="no pooling"): create_model("mobilenetv3_small_050", CLASSES, 32, "half")
+    with pytest.raises(UsageError, match="levit_128s.*train.stem=full"): create_model("levit_128s", CLASSES, 32, "small")
+    assert create_model("levit_128s", CLASSES, 32).spec.stem == "full"     # auto takes what works
+
+
+def test_size_of_a_schedule() -> None:
+    free, fixed = create_model("resnet10t", CLASSES, 32), create_model("vit_tiny_patch16_224", CLASSES, 32)
+    check_size(free, 48)
+    with pytest.raises(UsageError, match="48 pixels"): check_size(fixed, 48)
+    free.preprocess.size = 48     # what a schedule does
+    seen = []
+    free.net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-1]))
+    free.eval()(batch(32))
+    assert seen == [48] and free.spec.image_size == 32
+
+
+# Weights
+
+
+@pytest.fixture
+def net() -> torch.nn.Module:
+    torch.manual_seed(1)
+    return timm.create_model("resnet10t", num_classes=9)
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: dict(state_dict=s), lambda s: dict(model={f"module.{k}": v for k, v in s.items()}, epoch=1),
+                                  lambda s: {f"net.{k}": v for k, v in s.items()}, lambda s: {f"_orig_mod.model.net.{k}": v for k, v in s.items()}])
+@pytest.mark.parametrize("suffix", [".pt", ".pth"])
+def test_wrapped_weights_fit(net: torch.nn.Module, tmp_path: Path, wrap, suffix: str) -> None:
+    torch.save(wrap(net.state_dict()), tmp_path/f"w{suffix}")
+    model = create_model("resnet10t", CLASSES, 64, weights=str(tmp_path/f"w{suffix}"))
+    own = model.net.state_dict()
+    assert all(torch.equal(own[k], v) for k, v in net.state_dict().items() if not k.startswith("fc."))
+
+
+def test_safetensors_fit_with_another_stem(net: torch.nn.Module, tmp_path: Path) -> None:
+    save_file(net.state_dict(), tmp_path/"w.safetensors")
+    model = create_model("resnet10t", CLASSES, 32, "small", str(tmp_path/"w.safetensors"))
+    assert torch.equal(model.net.layer1[0].conv1.weight, net.layer1[0].conv1.weight)
+
+
+@pytest.mark.parametrize("other", ["resnet14t", "resnet18", "mobilenetv3_small_050"])
+def test_another_architecture_is_counted(tmp_path: Path, other: str) -> None:
+    save_file(timm.create_model(other).state_dict(), tmp_path/"w.safetensors")
+    with pytest.raises(CvnbError, match=r"another architecture: \d+ of \d+ tensors fit"):
+        create_model("resnet10t", CLASSES, 64, weights=str(tmp_path/"w.safetensors"))
+
+
+def test_deeper_weights_are_refused_though_all_tensors_fit(tmp_path: Path) -> None:
+    save_file(timm.create_model("resnet34").state_dict(), tmp_path/"w.safetensors")
+    with pytest.raises(CvnbError, match="have no place"): create_model("resnet18", CLASSES, 96, weights=str(tmp_path/"w.safetensors"))
+
+
+class Trap:
+    "Writes a file when unpickled."
+    def __init__(self, path: Path): self.path = path
+
+    def __reduce__(self): return Path.touch, (self.path,)
+
+
+def test_pickle_is_not_run(tmp_path: Path) -> None:
+    with open(tmp_path/"plain.pt", "wb") as f: pickle.dump(dict(state_dict=Trap(tmp_path/"ran")), f, protocol=2)
+    torch.save(dict(state_dict=Trap(tmp_path/"ran")), tmp_path/"zipped.pt")
+    for name in "plain.pt", "zipped.pt":
+        with pytest.raises(CvnbError, match="Python objects"): create_model("resnet10t", CLASSES, 64, weights=str(tmp_path/name))
+    assert not (tmp_path/"ran").exists()
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pt"])
+@pytest.mark.parametrize("keep", [0, 10, 1000])
+def test_cut_file_is_refused(net: torch.nn.Module, tmp_path: Path, name: str, keep: int) -> None:
+    path = tmp_path/name
+    if name.endswith(".pt"): torch.save(net.state_dict(), path)
+    else: save_file(net.state_dict(), path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CvnbError, match=name): create_model("resnet10t", CLASSES, 64, weights=str(path))
+
+
+def test_file_without_weights_is_refused(tmp_path: Path) -> None:
+    torch.save(dict(epoch=3), tmp_path/"w.pt")
+    with pytest.raises(CvnbError, match="holds no weights"): create_model("resnet10t", CLASSES, 64, weights=str(tmp_path/"w.pt"))
+    with pytest.raises(UsageError, match="neither a folder"): create_model("resnet10t", CLASSES, 64, weights=str(tmp_path/"w.onnx"))
+
+
+def test_weights_of_a_run_bring_their_stem_and_scaling(tmp_path: Path) -> None:
+    model = create_model("resnet10t", CLASSES, 32)
+    assert model.spec.stem == "small"
+    model.spec = replace(model.spec, mean=[.1, .2, .3])
+    save_model(model, tmp_path)
+    again = create_model("resnet10t", ["x", "y"], 48, weights=str(tmp_path))
+    assert (again.spec.stem, again.spec.mean, again.spec.image_size) == ("small", [.1, .2, .3], 48)
+    assert torch.equal(again.net.conv1[0].weight, load_model(tmp_path).net.conv1[0].weight)
+
+
+def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args, **kwargs): raise ConnectionError("no route")
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", refuse)
+    monkeypatch.setattr("timm.models._hub.download_cached_file", refuse)
+    for weights in "imagenet", "hf-hub:timm/resnet10t.c3_in1k":
+        with pytest.raises(CvnbError, match="could not be fetched") as e: create_model("resnet10t", CLASSES, 64, weights=weights)
+        assert "tf_efficientnet_lite0" in str(e.value)
+
+
+def test_hub_within_reach(net: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file(net.state_dict(), tmp_path/"model.safetensors")
+    (tmp_path/"config.json").write_text('{"architecture": "resnet10t", "num_classes": 9, "pretrained_cfg": {}}')
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", lambda repo_id, filename, **_: str(tmp_path/filename))
+    model = create_model("resnet10t", CLASSES, 64, weights="hf-hub:someone/else")
+    assert torch.equal(model.net.layer4[0].conv1.weight, net.layer4[0].conv1.weight)

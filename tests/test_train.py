@@ -1,0 +1,377 @@
+"""Training with several processes, after kills, and with something wrong: what must come out is known from an ordinary training."""
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import papermill
+import psutil
+import pytest
+import pytorch_lightning as pl
+import torch
+from train_job import CLASSES, digits, fresh
+
+from cvnb.core import CvnbError, UsageError, read_json, sha256_file
+from cvnb.loaders import Labelled
+from cvnb.models import VisionModel, create_model, predict_logits
+from cvnb.train import FitOptions, fit
+from cvnb.tuning import settle
+
+JOB = Path(__file__).with_name("train_job.py")
+CVNB = Path(sys.executable).with_name("cvnb")
+NO_BATCHNORM, BATCHNORM = "test_mambaout", "test_efficientnet"   # timm's smallest networks
+PLAIN = FitOptions(epochs=2, batch_size=50, lr=5e-3, augment="none", device="cpu")
+TWO = replace(PLAIN, devices=2, strategy="ddp_fork")
+RICH = FitOptions(epochs=3, batch_size=30, lr=5e-3, device="cpu", tune="head_first", optimizer="muon", ema=0.9, mixup=0.2, cutmix=0.5, erasing=0.3,
+                  balance="sampling", accumulate=2, clip=1.0, keep="best", resolution=0.5, augment="light", shift=1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    "Two processes on two cores: as many threads as processes would wait for each other."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def data() -> tuple[Labelled, Labelled]:
+    return digits()
+
+
+def same(a: VisionModel, b: VisionModel) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def curves(history: pd.DataFrame) -> pd.DataFrame: return history.drop(columns="images_per_s")
+
+
+# Several processes
+
+def test_two_processes_match_one(data, tmp_path):
+    "The batch is shared, so that two processes do what one does, but for rounding. Batch norm would see half of it each: this network has none."
+    one, two, told = fresh(NO_BATCHNORM), fresh(NO_BATCHNORM), []
+    alone = fit(one, *data, PLAIN, tmp_path/"one")
+    shared = fit(two, *data, TWO, tmp_path/"two", report=lambda done, text, **curves: told.append((os.getpid(), done, curves)))
+    moved = max(float((a - b).abs().max()) for a, b in zip(one.state_dict().values(), fresh(NO_BATCHNORM).state_dict().values()))
+    apart = max(float((a - b).abs().max()) for a, b in zip(one.state_dict().values(), two.state_dict().values()))
+    assert apart < 1e-4 < 1e-2 < moved and alone.val_accuracy.iloc[-1] > 0.5
+    np.testing.assert_allclose(curves(alone).to_numpy(), curves(shared).to_numpy(), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(predict_logits(one, data[1].images), predict_logits(two, data[1].images), atol=1e-3)
+    assert (pd.read_csv(tmp_path/"two/history.csv").to_numpy() == curves(shared).to_numpy()).all()     # one line an epoch, and the table's
+    assert {pid for pid, _, _ in told} == {os.getpid()} and told[-1][1] == 1 and len(told[-1][2]["loss_val"]) == 2
+    assert "2 forked processes" in shared.attrs["notes"][-1]
+
+
+class KillsItself(pl.Callback):
+    "End a process as a power cut would."
+    def __init__(self, rank: int, step: int): self.rank, self.step = rank, step
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
+        if trainer.global_rank == self.rank and trainer.global_step == self.step: os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_of_two_is_killed(data, tmp_path, rank):
+    "Each has batch norm's statistics of its own images; what validates, is saved and returned are the first one's."
+    options, whole, resumed = replace(TWO, ema=0.9, keep="best", augment="light"), fresh(BATCHNORM), fresh(BATCHNORM)
+    expected = fit(whole, *data, options, tmp_path/"whole")
+    with pytest.raises(CvnbError, match="a training process was ended by SIGKILL.*go on from the last checkpoint"):
+        fit(fresh(BATCHNORM), *data, options, tmp_path/"cut", callbacks=[KillsItself(rank, 9)])
+    assert len(pd.read_csv(tmp_path/"cut/history.csv")) == 1
+    seen = []
+    history = fit(resumed, *data, options, tmp_path/"cut", report=lambda done, *_, **__: seen.append(done))
+    assert min(seen) > 0.5 and same(whole, resumed) and curves(history).equals(curves(expected))
+
+
+def torchrun(folder: Path, options: FitOptions, backbone: str, job: Path = JOB) -> subprocess.Popen:
+    asked = {k: v for k, v in asdict(options).items() if v != getattr(FitOptions(), k)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", job, folder, json.dumps(asked), backbone]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True)
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for p in family: p.kill()
+    psutil.wait_procs(family, 20)
+    process.wait()
+
+
+@pytest.mark.slow
+def test_torchrun_is_killed_and_goes_on(data, tmp_path):
+    "Every process is killed after the first epoch; in the end both have the weights that two forks have."
+    options, forked = replace(TWO, ema=0.9, epochs=4), fresh(BATCHNORM)
+    expected = fit(forked, *data, options, tmp_path/"forked")
+    first = torchrun(tmp_path/"run", replace(options, strategy="ddp"), BATCHNORM)
+    while first.poll() is None and not (tmp_path/"run/checkpoints/last.ckpt").exists(): time.sleep(0.005)
+    assert first.poll() is None, first.stderr.read()
+    kill_all(first)
+    assert 1 <= len(pd.read_csv(tmp_path/"run/history.csv")) < 4
+    second = torchrun(tmp_path/"run", replace(options, strategy="ddp"), BATCHNORM)
+    assert second.wait(200) == 0, second.stderr.read()
+    for folder in tmp_path/"run", tmp_path/"run/other":
+        found = torch.load(folder/"weights.pt", weights_only=True)
+        assert all(torch.equal(found[k], v) for k, v in forked.state_dict().items())
+        assert json.loads((folder/"history.json").read_text()) == json.loads(curves(expected).to_json(orient="records", double_precision=15))
+
+
+@pytest.mark.slow
+def test_tasks_of_slurm(data, tmp_path):
+    "Slurm starts a process for each task, and says so in the environment."
+    forked, asked = fresh(NO_BATCHNORM), json.dumps(dict(epochs=2, batch_size=50, lr=5e-3, augment="none", device="cpu", devices=2))
+    fit(forked, *data, TWO, tmp_path/"forked")
+    job = dict(SLURM_JOB_ID="4321", SLURM_JOB_NAME="digits", SLURM_NTASKS="2", SLURM_NTASKS_PER_NODE="2", SLURM_NNODES="1", SLURM_NODEID="0",
+               SLURM_NODELIST="localhost")
+    tasks = [subprocess.Popen([sys.executable, JOB, tmp_path/"run", asked, NO_BATCHNORM], stderr=subprocess.PIPE, text=True,
+                              env=os.environ | job | dict(SLURM_PROCID=str(i), SLURM_LOCALID=str(i))) for i in range(2)]
+    for task in tasks: assert task.wait(200) == 0, task.stderr.read()
+    for folder in tmp_path/"run", tmp_path/"run/other":
+        found = torch.load(folder/"weights.pt", weights_only=True)
+        assert all(torch.equal(found[k], v) for k, v in forked.state_dict().items())
+
+
+@pytest.mark.slow
+def test_fsdp_gives_whole_weights(data, tmp_path):
+    "Each process trains its part of every parameter; both have all of them in the end, and the matrices had their decay."
+    options, alone = replace(PLAIN, weight_decay=1.0, keep="best"), fresh(NO_BATCHNORM)
+    fit(alone, *data, options, tmp_path/"one")
+    process = torchrun(tmp_path/"run", replace(options, devices=2, strategy="fsdp"), NO_BATCHNORM, JOB.with_name("fsdp_job.py"))
+    assert process.wait(200) == 0, process.stderr.read()
+    for folder in tmp_path/"run", tmp_path/"run/other":
+        found = torch.load(folder/"weights.pt", weights_only=True)
+        assert max(float((found[k] - v).abs().max()) for k, v in alone.state_dict().items()) < 1e-4
+
+
+@pytest.mark.slow
+def test_spawned_processes(data, tmp_path):
+    "A script may have its processes spawned; everything has to be sent to them."
+    options, forked = replace(TWO, ema=0.9), fresh(BATCHNORM)
+    fit(forked, *data, options, tmp_path/"forked")
+    asked = dict(epochs=2, batch_size=50, lr=5e-3, augment="none", device="cpu", devices=2, strategy="ddp_spawn", ema=0.9)
+    subprocess.run([sys.executable, JOB, tmp_path/"spawned", json.dumps(asked), BATCHNORM], check=True, timeout=200)
+    found = torch.load(tmp_path/"spawned/weights.pt", weights_only=True)
+    assert all(torch.equal(found[k], v) for k, v in forked.state_dict().items())
+
+
+def test_forks_after_threads(data, tmp_path):
+    "Torch's threads do not come along into a fork, which would wait for them for ever."
+    torch.set_num_threads(2)
+    try:
+        x = torch.randn(800, 800)
+        assert (x @ x).isfinite().all()
+        assert len(fit(fresh(NO_BATCHNORM), *data, replace(TWO, epochs=1), tmp_path)) == 1
+    finally: torch.set_num_threads(1)
+
+
+def test_a_fork_says_what_is_wrong(data, tmp_path):
+    "Its error arrives here as an error, not as its text."
+    bad = lambda logits, labels, images: torch.where(labels == 3, torch.nan, logits.sum(-1)).mean()
+    with pytest.raises(CvnbError, match=r"^the loss is nan in epoch 1, batch 1 \(images: digit_\d+\.png"):
+        fit(fresh(NO_BATCHNORM), *data, TWO, tmp_path, bad)
+
+    def hungry(logits, labels, images):
+        if len(images) > 12: raise torch.OutOfMemoryError("CUDA out of memory")
+        return torch.nn.functional.cross_entropy(logits, labels)
+    with pytest.warns(UserWarning, match="2 batches of 24 now make a step"):
+        fed = fit(fresh(NO_BATCHNORM), *data, replace(TWO, epochs=1), tmp_path, hungry)
+    assert fed.attrs["notes"][-1] == "out of memory: 2 batches of 24 now make a step" and len(fed) == 1
+
+
+def test_what_several_processes_cannot_do(data, tmp_path, monkeypatch):
+    def refuse(error: type, text: str, **options: object) -> None:
+        with pytest.raises(error, match=text): fit(fresh(NO_BATCHNORM), *data, replace(PLAIN, **options), tmp_path)
+    refuse(CvnbError, "fsdp spreads a network over GPUs.*strategy=ddp", strategy="fsdp", device="cpu")
+    for needs in dict(ema=0.9), dict(clip=1.0), dict(optimizer="muon"): refuse(UsageError, "needs whole parameters", strategy="fsdp", **needs)
+    refuse(UsageError, "batch_size 51 cannot be shared by 2 devices. Use batch_size=50", devices=2, batch_size=51)
+    monkeypatch.delattr(sys, "ps1", raising=False)              # which a notebook of another test leaves
+    refuse(UsageError, "Lightning refuses.*dpp", devices=2, strategy="dpp")
+    monkeypatch.setattr(sys, "ps1", "In : ", raising=False)     # as in a notebook
+    for name in "ddp", "ddp_spawn", "fsdp": refuse(CvnbError, "a notebook can only be forked|there is none", devices=2, strategy=name)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x"); monkeypatch.setenv("WORLD_SIZE", "4"); monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    refuse(UsageError, "torchrun started 4 processes, and devices is 2. Use devices=4", devices=2)
+    refuse(UsageError, "torchrun started 4 processes, and devices is 1. Use devices=4")
+    assert not (tmp_path/"checkpoints").exists()     # nothing was begun, and nothing dropped
+
+
+# Kills
+
+def in_fork(call) -> int:   # its process
+    "Call something in a fork of this process, which can be killed without the seconds that imports take."
+    if pid := os.fork(): return pid
+    try:
+        torch.set_num_threads(1)
+        call()
+        os._exit(0)
+    finally: os._exit(1)
+
+
+def killed(pid: int, checkpoint: Path, saves: int, after: float) -> int:   # steps in the checkpoint that is left
+    "Let a training write some checkpoints and go on for some seconds, and kill it."
+    seen = {checkpoint.stat().st_mtime_ns} if checkpoint.exists() else {0}
+    while len(seen) <= saves:
+        assert not os.waitpid(pid, os.WNOHANG)[0], "the training ended before it was killed"
+        with contextlib.suppress(FileNotFoundError): seen.add(checkpoint.stat().st_mtime_ns)
+        time.sleep(0.001)
+    time.sleep(after)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return torch.load(checkpoint, weights_only=True)["global_step"]
+
+
+def test_kills_within_an_epoch(data, tmp_path, monkeypatch):
+    "Whatever the training is made of, it ends with the weights, answers and curves of one that was left alone."
+    whole, resumed, rng = fresh(BATCHNORM), fresh(BATCHNORM), random.Random(5)
+    expected = fit(whole, *data, RICH, tmp_path/"whole")
+    monkeypatch.setenv("CVNB_SAVE_EVERY", "0")
+    train = lambda: fit(fresh(BATCHNORM), *data, RICH, tmp_path/"cut")
+    steps = [killed(in_fork(train), tmp_path/"cut/checkpoints/last.ckpt", saves, rng.random() * 0.05) for saves in (2, 3, 2, 2)]
+    assert steps == sorted(steps) and any(s % 5 for s in steps), steps     # five steps make an epoch
+    history = fit(resumed, *data, RICH, tmp_path/"cut")
+    assert same(whole, resumed) and curves(history).equals(curves(expected))
+    assert (predict_logits(whole, data[1].images) == predict_logits(resumed, data[1].images)).all()
+    assert sha256_file(tmp_path/"whole/history.csv") == sha256_file(tmp_path/"cut/history.csv")
+
+
+def test_what_was_picked_stays(data, tmp_path):
+    "Timings differ from call to call: with another batch size the checkpoint would be another training's."
+    asked = replace(PLAIN, batch_size=0, workers=-1)
+    first, _ = settle(asked, fresh(NO_BATCHNORM), data[0], tmp_path)
+    with pytest.raises(SystemExit): fit(fresh(NO_BATCHNORM), *data, first, tmp_path, callbacks=[Interrupts()])
+    note = read_json(tmp_path/"checkpoints/picked.json")
+    again, _ = settle(asked, fresh(NO_BATCHNORM), data[0], tmp_path)
+    assert again == first and read_json(tmp_path/"checkpoints/picked.json") == note
+
+
+class Interrupts(pl.Callback):
+    "End a training after its first epoch."
+    def on_train_epoch_start(self, trainer: pl.Trainer, *_: object) -> None:
+        if trainer.current_epoch == 1: raise SystemExit("killed")
+
+
+def ready(smoke_run: Path, run: Path) -> Path:
+    "A run that has its audit."
+    run.mkdir()
+    shutil.copytree(smoke_run/"audit", run/"audit")
+    shutil.copy(smoke_run/"run.json", run)
+    return run
+
+
+def cvnb_train(run: Path, **options: object) -> list[object]:
+    sets = [a for name, value in options.items() for a in ("--set", f"train.{name}={value}")]
+    return [CVNB, "run", "train", "--run", run, *sets]
+
+
+@pytest.mark.slow
+def test_a_killed_stage_goes_on(smoke_run, tmp_path):
+    "The notebook begins anew, the training does not."
+    run, env = ready(smoke_run, tmp_path/"run"), os.environ | dict(CVNB_SAVE_EVERY="0")
+    process = subprocess.Popen(cvnb_train(run), env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (run/"train/checkpoints/last.ckpt").exists(): time.sleep(0.002)
+    kill_all(process)
+    begun = torch.load(run/"train/checkpoints/last.ckpt", weights_only=True)["global_step"]
+    assert begun and not (run/"train/stage.json").exists()
+    end = subprocess.run(cvnb_train(run), capture_output=True, text=True, env=env)
+    assert end.returncode == 0, end.stderr
+    for name in "model.safetensors", "predictions.parquet", "history.csv":
+        assert sha256_file(run/"train"/name) == sha256_file(smoke_run/"train"/name), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["cvnb", None], ids=["forked kernel", "ordinary kernel"])
+def test_two_processes_from_the_stage(smoke_run, tmp_path, engine):
+    "Lightning forks the notebook's kernel; curves, notes and W&B's epochs come out of it as of one process."
+    run = ready(smoke_run, tmp_path/"run")
+    options = dict(devices=2, device="cpu", epochs=2)
+    if engine:
+        end = subprocess.run(cvnb_train(run, **options), capture_output=True, text=True)
+        assert end.returncode == 0, end.stderr
+    else:
+        (run/"train").mkdir()
+        notebook = JOB.parent.parent/"nbs/stages/train.ipynb"
+        papermill.execute_notebook(str(notebook), str(run/"train/notebook.ipynb"), dict(run=str(run), **options), progress_bar=False)
+    results = read_json(run/"train/metrics.json")
+    assert len(results["history"]) == 2 and "2 forked processes" in results["notes"][-1]
+    from cvnb.tracking import read_tracked
+    tracked = read_tracked(next((run/"train/wandb").glob("offline-run-*")))
+    logged = {row["epoch"]: row["epoch/val_loss"] for row in tracked["history"] if "epoch/val_loss" in row}
+    assert logged == {row["epoch"]: row["val_loss"] for row in results["history"]}
+
+
+# Guards
+
+def test_one_bad_image_is_named(data, tmp_path):
+    bad = 77
+    shown = torch.from_numpy(data[0].images[bad])
+    planted = lambda logits, labels, images: torch.where((images == shown).flatten(1).all(1), torch.nan, logits.sum(-1)).mean()
+    with pytest.raises(CvnbError, match=rf"the loss is nan in epoch 1, batch \d+ \(images: {data[0].names[bad]}\).*Lower the learning rate"):
+        fit(fresh(NO_BATCHNORM), *data, PLAIN, tmp_path, planted)
+
+
+def test_classes_and_sizes(data, tmp_path):
+    train, val = data
+    without = lambda part: part.take(np.flatnonzero(part.labels != 4))
+    with pytest.raises(CvnbError, match="no training image has the class 4.*Add some"):
+        fit(fresh(NO_BATCHNORM), without(train), val, PLAIN, tmp_path)
+    history = fit(fresh(NO_BATCHNORM), train.take(np.arange(60)), without(val), replace(PLAIN, batch_size=64), tmp_path)
+    assert "split val has the class 4" in history.attrs["notes"][0] and "larger than the 60 training images" in history.attrs["notes"][1]
+    with pytest.raises(CvnbError, match="no image is in the split val"): fit(fresh(NO_BATCHNORM), train, val.take(np.arange(0)), PLAIN, tmp_path)
+
+
+def test_checkpoints_of_others_and_damaged_weights(data, tmp_path):
+    with pytest.raises(SystemExit): fit(fresh(NO_BATCHNORM), *data, PLAIN, tmp_path, callbacks=[Interrupts()])
+    assert (tmp_path/"checkpoints/last.ckpt").exists()
+    seen = []
+    history = fit(fresh(BATCHNORM), *data, PLAIN, tmp_path, report=lambda done, *_, **__: seen.append(done))
+    assert min(seen) < 0.5 and len(history) == 2     # begun anew
+    from cvnb.models import save_model
+    save_model(fresh(NO_BATCHNORM), tmp_path)
+    file = tmp_path/"model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(CvnbError, match="model.safetensors"): create_model(NO_BATCHNORM, CLASSES, 16, weights=str(file))
+
+
+def test_memory_that_was_too_small_stays_known(data, tmp_path):
+    "A training that halved its batch and was killed goes on with the halved one."
+    def hungry(logits, labels, images):
+        if len(images) > 25: raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+        return torch.nn.functional.cross_entropy(logits, labels)
+    whole, resumed = fresh(NO_BATCHNORM), fresh(NO_BATCHNORM)
+    with pytest.warns(UserWarning, match="2 batches of 25"): expected = fit(whole, *data, PLAIN, tmp_path/"whole", hungry)
+    with pytest.warns(UserWarning), pytest.raises(SystemExit):
+        fit(fresh(NO_BATCHNORM), *data, PLAIN, tmp_path/"cut", hungry, callbacks=[Interrupts()])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        history = fit(resumed, *data, PLAIN, tmp_path/"cut", hungry)
+    assert same(whole, resumed) and curves(history).equals(curves(expected))
+    assert history.attrs["notes"] == expected.attrs["notes"] == ["out of memory: 2 batches of 25 now make a step"]
+
+    def starved(logits, labels, images): raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.warns(UserWarning), pytest.raises(CvnbError, match="out of memory with a batch of 3. Give a smaller"):
+        fit(fresh(NO_BATCHNORM), *data, PLAIN, tmp_path/"no", starved)
+
+
+def test_what_a_cpu_has_not(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for text, options in {"torch sees none": dict(device="gpu"), "16-mixed needs a GPU.*bf16-mixed": dict(precision="16-mixed")}.items():
+        with pytest.raises(CvnbError, match=text): fit(fresh(NO_BATCHNORM), *data, replace(PLAIN, **options), tmp_path)
+
+
+@pytest.mark.slow
+def test_no_compiler(data, tmp_path):
+    env = os.environ | dict(CC="/nonexistent/cc", CXX="/nonexistent/c++", TORCHINDUCTOR_CACHE_DIR=str(tmp_path/"cache"))
+    asked = dict(epochs=1, batch_size=50, device="cpu", compile=True)
+    end = subprocess.run([sys.executable, JOB, tmp_path, json.dumps(asked), NO_BATCHNORM], env=env, capture_output=True, text=True, timeout=300)
+    for said in "cvnb.core.CvnbError: torch could not compile the network", "Use compile=false": assert said in end.stderr, end.stderr[-2000:]
