@@ -1,0 +1,89 @@
+"""What the audit finds in data that everybody uses: names, pictures, and what somebody saw who looked at them.
+
+    cvnb run audit --data cifar10 --run runs/cifar10
+    python benchmarks/real_faults.py cifar10=runs/cifar10 … [--write]
+
+`real_faults.csv` holds what was seen: `fault`, `no fault` or `unclear`, and why. It is read, not computed. The findings that it names are
+listed, some of them drawn, each beside the image that it is about; how many nobody looked at is said.
+"""
+from __future__ import annotations
+
+import argparse
+import io
+from pathlib import Path
+
+import pandas as pd
+from PIL import Image
+
+from cvnb.audit import show_findings
+from cvnb.checks import Check
+from cvnb.core import read_json
+from cvnb.metrics import proportion
+from cvnb.report import OF_SET
+
+HERE = Path(__file__).parent
+PAGE = HERE/"results"/"real_faults.md"
+VERDICTS = ("fault", "unclear", "no fault")
+
+
+def small(figure: object, path: Path, limit: int = 100_000) -> None:
+    "Save a figure as a PNG of few colours, below a size in bytes."
+    for dpi, colours in ((90, 256), (90, 64), (72, 64), (60, 32)):
+        figure.savefig(buffer := io.BytesIO(), format="png", dpi=dpi)
+        Image.open(buffer).convert("RGB").quantize(colours).save(out := io.BytesIO(), "PNG", optimize=True)
+        if len(out.getvalue()) <= limit: break
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(out.getvalue())
+
+
+def count(seen: pd.Series) -> str:   # verdicts, '' where nobody looked
+    "Say how many of the findings that were looked at are faults."
+    looked = seen[seen != ""]
+    if looked.empty: return "none was looked at"
+    share = proportion(int((looked == "fault").sum()), len(looked))
+    counts = ", ".join(f"{(looked == v).sum()} {v}" for v in VERDICTS if (looked == v).any())
+    return f"{len(looked)} were looked at: {counts}; share of faults {share}"
+
+
+def section(name: str, run: Path, audit: dict, check: str, rows: pd.DataFrame, n: int, write: bool) -> list[str]:   # lines
+    "Show what one check found."
+    said = audit["checks"][check]
+    predicted = (said["proof"] or {}).get("precision") or dict(n=0)
+    foretold = f" Predicted precision {predicted['value']:.2f} [{predicted['low']:.2f}, {predicted['high']:.2f}]." if predicted["n"] else ""
+    lines = [f"### {check.replace('_', ' ').capitalize()}", "", f"{said['n']:,} of {said['n_checked']:,} images.{foretold} "
+             f"Of these, {count(rows.seen)}.", ""]
+    looked = rows[rows.seen != ""]
+    if looked.empty: return lines
+    table = pd.read_parquet(run/"audit/manifest.parquet", columns=["path", "label", "split"])
+    looked = looked.assign(order=looked.seen.map(VERDICTS.index)).sort_values(["order", "score"], ascending=[True, False])
+    drawn = pd.concat([part.head(n // 2) for _, part in looked.groupby("order")])[["path", "score", "reason", "other"]]
+    picture = PAGE.with_suffix("")/f"{name}-{check}.png"
+    if write: small(show_findings(audit["root"], Check(check, said["about"], drawn, said["n_checked"]), table, n), picture)
+    head = ["| file | what was found | the other one | seen |", "|---|---|---|---|"]
+    lines += [f"![{check} in {name}]({picture.relative_to(PAGE.parent).as_posix()})", "", *head]
+    lines += [f"| {r.path} | {r.reason} | {r.other} | {r.seen}{': ' * bool(r.comment)}{r.comment} |" for r in looked.itertuples()]
+    return [*lines, ""]
+
+
+def main() -> None:
+    "Draw and print."
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", help="NAME=RUN of finished audits")
+    parser.add_argument("-n", type=int, default=16, help="findings drawn of each check")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/real_faults.md and its pictures")
+    args, lines = parser.parse_args(), ["# Real faults that the audit finds in data that everybody uses", ""]
+    verdicts = pd.read_csv(HERE/"real_faults.csv", dtype=str, keep_default_na=False)
+    assert set(verdicts.seen) <= set(VERDICTS), "real_faults.csv knows fault, unclear and no fault"
+    for given in args.runs:
+        name, run = given.split("=", 1)
+        audit, found = read_json(Path(run)/"audit/audit.json"), pd.read_parquet(Path(run)/"audit/findings.parquet")
+        found = found.merge(verdicts[verdicts.data == name].drop(columns="data"), "left", ["check", "path"])
+        found = found.fillna(dict(seen="", comment=""))
+        lines += [f"## {name}", "", f"{audit['n_images']:,} images. What is said of a whole set or of files' metadata is left out.", ""]
+        for check, rows in found[~found.check.isin(OF_SET)].groupby("check", sort=False):
+            lines += section(name, Path(run), audit, check, rows.drop_duplicates("path"), args.n, args.write)
+    print("\n".join(lines))
+    if args.write: PAGE.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__": main()
