@@ -28,6 +28,7 @@ bench: setup ## measure the models of CONFIG's run again
 	@$(BIN)/cvnb run benchmark --config $(CONFIG) --force
 
 lock: setup ## resolve every dependency again and write requirements.lock
+	@touch setup.py   # uv keeps what it read from it, and does not see that settings.ini changed
 	@$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --no-annotate \
 	    --python-version 3.11 --override overrides.txt --extra dev --output-file requirements.lock setup.py
 

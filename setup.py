@@ -10,9 +10,9 @@ config = ConfigParser(delimiters=["="])
 config.read("settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 extras = {name.removesuffix("_requirements"): cfg[name].split() for name in cfg if name.endswith("_requirements")}
-dev = extras.pop("dev")
+dev, ray = extras.pop("dev"), extras.pop("ray")   # a cluster's package is not for everybody
 extras["all"] = sorted({req for reqs in extras.values() for req in reqs})
-extras["dev"] = extras["all"] + dev
+extras["dev"], extras["ray"] = extras["all"] + ray + dev, ray
 
 # An installed cvnb has no project around it: it runs these. In an editable install they are where they are.
 PROJECT = {"stages": "nbs/stages/*.ipynb", "configs": "configs/*.*", "dashboards": "dashboards/*.ipynb"}

@@ -387,13 +387,6 @@ def plot(
     return figure
 
 # %% ../nbs/12_benchmark.ipynb #cell-57
-_STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1280px;margin:2em auto;padding:0 1em;color:#222}
-table{border-collapse:collapse;margin:1em 0;font-size:13.5px;font-variant-numeric:tabular-nums;line-height:1.35}
-td,th{padding:.4em .7em;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}svg{max-width:100%;height:auto}
-p.void{background:#fdd;padding:.6em 1em;border-left:4px solid #c00}.scroll{overflow-x:auto}
-dl{display:grid;grid-template-columns:max-content 1fr;gap:.2em 1.5em}dt{font-weight:600}dd{margin:0;overflow-wrap:anywhere}"""
-
-# %% ../nbs/12_benchmark.ipynb #cell-58
 def _svg(
     figure: Plot,   # a plot
 ) -> str:           # an <svg> element
@@ -402,7 +395,7 @@ def _svg(
     figure.savefig(text, format="svg", metadata=dict(Date=None, Creator=None))
     return text.getvalue()[text.getvalue().index("<svg"):]
 
-# %% ../nbs/12_benchmark.ipynb #cell-59
+# %% ../nbs/12_benchmark.ipynb #cell-58
 def _facts(
     result: dict[str, Any],   # benchmark.json
 ) -> dict[str, Any]:          # what the figures were measured on
@@ -412,23 +405,20 @@ def _facts(
                 cores=host["cores"], system=host["os"], load="{:.2f} before, {:.2f} after".format(*result["load"]), images=result["images"],
                 shipped=result["shipped"], **{f"bundle {name}": sha256 for name, sha256 in result["bundle"].items()})
 
-# %% ../nbs/12_benchmark.ipynb #cell-60
+# %% ../nbs/12_benchmark.ipynb #cell-59
 def report_html(
     result: dict[str, Any],   # benchmark.json
 ) -> str:                     # a whole page
     "Write the report's page."
-    cell = lambda tag, values: "<tr>" + "".join(f"<{tag}>{html.escape(str(v))}</{tag}>" for v in values) + "</tr>"
+    from cvnb.report import html_page, html_table
     rows, checked, facts = table(result["rows"]), result["control"], _facts(result)
     listed = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(str(v))}</dd>" for k, v in facts.items())
-    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(result["run"])}: benchmark</title>
-<style>{_STYLE}</style></head><body><h1>{html.escape(result["run"])}: benchmark</h1>
-<p class="{"valid" if checked["valid"] else "void"}">{html.escape(checked["verdict"])}</p>
-<div class="scroll"><table>{cell("th", rows.columns)}{"".join(cell("td", r) for r in rows.values)}</table></div>
+    return html_page(f"{result['run']}: benchmark", f"""<p class="{"valid" if checked["valid"] else "void"}">{html.escape(checked["verdict"])}</p>
+{html_table(rows)}
 {_svg(plot(result["rows"]))}
-<p>From raw images to probabilities, one thread, one process per row, in turns. Intervals are 95 %.</p><dl>{listed}</dl></body></html>
-"""
+<p>From raw images to probabilities, one thread, one process per row, in turns. Intervals are 95 %.</p><dl>{listed}</dl>""")
 
-# %% ../nbs/12_benchmark.ipynb #cell-61
+# %% ../nbs/12_benchmark.ipynb #cell-60
 def summarize(
     run: str,                       # the run's name
     rows: list[dict[str, Any]],     # from `rows_of`
@@ -443,12 +433,12 @@ def summarize(
     return dict(run=run, rows=rows, control=checked, machine=machine(), load=load, date=now(), images=about,
                 shipped=bundle["shipped"]["model"], bundle={name: record["sha256"] for name, record in bundle["files"].items()})
 
-# %% ../nbs/12_benchmark.ipynb #cell-62
+# %% ../nbs/12_benchmark.ipynb #cell-61
 def load_average() -> float:   # of the last minute; NaN where the system does not tell
     "Read how busy the machine is."
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
 
-# %% ../nbs/12_benchmark.ipynb #cell-64
+# %% ../nbs/12_benchmark.ipynb #cell-63
 def write_report(
     path: Path,               # report.html
     result: dict[str, Any],   # benchmark.json
@@ -457,7 +447,7 @@ def write_report(
     with atomic_path(path) as temp: temp.write_text(report_html(result), encoding="utf-8")
     return path
 
-# %% ../nbs/12_benchmark.ipynb #cell-66
+# %% ../nbs/12_benchmark.ipynb #cell-65
 def candidates_of(
     run: Path,              # a run whose export has finished
     openvino: bool = True,  # whether to measure OpenVINO where it is installed
@@ -472,7 +462,7 @@ def candidates_of(
         found += [Candidate("trained", f"openvino {p}", c.path) for p, c in dict(fp32=found[1], int8=found[2]).items()]
     return found
 
-# %% ../nbs/12_benchmark.ipynb #cell-68
+# %% ../nbs/12_benchmark.ipynb #cell-67
 def sample_images(
     root: Path | str,      # the data folder
     rows: pd.DataFrame,    # test rows of the manifest
@@ -482,7 +472,7 @@ def sample_images(
     "Take test images at their own sizes."
     return [read_pixels(Path(root)/path) for path in rows.sample(min(n, len(rows)), random_state=seed).path]
 
-# %% ../nbs/12_benchmark.ipynb #cell-72
+# %% ../nbs/12_benchmark.ipynb #cell-71
 def accuracies_of(
     candidates: list[Candidate],       # what is compared
     parity: list[dict[str, Any]],      # from export.json: model, runtime, accuracy
@@ -494,7 +484,7 @@ def accuracies_of(
     known = {(p["model"], p["runtime"]): Figure(**p["accuracy"]) for p in parity}
     return [accuracy(np.array(classes[i]) == truth) if i in classes else known[c.model, c.runtime] for i, c in enumerate(candidates)]
 
-# %% ../nbs/12_benchmark.ipynb #cell-74
+# %% ../nbs/12_benchmark.ipynb #cell-73
 def slug(
     row: dict[str, Any],   # from `rows_of`
 ) -> str:                  # such as "compressed_int8"

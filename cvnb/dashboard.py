@@ -23,7 +23,7 @@ import plotly.graph_objects as go
 from fastcore.basics import patch
 
 from .core import CvnbError, project_root, read_json
-from .data import open_image
+from .images import open_image
 from .errors import answers, check_run, mixed_up, slices
 from .metrics import Figure, accuracy, calibration_error, calibration_table, confusion
 

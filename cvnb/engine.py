@@ -35,7 +35,9 @@ __all__ = ['KERNEL', 'PACKAGES', 'ADDRESS', 'SAVE_EVERY', 'serve_forks', 'Forked
            'ForkProvisioner', 'ForkKernelManager', 'ForkEngine']
 
 # %% ../nbs/12b_engine.ipynb #cell-5
-KERNEL = "IPython ipykernel.kernelapp ipykernel.zmqshell"   # not matplotlib's inline backend, which joins the kernel that imports it
+KERNEL = ("IPython ipykernel.kernelapp ipykernel.zmqshell ipykernel.debugger IPython.core.debugger IPython.core.completerlib IPython.core.logger "
+          "IPython.core.oinspect IPython.extensions.storemagic sqlite3 tornado.platform.asyncio tornado.queues traitlets.config.argcomplete_config")
+# not matplotlib's inline backend, which joins the kernel that imports it
 PACKAGES = ("numpy pandas scipy sklearn sklearn.linear_model sklearn.metrics sklearn.model_selection matplotlib.pyplot PIL.Image torch torchvision "
             "torchvision.transforms.v2 timm pytorch_lightning torchmetrics onnxruntime")   # not cvnb: its code may change between stages
 
@@ -128,6 +130,29 @@ class _ForkServer:
         for s in self.selector, self.listener, self.woken, self.waker, *self.buffers: s.close()
 
 # %% ../nbs/12b_engine.ipynb #cell-9
+def _limit_threads(
+    n: str,   # what OMP_NUM_THREADS says; nothing happens unless it is a number
+) -> None:
+    "Heed a limit of threads that the packages, which are loaded already, would have read while loading."
+    if not n.isdigit() or n == "0": return
+    if "threadpoolctl" in sys.modules: sys.modules["threadpoolctl"].threadpool_limits(int(n))
+    if "torch" in sys.modules: sys.modules["torch"].set_num_threads(int(n))
+
+# %% ../nbs/12b_engine.ipynb #1cff34d1
+def _join_channels(
+    app: Any,   # an IPKernelApp whose loop has ended
+) -> None:
+    "Wait for the threads that read a kernel's channels: they say that they are idle through IOPub, which ipykernel closes first."
+    for thread in filter(None, (app.control_thread, app.shell_channel_thread)):
+        thread.stop()
+        thread.join()
+
+# %% ../nbs/12b_engine.ipynb #media-folder
+def _media_folder() -> tempfile.TemporaryDirectory | None:   # None where W&B is not loaded
+    "Find the temporary folder that W&B makes at its import, which is timm's doing, and deletes at the end of whoever has it."
+    return getattr(sys.modules.get("wandb.sdk.data_types._private"), "MEDIA_TMP", None)
+
+# %% ../nbs/12b_engine.ipynb #cell-10
 def _become(
     request: dict,   # argv, env, cwd
 ) -> None:
@@ -138,8 +163,10 @@ def _become(
     if os.environ.get("VIRTUAL_ENV") != sys.prefix: os.environ.pop("VIRTUAL_ENV", None)   # another one is activated; IPython would warn
     os.chdir(request["cwd"])
     for name in [m for m in sys.modules if m == "cvnb" or m.startswith("cvnb.")]: del sys.modules[name]   # read anew, as it is now
+    if media := _media_folder(): media.__init__("wandb-media")   # one of its own, which goes when it ends
     random.seed()
     if "numpy" in sys.modules: sys.modules["numpy"].random.seed()
+    _limit_threads(os.environ.get("OMP_NUM_THREADS", ""))
     sys.argv = ["ipykernel_launcher", *request["argv"]]
     sys.path[:] = [request["cwd"], *(p for p in sys.path if p not in ("", request["cwd"]))]
     from ipykernel.ipkernel import IPythonKernel
@@ -154,11 +181,26 @@ def _become(
 
     # It ends if the server does.
     IPKernelApp.launch_instance([*request["argv"], f"--IPKernelApp.parent_handle={os.getppid()}"], kernel_class=Kernel)
+    _join_channels(IPKernelApp.instance())
     threading._shutdown()      # what the interpreter does at its end, without taking torch apart piece by piece
     atexit._run_exitfuncs()
     os._exit(0)
 
-# %% ../nbs/12b_engine.ipynb #cell-10
+# %% ../nbs/12b_engine.ipynb #cell-11
+def _end_simply() -> None:
+    """Take off the list of what a fork does at its end what is of no use there, or not its to do.
+
+    torch takes its operators apart, its compiler reports statistics, and temporary folders are deleted, which are the server's.
+    """
+    import weakref
+    of_torch = getattr(getattr(sys.modules.get("torch"), "library", None), "_del_library", 0)
+    for f in list(weakref.finalize._registry):
+        thing, function, *_ = f.peek() or (None, None)
+        if function in (of_torch, tempfile.TemporaryDirectory._cleanup): f.atexit = False
+        if isinstance(thing, tempfile.TemporaryDirectory): atexit.unregister(thing.cleanup)   # W&B has it called too
+    if dynamo := sys.modules.get("torch._dynamo.utils"): atexit.unregister(dynamo.dump_compile_times)
+
+# %% ../nbs/12b_engine.ipynb #cell-12
 def serve_forks(
     address: str,   # path of a Unix socket to create
     lease: int,     # file descriptor of a socket; when its other end closes, the server ends
@@ -166,16 +208,20 @@ def serve_forks(
 ) -> None:
     "Be a fork server."
     import gc
+    os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"   # it would print advice for people who debug
+    gc.disable()   # there is no garbage while importing, and looking for it takes a quarter of the time
     os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")   # as a kernel sets it, before matplotlib reads it
     _import_packages(names)
-    gc.collect(); gc.freeze()   # what is shared with the forks stays shared
+    _end_simply()
+    gc.freeze(); gc.enable()   # what is shared with the forks stays shared
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address + ".new"); listener.listen()
     os.rename(address + ".new", address)   # who sees it can connect
     if request := _ForkServer(listener, socket.socket(fileno=lease)).serve(): _become(request)
+    if media := _media_folder(): media.cleanup()
     os._exit(0)   # taking torch apart would take a second, and triton reports on standard error what gc.freeze kept
 
-# %% ../nbs/12b_engine.ipynb #cell-12
+# %% ../nbs/12b_engine.ipynb #cell-14
 class ForkedProcess:
     "A forked kernel, as `subprocess.Popen` would show it. Who holds it owns the kernel."
     stdin = stdout = stderr = None
@@ -225,16 +271,17 @@ class ForkedProcess:
         "Ask the process to end."
         self.send_signal(signal.SIGTERM)
 
-# %% ../nbs/12b_engine.ipynb #cell-14
+# %% ../nbs/12b_engine.ipynb #cell-16
 ADDRESS = "CVNB_FORK_SERVER"   # where a server of a parent process is
 _started: dict[str, Any] = {}   # this process's own server: address, process, lease
 
-# %% ../nbs/12b_engine.ipynb #cell-15
+# %% ../nbs/12b_engine.ipynb #cell-17
 def start_fork_server(
     wanted: set[str] | None = None,   # packages that will be needed, such as "torch"; by default all that stages use
 ) -> str:   # its address, or "" where there can be none
     "Begin to start a fork server, unless there is one; it gets ready in the background and ends with this process."
-    if inherited := os.environ.get(ADDRESS): return inherited
+    inherited = os.environ.get(ADDRESS, "")
+    if os.path.isdir(os.path.dirname(inherited)): return inherited   # not that of a process that has ended
     if _started: return _started["address"]
     if not hasattr(os, "fork") or sys.platform != "linux": return ""
     folder = tempfile.mkdtemp(prefix="cvnb-")
@@ -247,7 +294,7 @@ def start_fork_server(
     atexit.register(stop_fork_server)
     return address
 
-# %% ../nbs/12b_engine.ipynb #cell-16
+# %% ../nbs/12b_engine.ipynb #cell-18
 def stop_fork_server() -> None:
     "End this process's fork server, if it has one."
     if not _started: return
@@ -258,7 +305,7 @@ def stop_fork_server() -> None:
     shutil.rmtree(_started["folder"], ignore_errors=True)
     _started.clear()
 
-# %% ../nbs/12b_engine.ipynb #cell-17
+# %% ../nbs/12b_engine.ipynb #cell-19
 def _ready(
     address: str,          # of a fork server that was started
     timeout: float = 60,   # seconds to wait for its imports
@@ -270,7 +317,7 @@ def _ready(
         time.sleep(0.01)
     return os.path.exists(address)
 
-# %% ../nbs/12b_engine.ipynb #cell-19
+# %% ../nbs/12b_engine.ipynb #cell-21
 class ForkProvisioner(LocalProvisioner):
     "Fork Python kernels from the fork server; start any other kernel the ordinary way."
     async def launch_kernel(self,
@@ -295,9 +342,19 @@ class ForkProvisioner(LocalProvisioner):
         while self.process and self.process.poll() is None: await asyncio.sleep(0.005)
         return await super().wait()
 
-# %% ../nbs/12b_engine.ipynb #cell-20
+# %% ../nbs/12b_engine.ipynb #cell-23
 class ForkKernelManager(AsyncKernelManager):
     "A kernel manager whose kernels are forked."
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        if sys.platform != "linux" or len(tempfile.gettempdir()) > 70: return   # a socket's path may have 107 characters
+        self._folder = tempfile.mkdtemp(prefix="cvnb-kernel-")
+        self.transport, self.ip = "ipc", os.path.join(self._folder, "k")
+
+    def cleanup_connection_file(self) -> None:
+        super().cleanup_connection_file()
+        shutil.rmtree(getattr(self, "_folder", ""), ignore_errors=True)
+
     async def _async_pre_start_kernel(self, **kwargs: Any) -> tuple:
         if self.provisioner is None:
             self.kernel_id = self.kernel_id or str(uuid.uuid4())
@@ -311,10 +368,10 @@ class ForkKernelManager(AsyncKernelManager):
 
     finish_shutdown = _async_finish_shutdown
 
-# %% ../nbs/12b_engine.ipynb #cell-22
+# %% ../nbs/12b_engine.ipynb #cell-25
 SAVE_EVERY = 2.0   # seconds
 
-# %% ../nbs/12b_engine.ipynb #cell-23
+# %% ../nbs/12b_engine.ipynb #cell-26
 @lru_cache
 def _manager() -> type:   # a papermill NotebookExecutionManager
     "Make the class that saves on a timer. papermill loads this module while it is loading itself, so it is imported late."
@@ -337,10 +394,11 @@ def _manager() -> type:   # a papermill NotebookExecutionManager
             self.save(final=True)
     return TimedSaves
 
-# %% ../nbs/12b_engine.ipynb #cell-24
+# %% ../nbs/12b_engine.ipynb #cell-27
 @lru_cache
 def _client() -> type:   # a papermill client
     "Make the class that executes notebooks in forked kernels."
+    import zmq
     from nbclient.util import run_sync
     from papermill.clientwrap import PapermillNotebookClient
 
@@ -348,6 +406,7 @@ def _client() -> type:   # a papermill client
         "Execute a notebook in a forked kernel."
         async def async_start_new_kernel_client(self) -> Any:
             self.kc = self.km.client()
+            self.kc.context.setsockopt(zmq.RECONNECT_IVL, 5)   # milliseconds; by default it knocks again only after a tenth of a second
             self.kc.start_channels()
             try: await _wait_until_ready(self.kc, self.km, self.startup_timeout)
             except Exception:
@@ -371,7 +430,7 @@ def _client() -> type:   # a papermill client
                 self.nb_man.save()
     return ForkClient
 
-# %% ../nbs/12b_engine.ipynb #cell-25
+# %% ../nbs/12b_engine.ipynb #cell-28
 async def _wait_until_ready(
     kc: Any,          # a kernel client with open channels
     km: Any,          # its manager
@@ -392,7 +451,7 @@ async def _wait_until_ready(
         except Empty: continue
     raise RuntimeError(f"the kernel was not ready within {timeout:g} s")
 
-# %% ../nbs/12b_engine.ipynb #cell-26
+# %% ../nbs/12b_engine.ipynb #cell-29
 class ForkEngine:
     "papermill's engine `cvnb`."
     @classmethod

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from .core import CvnbError, UsageError, assets, resolve_run, write_json
-from .data import load_images, open_image
+from .images import load_images, open_image
 from .metrics import accuracy, calibration_error, calibration_table, confusion, per_class, proportion
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def answers(
     "Join answers with what the audit saw; raise `CvnbError` where there are none."
     table = predictions[predictions.split == split] if split else predictions
     if table.empty: raise CvnbError(f"there are no predictions for split '{split or 'any'}'", "Give that split images and run train again.")
-    seen = manifest.reindex(columns=_LOOKS)
+    seen = manifest.reindex(columns=[*_LOOKS, *(c for c in manifest if c.startswith("meta_"))])
     return table.merge(seen, on="path", how="left", validate="1:1").sort_values("path", ignore_index=True)
 
 # %% ../nbs/07_errors.ipynb #cell-11
@@ -125,7 +125,8 @@ def thirds(
     part = pd.qcut(values, 3, duplicates="drop")
     groups = {p: (part == p).values for p in part.cat.categories}
     if len(groups) < 2: return {}
-    return {f"{values[m].min():.0f} … {values[m].max():.0f}": m for m in groups.values() if m.any()}
+    show = lambda v: f"{v:.0f}" if values.abs().max() >= 10 else f"{v:.2g}"
+    return {f"{show(values[m].min())} … {show(values[m].max())}": m for m in groups.values() if m.any()}
 
 # %% ../nbs/07_errors.ipynb #cell-27
 def _parts(
@@ -138,6 +139,11 @@ def _parts(
         for name, mask in thirds(values.astype(float)).items(): yield kind, name, mask
     tags = table.tags.map(lambda t: set() if t is None or isinstance(t, float) else set(t))
     for tag in sorted(set().union(*tags)): yield "tag", tag, tags.map(lambda t, tag=tag: tag in t).values
+    for column in [c for c in table if c.startswith("meta_")]:
+        values = pd.to_numeric(table[column], errors="coerce")
+        if values.notna().all() and values.nunique() > 20: groups = thirds(values.astype(float))
+        else: groups = {str(v): (table[column] == v).values for v in table[column].value_counts().index[:20]}   # the commonest ones
+        for name, mask in groups.items(): yield column.removeprefix("meta_"), name, mask
 
 # %% ../nbs/07_errors.ipynb #cell-28
 def slices(

@@ -21,7 +21,7 @@ from fastcore.basics import patch
 
 import cvnb
 from .core import CvnbError, UsageError, atomic_path, digest, file_record, n_cores, read_json, resolve_run, sha256_file, write_json
-from .data import open_image
+from .images import open_image
 from .quantize import open_session, run_images
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def answer_all(
     paths: Iterable[str],  # N test images relative to it
 ) -> dict[str, np.ndarray]:   # runtime -> probabilities (N, C)
     "Let torch and both files answer the same images, each from its own decoding."
-    from cvnb.data import load_images
+    from cvnb.images import load_images
     from cvnb.models import predict_proba
     files = [Path(root)/p for p in paths]
     torch_sees = load_images(root, paths, model.spec.image_size)

@@ -18,12 +18,25 @@ from .core import digest
 # %% auto #0
 __all__ = ['Name', 'code_digest', 'Node', 'reached', 'packages']
 
+# %% ../nbs/12a_fingerprint.ipynb #6fae2d59
+def _all(
+    node: ast.AST,   # a piece of code
+) -> list[ast.AST]:  # itself and what is in it
+    "List the nodes of a syntax tree, faster than `ast.walk`, which takes most of the time of an unchanged run."
+    found = [node]
+    for n in found:   # it grows meanwhile
+        for name in n._fields:
+            value = getattr(n, name, None)
+            if isinstance(value, list): found += [v for v in value if isinstance(v, ast.AST)]
+            elif isinstance(value, ast.AST) and name != "ctx": found.append(value)
+    return found
+
 # %% ../nbs/12a_fingerprint.ipynb #cell-5
 def _bare(
     node: ast.AST,   # changed in place
 ) -> ast.AST:        # the same node
     "Take the docstrings out of a syntax tree."
-    for n in ast.walk(node):
+    for n in _all(node):
         if not isinstance(n, (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) or not n.body: continue
         first = n.body[0]
         if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
@@ -52,12 +65,12 @@ _ON_IMPORT = ""          # the name of what a module does when it is imported
 
 # %% ../nbs/12a_fingerprint.ipynb #cell-11
 def _imports(
-    node: ast.AST,          # a piece of code
+    nodes: list[ast.AST],   # of a piece of code
     package: frozenset[str],# the package's modules
 ) -> dict[str, Name]:       # local name -> what it stands for
     "List what a piece of code imports from the package, at its top or inside functions."
     found: dict[str, Name] = {}
-    for n in ast.walk(node):
+    for n in nodes:
         if isinstance(n, ast.Import):
             for a in n.names:
                 first, _, rest = a.name.partition(".")
@@ -82,10 +95,10 @@ def _dotted(
 
 # %% ../nbs/12a_fingerprint.ipynb #cell-13
 def _strings(
-    node: ast.AST,   # a piece of code
-) -> Iterator[str]:  # its string constants that mention the package
+    nodes: list[ast.AST],   # of a piece of code
+) -> Iterator[str]:         # its string constants that mention the package
     "List strings that could hold code of the package; an f-string with its gaps left out."
-    for n in ast.walk(node):
+    for n in nodes:
         if isinstance(n, ast.JoinedStr): text = "".join(v.value if isinstance(v, ast.Constant) else "_" for v in n.values)
         elif isinstance(n, ast.Constant) and isinstance(n.value, str): text = n.value
         else: continue
@@ -93,31 +106,31 @@ def _strings(
 
 # %% ../nbs/12a_fingerprint.ipynb #cell-14
 def _notes(
-    node: ast.AST,   # a piece of code
-) -> set[int]:       # ids of the syntax nodes inside function annotations
+    nodes: list[ast.AST],   # of a piece of code
+) -> set[int]:              # ids of the syntax nodes inside function annotations
     "Find what is written for people and type checkers only."
-    functions = [n for n in ast.walk(node) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
-    notes = [a.annotation for f in functions for a in ast.walk(f.args) if isinstance(a, ast.arg)] + [f.returns for f in functions]
-    return {id(n) for note in notes if note for n in ast.walk(note)}
+    functions = [n for n in nodes if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    notes = [a.annotation for f in functions for a in _all(f.args) if isinstance(a, ast.arg)] + [f.returns for f in functions]
+    return {id(n) for note in notes if note for n in _all(note)}
 
 # %% ../nbs/12a_fingerprint.ipynb #cell-15
 def _names(
-    node: ast.AST,             # a piece of code
+    nodes: list[ast.AST],      # of a piece of code
     known: dict[str, Name],    # what names stand for around it
     package: frozenset[str],   # the package's modules
 ) -> set[Name]:                # what it uses of the package
     "List the package's names that a piece of code uses."
-    own = _imports(node, package)
-    known, passed = known | own, _notes(node)
+    own = _imports(nodes, package)
+    known, passed = known | own, _notes(nodes)
     used = {(module, "*" if local == "*" else _ON_IMPORT) for local, (module, _) in own.items()}
-    for n in ast.walk(node):
+    for n in nodes:
         if id(n) in passed or not isinstance(n, (ast.Name, ast.Attribute)): continue
         if not (chain := _dotted(n)) or chain[0] not in known: continue
-        passed |= {id(m) for m in ast.walk(n)}   # the shorter chains inside this one
+        passed |= {id(m) for m in _all(n)}   # the shorter chains inside this one
         (module, name), rest = known[chain[0]], chain[1:]
         if not module and rest: module, *rest = rest   # cvnb.core.digest
         used.add((module, (rest[0] if rest else "*") if name == "*" else name))
-    for text in _strings(node): used |= _hidden(text, package)
+    for text in _strings(nodes): used |= _hidden(text, package)
     return {(module, name) for module, name in used if module in package}
 
 # %% ../nbs/12a_fingerprint.ipynb #cell-16
@@ -126,7 +139,7 @@ def _hidden(
     package: frozenset[str],   # the package's modules
 ) -> set[Name]:                # what it would use if it were run
     "Look into a string for code."
-    try: used = _names(ast.parse(text), {}, package)
+    try: used = _names(_all(ast.parse(text)), {}, package)
     except SyntaxError: used = set()
     return used or {(m, "*") for m in re.findall(r"\bcvnb\.(\w+)", text)}
 
@@ -179,10 +192,9 @@ def _outside(
 
 # %% ../nbs/12a_fingerprint.ipynb #cell-25
 def _packages(
-    node: ast.AST,   # a piece of code
-) -> set[str]:       # names of other packages, such as "torch"
+    nodes: list[ast.AST],   # of a piece of code
+) -> set[str]:              # names of other packages, such as "torch"
     "List the packages that a piece of code imports."
-    nodes = list(ast.walk(node))
     found = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
     found |= {n.module for n in nodes if isinstance(n, ast.ImportFrom) and not n.level and n.module}
     return {name.split(".")[0] for name in found} - {"cvnb", "__future__"}
@@ -202,17 +214,19 @@ def _module(
     for s in body:
         if isinstance(s, (ast.Import, ast.ImportFrom)):
             outside |= _outside(s)
-            known |= _imports(s, package)
-            nodes[_ON_IMPORT].uses |= {(m, _ON_IMPORT) for m, _ in _imports(s, package).values() if m in package}
-            nodes[_ON_IMPORT].packages |= _packages(s)
+            known |= (imported := _imports([s], package))
+            nodes[_ON_IMPORT].uses |= {(m, _ON_IMPORT) for m, _ in imported.values() if m in package}
+            nodes[_ON_IMPORT].packages |= _packages([s])
     for s in body:
-        if isinstance(s, (ast.Import, ast.ImportFrom)) or _owner(s) == ["__all__"]: continue
-        origins = sorted({f"{n.id} = {outside[n.id]}" for n in ast.walk(s) if isinstance(n, ast.Name) and n.id in outside})
-        for name in _owner(s):
+        if isinstance(s, (ast.Import, ast.ImportFrom)) or (owner := _owner(s)) == ["__all__"]: continue
+        inside = _all(s)
+        origins = sorted({f"{n.id} = {outside[n.id]}" for n in inside if isinstance(n, ast.Name) and n.id in outside})
+        code, uses, others = [ast.dump(s), *origins], _names(inside, known, package), _packages(inside)
+        for name in owner:
             node = nodes.setdefault(name, Node())
-            node.code += [ast.dump(s), *origins]
-            node.uses |= _names(s, known, package)
-            node.packages |= _packages(s)
+            node.code += code
+            node.uses |= uses
+            node.packages |= others
     return nodes
 
 # %% ../nbs/12a_fingerprint.ipynb #cell-29
@@ -248,7 +262,7 @@ def packages(
     package: Path | None = None,   # the package's folder
 ) -> set[str]:                     # names of other packages, such as "torch"
     "List the packages that cells import, themselves or through what they reach."
-    own = {p for source in cells if (tree := _tree(source)) for p in _packages(tree)}
+    own = {p for source in cells if (tree := _tree(source)) for p in _packages(_all(tree))}
     return own.union(*(node.packages for node in _walk(cells, package).values()))
 
 # %% ../nbs/12a_fingerprint.ipynb #cell-32
@@ -257,7 +271,7 @@ def _in_cells(
     package: frozenset[str],   # the package's modules
 ) -> set[Name]:                # names of the package that they use
     "List what cells use; one imports for all that follow."
-    trees = [tree for source in cells if (tree := _tree(source))]
+    trees = [_all(tree) for source in cells if (tree := _tree(source))]
     used = {(m, "*") for source in cells if not _tree(source) for m in re.findall(r"\bcvnb\.(\w+)", source) if m in package}   # magics
     known = {k: v for tree in trees for k, v in _imports(tree, package).items()}
     return used.union(*(_names(tree, known, package) for tree in trees))

@@ -12,6 +12,8 @@ import re
 import tokenize
 import typing
 from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, Literal, Optional
@@ -20,8 +22,9 @@ import cvnb
 from .core import CvnbError, Stage, UsageError, assets, finished, nearest, seed_everything
 
 # %% auto #0
-__all__ = ['Param', 'parse_parameters', 'Contract', 'read_cells', 'read_contract', 'model_of', 'check', 'parse_value',
-           'parse_set', 'read_recipe', 'contracts', 'document', 'recipe_schema', 'completions', 'table', 'open_stage']
+__all__ = ['Param', 'parse_parameters', 'Contract', 'read_cells', 'read_contract', 'model_of', 'timm_names', 'check',
+           'parse_value', 'parse_set', 'read_recipe', 'contracts', 'document', 'recipe_schema', 'completions', 'table',
+           'open_stage']
 
 # %% ../nbs/01_params.ipynb #cell-5
 @dataclass(frozen=True)
@@ -223,6 +226,32 @@ def _adapt(
         return float(value)   # YAML 1.1 reads 1e-3 as text
     return value
 
+# %% ../nbs/01_params.ipynb #6c87eb8f
+@lru_cache
+def timm_names() -> frozenset[str]:   # without weights' tags; none where timm is not installed
+    "List the networks that timm knows, without importing it."
+    names, spec = set(), find_spec("timm")
+    for file in (Path(spec.origin).parent/"models").glob("*.py") if spec else ():
+        text = file.read_text(encoding="utf-8")
+        names.update(re.findall(r"^@register_model\s+def (\w+)", text, re.M))
+        for old in re.findall(r"^register_model_deprecations\(__name__, \{(.*?)\}\)", text, re.M | re.S):
+            names.update(re.findall(r"^\s*['\"](\w+)['\"] *:", old, re.M))
+    return frozenset(names)
+
+# %% ../nbs/01_params.ipynb #f5ee4ecd
+def _check_network(
+    contract: Contract,   # a stage's contract
+    p: Param,             # the parameter
+    value: Any,           # its value
+    origin: str,          # where it comes from, for the message
+) -> None:
+    "Raise `UsageError` for a network that timm does not know, where the parameter's comment asks for one."
+    if not p.help.startswith("timm model name") or value == p.default or not (known := timm_names()): return
+    network = str(value).split(".")[0]   # "resnet18.a1_in1k" names weights, too
+    if network not in known:
+        raise UsageError(f"{contract.stage}.{p.name} = {shorten(repr(value), 80)}{_from(origin)}: timm has no such model",
+                         nearest(network, sorted(known))[:200])
+
 # %% ../nbs/01_params.ipynb #cell-33
 def check(
     contract: Contract,        # a stage's contract
@@ -241,6 +270,7 @@ def check(
         given = shorten(repr(values.get(p.name)), 80)
         raise UsageError(f"{contract.stage}.{p.name} = {given}{_from(origin)}: expected {wanted}",
                          f"See `cvnb params {contract.stage}`.") from None
+    for name in values: _check_network(contract, _find(contract, name), values[name], origin)
     return {n: getattr(model, n) for n in values}
 
 # %% ../nbs/01_params.ipynb #cell-36

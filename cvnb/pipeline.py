@@ -9,16 +9,20 @@ import contextlib
 import json
 import os
 import subprocess
+import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import cvnb
 from cvnb.core import (
+    BEGUN,
+    LOOKS,
     READY,
     CvnbError,
     UsageError,
@@ -26,6 +30,7 @@ from cvnb.core import (
     atomic_path,
     digest,
     finished,
+    looks,
     machine,
     nearest,
     now,
@@ -36,24 +41,35 @@ from cvnb.core import (
     stage_key,
     write_json,
 )
-from .data import dataset_digest, locate
+from .data import dataset_digest
 from .fingerprint import code_digest, packages, reached
 from .params import Contract, check, contracts, read_cells
+from .sources import open_data
 
 # %% auto #0
-__all__ = ['Report', 'lock_digest', 'key_parts', 'reasons', 'in_short', 'Values', 'prepare_run', 'locked', 'write_run',
-           'run_stage', 'Outcome', 'run_pipeline', 'headline', 'status', 'recorded_values', 'init_project']
+__all__ = ['Report', 'lock_digest', 'named_files', 'check_files', 'key_parts', 'lost_outputs', 'input_digest', 'reasons',
+           'in_short', 'Values', 'select_stages', 'prepare_run', 'locked', 'write_run', 'run_stage', 'Outcome',
+           'run_pipeline', 'start_forks', 'headline', 'status', 'recorded_values', 'init_project']
 
 # %% ../nbs/13_pipeline.ipynb #cell-5
+@lru_cache
+def _installed(
+    folders: tuple,   # (folder of packages, when it changed)
+) -> str:             # 64 hexadecimal digits
+    "Digest the names and versions of all installed packages, as their folders have them, anew when a folder has changed."
+    return digest(sorted({p.name for folder, _ in folders for p in Path(folder).glob("*.*-info")}))
+
+# %% ../nbs/13_pipeline.ipynb #cell-6
 def lock_digest(
     root: Path,   # the project
 ) -> str:         # 64 hexadecimal digits
     "Digest requirements.lock, or outside a checkout the installed packages."
     if (lock := root/"requirements.lock").exists(): return sha256_file(lock)
-    from importlib.metadata import distributions
-    return digest(sorted(f"{d.name}=={d.version}" for d in distributions()))
+    site = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    inside = lambda p: any(p != s and p.startswith(s + os.sep) for s in site)   # some packages put their own copies of others on the path
+    return _installed(tuple((p, os.stat(p).st_mtime_ns) for p in sys.path if os.path.isdir(p) and not inside(p)))
 
-# %% ../nbs/13_pipeline.ipynb #cell-6
+# %% ../nbs/13_pipeline.ipynb #cell-7
 def _sources(
     contract: Contract,   # a stage
 ) -> list[str]:           # its code cells, without the parameters
@@ -61,19 +77,49 @@ def _sources(
     cells = [c for c in read_cells(contract.path) if c["cell_type"] == "code"]
     return [c["source"] for c in cells if "parameters" not in c.get("metadata", {}).get("tags", [])]
 
-# %% ../nbs/13_pipeline.ipynb #cell-7
+# %% ../nbs/13_pipeline.ipynb #cell-8
+def named_files(
+    contract: Contract,   # a stage's contract
+    params: dict,         # its parameters, typed
+    root: Path,           # the project, which relative paths start from
+) -> dict[str, Path]:     # parameter -> the file that it names
+    "List the files that a stage's parameters name: those of type `Path`, and text that is the name of a file or of a saved model's folder."
+    given = {p.name: params.get(p.name) for p in contract.params if p.type in (Path, Optional[Path])}
+    files = {name: root/path for name, path in given.items() if path and str(path) != "."}   # an empty path is "." and names no file
+    for name in (p.name for p in contract.params if p.type is str and p.name not in ("run", "data")):
+        if not (text := params.get(name)): continue
+        file = os.path.join(root, os.path.expanduser(text))
+        found = next((f for f in (file, os.path.join(file, "model.safetensors")) if os.path.isfile(f)), None)   # False for what can be no name
+        if found: files[name] = Path(found)
+    return files
+
+# %% ../nbs/13_pipeline.ipynb #cell-9
+def check_files(
+    contract: Contract,   # a stage's contract
+    params: dict,         # its parameters, typed
+    root: Path,           # the project
+) -> None:
+    "Raise `UsageError` for a parameter that names a file which is not there."
+    for name, file in named_files(contract, params, root).items():
+        if not file.is_file(): raise UsageError(f"{contract.stage}.{name}: there is no file {file}", "A path is relative to the project.")
+
+# %% ../nbs/13_pipeline.ipynb #cell-10
 def key_parts(
     contract: Contract,    # a stage's contract
     params: dict,          # its parameters, typed
     root: Path,            # the project
-) -> dict[str, Any]:       # code, functions, params, data, lock
+    like: dict | None = None,   # what this gave a moment ago for the same stage with other parameters
+) -> dict[str, Any]:       # code, functions, params, files, data, lock
     "Collect all that a stage's result depends on and that is known before it runs."
-    code = _sources(contract)
-    data = dataset_digest(locate(params["data"])) if "data" in params else None
     plain = json.loads(json.dumps({k: v for k, v in params.items() if k != "run"}, default=str))
-    return dict(code=digest([code_digest(c) for c in code]), functions=reached(code), params=plain, data=data, lock=lock_digest(root))
+    files = {name: sha256_file(f) if f.is_file() else None for name, f in named_files(contract, params, root).items()}
+    if like and like["params"].get("data") == plain.get("data"): return like | dict(params=plain, files=files)
+    code = _sources(contract)
+    data = dataset_digest(open_data(params["data"])) if "data" in params else None
+    return dict(code=digest([code_digest(c) for c in code]), functions=reached(code), params=plain, files=files, data=data,
+                lock=lock_digest(root))
 
-# %% ../nbs/13_pipeline.ipynb #cell-9
+# %% ../nbs/13_pipeline.ipynb #cell-12
 def _changed(
     old: dict,   # name -> value
     new: dict,   # name -> value
@@ -81,8 +127,8 @@ def _changed(
     "Name what differs between two mappings."
     return sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
 
-# %% ../nbs/13_pipeline.ipynb #cell-10
-def _lost_outputs(
+# %% ../nbs/13_pipeline.ipynb #cell-13
+def lost_outputs(
     run: Path,      # run directory
     record: dict,   # a stage's manifest
 ) -> Iterator[str]: # the outputs that are missing or changed
@@ -91,8 +137,8 @@ def _lost_outputs(
         path = run/out["path"]
         if not path.is_file() or path.stat().st_size != out["bytes"] or sha256_file(path) != out["sha256"]: yield name
 
-# %% ../nbs/13_pipeline.ipynb #cell-11
-def _input_digest(
+# %% ../nbs/13_pipeline.ipynb #cell-14
+def input_digest(
     run: Path,   # run directory
     name: str,   # "stage/file"
 ) -> str | None: # the file's digest in that stage's manifest
@@ -101,7 +147,7 @@ def _input_digest(
     record = finished(run, stage)
     return record and record["outputs"].get(file, {}).get("sha256")
 
-# %% ../nbs/13_pipeline.ipynb #cell-12
+# %% ../nbs/13_pipeline.ipynb #cell-15
 def _differences(
     old: dict,          # a finished stage's parts
     new: dict,          # today's, from `key_parts`
@@ -112,10 +158,12 @@ def _differences(
     if old["code"] != new["code"]: yield "the notebook's code changed"
     for name in _changed(old["functions"], new["functions"]):
         yield f"{name} {'is used now' if name not in old['functions'] else 'changed' if name in new['functions'] else 'is not used any more'}"
+    for name in _changed(old["files"], new["files"]):   # where the parameter has changed, too, that is said already
+        if name in old["files"] and name in new["files"]: yield f"the file of parameter {name} {'changed' if new['files'][name] else 'is gone'}"
     if old["data"] != new["data"]: yield "the data changed"
     if old["lock"] != new["lock"]: yield "the installed packages changed"
 
-# %% ../nbs/13_pipeline.ipynb #cell-13
+# %% ../nbs/13_pipeline.ipynb #cell-16
 def reasons(
     run: Path,           # run directory
     contract: Contract,  # a stage's contract
@@ -129,18 +177,18 @@ def reasons(
     if old is None: return ["it was run by hand, so nobody knows which code made it"]
     if old.keys() != parts.keys(): return ["another version of cvnb made it"]
     found = list(_differences(old, parts))
-    found += [f"input {name} changed" for name in record["inputs"] if record["inputs"][name] != _input_digest(run, name)]
-    found += [f"output {name} is missing or was changed" for name in _lost_outputs(run, record)]
+    found += [f"input {name} changed" for name in record["inputs"] if record["inputs"][name] != input_digest(run, name)]
+    found += [f"output {name} is missing or was changed" for name in lost_outputs(run, record)]
     return found or ([] if record["key"] == stage_key(parts, record["inputs"]) else ["its key does not fit"])
 
-# %% ../nbs/13_pipeline.ipynb #cell-14
+# %% ../nbs/13_pipeline.ipynb #cell-17
 def in_short(
     found: list[str],   # from `reasons`
 ) -> str:               # the first, and how many more
     "Shorten reasons to a line."
     return "" if not found else found[0] + (f", and {len(found) - 1} more" if len(found) > 1 else "")
 
-# %% ../nbs/13_pipeline.ipynb #cell-18
+# %% ../nbs/13_pipeline.ipynb #cell-21
 @dataclass
 class Values:
     "Given parameters and where each came from."
@@ -165,8 +213,8 @@ class Values:
         values = contract.defaults() | self.given.get(contract.stage, {})
         return values | {"run": str(run)} if "run" in contract.names else values
 
-# %% ../nbs/13_pipeline.ipynb #cell-20
-def _select(
+# %% ../nbs/13_pipeline.ipynb #cell-23
+def select_stages(
     stages: list[str] | None,        # what the user named; all if empty
     known: dict[str, Contract],      # stages in order
 ) -> list[str]:                      # the stages to bring up to date, in order
@@ -178,7 +226,7 @@ def _select(
         if s in wanted: wanted |= set(known[s].needs)
     return [s for s in known if s in wanted]
 
-# %% ../nbs/13_pipeline.ipynb #cell-23
+# %% ../nbs/13_pipeline.ipynb #cell-26
 def prepare_run(
     run: Path,   # run directory
 ) -> None:
@@ -186,8 +234,8 @@ def prepare_run(
     if run.exists() and not run.is_dir(): raise UsageError(f"run directory {run} is a file", "Give another one with --run.")
     if project_root(run)/"nbs" in (run, *run.parents): raise UsageError(f"run directory {run} is under nbs/", "Give another one with --run.")
     if run.exists() and not (run/"run.json").exists():
-        stage = lambda p: p.is_dir() and any((p/name).exists() for name in ("stage.json", "notebook.ipynb"))
-        other = sorted(p.name for p in run.iterdir() if not p.name.startswith(".") and not stage(p))
+        ours = lambda p: any((p/name).exists() for name in (BEGUN, "stage.json", "notebook.ipynb"))
+        other = sorted(p.name for p in run.iterdir() if not p.name.startswith(".") and p.name != LOOKS and not ours(p))
         if other: raise UsageError(f"{run} is not a run directory, it holds {other[0]}", "Give a new or empty folder with --run.")
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -196,10 +244,11 @@ def prepare_run(
     except OSError as e:
         raise UsageError(f"run directory {run} cannot be written ({e.strerror})", "Give another one with --run.") from None
 
-# %% ../nbs/13_pipeline.ipynb #cell-26
+# %% ../nbs/13_pipeline.ipynb #cell-29
 @contextlib.contextmanager
 def locked(
     run: Path,   # run directory
+    option: str = "--run",   # how another one is given
 ) -> Iterator[None]:
     "Hold a run directory; raise `CvnbError` that names the process which holds it already."
     from filelock import FileLock, Timeout
@@ -208,7 +257,7 @@ def locked(
     except Timeout:
         owner = read_json(note) if note.exists() else {}
         raise CvnbError(f"{run} is in use by process {owner.get('pid', '?')} since {owner.get('since', '?')}",
-                        "Wait for it, or give another --run.") from None
+                        f"Wait for it, or give another {option}.") from None
     try:
         write_json(note, dict(pid=os.getpid(), since=now()))
         yield
@@ -216,7 +265,7 @@ def locked(
         note.unlink(missing_ok=True)
         lock.release()
 
-# %% ../nbs/13_pipeline.ipynb #cell-29
+# %% ../nbs/13_pipeline.ipynb #cell-32
 def _git(
     root: Path,   # the project
 ) -> dict:        # {"commit", "dirty"}, or nulls outside a repository
@@ -228,7 +277,7 @@ def _git(
     commit, changes = ask("rev-parse", "HEAD"), ask("status", "--porcelain", "--untracked-files=no")
     return dict(commit=commit, dirty=None if changes is None else bool(changes))
 
-# %% ../nbs/13_pipeline.ipynb #cell-30
+# %% ../nbs/13_pipeline.ipynb #cell-33
 def write_run(
     run: Path,             # run directory
     root: Path,            # the project
@@ -243,12 +292,13 @@ def write_run(
     return write_json(run/"run.json", dict(
         run=run.name, created=old.get("created", now()), updated=now(), **plain, origins=origins, git=_git(root),
         lock=lock_digest(root), machine=machine(), seeds={s: p["seed"] for s, p in params.items() if "seed" in p},
-        seconds=round(seconds, 2), cvnb=cvnb.__version__))
+        seconds=round(seconds, 2), cvnb=cvnb.__version__, test_looks=looks(run),
+        data=next((r["data"] for s in params if (r := finished(run, s)) and r.get("data")), None)))
 
-# %% ../nbs/13_pipeline.ipynb #cell-32
+# %% ../nbs/13_pipeline.ipynb #cell-35
 Report = Callable[[str, str, float, str], None]   # stage, event, fraction, text
 
-# %% ../nbs/13_pipeline.ipynb #cell-33
+# %% ../nbs/13_pipeline.ipynb #cell-36
 @contextlib.contextmanager
 def _watched(
     stage: str,        # stage name
@@ -271,7 +321,7 @@ def _watched(
         stop.set(); thread.join()
         path.unlink(missing_ok=True)
 
-# %% ../nbs/13_pipeline.ipynb #cell-34
+# %% ../nbs/13_pipeline.ipynb #cell-37
 @contextlib.contextmanager
 def _environment(
     **variables: str,   # set while the block runs
@@ -283,7 +333,7 @@ def _environment(
     finally:
         for k, v in old.items(): os.environ.pop(k, None) if v is None else os.environ.__setitem__(k, v)
 
-# %% ../nbs/13_pipeline.ipynb #cell-35
+# %% ../nbs/13_pipeline.ipynb #cell-38
 @lru_cache
 def _atomic_files() -> Any:   # a papermill handler
     "Make papermill write notebooks atomically: a full disk or a kill leaves the notebook that was saved before."
@@ -295,7 +345,7 @@ def _atomic_files() -> Any:   # a papermill handler
             with atomic_path(path) as temp: super().write(buf, str(temp))
     return AtomicFiles()
 
-# %% ../nbs/13_pipeline.ipynb #cell-36
+# %% ../nbs/13_pipeline.ipynb #cell-39
 def _execute(
     contract: Contract,   # the stage
     params: dict,         # all its parameters
@@ -317,7 +367,7 @@ def _execute(
     papermill.execute_notebook(str(contract.path), str(output), plain, "cvnb", cwd=str(cwd), progress_bar=False, kernel_name="python3",
                                language="python", extra_arguments=["--IPKernelApp.log_level=50"])
 
-# %% ../nbs/13_pipeline.ipynb #cell-37
+# %% ../nbs/13_pipeline.ipynb #cell-40
 def _failure(
     contract: Contract,   # the stage
     error: Exception,     # what papermill raised
@@ -337,7 +387,7 @@ def _failure(
     source = "\n".join(f"    {line}" for line in error.source.strip().splitlines()[:12])
     return CvnbError(f"{contract.stage} failed in cell [{error.exec_count}] with {name}: {error.evalue}\n{source}\n", kept)
 
-# %% ../nbs/13_pipeline.ipynb #cell-38
+# %% ../nbs/13_pipeline.ipynb #cell-41
 def _record_failure(
     folder: Path,      # the stage's folder
     contract: Contract,# the stage
@@ -351,7 +401,7 @@ def _record_failure(
             stage=contract.stage, status="failed", key=None, params=json.loads(json.dumps(params, default=str)), inputs={}, outputs={},
             metrics={}, seconds=None, started=now(), cvnb=cvnb.__version__, environment=dict(machine=machine(), parts=parts, error=str(error))))
 
-# %% ../nbs/13_pipeline.ipynb #cell-39
+# %% ../nbs/13_pipeline.ipynb #cell-42
 def run_stage(
     contract: Contract,   # the stage
     params: dict,         # all its parameters, `run` among them
@@ -376,7 +426,7 @@ def run_stage(
     os.replace(folder/READY, folder/"stage.json")
     return read_json(folder/"stage.json")
 
-# %% ../nbs/13_pipeline.ipynb #cell-41
+# %% ../nbs/13_pipeline.ipynb #cell-44
 @dataclass
 class Outcome:
     "What happened to one stage in a call."
@@ -386,7 +436,7 @@ class Outcome:
     seconds: float  # wall time in this call
     record: dict    # its manifest
 
-# %% ../nbs/13_pipeline.ipynb #cell-42
+# %% ../nbs/13_pipeline.ipynb #cell-45
 def run_pipeline(
     run: Path,                            # run directory
     values: Values,                       # given parameters
@@ -394,12 +444,15 @@ def run_pipeline(
     force: bool = False,                  # run the named stages (or all) even if they are fresh
     report: Report = lambda *args: None,  # told about progress
     root: Path | None = None,             # the project
+    execute: Callable[..., dict] = run_stage,   # what runs a stage; a sweep has its own
 ) -> list[Outcome]:                       # one per stage, in order
     "Bring a run up to date: run what is stale, skip what is fresh, and stop at the first failure with everything before it kept."
     root, known = root or project_root(), contracts()
-    order, begin, outcomes = _select(stages, known), time.perf_counter(), []
+    order, begin, outcomes = select_stages(stages, known), time.perf_counter(), []
     params = {s: values.of(c, run) for s, c in known.items()}
-    for s in order: check(known[s], params[s], "the notebook")   # the given ones were checked before, its own defaults were not
+    for s in order:
+        check(known[s], params[s], "the notebook")   # the given ones were checked before, its own defaults were not
+        check_files(known[s], params[s], root)
     prepare_run(run)
     with locked(run):
         before = (run/"run.json").read_bytes() if (run/"run.json").exists() else None
@@ -409,9 +462,9 @@ def run_pipeline(
             forced = force and s in (stages or order)
             why = "--force" if forced else in_short(reasons(run, known[s], parts))
             report(s, "start" if why else "fresh", 0, why)
-            if why: _start_forks([known[s] for s in order])
+            if why: start_forks([known[s] for s in order])
             if forced: _clear(run/s)
-            try: record = run_stage(known[s], params[s], parts, root, report) if why else finished(run, s)
+            try: record = execute(known[s], params[s], parts, root, report) if why else finished(run, s)
             except UsageError:   # a value that cannot be is not remembered
                 (run/"run.json").unlink() if before is None else (run/"run.json").write_bytes(before)
                 raise
@@ -420,15 +473,15 @@ def run_pipeline(
         if any(o.state == "done" for o in outcomes): write_run(run, root, values, params, time.perf_counter() - begin)
     return outcomes
 
-# %% ../nbs/13_pipeline.ipynb #cell-43
-def _start_forks(
+# %% ../nbs/13_pipeline.ipynb #cell-46
+def start_forks(
     stages: list[Contract],   # that may run
 ) -> None:
     "Begin to start the fork server with what stages import; what they start in turn finds it in the environment."
     from cvnb.engine import ADDRESS, start_fork_server   # it brings Jupyter's client along
     if ADDRESS not in os.environ: os.environ[ADDRESS] = start_fork_server(set().union(*(packages(_sources(s)) for s in stages)))
 
-# %% ../nbs/13_pipeline.ipynb #cell-44
+# %% ../nbs/13_pipeline.ipynb #cell-47
 def _clear(
     folder: Path,   # a stage's folder
 ) -> None:
@@ -436,7 +489,7 @@ def _clear(
     import shutil
     shutil.rmtree(folder, ignore_errors=True)
 
-# %% ../nbs/13_pipeline.ipynb #cell-45
+# %% ../nbs/13_pipeline.ipynb #cell-48
 def headline(
     record: dict,   # a stage's manifest
     n: int = 2,     # figures to name
@@ -446,7 +499,7 @@ def headline(
     lost = record["metrics"].get("n_unreadable", {}).get("value")
     return " · ".join([f"{lost} unreadable"] * bool(lost) + [f"{name} {show_figure(figure | dict(n=None))}" for name, figure in figures])
 
-# %% ../nbs/13_pipeline.ipynb #cell-46
+# %% ../nbs/13_pipeline.ipynb #cell-49
 def status(
     run: Path,               # run directory
     values: Values,          # given parameters
@@ -464,7 +517,7 @@ def status(
                        headline=headline(record) if record else "")
     return list(rows.values())
 
-# %% ../nbs/13_pipeline.ipynb #cell-47
+# %% ../nbs/13_pipeline.ipynb #cell-50
 def recorded_values(
     run: Path,   # run directory
 ) -> Values:     # empty for a new run
@@ -474,7 +527,7 @@ def recorded_values(
     layer = {s: check(known[s], {k: v for k, v in values.items() if k in known[s].names}, "run.json") for s, values in given.items() if s in known}
     return Values().add(layer, "run.json")
 
-# %% ../nbs/13_pipeline.ipynb #cell-49
+# %% ../nbs/13_pipeline.ipynb #cell-52
 _README = """# {name}
 
     cvnb run --config {name}      audit, train, errors, compress, export, benchmark into runs/{name}
@@ -485,10 +538,10 @@ _README = """# {name}
 what it needs (`- needs: [train]`), one cell is tagged `parameters`, and its last line is `stage.finish()`.
 """
 
-# %% ../nbs/13_pipeline.ipynb #cell-50
+# %% ../nbs/13_pipeline.ipynb #cell-53
 def init_project(
     folder: Path | str,     # where; it may exist, but no file is overwritten
-    data: str = "digits",   # a data set known by name, or a folder with one sub-folder per class
+    data: str = "digits",   # what `open_data` takes
 ) -> list[Path]:            # what was written, relative to the folder
     "Write a project: the stages to edit, a recipe, a .gitignore and a README; raise `UsageError` rather than overwrite a file."
     folder = Path(folder).expanduser().resolve()
@@ -498,12 +551,14 @@ def init_project(
     files = {f"nbs/stages/{p.name}": p.read_text(encoding="utf-8") for p in sorted(package.glob("*.ipynb"))}
     files |= {f"configs/{p}": (default/p).read_text(encoding="utf-8") for p in ("default.yaml", "recipe.schema.json")}
     recipe = files["configs/default.yaml"].removeprefix(header)
-    files |= {f"configs/{name}.yaml": f"{header}data: {json.dumps(data)}\n\n{recipe}", ".gitignore": "runs/\n.ipynb_checkpoints/\n",
+    files |= {f"configs/{name}.yaml": f"{header}data: {json.dumps(data)}\n\n{recipe}", ".gitignore": "runs/\nsweeps/\n.ipynb_checkpoints/\n",
               "README.md": _README.format(name=name)}
     there = [f for f in files if (folder/f).exists()]
     if folder.is_file(): raise UsageError(f"{folder} is a file", "Give a folder.")
     if there: raise UsageError(f"{folder} has {there[0]} already", "Give an empty folder; nothing was written.")
-    for file, text in files.items():
-        (folder/file).parent.mkdir(parents=True, exist_ok=True)
-        (folder/file).write_text(text, encoding="utf-8")
+    try:
+        for file, text in files.items():
+            (folder/file).parent.mkdir(parents=True, exist_ok=True)
+            (folder/file).write_text(text, encoding="utf-8")
+    except OSError as e: raise UsageError(f"{folder} cannot be written ({e.strerror})", "Give another folder.") from None
     return [Path(f) for f in files]

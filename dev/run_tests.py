@@ -14,6 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 SUMMARY = re.compile(r"^(\x1b\[\d+m)*=+ .* in [\d.]+s.* =+(\x1b\[\d+m)*$", re.M)
 LEFT_OUT = re.compile(r"^left out: .*", re.M)
+FAILED_NOTEBOOK = re.compile(r"^FAILED \S+\.ipynb.*", re.M)
+FAILED_TEST = re.compile(r"^(?:\x1b\[\d+m)*(?:FAILED|ERROR)(?:\x1b\[\d+m)* .*", re.M)
 
 
 def call(
@@ -44,46 +46,26 @@ def style() -> bool:
     return call(BIN/"ruff", "check", "--quiet", "--output-format", "concise", *wanted)[0]
 
 
-def libraries() -> bool:
-    "Run the library notebooks and the index, as many at a time as there are cores."
-    # One thread each: as many workers with as many threads would wait for each other.
-    return call(BIN/"nbdev_test", "--path", "nbs", "--skip_folder_re", "^[_.]|^stages$|^tutorials$", "--timing",
-                OMP_NUM_THREADS="1")[0]
-
-
-def stages() -> bool:
-    "Run the stages with their defaults, each after what it needs, then the tutorials; one process loads torch once."
-    return call(sys.executable, __file__, "--notebooks")[0]
-
-
-def notebooks() -> bool:
-    "Run the stage notebooks in the order of their graph, then the tutorials, in this process."
-    from nbdev.test import test_nb
-
-    from cvnb.params import contracts
-    files = [ROOT/"nbs"/"stages"/f"{stage}.ipynb" for stage in contracts(ROOT/"nbs"/"stages")]
-    files += sorted((ROOT/"nbs"/"tutorials").glob("[!._]*.ipynb"))
-    passed = True
-    for file in files:
-        ok, seconds = test_nb(file, skip_flags=["slow"], basepath=ROOT)
-        print(f"{'ok' if ok else 'FAILED':<6} {seconds:6.1f} s  {file.relative_to(ROOT)}", flush=True)
-        passed = passed and ok
-    return passed
+def notebooks() -> tuple[bool, str]:
+    "Run every notebook, as many at a time as there are cores, and return a line for each that failed."
+    # One thread each: as many processes with as many threads would wait for each other.
+    ok, text = call(sys.executable, "dev/run_notebooks.py", keep=True, OMP_NUM_THREADS="1")
+    return ok, "\n".join(dict.fromkeys(FAILED_NOTEBOOK.findall(text))) or ("" if ok else "the notebooks did not come to an end")
 
 
 def pytest() -> tuple[bool, str]:
-    "Run pytest and return its last words too."
+    "Run pytest, two processes of one thread each, and return its last words and what failed too."
     color = "yes" if sys.stdout.isatty() else "no"
-    ok, text = call(sys.executable, "-m", "pytest", "--durations=8", f"--color={color}", keep=True)
+    parallel = ("-n", "2", "--dist", "loadfile", "--maxprocesses", str(os.cpu_count()))
+    ok, text = call(sys.executable, "-m", "pytest", *parallel, "--durations=8", f"--color={color}", keep=True, OMP_NUM_THREADS="1")
     words = [m[-1].group() for m in (list(SUMMARY.finditer(text)), list(LEFT_OUT.finditer(text))) if m]
-    return ok, "\n".join(words or ["pytest did not come to an end"])
+    return ok, "\n".join([*FAILED_TEST.findall(text), *(words or ["pytest did not come to an end"])])
 
 
 STEPS: dict[str, tuple[Callable, bool]] = {   # step -> (what it runs, whether `make lint` runs it too)
     "cvnb/ and README.md match their notebooks": (generated, True),
     "ruff": (style, True),
-    "library notebooks": (libraries, False),
-    "stage notebooks and tutorials": (stages, False),
+    "notebooks": (notebooks, False),
     "pytest": (pytest, False),
 }
 
@@ -91,24 +73,23 @@ STEPS: dict[str, tuple[Callable, bool]] = {   # step -> (what it runs, whether `
 def run(
     only_lint: bool,   # only what takes seconds
 ) -> bool:             # whether everything passed
-    "Run the steps, all of them even if one fails, and show a table of them."
+    "Run the steps, all of them even if one fails, and show a table of them, with what each has to say below."
     steps = {name: step for name, (step, lint) in STEPS.items() if lint or not only_lint}
-    table, last, passed = [], "", True
+    table, words, passed = [], [], True
     for i, (name, step) in enumerate(steps.items(), 1):
         print(f"\n── {i}/{len(steps)} {name}", flush=True)
         begin = time.perf_counter()
         result = step()
-        ok, last = result if isinstance(result, tuple) else (result, last)
+        ok, said = result if isinstance(result, tuple) else (result, "")
         table.append(f"{'ok' if ok else 'FAILED':<6} {time.perf_counter() - begin:6.1f} s  {name}")
         print(table[-1], flush=True)
+        words += said.splitlines()
         passed = passed and ok
-    print("\n" + "\n".join(["──", *table, *([last] if last else [])]))
+    print("\n" + "\n".join(["──", *table, *words]))
     return passed
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=["lint"], help="only the checks that take seconds")
-    parser.add_argument("--notebooks", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    sys.exit(not (notebooks() if args.notebooks else run(args.only == "lint")))
+    sys.exit(not run(parser.parse_args().only == "lint"))

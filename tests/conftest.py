@@ -1,6 +1,7 @@
-"""Fixtures for a browser, and the last line of every test run: what was left out and how to get it."""
+"""Fixtures that several files use, the order of a parallel run, and the last line of every run: what was left out and how to get it."""
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shutil
@@ -10,7 +11,9 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import house
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")
@@ -30,7 +33,8 @@ def left_out(
 
 
 def _stats(session: pytest.Session, outcome: str) -> list:
-    return session.config.pluginmanager.get_plugin("terminalreporter").stats.get(outcome, [])
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")   # a parallel run's workers have none
+    return reporter.stats.get(outcome, []) if reporter else []
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -45,7 +49,57 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     "Write the line below pytest's own summary."
-    if _LEFT_OUT in config.stash: print(config.stash[_LEFT_OUT])
+    if _LEFT_OUT in config.stash and not hasattr(config, "workerinput"): print(config.stash[_LEFT_OUT])
+
+
+# A parallel run: the tests of a file share a process, except slow ones that share no fixture of their file.
+
+
+def apart(
+    folder: Path,   # of the tests
+) -> set[str]:      # "tests/test_x.py::test_y"
+    "Find the slow tests that may run in a process of any other file."
+    found = set()
+    for file in folder.glob("test_*.py"):
+        functions = [node for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)]
+        marks = {f.name: " ".join(map(ast.unparse, f.decorator_list)) for f in functions}
+        shared = {name for name, mark in marks.items() if "fixture(scope=" in mark}
+        found |= {f"{folder.name}/{file.name}::{f.name}" for f in functions
+                  if "mark.slow" in marks[f.name] and not shared & {a.arg for a in f.args.args}}
+    return found
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    "Distribute files, and slow tests by themselves, in the order in which they were collected."
+    from xdist.scheduler import LoadFileScheduling
+    if config.getvalue("dist") != "loadfile": return None
+    alone, config.option.loadscopereorder = apart(ROOT/"tests"), False
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str: return nodeid if nodeid.partition("[")[0] in alone else super()._split_scope(nodeid)
+    return Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    "In a parallel run begin with the run that many tests wait for; beside it what is slow, and at the end the many small ones."
+    if not hasattr(config, "workerinput"): return
+    alone, sizes = apart(ROOT/"tests"), Counter(item.path for item in items)
+
+    def turn(item: pytest.Item) -> tuple[int, int]:
+        waits = "traced_run" in item.fixturenames
+        if item.path.name == "test_run.py": return 0, 0
+        return (1 + waits, 0) if item.nodeid.partition("[")[0] in alone else (4 - waits, -sizes[item.path])
+    items.sort(key=turn)
+
+
+@pytest.fixture(autouse=True)
+def _environment() -> Iterator[None]:
+    "Take back what a test changed in the environment: FiftyOne's address would send other tests' processes to its database."
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")
@@ -98,12 +152,38 @@ def small_photos(tmp_path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def traced_run(tmp_path_factory) -> tuple[Path, dict[str, set[tuple[str, str]]]]:
+def shared(tmp_path_factory) -> Path:
+    "A folder that the processes of a parallel run share."
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def traced_run(shared) -> tuple[Path, dict[str, set[tuple[str, str]]]]:
     "The smoke run, and for each stage the functions of cvnb that it called: (module, qualified name)."
-    run, seen = tmp_path_factory.mktemp("runs")/"smoke", tmp_path_factory.mktemp("trace")
-    env = os.environ | {"PYTHONPATH": str(ROOT/"tests/tracer"), "CVNB_TRACED": str(ROOT/"cvnb") + os.sep, "CVNB_TRACE": str(seen)}
-    done = subprocess.run([Path(sys.executable).with_name("cvnb"), "run", "--run", run], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run, seen = shared/"runs/smoke", shared/"trace"
+    seen.mkdir(exist_ok=True)
+    path = os.pathsep.join([str(ROOT/"tests/tracer"), str(ROOT)])
+    env = os.environ | {"PYTHONPATH": path, "CVNB_TRACED": str(ROOT/"cvnb") + os.sep, "CVNB_TRACE": str(seen)}
+    with FileLock(shared/"smoke.lock"):
+        if not (shared/"smoke.done").exists():
+            done = subprocess.run([Path(sys.executable).with_name("cvnb"), "run", "--run", run], capture_output=True, text=True, env=env)
+            assert done.returncode == 0, done.stderr[-3000:]
+            (shared/"smoke.done").touch()
     called: dict[str, set[tuple[str, str]]] = {}
     for file in seen.iterdir(): called.setdefault(file.name.split("-")[0], set()).update(map(tuple, json.loads(file.read_text())))
     return run, called
+
+
+@pytest.fixture(scope="session")
+def wheel(shared) -> Path:
+    "The wheel, built from a copy of the checkout by way of the source distribution."
+    with FileLock(shared/"wheel.lock"):
+        if not (shared/"wheel").exists():
+            for file in house.tracked():
+                (copy := shared/"source"/file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(file, copy)
+            done = subprocess.run([sys.executable, "-m", "build", "--no-isolation", "--outdir", shared/"wheel", shared/"source"],
+                                  capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
+    return next((shared/"wheel").glob("*.whl"))

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from cvnb import cli
-from cvnb.data import NAMED
+from cvnb.fetch import NAMED
 
 
 @pytest.fixture
@@ -49,8 +49,17 @@ WRONG_CALLS = {
     "no such recipe": (["run", "--config", "nowhere.yaml"], ["nowhere.yaml", "does not exist"]),
     "not a run": (["status", "nowhere"], ["nowhere", "not a run directory"]),
     "dashboard of no run": (["dashboard", "nowhere"], ["nowhere", "not a run directory"]),
+    "browse no run": (["browse", "nowhere"], ["nowhere", "not a run directory"]),
+    "corrections of no run": (["audit", "accept", "nowhere"], ["nowhere", "not a run directory"]),
     "params of no stage": (["params", "tain"], ["tain", "Did you mean 'train'?"]),
     "predict without a model": (["predict", "nowhere", "a.png"], ["nowhere"]),
+    "no such option": (["run", "--sett", "train.epochs=3"], ["no such option: --sett", "--set", "cvnb run --help"]),
+    "no such command": (["rnu"], ["no such command 'rnu'", "Did you mean 'run'?", "cvnb --help"]),
+    "no such command of a group": (["data", "gett"], ["'gett'", "Did you mean 'get'?", "cvnb data --help"]),
+    "an option without its value": (["sweep", "--out"], ["option '--out' requires an argument"]),
+    "text for a number": (["sweep", "--jobs", "many", "--set", "train.lr=1,2"], ["'--jobs'", "cvnb sweep --help"]),
+    "nothing to look at": (["status"], ["missing argument 'run'", "cvnb status --help"]),
+    "one argument too many": (["status", "a", "b"], ["unexpected extra argument", "(b)"]),
 }
 
 
@@ -89,7 +98,7 @@ def test_no_traceback_from_the_installed_command():
     assert done.returncode == 2 and done.stderr.startswith("cvnb: no stage 'trian'") and "Traceback" not in done.stderr
 
 
-COMMANDS = ["run", "status", "init", "params", "dashboard", "predict", "data", "doctor"]
+COMMANDS = ["run", "status", "sweep", "init", "params", "dashboard", "browse", "audit", "predict", "data", "doctor"]
 
 
 def test_every_command_has_help_and_is_documented(call, root):

@@ -12,9 +12,12 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import check_export
+import conftest
 import house
+import nbformat as nbf
 import pytest
 import readme
+import run_tests
 
 from cvnb.params import contracts, recipe_schema
 
@@ -189,6 +192,42 @@ def test_notebook_is_short_and_light(notebook: Path) -> None:
 # Code
 
 
+@pytest.mark.parametrize("bad,said", [("1 / 0", "ZeroDivisionError: division by zero"), ("import os; os._exit(3)", "terminated abruptly")])
+def test_a_failed_notebook_is_named(tmp_path: Path, bad: str, said: str) -> None:
+    for name, code in dict(good="1 + 1", bad=bad).items():
+        nbf.write(nbf.v4.new_notebook(cells=[nbf.v4.new_code_cell(code)]), tmp_path/f"{name}.ipynb")
+    run = lambda *names: subprocess.run([sys.executable, ROOT/"dev/run_notebooks.py", *(tmp_path/f"{n}.ipynb" for n in names)],
+                                        capture_output=True, text=True)
+    assert run("good", "good").returncode == 0
+    done = run("good", "bad")
+    (line,) = [n for n in run_tests.FAILED_NOTEBOOK.findall(done.stdout) if "bad.ipynb" in n]
+    assert done.returncode == 1 and said in line
+
+
+def test_slow_tests_run_apart_unless_they_share_a_fixture_of_their_file(tmp_path: Path) -> None:
+    (tmp_path/"test_x.py").write_text("""import pytest
+@pytest.fixture(scope="module")
+def shared(): pass
+@pytest.fixture
+def own(): pass
+@pytest.mark.slow
+def test_alone(own): pass
+@pytest.mark.slow
+def test_sharing(shared): pass
+def test_quick(): pass
+""")
+    assert conftest.apart(tmp_path) == {f"{tmp_path.name}/test_x.py::test_alone"}
+    assert "tests/test_kill.py::test_kills_at_random_points_of_every_stage" in conftest.apart(ROOT/"tests")
+
+
+def test_a_failed_test_is_named(tmp_path: Path) -> None:
+    (tmp_path/"test_x.py").write_text("def test_good(): pass\ndef test_bad(): assert 1 == 2\n")
+    for color in "yes", "no":
+        command = [sys.executable, "-m", "pytest", tmp_path, "-ra", "-p", "no:cacheprovider", f"--color={color}"]
+        (line,) = run_tests.FAILED_TEST.findall(subprocess.run(command, capture_output=True, text=True).stdout)
+        assert "test_bad" in line
+
+
 def test_imports_go_to_lower_numbers() -> None:
     assert house.upward_imports(SOURCES) == []
 
@@ -275,36 +314,29 @@ def test_lock_names_no_index() -> None:
 # The wheel
 
 
-@pytest.fixture(scope="session")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    "The wheel, built from a copy of the tracked files."
-    copy, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for file in house.tracked():
-        (copy/file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(file, copy/file.relative_to(ROOT))
-    done = subprocess.run([sys.executable, "-m", "build", "--no-isolation", "--outdir", out, copy],
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return zipfile.ZipFile(next(out.glob("*.whl")))
+@pytest.fixture
+def contents(wheel: Path) -> zipfile.ZipFile:
+    "What the wheel holds."
+    return zipfile.ZipFile(wheel)
 
 
-def test_wheel_brings_the_project(wheel: zipfile.ZipFile) -> None:
-    brought = {n.removeprefix("cvnb/_project/") for n in wheel.namelist() if n.startswith("cvnb/_project/")}
+def test_wheel_brings_the_project(contents: zipfile.ZipFile) -> None:
+    brought = {n.removeprefix("cvnb/_project/") for n in contents.namelist() if n.startswith("cvnb/_project/")}
     globs = dict(stages="nbs/stages/*.ipynb", configs="configs/*.yaml", dashboards="dashboards/*.ipynb")
     wanted = {f"{kind}/{p.name}" for kind, glob in globs.items() for p in ROOT.glob(glob)}
     assert {f"stages/{p.name}" for p in STAGES} <= brought == wanted
     assert {"configs/mnist5k.yaml", "dashboards/errors.ipynb"} <= brought
 
 
-def test_wheel_holds_package_only(wheel: zipfile.ZipFile) -> None:
-    modules = {n for n in wheel.namelist() if n.endswith(".py")}
+def test_wheel_holds_package_only(contents: zipfile.ZipFile) -> None:
+    modules = {n for n in contents.namelist() if n.endswith(".py")}
     assert modules == {f"cvnb/{p.name}" for p in (ROOT/"cvnb").glob("*.py")}
 
 
-def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
-    text = lambda name: wheel.read(next(n for n in wheel.namelist() if n.endswith(f".dist-info/{name}"))).decode()
+def test_wheel_metadata(contents: zipfile.ZipFile) -> None:
+    text = lambda name: contents.read(next(n for n in contents.namelist() if n.endswith(f".dist-info/{name}"))).decode()
     metadata = text("METADATA")
-    assert set(re.findall(r"^Provides-Extra: (\w+)$", metadata, re.M)) == {"train", "audit", "notebooks", "all", "dev"}
+    assert set(re.findall(r"^Provides-Extra: (\w+)$", metadata, re.M)) == {"train", "audit", "notebooks", "sweep", "hf", "ray", "all", "dev"}
     base = re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", metadata, re.M)
     assert "onnxruntime" in base and not {"torch", "fiftyone", "pandas"} & set(base)
     assert "Requires-Python: >=3.11" in metadata and "make test" in metadata

@@ -18,7 +18,7 @@ from cvnb import pipeline
 from cvnb.core import read_json
 from cvnb.data import locate
 from cvnb.params import contracts
-from cvnb.pipeline import recorded_values, status
+from cvnb.pipeline import key_parts, recorded_values, status
 
 STAGES = ["audit", "train", "errors", "compress", "export", "benchmark"]
 LIBRARY = ["core", "params", "data", "database", "models", "metrics", "audit", "train", "errors", "prune", "distill", "quantize", "export",
@@ -72,7 +72,7 @@ def copy(tmp_path_factory, traced_run, root) -> Iterator[Copy]:
     patch = pytest.MonkeyPatch()
     patch.chdir(made.root)
     patch.setattr(cvnb, "__file__", str(made.root/"cvnb/__init__.py"))
-    patch.setattr(pipeline, "locate", lambda *args: made.data)
+    patch.setattr(pipeline, "open_data", lambda *args: made.data)
     yield made
     patch.undo()
 
@@ -108,14 +108,26 @@ def test_a_parameter_matters_to_its_stage(copy):
     for stage, contract in contracts().items():
         (cell,) = copy.cells(stage, "code", "parameters")
         for p in contract.params:
-            if p.name in ("run", "data") or isinstance(p.default, str): continue
-            new = not p.default if isinstance(p.default, bool) else (p.default or 1) * 0.5 if isinstance(p.default, float) else p.default + 1
+            if p.name in ("run", "data") or isinstance(p.default, (str, Path)): continue
+            new = (not p.default if isinstance(p.default, bool) else (p.default or 1) * 0.5 if isinstance(p.default, float)
+                   else p.default[1:] if isinstance(p.default, list) else p.default + 1)
             before, after = f"{p.name}: {p.type_name} = ", f"{p.name}: {p.type_name} = {new!r}   # "
             change = lambda c, a=before, b=after: c.update(source="".join(c["source"]).replace(a, b, 1))
             assert copy.after_cell(stage, cell, change) == {stage}, p
             n += 1
         assert copy.after_cell(stage, cell, add("\n# a comment")) == set()
     assert n > 20
+
+
+def test_a_file_that_a_parameter_names_matters_by_its_content(tmp_path, root):
+    contract, file = contracts()["audit"], tmp_path/"mine.csv"
+    parts = lambda: key_parts(contract, contract.defaults() | dict(corrections=file), root)
+    file.write_text("path,pixel_sha256,was,action,label\n")
+    first = parts()
+    os.utime(file, (1, 1))
+    assert parts() == first != key_parts(contract, contract.defaults(), root)
+    file.write_text("path,pixel_sha256,was,action,label\n\n")
+    assert [k for k, v in parts().items() if v != first[k]] == ["files"]
 
 
 def test_bytes_of_an_image_matter_and_its_time_does_not(copy):

@@ -50,7 +50,7 @@ def done(run: Path) -> dict[str, str]:
     return found
 
 
-def wait(process: subprocess.Popen, what: Callable[[], bool], seconds: float = 120) -> bool:
+def wait(process: subprocess.Popen, what: Callable[[], bool], seconds: float = 300) -> bool:
     "Wait until something is so; False if the call ended before."
     deadline = time.time() + seconds
     while process.poll() is None and time.time() < deadline:
@@ -59,15 +59,22 @@ def wait(process: subprocess.Popen, what: Callable[[], bool], seconds: float = 1
     return False
 
 
+def progress(stage: Path) -> float:
+    "Read how far a stage is."
+    try: return json.loads((stage/".progress").read_text())["fraction"]
+    except (FileNotFoundError, json.JSONDecodeError): return 0.0
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(1200)   # it may wait for the smoke run, and a machine may be busy
 def test_kills_at_random_points_of_every_stage(smoke_run, tmp_path):
     run, rng = tmp_path/"run", random.Random(7)
-    seconds = {s: read_json(smoke_run/s/"stage.json")["seconds"] for s in STAGES}
+    call = [CVNB, "run", "--run", run, "--set", "benchmark.n_calls=20", "--set", "benchmark.rounds=3"]
     for stage in STAGES:
-        before = done(run)
-        process = subprocess.Popen([CVNB, "run", "--run", run], start_new_session=True, **SILENT)
+        before, at = done(run), 0.8 * rng.random()
+        process = subprocess.Popen(call, start_new_session=True, **SILENT)
         assert wait(process, lambda s=stage: (run/s/"notebook.ipynb").exists() and not (run/s/"stage.json").exists())
-        if stage in ("audit", "compress", "benchmark"): time.sleep(rng.random() * 0.8 * seconds[stage])   # somewhere in it
+        if stage in ("audit", "compress", "benchmark"): wait(process, lambda s=stage, at=at: progress(run/s) > at)   # somewhere in it
         else: wait(process, lambda s=stage: any(p.name.endswith(".tmp") for p in (run/s).rglob(".*")), 20)   # while a file is being written
         kill(process)
         after = done(run)
@@ -175,6 +182,33 @@ def test_kernels_end_with_the_call_that_started_them(tmp_path):
     os.kill(call.pid, signal.SIGKILL)
     call.wait()
     kernel.wait(10)
+
+
+SLOW = """
+def plant(iopub, control, current, sleep):
+    class Slow(type(iopub._events)):
+        def append(self, event):
+            super().append(event)
+            if current() is control: sleep(0.3)
+    iopub._events = Slow(iopub._events)
+import threading, time
+kernel = get_ipython().kernel
+plant(kernel.iopub_thread, kernel.control_thread, threading.current_thread, time.sleep)"""
+
+
+def test_a_kernel_ends_in_order(tmp_path):
+    "Its control thread says at the end that it is idle, here slowly; what says it has to be open as long."
+    project(tmp_path, one=SLOW)
+    end = cvnb("run", cwd=tmp_path)
+    assert end.returncode == 0 and end.stderr == "", end.stderr
+
+
+def test_a_pipe_is_told_at_once_which_stage_begins(tmp_path):
+    project(tmp_path, one=FIRST, two="import time\ntime.sleep(60)")
+    call = subprocess.Popen([CVNB, "run"], cwd=tmp_path, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    said = [call.stdout.readline().split()[:2] for _ in range(4)]
+    kill(call)
+    assert said[1:] == [["…", "one"], ["✓", "one"], ["…", "two"]]
 
 
 def test_interrupted_by_hand(tmp_path):

@@ -11,9 +11,9 @@ import nbformat as nbf
 import pytest
 import yaml
 
-from cvnb import cli
+from cvnb import cli, params
 from cvnb.core import CvnbError, UsageError
-from cvnb.params import check, contracts, parse_set, read_contract, read_recipe
+from cvnb.params import Contract, Param, check, contracts, parse_set, read_contract, read_recipe, timm_names
 
 KNOWN = contracts()
 PARAMS = [(stage, p) for stage, c in KNOWN.items() for p in c.params if p.name != "run"]
@@ -62,6 +62,7 @@ WRONG_SETS = {
     "empty choice": ("train.augment=", "'light'"),
     "negative seed": ("train.seed=-1", "train.seed = -1"),
     "seed beyond 32 bits": (f"audit.seed={2**32}", "audit.seed"),
+    "a network that timm has not": ("train.backbone=resnet43", "timm has no such model. Did you mean 'resnet34'?"),
 }
 BOMB = "a: &a [x, x]\nb0: &b0 [*a, *a]\n" + "".join(f"b{i}: &b{i} [*b{i - 1}, *b{i - 1}]\n" for i in range(1, 26)) + "train: {epochs: *b25}"
 # recipes, and what the message has to name
@@ -132,11 +133,12 @@ def valid(p) -> list:
 @pytest.mark.parametrize("stage,p", PARAMS, ids=lambda x: x if isinstance(x, str) else x.name)
 def test_no_valid_value_is_refused(tmp_path, stage, p):
     for value in valid(p):
-        assert check(KNOWN[stage], {p.name: value})[p.name] == value
-        typed = value if isinstance(value, str) else json.dumps(value)
-        assert parse_set(f"{stage}.{p.name}={typed}", KNOWN) == (stage, p.name, value)
+        read = Path(value) if p.type is Path else value
+        assert check(KNOWN[stage], {p.name: value})[p.name] == read
+        typed = value if isinstance(value, str) else str(value) if p.type is Path else json.dumps(value)
+        assert parse_set(f"{stage}.{p.name}={typed}", KNOWN) == (stage, p.name, read)
         (tmp_path/"r.yaml").write_text(yaml.safe_dump({stage: {p.name: value}}))
-        assert read_recipe(tmp_path/"r.yaml", KNOWN) == {stage: {p.name: value}}
+        assert read_recipe(tmp_path/"r.yaml", KNOWN) == {stage: {p.name: read}}
 
 
 def test_enough_kinds_are_refused():
@@ -195,6 +197,17 @@ def test_every_type_of_the_list(tmp_path):
     bad = dict(a="2", b="two", c=3, d=0, e=3, f="w", g="3", h=[1], i=1.5)
     for name, value in bad.items():
         with pytest.raises(UsageError, match=f"one.{name} = "): check(c, {name: value})
+
+
+def test_every_network_of_timm_is_known(monkeypatch):
+    from timm.models import _registry
+    assert timm_names() == set(_registry._model_entrypoints)   # the deprecated ones, too
+    own = Contract("train", Path("train.ipynb"), params=[Param("backbone", str, "resnet18", "a network of mine")])
+    assert check(own, dict(backbone="mine")) == dict(backbone="mine")
+    monkeypatch.setattr(params, "find_spec", lambda name: None)   # where timm is not installed, nobody can say
+    timm_names.cache_clear()
+    assert timm_names() == frozenset() and check(KNOWN["train"], dict(backbone="mine"))
+    timm_names.cache_clear()
 
 
 def test_layers_and_where_each_value_came_from(monkeypatch, capsys, tmp_path):

@@ -6,10 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import nbformat as nbf
 import pytest
+from test_kill import project as write_project
 
 from cvnb.core import read_json
 
@@ -22,19 +24,6 @@ def call(*command: object, **kw) -> subprocess.CompletedProcess:
     return done
 
 
-@pytest.fixture(scope="module")
-def wheel(root, tmp_path_factory) -> Path:
-    "The wheel, built from a copy of the checkout."
-    copy = tmp_path_factory.mktemp("wheel")
-    files = call("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=root).stdout.split("\0")
-    for f in filter(None, files):
-        if not (root/f).is_file(): continue
-        (copy/"src"/f).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(root/f, copy/"src"/f)
-    call(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", copy, copy/"src")
-    return next(copy.glob("*.whl"))
-
-
 def install(folder: Path, *what: object) -> Path:
     "Make a venv and install into it; gives its bin folder."
     call(BIN/"uv", "venv", "-q", "--python", sys.executable, folder)
@@ -42,9 +31,9 @@ def install(folder: Path, *what: object) -> Path:
     return folder/"bin"
 
 
-def test_a_project_with_an_edited_and_a_seventh_stage(tmp_path):
+def test_a_project_with_an_edited_and_a_seventh_stage(tmp_path, small_photos):
     mine = tmp_path/"mine"
-    call(BIN/"cvnb", "init", mine)
+    call(BIN/"cvnb", "init", mine, "--data", small_photos)
     errors = nbf.read(mine/"nbs/stages/errors.ipynb", 4)
     errors.cells.insert(-1, nbf.v4.new_code_cell('stage.path("mine.txt").write_text("mine")'))
     nbf.write(errors, mine/"nbs/stages/errors.ipynb")
@@ -60,6 +49,25 @@ def test_a_project_with_an_edited_and_a_seventh_stage(tmp_path):
     again = call(BIN/"cvnb", "run", "letter", "--run", mine/"runs/mine", "--json", cwd=mine)
     assert {o["state"] for o in json.loads(again.stdout)["stages"].values()} == {"fresh"}
     assert [r["stage"] for r in json.loads(call(BIN/"cvnb", "status", "runs/mine", "--json", cwd=mine).stdout)][-1] in ("letter", "benchmark")
+
+
+def test_a_stage_opened_in_jupyter_runs_first_what_it_needs(tmp_path):
+    "As a person opens it: with an ordinary kernel, in the notebook's own folder, before anything has run."
+    body = 'stage.path("b.txt").write_text(2 * stage.input("one", "a.txt").read_text())'
+    write_project(tmp_path, one='stage.path("a.txt").write_text("a")', two=body)
+    call(BIN/"jupyter", "execute", "two.ipynb", cwd=tmp_path/"nbs/stages")
+    assert (tmp_path/"runs/x/two/b.txt").read_text() == "aa"
+    records = {s: read_json(tmp_path/f"runs/x/{s}/stage.json") for s in ("one", "two")}
+    assert all(r["status"] == "done" for r in records.values()) and records["one"]["key"] and records["two"]["key"] is None
+    assert not (tmp_path/"nbs/stages/runs").exists()
+    for name in "two/stage.json", "run.json": (tmp_path/"runs/x"/name).unlink()   # as if it had been interrupted by hand
+    again = call(BIN/"cvnb", "run", "--run", "runs/x", "--json", cwd=tmp_path)
+    assert {s: o["state"] for s, o in json.loads(again.stdout)["stages"].items()} == dict(one="fresh", two="done")
+
+
+def test_init_where_nothing_can_be_written():
+    done = subprocess.run([BIN/"cvnb", "init", "/proc/mine"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("cvnb: /proc/mine cannot be written") and len(done.stderr.splitlines()) == 1
 
 
 def test_init_overwrites_nothing(tmp_path):
@@ -84,11 +92,13 @@ def test_the_core_is_small_and_predicts(wheel, smoke_run, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_whole_run_from_the_wheel(wheel, root, tmp_path):
-    bin = install(tmp_path/"venv", "--no-deps", "--require-hashes", "-r", root/"requirements.lock")
-    call(BIN/"uv", "pip", "install", "-q", "--no-deps", "--python", bin/"python", wheel)
+def test_a_whole_run_from_the_wheel(wheel, tmp_path):
+    bin = install(tmp_path/"venv", "--no-deps", wheel)
+    site = next((tmp_path/"venv").glob("lib/*/site-packages"))
+    (site/"lock.pth").write_text(sysconfig.get_path("purelib"))   # the lock's packages, where `make setup` has put them
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    done = call(bin/"cvnb", "run", "--data", "digits", "--set", "train.backbone=resnet10t", "--set", "train.weights=", "--set", "train.epochs=1",
-                "--set", "compress.epochs=1", cwd=tmp_path, env=env)
+    assert call(bin/"python", "-c", "import cvnb, torch; print(cvnb.__file__)", cwd=tmp_path, env=env).stdout.strip() == str(site/"cvnb/__init__.py")
+    sets = ("train.backbone=resnet10t", "train.weights=", "train.epochs=1", "compress.epochs=1", "benchmark.n_calls=20", "benchmark.rounds=3")
+    done = call(bin/"cvnb", "run", "--data", "digits", *(arg for s in sets for arg in ("--set", s)), cwd=tmp_path, env=env)
     assert "speedup" in done.stdout or "faster" in done.stdout
     assert (tmp_path/"runs/digits/benchmark/report.html").exists()

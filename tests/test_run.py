@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cvnb.core import read_json, sha256_file
+from cvnb.core import looks, read_json, sha256_file
 from cvnb.pipeline import recorded_values, status
 
 STAGES = ["audit", "train", "errors", "compress", "export", "benchmark"]
@@ -38,7 +38,8 @@ def states(run: Path, **changes: dict) -> dict[str, str]:
 def test_every_stage_left_its_files(smoke_run):
     for stage in STAGES:
         record = read_json(smoke_run/stage/"stage.json")
-        assert set(record) == {"stage", "status", "key", "params", "inputs", "outputs", "metrics", "seconds", "started", "cvnb", "environment"}
+        assert set(record) == {"stage", "status", "key", "params", "data", "inputs", "outputs", "metrics", "seconds", "started", "cvnb",
+                               "environment"}
         assert record["status"] == "done" and len(record["key"]) == 64 and record["outputs"]
         for out in record["outputs"].values():
             path = smoke_run/out["path"]
@@ -48,6 +49,11 @@ def test_every_stage_left_its_files(smoke_run):
         code = [c for c in notebook["cells"] if c["cell_type"] == "code"]
         assert all(c["execution_count"] for c in code) and not any(o["output_type"] == "error" for c in code for o in c["outputs"])
         assert not [p.name for p in (smoke_run/stage).iterdir() if p.name.endswith((".tmp", ".ready")) or p.name == ".progress"]
+
+
+def test_every_look_at_the_test_split_is_counted(smoke_run):
+    assert looks(smoke_run) == dict.fromkeys(("train", "errors", "compress", "export", "benchmark"), 1) == looks(smoke_run, "test")
+    assert looks(smoke_run, "val") == {} and read_json(smoke_run/"run.json")["test_looks"] == looks(smoke_run)
 
 
 def test_executed_notebooks_show_pictures_and_no_warnings(smoke_run):
@@ -60,7 +66,8 @@ def test_executed_notebooks_show_pictures_and_no_warnings(smoke_run):
 
 
 def test_the_run_directory_is_as_designed(smoke_run):
-    wanted = {"audit": ["manifest.parquet", "embeddings.npy", "audit.json"], "errors": ["errors.json", "slices.parquet", "saliency"],
+    wanted = {"audit": ["manifest.parquet", "findings.parquet", "embeddings.npy", "audit.json", "report.html"],
+              "errors": ["errors.json", "slices.parquet", "saliency"],
               "train": ["model.safetensors", "model.json", "predictions.parquet", "metrics.json"],
               "compress": ["model.safetensors", "model.json", "tradeoffs.parquet"],
               "export": [f"bundle/{f}" for f in ("model.onnx", "model_int8.onnx", "bundle.json", "labels.txt", "reference.npz")],
@@ -128,7 +135,8 @@ def test_a_truncated_image_is_counted_listed_and_left_out(tmp_path, small_photos
 
 
 def test_a_failing_stage_says_where_and_keeps_the_rest(copy):
-    done = cvnb("run", "train", "--run", copy, "--set", "train.backbone=resnet19")
-    assert done.returncode == 2 and "backbone 'resnet19' is not a timm model" in done.stderr and "Traceback" not in done.stderr
+    done = cvnb("run", "train", "--run", copy, "--set", "train.weights=elsewhere")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "train.weights = 'elsewhere' is neither a folder with a model nor a file of weights" in done.stderr
     assert read_json(copy/"train/stage.json")["status"] == "failed" and read_json(copy/"audit/stage.json")["status"] == "done"
     assert states(copy)["train"] == "failed"

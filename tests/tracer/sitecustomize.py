@@ -19,7 +19,12 @@ def _leave():
     with open(os.path.join(_out, f"{stage}-{os.getpid()}.json"), "w") as f: json.dump(sorted(_seen), f)
 
 
-if _package and _out and "keep_database" not in " ".join(sys.orig_argv):   # the database's keeper belongs to no stage
+def _start():
     atexit.register(_leave)
     sys.setprofile(_look)
     threading.setprofile(_look)
+
+
+_argv = " ".join(sys.orig_argv)
+if _package and _out and "serve_forks" in _argv: os.register_at_fork(after_in_child=_start)   # what the server imports is no stage's call
+elif _package and _out and "CVNB_PROGRESS" in os.environ and "keep_database" not in _argv: _start()   # the database's keeper belongs to no stage
