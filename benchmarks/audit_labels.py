@@ -4,7 +4,7 @@
     python benchmarks/audit_labels.py --intervals [--write]
 
 Labels are turned at random, or to the class that a classifier confuses their true class with most, one class to one class, so that the
-true precision is known as far as the data's own labels are right. All methods see the same images: views of a network and of thumbnails,
+true precision is known as far as the data's own labels are right. All methods see the same images: views of a network, of thumbnails and of edges,
 reduced to 512 components, and cleanlab besides them the network's own 1,280 numbers. `check` is `doubt` and `pick_chance`; the repetition with
 planted labels, which cleanlab has nothing like, is timed once per data set
 (`check + proof`). --vectors keeps the network's numbers of CIFAR-10 between runs.

@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from queue import Queue
 from tempfile import TemporaryDirectory
@@ -230,7 +231,11 @@ def gpu_row(name: str, seed: int, args: argparse.Namespace) -> dict:
 
 def gpu(args: argparse.Namespace, folder: Path) -> list[dict]:
     "Run the train notebook on a run whose audit is there, once per recipe and seed."
-    return [gpu_row(name, seed, args) for name in args.config for seed in range(args.seeds)]
+    rows = []
+    for name, seed in product(args.config, range(args.seeds)):
+        rows.append(gpu_row(name, seed, args))
+        print(rows[-1], file=sys.stderr, flush=True)   # what is done is not lost with what is cut
+    return rows
 
 
 def device_name(none: bool) -> str:

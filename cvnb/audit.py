@@ -65,13 +65,18 @@ def views(
     images: np.ndarray,    # uint8 (N, S, S, 3)
     vectors: np.ndarray,   # their embeddings, float32 (N, 1280)
     size: int = 16,        # side of the thumbnail in pixels
-) -> dict[str, np.ndarray]:   # "network" -> float32 (N, 1280), "pixels" -> float32 (N, size · size · 3); rows of length 1
-    "See images in both ways."
+) -> dict[str, np.ndarray]:   # "network" (N, 1280), "pixels" (N, size · size · 3), "edges" (N, 800): float32, length 1, or 0 for a plain image
+    "See images in three ways."
     import torch
-    parts = [resize(torch.from_numpy(images[i:i + 1000]), size).numpy() for i in range(0, len(images), 1000)]
-    x = np.concatenate(parts).reshape(len(images), -1).astype(np.float32)
-    x -= x.mean(axis=1, keepdims=True)
-    return dict(network=vectors, pixels=x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-6))
+    from skimage.feature import hog
+    pixels, edges = [], []
+    for i in range(0, len(images), 1000):
+        block = torch.from_numpy(images[i:i + 1000])
+        pixels.append(resize(block, size).flatten(1).numpy())
+        edges += [hog(grey, 8, (10, 10), (2, 2)).astype(np.float32) for grey in resize(block, 64).float().mean(dim=3).numpy()]
+    unit = lambda x: x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-6)
+    x = np.concatenate(pixels).astype(np.float32)
+    return dict(network=vectors, pixels=unit(x - x.mean(axis=1, keepdims=True)), edges=unit(np.stack(edges)))
 
 # %% ../nbs/05_audit.ipynb #cell-15
 def per_file(
