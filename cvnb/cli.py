@@ -43,7 +43,19 @@ def _in_a_line(
     "Say what is wrong with a call."
     said = " ".join(error.format_message().split())
     where = f" See `{error.ctx.command_path} --help`." if error.ctx else ""
-    return said and said[0].lower() + said[1:] + ("" if said[-1] in ".?" else ".") + where
+    return said and said[0].lower() + said[1:] + ("" if said[-1] in ".?" else ".") + _as_parameter(error) + where
+
+
+def _as_parameter(
+    error: Any,   # click's UsageError
+) -> str:         # how to set it, or ''
+    "Say how an option that is not one is set as a stage's parameter."
+    unknown = hasattr(error, "possibilities") and hasattr(error, "option_name")   # click's NoSuchOption, of which typer may carry a copy
+    if not unknown or "--set" not in {o for p in error.ctx.command.params for o in p.opts}: return ""
+    name = error.option_name.strip("-").replace("-", "_")
+    from cvnb.params import contracts
+    stages = [stage for stage, contract in contracts().items() if name in contract.names]
+    return f" Parameters of stages are given with --set {' or '.join(f'{s}.{name}=…' for s in stages)}." if stages else ""
 
 # %% ../nbs/14_cli.ipynb #cell-6
 def main() -> None:

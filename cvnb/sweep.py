@@ -158,6 +158,8 @@ def make_sweep(
 ) -> Sweep:                          # ready for `run_sweep`
     "Describe a sweep and read what is there of it already; raise `UsageError` where the description makes no sense."
     known, base = known or contracts(), deepcopy(base) if base else Values()
+    if not sets and more.get("seeds", 1) == 1:
+        raise UsageError("a sweep of one run is not one", "Say what to try, --set train.lr=1e-3,3e-3, or how often, --seeds 3. `cvnb run` runs once.")
     axes = [parse_axis(text, known) for text in sets]
     twice = next((a.name for i, a in enumerate(axes) if a.name in [b.name for b in axes[:i]]), None)
     if twice: raise UsageError(f"{twice} is set twice", "List its values in one --set, with commas.")
