@@ -1,13 +1,15 @@
 """Training beside its peers: the loader alone, the speed of training, the way to an accuracy, and a GPU.
 
     python benchmarks/train.py loader [--rounds 5] [--images 10000] --sign-digits FOLDER [--write]
-    python benchmarks/train.py speed [--rounds 5] --sign-digits FOLDER [--write]
+    python benchmarks/train.py speed [--steps 24] --sign-digits FOLDER [--write]
     python benchmarks/train.py accuracy [--data mnist5k sign-digits cifar10] [--sides ours stock] [--seeds 3] [--jobs 1] [--write]
     python benchmarks/train.py gpu --run RUN [--config cifar10_fast] [--target 0.94] [--write]
 
 The sides (`train_sides.py`) take turns, each in a process of its own, with the same threads, model, images and changes to images. `ours, again`
-is the control: a comparison is void where it leaves 0.95 to 1.05 of `ours`. At 32 pixels the images are CIFAR-10's PNG files; at 224 they are
-the photographs of sign-digits, enlarged once to JPEG files of 256 pixels, so that reading one costs what a photograph's thumbnail costs.
+is the control: a comparison is void where it leaves 0.95 to 1.05 of `ours`. In `speed` the turns are single training steps of processes that
+live side by side, so that a machine that slows down slows all of them, and cvnb makes its batches within its turns (`workers=0`).
+At 32 pixels the images are CIFAR-10's PNG files; at 224 they are the photographs of sign-digits, enlarged once to JPEG files of 256 pixels, so
+that reading one costs what a photograph's thumbnail costs.
 
 `accuracy` counts the processor time of a process with its workers from before the first image is read (cvnb's cache is empty) until the
 validation that reached the target; validating counts for both. `gpu` runs the train notebook on a run whose audit is there.
@@ -20,8 +22,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from itertools import product
 from pathlib import Path
 from queue import Queue
@@ -38,11 +41,11 @@ from cvnb.data import auto_image_size, read_manifest  # noqa: E402
 from cvnb.metrics import Figure, mean, proportion  # noqa: E402
 from cvnb.params import contracts, read_recipe  # noqa: E402
 
-# The cases of `loader` and `speed`: the model, how many images a training epoch has, and how they are changed.
+# The cases of `loader` and `speed`: the model, its images, and how they are changed.
 CASES = {
-    "32": dict(source="cifar10", side=0, size=32, resize=False, change="crop", flip=True, batch_size=64, images=1536,
+    "32": dict(source="cifar10", side=0, size=32, resize=False, change="crop", flip=True, batch_size=64,
                backbone="resnet18", stem="small", weights="", lr=1e-3, weight_decay=0.02),
-    "224": dict(source="sign-digits", side=256, size=224, resize=True, change="light", flip=True, batch_size=32, images=512,
+    "224": dict(source="sign-digits", side=256, size=224, resize=True, change="light", flip=True, batch_size=32,
                 backbone="tf_efficientnet_lite0", stem="full", weights="imagenet", lr=1e-3, weight_decay=0.02),
 }
 CASES["224-crop"] = CASES["224"] | dict(change="crop")
@@ -55,23 +58,35 @@ BOOK = {
     "cifar10": TUNED | dict(change="crop", flip=True, resize=True, epochs=4),
     "cifar10_scratch": SCRATCH | dict(change="crop", flip=True, resize=False, epochs=10),
 }
+WARM = 3   # first steps of a training, which are not timed
 TARGETS = {"mnist5k": 0.985, "sign-digits": 0.98, "cifar10": 0.90, "cifar10_scratch": 0.90}
 
 
-def run_side(side: str, task: dict, folder: Path, cores: list[int] | None = None) -> dict:
-    "Run one side in a fresh process, on certain cores where they are given."
+@contextmanager
+def started(side: str, task: dict, folder: Path, cores: list[int] | None = None) -> Iterator[Callable[[], dict]]:   # waits for its answer
+    "Start one side in a fresh process, on certain cores where they are given; end it in any case."
     name = f"{side}-{time.monotonic_ns()}"
     write_json(folder/f"{name}.task", task)
     env = os.environ | dict(OMP_NUM_THREADS=str(task["threads"]), CUDA_VISIBLE_DEVICES="", CVNB_CACHE=str(folder/"cache"))
     pin = (lambda: os.sched_setaffinity(0, cores)) if cores else None
     log = folder/f"{name}.log"
     with open(log, "w") as out:
-        done = subprocess.run([sys.executable, Path(__file__).with_name("train_sides.py"), side, folder/f"{name}.task", folder/f"{name}.json"],
-                              env=env, preexec_fn=pin, stdout=out, stderr=subprocess.STDOUT)
-    if done.returncode: raise SystemExit(f"{side} failed:\n{log.read_text()[-3000:]}")
-    answer = read_json(folder/f"{name}.json")
-    print(side, {k: v for k, v in answer.items() if k != "task"}, file=sys.stderr, flush=True)
-    return answer
+        process = subprocess.Popen([sys.executable, Path(__file__).with_name("train_sides.py"), side, folder/f"{name}.task", folder/f"{name}.json"],
+                                   env=env, preexec_fn=pin, stdout=out, stderr=subprocess.STDOUT, pass_fds=task.get("turns", ()))
+
+    def answer() -> dict:
+        if process.wait(): raise SystemExit(f"{side} failed:\n{log.read_text()[-3000:]}")
+        found = read_json(folder/f"{name}.json")
+        print(side, {k: np.round(v, 1).tolist() if k == "images_per_s" else v for k, v in found.items()}, file=sys.stderr, flush=True)
+        return found
+
+    try: yield answer
+    finally: process.kill()
+
+
+def run_side(side: str, task: dict, folder: Path, cores: list[int] | None = None) -> dict:
+    "Run one side to its end."
+    with started(side, task, folder, cores) as answer: return answer()
 
 
 def said(values: list[float], digits: int = 0) -> str:   # "212 [208, 216]"
@@ -98,6 +113,28 @@ def turns(sides: dict[str, tuple[str, dict]], rounds: int, folder: Path) -> dict
     for r in range(rounds):
         for name in (list(sides) if r % 2 == 0 else list(sides)[::-1]): found[name].append(run_side(*sides[name], folder))
     return found
+
+
+def step_by_step(sides: dict[str, tuple[str, dict]], folder: Path) -> dict[str, list[float]]:   # name -> images per second of each step
+    "Let the sides live beside each other and work one at a time, a training step each; every other round goes backwards."
+    with ExitStack() as stack:
+        ends, answers = {}, {}
+        for name, (side, task) in sides.items():
+            (theirs, go), (done, own) = os.pipe(), os.pipe()
+            answers[name] = stack.enter_context(started(side, task | dict(turns=[theirs, own], sides=len(sides)), folder))
+            for end in theirs, own: os.close(end)          # so that a side that ends is noticed
+            ends[name] = stack.enter_context(open(go, "wb", 0)), stack.enter_context(open(done, "rb", 0))
+
+        def heard(name: str) -> None:
+            if not ends[name][1].read(1): raise SystemExit(f"{name} ended early: {answers[name]()}")
+
+        for name in sides: heard(name)                     # it waits for its first turn
+        for r in range(task["steps"]):
+            for name in (list(sides) if r % 2 == 0 else list(sides)[::-1]):
+                ends[name][0].write(b".")
+                heard(name)
+        for go, _ in ends.values(): go.close()             # what comes after the last step disturbs nobody
+        return {name: answer()["images_per_s"][WARM:task["steps"]] for name, answer in answers.items()}
 
 
 def speeds(answers: list[dict]) -> list[float]:
@@ -134,14 +171,13 @@ def speed(args: argparse.Namespace, folder: Path) -> list[dict]:
     rows, kinds = [], {"ours": "ours", "stock": "stock", "ceiling: random images in memory": "ceiling", "plain loop": "plain", "ours, again": "ours"}
     for name in args.cases:
         case = CASES[name]
-        place = case_folder(case, args.images or case["images"], args.sign_digits, folder)
-        n = len(list((place/"train").glob("*/*")))
-        task = case | dict(folder=str(place), threads=args.threads, workers=args.threads, steps=n // case["batch_size"])
-        found = turns({title: (f"speed_{kind}", task) for title, kind in kinds.items()}, args.rounds, folder)
-        rate = {title: speeds(a) for title, a in found.items()}
+        place = case_folder(case, args.steps * case["batch_size"], args.sign_digits, folder)
+        task = case | dict(folder=str(place), threads=args.threads, workers=args.threads,
+                           steps=len(list((place/"train").glob("*/*"))) // case["batch_size"])
+        rate = step_by_step({title: (f"speed_{kind}", task) for title, kind in kinds.items()}, folder)
         for title in list(kinds)[:-1]:
             rows.append({"images": f"{case['size']}²", "model": f"{case['backbone']}, {case['stem']} stem", "side": title,
-                         "images/s": said(rate[title], 1),
+                         "steps": len(rate[title]), "images/s": said(rate[title], 1),
                          "÷ ceiling": ratio(rate[title], rate[list(kinds)[2]]), "÷ plain loop": ratio(rate[title], rate["plain loop"]),
                          "÷ stock": ratio(rate[title], rate["stock"]),
                          "control": void(rate["ours, again"], rate["ours"]) if title == "ours" else ""})
@@ -258,8 +294,9 @@ def main() -> None:
         part.add_argument("--images", type=int, default=10_000 if call is loader else 0, help="per split; 0 is the case's own, or all")
         part.add_argument("--sign-digits", type=Path, help="the folder of the Sign Language Digits Dataset")
         part.add_argument("--work", type=Path, help="folder for prepared images, on a real disk; a temporary one by default")
+        if call is loader: part.add_argument("--rounds", type=int, default=5, help="turns of each side")
+        if call is speed: part.add_argument("--steps", type=int, default=24, help=f"training steps of each side; the first {WARM} do not count")
         if call in (loader, speed):
-            part.add_argument("--rounds", type=int, default=5, help="turns of each side")
             part.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES) if call is loader else ["32", "224"],
                               help="sides of the images in pixels; `crop` instead of turning, moving and scaling")
         if call is loader: part.add_argument("--repeats", type=int, default=3, help="timed epochs of a turn")

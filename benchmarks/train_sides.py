@@ -43,15 +43,27 @@ CHANGES = {
 
 
 class Clock(pl.Callback):
-    "Note when each training step ended."
-    def __init__(self): self.stamps: list[float] = []
+    "Note how long each training step takes, from its turn on; after each it is the next side's turn."
+    def __init__(self, task: dict):
+        (self.go, self.done), self.sides, self.batch_size, self.seconds = task["turns"], task["sides"], task["batch_size"], []
 
-    def on_train_batch_end(self, *_) -> None: self.stamps.append(time.perf_counter())
+    def wait(self) -> None:
+        "Give the turn away, and wait for the next one."
+        os.write(self.done, b".")
+        os.read(self.go, 1)
+        self.begin = time.perf_counter()
 
-    def rate(self, batch_size: int, steps: int) -> float:   # images per second
-        "Give the speed of the last epoch, from the end of its first step to the end of its last."
-        last = self.stamps[-steps:]
-        return batch_size * (steps - 1) / (last[-1] - last[0])
+    def on_train_start(self, trainer: pl.Trainer, *_) -> None:
+        for saver in (c for c in trainer.callbacks if hasattr(c, "every_s")): saver.every_s *= self.sides   # its clock goes on in others' turns
+        self.wait()
+
+    def on_train_batch_end(self, *_) -> None:
+        self.seconds.append(time.perf_counter() - self.begin)
+        self.wait()
+
+    def rates(self) -> dict:
+        "Give the speed of each step."
+        return dict(images_per_s=[self.batch_size / s for s in self.seconds])
 
 
 class Ledger(pl.Callback):
@@ -181,10 +193,11 @@ class Stock(pl.LightningModule):
         return dict(optimizer=optimizer, lr_scheduler=dict(scheduler=schedule, interval="step"))
 
 
-def loop(model: nn.Module, batches: Iterator, task: dict, clock: Clock, total: int) -> None:
+def loop(model: nn.Module, batches: Iterator, task: dict) -> dict:   # speeds
     "Train in a plain loop of torch, with cvnb's optimizer and schedule."
-    optimizer = make_optimizer(model.net, "adamw", task["lr"], task["weight_decay"])
-    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule("one-cycle", total, 0.25))
+    optimizer, clock = make_optimizer(model.net, "adamw", task["lr"], task["weight_decay"]), Clock(task)
+    clock.wait()
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule("one-cycle", task["steps"], 0.25))
     model.train()
     for images, labels, *_ in batches:
         loss = F.cross_entropy(model(images), labels)
@@ -193,44 +206,41 @@ def loop(model: nn.Module, batches: Iterator, task: dict, clock: Clock, total: i
         optimizer.step()
         rates.step()
         clock.on_train_batch_end()
+    return clock.rates()
 
 
 def speed_ceiling(task: dict) -> dict:
     "The model on random images that are in memory."
-    steps, shape = task["steps"], (task["batch_size"], task["size"], task["size"], 3)
+    shape = (task["batch_size"], task["size"], task["size"], 3)
     g = torch.Generator().manual_seed(0)
     ready = [(torch.randint(0, 256, shape, dtype=torch.uint8, generator=g), torch.randint(0, 10, shape[:1], generator=g)) for _ in range(8)]
-    loop(model_of(task), islice(cycle(ready), 2 * steps), task, clock := Clock(), 2 * steps)
-    return dict(images_per_s=clock.rate(task["batch_size"], steps))
+    return loop(model_of(task), islice(cycle(ready), task["steps"]), task)
 
 
 def speed_plain(task: dict) -> dict:
     "The work of cvnb's training, its batches too, in a plain loop."
-    data = ours_data(task, "train")
-    model = model_of(task)
-    with TemporaryDirectory() as folder: o, _ = settle(options(task, batch_size=task["batch_size"]), model, data, folder)
-    batches = ours_batches(data, o)
-    twice = (batch for _ in range(2) for batch in batches())
-    loop(model, twice, task, clock := Clock(), 2 * task["steps"])
-    return dict(images_per_s=clock.rate(task["batch_size"], task["steps"]))
+    data, model = ours_data(task, "train"), model_of(task)
+    with TemporaryDirectory() as folder: o, _ = settle(options(task, batch_size=task["batch_size"], workers=0), model, data, folder)
+    return loop(model, ours_batches(data, o)(), task)
 
 
 def speed_ours(task: dict) -> dict:
     "Training through `cvnb.train.fit`."
     data = ours_data(task, "train")
     val = data.take(np.arange(task["batch_size"]))   # validating is not timed
-    asked, model = options(task, epochs=2, batch_size=task["batch_size"], lr=task["lr"], weight_decay=task["weight_decay"]), model_of(task)
+    told = dict(epochs=1, batch_size=task["batch_size"], lr=task["lr"], weight_decay=task["weight_decay"], workers=0)
+    model = model_of(task)
     with TemporaryDirectory() as folder:
-        o, _ = settle(asked, model, data, folder)
-        fit(model, data, val, o, folder, callbacks=[clock := Clock()])
-    return dict(images_per_s=clock.rate(task["batch_size"], task["steps"]))
+        o, _ = settle(options(task, **told), model, data, folder)
+        fit(model, data, val, o, folder, callbacks=[clock := Clock(task)])
+    return clock.rates()
 
 
 def speed_stock(task: dict) -> dict:
     "Training with Lightning from ImageFolder."
-    trainer = pl.Trainer(max_epochs=2, callbacks=[clock := Clock()], **quiet())
+    trainer = pl.Trainer(max_epochs=1, callbacks=[clock := Clock(task)], **quiet())
     trainer.fit(Stock(model_of(task), task), stock_loader(task))
-    return dict(images_per_s=clock.rate(task["batch_size"], task["steps"]))
+    return clock.rates()
 
 
 def tested(model: nn.Module, task: dict) -> dict:

@@ -15,7 +15,7 @@ from .metrics import Figure, accuracy, proportion
 
 # %% auto #0
 __all__ = ['CONFUSED', 'HARD', 'reduce', 'expand', 'leave_one_out', 'truth', 'agree', 'discriminate', 'Belief', 'believe',
-           'doubt', 'pick_chance', 'tradeoff', 'around', 'usual', 'expect', 'turn', 'prove_labels', 'mixed_up',
+           'doubt', 'pick_chance', 'tradeoff', 'around', 'typical', 'expect', 'turn', 'prove_labels', 'mixed_up',
            'LabelCheck', 'contradictions', 'check_labels']
 
 # %% ../nbs/04e_labels.ipynb #cell-7
@@ -223,32 +223,44 @@ def around(
     return found[keep].reshape(len(rows), k)
 
 # %% ../nbs/04e_labels.ipynb #3675e988
-def usual(
+def typical(
     x: np.ndarray,       # features (N, D)
     rows: np.ndarray,    # images (M,)
-) -> np.ndarray:         # mean cosine to their ten nearest others (M,)
-    "Say how much images look like others."
+    shown: np.ndarray,   # class index that each image seems to show (N,)
+    k: int = 10,         # nearest others that an image is compared with
+    most: int = 2000,    # images of a class that are compared with
+    seed: int = 0,       # which ones
+) -> np.ndarray:         # share of the images of its class that are less like their nearest, 0 … 1 (M,)
+    "Say how typical images are of the class that they seem to show."
+    rng, out = np.random.default_rng([seed, 4]), np.zeros(len(rows))
     unit = x[:, :64] / np.linalg.norm(x[:, :64], axis=1, keepdims=True).clip(1e-9)
-    return (unit[rows][:, None] * unit[around(x, rows)]).sum(axis=2).mean(axis=1)
+
+    def near(images: np.ndarray, members: np.ndarray) -> np.ndarray:   # mean cosine to the nearest members
+        cosine = unit[images] @ unit[members].T
+        cosine[images[:, None] == members] = -1   # an image is not its own neighbour
+        return np.sort(cosine, axis=1)[:, -k:].mean(axis=1)
+
+    for c in np.unique(shown[rows]):
+        own, members = shown[rows] == c, rng.permutation(np.flatnonzero(shown == c))[:most]
+        out[own] = np.searchsorted(np.sort(near(members, members)), near(rows[own], members)) / len(members)
+    return out
 
 # %% ../nbs/04e_labels.ipynb #b6546256
 HARD = 0.002   # share of images that may look like another class without being labelled wrongly
 
 def expect(
     chance: np.ndarray,    # of each flagged label to be wrong (F,)
-    looks: np.ndarray,     # how usual their images are (F,)
-    planted: np.ndarray,   # how usual the images are whose labels were turned and flagged (P,)
+    rank: np.ndarray,      # how typical their images are of what they show, from `typical` (F,)
     n_checked: int,        # images whose labels were checked
 ) -> Figure:               # share of the flagged labels that are wrong
-    "Predict a precision: the mean chance, within what the share of usual images and a few hard ones allow."
-    n, p = len(chance), len(planted)
+    "Predict a precision: the mean chance, within what the share of typical images and a few hard ones allow."
+    from scipy.stats import binom
+    n = len(chance)
     if not n: return proportion(0, 0)
-    mean, counted = float(chance.mean()), proportion(round(float(chance.sum())), n)
-    if not p: return Figure(mean, 0.0, counted.high, n)    # nothing was found with which to compare
-    both = max(1, round(n * p / (n + p)))                  # images that would give an interval as wide as the two samples do
-    half = proportion(round(float((looks >= np.median(planted)).mean()) * both), both)
-    value, doubtful = min(mean, 2 * half.high), n * (1 - mean) + HARD * n_checked
-    low, high = min(2 * half.low, counted.low, max(0.0, 1 - doubtful / n)), min(2 * half.high, counted.high)
+    mean, counted, half = float(chance.mean()), proportion(round(float(chance.sum())), n), proportion(int((rank >= 0.5).sum()), n)
+    value, hard = min(mean, 2 * half.high), HARD * n_checked / n
+    least, most = binom.ppf((0.025, 0.975), n, mean) / n   # what so many labels may come to
+    low, high = min(2 * half.low, counted.low, float(least), max(0.0, mean - hard)), min(2 * half.high, max(counted.high, float(most)))
     return Figure(value, min(low, value), max(high, value), n)
 
 # %% ../nbs/04e_labels.ipynb #cell-37
@@ -284,11 +296,11 @@ def prove_labels(
     planted, turned, alike = turn(labels[some], part, wrong[some] < 0.5, seed)
     _, chance = doubt(z[some], planted, ridges=(belief.ridge,), seed=seed)
     found, flagged = (chance >= pick_chance(chance, precision))[turned], wrong >= pick_chance(wrong, precision)
-    here = np.flatnonzero(flagged[some])
-    expected = expect(wrong[flagged], usual(z[some], here), usual(z[some], turned[found]), len(labels))
+    shown = belief.shows(np.arange(len(labels)), labels).argmax(axis=1)
+    expected = expect(wrong[flagged], typical(z, np.flatnonzero(flagged), shown, seed=seed), len(labels))
     return Proof(accuracy(found), expected, {"at random": accuracy(found[~alike]), "to what it resembles": accuracy(found[alike])},
                  f"{len(turned)} believed labels of {len(some)} images were turned. The precision is the mean chance of the flagged labels, as "
-                 "far as their images look as usual as those of turned labels. Where few are flagged, hard images can be most of them")
+                 "far as their images are typical of what they seem to show. Where few are flagged, hard images can be most of them")
 
 # %% ../nbs/04e_labels.ipynb #cell-45
 def mixed_up(
