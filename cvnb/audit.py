@@ -27,8 +27,9 @@ from .images import open_image, resize
 from .report import AuditReport
 
 # %% auto #0
-__all__ = ['OURS', 'part', 'embeddings', 'views', 'per_file', 'spread', 'write_vectors', 'make_manifest', 'tagged', 'summarize',
-           'show_findings', 'show_images', 'plot_map', 'dataset_name', 'edited', 'write_dataset', 'load_dataset']
+__all__ = ['OURS', 'part', 'embeddings', 'edges', 'views', 'per_file', 'spread', 'write_vectors', 'make_manifest', 'tagged',
+           'summarize', 'show_findings', 'show_images', 'plot_map', 'dataset_name', 'edited', 'write_dataset',
+           'load_dataset']
 
 # %% ../nbs/05_audit.ipynb #cell-5
 def part(
@@ -61,22 +62,40 @@ def embeddings(
     return cache.rows(list(digests), make, chunk=2048)
 
 # %% ../nbs/05_audit.ipynb #cell-12
+def edges(
+    images: np.ndarray,    # uint8 (N, S, S, 3)
+    digests: pd.Series | None = None,   # SHA-256 of their files (N,); with them an image is described only once for all
+) -> np.ndarray:           # float32 (N, 800), rows of length 1, or 0 for a plain image
+    "Say how edges run in images, by histograms of oriented gradients."
+    import skimage
+    import torch
+    from skimage.feature import hog
+
+    def make(places: list[int], out: np.ndarray) -> None:
+        for begin in range(0, len(places), 1000):
+            block = torch.from_numpy(images[places[begin:begin + 1000]])
+            out[begin:begin + len(block)] = [hog(grey, 8, (10, 10), (2, 2)) for grey in resize(block, 64).float().mean(dim=3).numpy()]
+        out /= np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-6)
+
+    if digests is not None:
+        cache = RowCache(f"edges-{skimage.__version__}-{images.shape[1]}", (800,), "float32")
+        return cache.rows(list(digests), make, chunk=2048)
+    make(list(range(len(images))), out := np.empty((len(images), 800), np.float32))
+    return out
+
+# %% ../nbs/05_audit.ipynb #7d0c41be
 def views(
     images: np.ndarray,    # uint8 (N, S, S, 3)
     vectors: np.ndarray,   # their embeddings, float32 (N, 1280)
+    digests: pd.Series | None = None,   # SHA-256 of their files (N,), for `edges`
     size: int = 16,        # side of the thumbnail in pixels
-) -> dict[str, np.ndarray]:   # "network" (N, 1280), "pixels" (N, size · size · 3), "edges" (N, 800): float32, length 1, or 0 for a plain image
+) -> dict[str, np.ndarray]:   # "network" (N, 1280), "pixels" (N, size · size · 3), "edges" (N, 800): float32, rows of length 1, or 0 if plain
     "See images in three ways."
     import torch
-    from skimage.feature import hog
-    pixels, edges = [], []
-    for i in range(0, len(images), 1000):
-        block = torch.from_numpy(images[i:i + 1000])
-        pixels.append(resize(block, size).flatten(1).numpy())
-        edges += [hog(grey, 8, (10, 10), (2, 2)).astype(np.float32) for grey in resize(block, 64).float().mean(dim=3).numpy()]
-    unit = lambda x: x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-6)
-    x = np.concatenate(pixels).astype(np.float32)
-    return dict(network=vectors, pixels=unit(x - x.mean(axis=1, keepdims=True)), edges=unit(np.stack(edges)))
+    small = [resize(torch.from_numpy(images[i:i + 1000]), size).flatten(1).numpy() for i in range(0, len(images), 1000)]
+    x = np.concatenate(small).astype(np.float32)
+    x -= x.mean(axis=1, keepdims=True)
+    return dict(network=vectors, pixels=x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-6), edges=edges(images, digests))
 
 # %% ../nbs/05_audit.ipynb #cell-15
 def per_file(
