@@ -166,7 +166,7 @@ def test_a_damaged_or_changed_stage_is_not_shared(project):
 
 @pytest.mark.slow
 def test_searches_draw_prune_and_go_on(project):
-    args = ("--set", "train.lr=0.001..0.45", "--set", "train.epochs=5", "--set", "train.wait=0.2", "--search", "random")
+    args = ("--set", "train.lr=0.001..0.45", "--set", "train.epochs=5", "--set", "train.wait=0.4", "--search", "random")  # time to be stopped
     sweep(project, *args, "--trials", "4", "--jobs", "2")
     first = [t["values"] for t in trials(project).values()]
     said = sweep(project, *args, "--trials", "10", "--jobs", "2").stdout
