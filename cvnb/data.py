@@ -41,8 +41,8 @@ def list_images(
     for here, dirs, files in os.walk(folder, followlinks=True):
         loops = [d for d in dirs if os.path.islink(f"{here}/{d}") and os.path.realpath(f"{here}/{d}") in above(here)]
         dirs[:] = [d for d in dirs if not d.startswith(".") and d not in loops]
-        files = [f for f in files if Path(f).suffix.lower() in IMAGE_SUFFIXES and not f.startswith(".")]
-        found += [(Path(here).relative_to(folder)/f).as_posix() for f in files]
+        below = f"{Path(here).relative_to(folder).as_posix()}/".removeprefix("./")   # once per folder: there may be a million files
+        found += [below + f for f in files if os.path.splitext(f)[1].lower() in IMAGE_SUFFIXES and not f.startswith(".")]
     return sorted(found)
 
 # %% ../nbs/02_data.ipynb #cell-7
@@ -346,8 +346,8 @@ def dataset_digest(
     old, new = (read_json(index) if index.exists() else {}), {}
     names = list_images(folder) if folder == data else [data.name, *sorted(set(read_table(data).path))]
     for name in names:
-        if not (folder/name).exists(): continue   # it is found missing when images are opened
-        stat = (folder/name).stat()
+        try: stat = os.stat(f"{folder}/{name}")
+        except (FileNotFoundError, NotADirectoryError): continue   # it is found missing when images are opened
         known = old.get(name)
         stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]   # the last one cannot be set back
         new[name] = known if known and known[:3] == stamp else [*stamp, sha256_file(folder/name)]

@@ -6,14 +6,17 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import json
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 
 import cvnb
-from .core import digest
+from .core import atomic_path, digest
 
 # %% auto #0
 __all__ = ['Name', 'code_digest', 'Node', 'reached', 'packages']
@@ -147,7 +150,7 @@ def _hidden(
 @dataclass
 class Node:
     "A function, a class, a module variable, or what a module does when it is imported."
-    code: list[str] = field(default_factory=list)   # its syntax trees, as text
+    code: list[str] = field(default_factory=list)   # digests of its statements, and where names from outside come from
     uses: set[Name] = field(default_factory=set)    # names of the package that it uses
     packages: set[str] = field(default_factory=set) # other packages that it imports
 
@@ -200,16 +203,15 @@ def _packages(
     return {name.split(".")[0] for name in found} - {"cvnb", "__future__"}
 
 # %% ../nbs/12a_fingerprint.ipynb #cell-26
-@lru_cache
-def _module(
-    path: Path,               # a module's file
-    stamp: int,               # its time stamp, so that an edit is seen
+def _graph(
+    source: str,              # a module's
+    module: str,              # its name
     package: frozenset[str],  # the package's modules
 ) -> dict[str, Node]:         # name -> node
-    "Read a module's graph."
-    body = [s for s in _bare(ast.parse(path.read_text(encoding="utf-8"))).body if not _for_types(s)]
+    "Read a module's graph from its source."
+    body = [s for s in _bare(ast.parse(source)).body if not _for_types(s)]
     outside: dict[str, str] = {}
-    known = {name: (path.stem, name) for s in body if not isinstance(s, (ast.Import, ast.ImportFrom)) for name in _owner(s) if name}
+    known = {name: (module, name) for s in body if not isinstance(s, (ast.Import, ast.ImportFrom)) for name in _owner(s) if name}
     nodes: dict[str, Node] = {_ON_IMPORT: Node()}
     for s in body:
         if isinstance(s, (ast.Import, ast.ImportFrom)):
@@ -221,12 +223,37 @@ def _module(
         if isinstance(s, (ast.Import, ast.ImportFrom)) or (owner := _owner(s)) == ["__all__"]: continue
         inside = _all(s)
         origins = sorted({f"{n.id} = {outside[n.id]}" for n in inside if isinstance(n, ast.Name) and n.id in outside})
-        code, uses, others = [ast.dump(s), *origins], _names(inside, known, package), _packages(inside)
+        code, uses, others = [digest(ast.dump(s)), *origins], _names(inside, known, package), _packages(inside)
         for name in owner:
             node = nodes.setdefault(name, Node())
             node.code += code
             node.uses |= uses
             node.packages |= others
+    return nodes
+
+# %% ../nbs/12a_fingerprint.ipynb #c1e57d03
+@lru_cache
+def _reader() -> list[str]:
+    "Say what a graph depends on besides its module: this module, and the Python that parses."
+    return [(Path(cvnb.__file__).parent/"fingerprint.py").read_text(encoding="utf-8"), sys.version]
+
+
+@lru_cache
+def _module(
+    path: Path,               # a module's file
+    stamp: int,               # its time stamp, so that an edit is seen
+    package: frozenset[str],  # the package's modules
+) -> dict[str, Node]:         # name -> node
+    "Give a module's graph: the one kept beside its bytecode if it is of the same source, else a new one, which is kept."
+    source, kept = path.read_text(encoding="utf-8"), path.parent/"__pycache__"/f"{path.stem}.graph.json"
+    of = digest([source, path.stem, sorted(package), *_reader()])
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):   # there is none, or it is damaged
+        found = json.loads(kept.read_text(encoding="utf-8"))
+        if found["of"] == of: return {name: Node(code, set(map(tuple, uses)), set(others)) for name, (code, uses, others) in found["nodes"].items()}
+    nodes = _graph(source, path.stem, package)
+    with contextlib.suppress(OSError):   # a folder that cannot be written
+        text = json.dumps(dict(of=of, nodes={name: [n.code, sorted(n.uses), sorted(n.packages)] for name, n in nodes.items()}))
+        with atomic_path(kept) as temp: temp.write_text(text, encoding="utf-8")
     return nodes
 
 # %% ../nbs/12a_fingerprint.ipynb #cell-29
