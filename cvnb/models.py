@@ -9,6 +9,7 @@ import pickle
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -19,15 +20,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from .core import CvnbError, UsageError, atomic_path, nearest, read_json, write_json
 from .images import resize
 
 # %% auto #0
-__all__ = ['SMALL_IMAGE', 'PACKAGED', 'WEIGHT_SUFFIXES', 'ModelSpec', 'Preprocess', 'Units', 'VisionModel', 'build', 'check_size',
-           'packaged_state', 'read_weights', 'create_model', 'save_model', 'fit_to_shapes', 'load_model',
-           'load_classifier', 'predict_logits', 'predict_proba', 'features', 'count_macs', 'count_params', 'embedder',
-           'embed']
+__all__ = ['SMALL_IMAGE', 'PACKAGED', 'WEIGHT_SUFFIXES', 'ModelSpec', 'Preprocess', 'Units', 'PadSmallMaps', 'VisionModel',
+           'build', 'check_size', 'packaged_state', 'read_weights', 'create_model', 'save_model', 'fit_to_shapes',
+           'load_model', 'load_classifier', 'predict_logits', 'predict_proba', 'features', 'count_macs', 'count_params',
+           'embedder', 'embed']
 
 # %% ../nbs/03_models.ipynb #cell-5
 @dataclass(frozen=True)
@@ -117,6 +120,30 @@ class Units(nn.Module):
     ) -> Tensor:           # float32 (N, K)
         return outputs.float() * self.std + self.mean
 
+# %% ../nbs/03_models.ipynb #pad-4
+def _pad_small(
+    x: Tensor,             # (N, C, H, W)
+    weight: Tensor,        # (C, 1, h, w) if it is depthwise
+    bias: Tensor | None,   # (C,)
+    stride: int | tuple[int, int],
+    padding: int | tuple[int, int] | str,   # in pixels, above and below, left and right
+    dilation: int | tuple[int, int],
+    groups: int,           # C if it is depthwise
+) -> tuple:                # the same, with the border in `x` if its map is small
+    "Prepare the arguments of `conv2d`."
+    small = x.shape[2] < weight.shape[2] or x.shape[3] < weight.shape[3]
+    if groups > 1 and weight.shape[1] == 1 and small and not isinstance(padding, str):
+        rows, columns = (padding, padding) if isinstance(padding, int) else padding
+        x, padding = F.pad(x, (columns, columns, rows, rows)), 0
+    return x, weight, bias, stride, padding, dilation, groups
+
+# %% ../nbs/03_models.ipynb #pad-2
+class PadSmallMaps(TorchFunctionMode):
+    "While this context lasts, give a map that is smaller than its depthwise kernel a border of zeros before it is convolved."
+    def __torch_function__(self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> object:
+        if func is F.conv2d and len(args) == 7: args = _pad_small(*args)   # as torch's and timm's layers call it
+        return func(*args, **(kwargs or {}))
+
 # %% ../nbs/03_models.ipynb #cell-15
 class VisionModel(nn.Module):
     "Preprocessing and network in one module: raw images in, logits out."
@@ -128,7 +155,9 @@ class VisionModel(nn.Module):
     def forward(self,
         images: Tensor,   # uint8 (N, H, W, 3)
     ) -> Tensor:          # logits (N, C); numbers in the label's unit for regression
-        return self.units(self.net(self.preprocess(images)))
+        x = self.preprocess(images)
+        with PadSmallMaps() if self.training and x.device.type == "cpu" else nullcontext(): outputs = self.net(x)
+        return self.units(outputs)
 
 # %% ../nbs/03_models.ipynb #cell-16
 def _network(

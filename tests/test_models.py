@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import pickle
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,9 +10,13 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.layers import create_conv2d
+from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from cvnb.core import CvnbError, UsageError
-from cvnb.models import VisionModel, check_size, create_model, features, load_model, save_model
+from cvnb.models import ModelSpec, PadSmallMaps, VisionModel, build, check_size, create_model, features, load_model, save_model
 
 CLASSES = ["a", "b", "c"]
 SIZES = [32, 64]
@@ -173,3 +178,47 @@ def test_hub_within_reach(net: torch.nn.Module, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("timm.models._hub.hf_hub_download", lambda repo_id, filename, **_: str(tmp_path/filename))
     model = create_model("resnet10t", CLASSES, 64, weights="hf-hub:someone/else")
     assert torch.equal(model.net.layer4[0].conv1.weight, net.layer4[0].conv1.weight)
+
+
+CONVOLUTIONS = {   # layer, height, width
+    "2 × 2 under 5 × 5": (lambda: nn.Conv2d(8, 8, 5, padding=2, groups=8, bias=False), 2, 2),
+    "with a bias, low only": (lambda: nn.Conv2d(8, 8, 3, padding=1, groups=8), 2, 9),
+    "narrow only, borders that differ": (lambda: nn.Conv2d(8, 8, (3, 5), padding=(0, 2), groups=8), 9, 3),
+    "dilated": (lambda: nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=8), 2, 2),
+    "strided": (lambda: nn.Conv2d(8, 8, 5, stride=2, padding=2, groups=8), 4, 4),
+    "timm's, whose border depends on the map": (lambda: create_conv2d(8, 8, 5, stride=2, padding="same", depthwise=True), 4, 4),
+    "torch's, whose border is named": (lambda: nn.Conv2d(8, 8, 5, padding="same", groups=8), 2, 2),
+    "more outputs than inputs": (lambda: nn.Conv2d(8, 16, 5, padding=2, groups=8), 3, 3),
+    "not depthwise": (lambda: nn.Conv2d(8, 8, 5, padding=2, groups=2), 2, 2),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_padded_map_has_the_same_answers_and_gradients(name):
+    torch.manual_seed(0)
+    make, height, width = CONVOLUTIONS[name]
+    layer, maps, found = make(), torch.randn(3, 8, height, width, requires_grad=True), []
+    for context in nullcontext(), PadSmallMaps():
+        with context: answers = layer(maps)
+        found.append([answers, *torch.autograd.grad(answers.square().sum(), [maps, *layer.parameters()])])
+    for plain, padded in zip(*found): torch.testing.assert_close(padded, plain)
+
+
+class SmallMaps(TorchFunctionMode):
+    "Count the depthwise convolutions whose map is smaller than the kernel."
+    def __init__(self):
+        super().__init__()
+        self.n = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.conv2d: self.n += args[1].shape[1] == 1 and args[0].shape[-1] < args[1].shape[-1]
+        return func(*args, **(kwargs or {}))
+
+
+def test_small_maps_are_padded_in_training_and_nowhere_else():
+    model = build(ModelSpec("tf_efficientnet_lite0", ["a", "b"], 64, [.5] * 3, [.25] * 3))
+    images, counts = torch.zeros(2, 64, 64, 3, dtype=torch.uint8), {}
+    for training in True, False:
+        with SmallMaps() as counted: model.train(training)(images)
+        counts[training] = counted.n
+    assert counts == {True: 0, False: 7}
