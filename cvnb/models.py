@@ -156,7 +156,8 @@ class VisionModel(nn.Module):
         images: Tensor,   # uint8 (N, H, W, 3)
     ) -> Tensor:          # logits (N, C); numbers in the label's unit for regression
         x = self.preprocess(images)
-        with PadSmallMaps() if self.training and x.device.type == "cpu" else nullcontext(): outputs = self.net(x)
+        slow = self.training and x.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+        with PadSmallMaps() if slow else nullcontext(): outputs = self.net(x)
         return self.units(outputs)
 
 # %% ../nbs/03_models.ipynb #cell-16

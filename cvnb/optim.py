@@ -10,16 +10,26 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, muon
 from torch import Tensor, nn
 
 from .core import UsageError, nearest
 
 # %% auto #0
-__all__ = ['OPTIMIZERS', 'SCHEDULES', 'make_optimizer', 'schedule', 'averaging']
+__all__ = ['OPTIMIZERS', 'SCHEDULES', 'Muon', 'make_optimizer', 'schedule', 'averaging']
 
 # %% ../nbs/05c_optim.ipynb #cell-4
 OPTIMIZERS = {"adamw": "adamw", "sgd": "sgd", "muon": "muon"}   # our name -> timm's; its sgd has Nesterov's momentum
+
+# %% ../nbs/05c_optim.ipynb #muon-1
+class Muon(muon.Muon):
+    "timm's Muon, in float32 on CPUs."
+    def step(self, closure: Callable | None = None) -> float | None:
+        theirs = muon.zeropower_via_newtonschulz   # has the number format as a parameter, which nothing passes on
+        on_cpu = self.param_groups[0]["params"][0].device.type == "cpu"
+        muon.zeropower_via_newtonschulz = partial(theirs, dtype=torch.float32 if on_cpu else torch.bfloat16)
+        try: return super().step(closure)
+        finally: muon.zeropower_via_newtonschulz = theirs
 
 # %% ../nbs/05c_optim.ipynb #cell-5
 def make_optimizer(
@@ -34,6 +44,7 @@ def make_optimizer(
     if name not in OPTIMIZERS: raise UsageError(f"no optimizer '{name}'", nearest(name, list(OPTIMIZERS)))
     extra = dict(nesterov=True) if name == "muon" else {}
     optimizer = create_optimizer_v2(net, OPTIMIZERS[name], lr, weight_decay, momentum, layer_decay=layer_decay if layer_decay < 1 else None, **extra)
+    if name == "muon": optimizer = Muon(optimizer.param_groups)
     for group in optimizer.param_groups: group["lr"] = lr * group.get("lr_scale", 1.0)
     return optimizer
 
