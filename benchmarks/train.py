@@ -97,8 +97,10 @@ def said(values: list[float], digits: int = 0) -> str:   # "212 [208, 216]"
 
 
 def ratio(a: list[float], b: list[float]) -> str:
-    "Write the mean of a over b, round by round, with its interval."
-    return said([x / y for x, y in zip(a, b)], 3)
+    "Write the geometric mean of a over b, round by round, with its interval; b over a is its inverse, which no other mean gives."
+    if len(a) < 2: return f"{a[0] / b[0]:.3f}"
+    figure = mean(np.log(np.divide(a, b)))
+    return f"{np.exp(figure.value):.3f} [{np.exp(figure.low):.3f}, {np.exp(figure.high):.3f}]"
 
 
 def case_folder(case: dict, images: int, sign_digits: Path, folder: Path) -> Path:
@@ -144,7 +146,7 @@ def speeds(answers: list[dict]) -> list[float]:
 
 def void(again: list[float], ours: list[float]) -> str:
     "Say whether the control holds."
-    value = float(np.mean(np.divide(again, ours)))
+    value = float(np.exp(np.mean(np.log(np.divide(again, ours)))))
     return f"{value:.3f}" + ("" if 0.95 <= value <= 1.05 else " (void)")
 
 
@@ -174,14 +176,17 @@ def speed(args: argparse.Namespace, folder: Path) -> list[dict]:
         place = case_folder(case, args.steps * case["batch_size"], args.sign_digits, folder)
         task = case | dict(folder=str(place), threads=args.threads, workers=args.threads,
                            steps=len(list((place/"train").glob("*/*"))) // case["batch_size"])
-        rate = step_by_step({title: (f"speed_{kind}", task) for title, kind in kinds.items()}, folder)
-        for title in list(kinds)[:-1]:
-            rows.append({"images": f"{case['size']}²", "model": f"{case['backbone']}, {case['stem']} stem", "side": title,
-                         "steps": len(rate[title]), "images/s": said(rate[title], 1),
-                         "÷ ceiling": ratio(rate[title], rate[list(kinds)[2]]), "÷ plain loop": ratio(rate[title], rate["plain loop"]),
-                         "÷ stock": ratio(rate[title], rate["stock"]),
-                         "control": void(rate["ours, again"], rate["ours"]) if title == "ours" else ""})
+        rows += speed_rows(case, step_by_step({title: (f"speed_{kind}", task) for title, kind in kinds.items()}, folder))
     return rows
+
+
+def speed_rows(case: dict, rate: dict[str, list[float]]) -> list[dict]:   # of each side, images per second of each step
+    "Compare the sides step by step."
+    ceiling = next(rate[title] for title in rate if title.startswith("ceiling"))
+    return [{"images": f"{case['size']}²", "model": f"{case['backbone']}, {case['stem']} stem", "side": title, "steps": len(own),
+             "images/s": said(own, 1), "÷ ceiling": ratio(own, ceiling), "÷ plain loop": ratio(own, rate["plain loop"]),
+             "÷ stock": ratio(own, rate["stock"]), "control": void(rate["ours, again"], rate["ours"]) if title == "ours" else ""}
+            for title, own in rate.items() if title != "ours, again"]
 
 
 def recipe_of(name: str) -> dict:   # parameter -> value

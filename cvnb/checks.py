@@ -37,7 +37,7 @@ def findings(
 class Proof:
     "What a check did with planted faults."
     recall: Figure                  # share of the planted faults that it flags
-    precision: Figure               # predicted share of its findings that are faults; n = 0 where nothing could be predicted
+    precision: Figure               # predicted share of its findings that are faults, or an interval alone; n = 0 where nothing could be predicted
     kinds: dict[str, Figure] = field(default_factory=dict)   # recall by kind of fault
     note: str = ""                  # what was planted, and what that does not show
 

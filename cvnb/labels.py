@@ -14,9 +14,9 @@ from .checks import Check, Proof, findings
 from .metrics import Figure, accuracy, proportion
 
 # %% auto #0
-__all__ = ['CONFUSED', 'HARD', 'reduce', 'expand', 'leave_one_out', 'truth', 'agree', 'discriminate', 'Belief', 'believe',
-           'doubt', 'pick_chance', 'tradeoff', 'around', 'typical', 'expect', 'turn', 'prove_labels', 'mixed_up',
-           'LabelCheck', 'contradictions', 'check_labels']
+__all__ = ['CONFUSED', 'HARD', 'OFF', 'WIDE', 'reduce', 'expand', 'leave_one_out', 'truth', 'agree', 'discriminate', 'Belief',
+           'believe', 'doubt', 'pick_chance', 'tradeoff', 'around', 'typical', 'expect', 'turn', 'prove_labels',
+           'mixed_up', 'LabelCheck', 'contradictions', 'check_labels']
 
 # %% ../nbs/04e_labels.ipynb #cell-7
 def reduce(
@@ -247,12 +247,14 @@ def typical(
 
 # %% ../nbs/04e_labels.ipynb #b6546256
 HARD = 0.002   # share of images that may look like another class without being labelled wrongly
+OFF = 0.04     # what the prediction has been off by among thousands of flagged labels
+WIDE = 0.1     # width of an interval from which on no single figure is predicted
 
 def expect(
     chance: np.ndarray,    # of each flagged label to be wrong (F,)
     rank: np.ndarray,      # how typical their images are of what they show, from `typical` (F,)
     n_checked: int,        # images whose labels were checked
-) -> Figure:               # share of the flagged labels that are wrong
+) -> Figure:               # share of the flagged labels that are wrong; its value is NaN where the interval is wide
     "Predict a precision: the mean chance, within what the share of typical images and a few hard ones allow."
     from scipy.stats import binom
     n = len(chance)
@@ -261,7 +263,8 @@ def expect(
     value, hard = min(mean, 2 * half.high), HARD * n_checked / n
     least, most = binom.ppf((0.025, 0.975), n, mean) / n   # what so many labels may come to
     low, high = min(2 * half.low, counted.low, float(least), max(0.0, mean - hard)), min(2 * half.high, max(counted.high, float(most)))
-    return Figure(value, min(low, value), max(high, value), n)
+    low, high = max(0.0, min(low, value - OFF)), min(1.0, max(high, value + OFF))
+    return Figure(value if high - low < WIDE else float("nan"), low, high, n)
 
 # %% ../nbs/04e_labels.ipynb #cell-37
 def turn(
@@ -300,7 +303,8 @@ def prove_labels(
     expected = expect(wrong[flagged], typical(z, np.flatnonzero(flagged), shown, seed=seed), len(labels))
     return Proof(accuracy(found), expected, {"at random": accuracy(found[~alike]), "to what it resembles": accuracy(found[alike])},
                  f"{len(turned)} believed labels of {len(some)} images were turned. The precision is the mean chance of the flagged labels, as "
-                 "far as their images are typical of what they seem to show. Where few are flagged, hard images can be most of them")
+                 "far as their images are typical of what they seem to show. Where few are flagged, hard images can be most of them, and "
+                 "an interval is all that is predicted")
 
 # %% ../nbs/04e_labels.ipynb #cell-45
 def mixed_up(

@@ -21,12 +21,15 @@ __all__ = ['Figure', 'proportion', 'accuracy', 'mean', 'bootstrap', 'weighted_bo
 @dataclass(frozen=True)
 class Figure:
     "A measured value with its 95 % interval and the number of observations behind it."
-    value: float   # point estimate
+    value: float   # point estimate; NaN where the interval is all that is known
     low: float     # lower end of the 95 % interval
     high: float    # upper end
     n: int         # observations
 
-    def __str__(self) -> str: return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}] (n={self.n})"
+    def __str__(self) -> str:
+        if self.n and np.isnan(self.value): return f"{self.low:.4f} to {self.high:.4f} (n={self.n})"
+        return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}] (n={self.n})"
+
     __repr__ = __str__
 
 # %% ../nbs/04_metrics.ipynb #cell-5

@@ -1,4 +1,7 @@
-"""Run all notebooks: the stages with their defaults and then the tutorials in one process, beside it the library notebooks."""
+"""Run all notebooks: the stages with their defaults and then the tutorials in one process, beside it the library notebooks.
+
+The tutorial `first_run` repeats the tests' smoke run, so tests/test_tutorials.py runs it where that run is at hand.
+"""
 from __future__ import annotations
 
 import argparse
@@ -18,7 +21,7 @@ def chains() -> Iterator[list[Path]]:   # the longest first
     "Group the notebooks: those of a group run one after the other."
     from cvnb.params import contracts
     stages = [ROOT/"nbs"/"stages"/f"{stage}.ipynb" for stage in contracts(ROOT/"nbs"/"stages")]   # each after what it needs
-    yield stages + sorted((ROOT/"nbs"/"tutorials").glob("[!._]*.ipynb"))
+    yield stages + sorted(f for f in (ROOT/"nbs"/"tutorials").glob("[!._]*.ipynb") if f.stem != "first_run")
     for file in sorted((ROOT/"nbs").glob("[!._]*.ipynb")): yield [file]
 
 
@@ -64,7 +67,7 @@ def run_all(
 
 def main() -> int:   # exit code
     "Run what the command line names."
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path, help="notebooks; all by default")
     parser.add_argument("--times", type=int, default=1, help="how often")
     args = parser.parse_args()
