@@ -100,8 +100,9 @@ def interval(data: str, x: np.ndarray, given: np.ndarray, wrong: np.ndarray) -> 
     belief, chance = doubt(z, given)
     flagged = chance >= pick_chance(chance, 0.8)
     said, true = prove_labels(z, given, belief, chance, 0.8).precision, float(wrong[flagged].mean()) if flagged.any() else None
+    apart = f"{100 * (said.value - true):+.1f}" if true is not None and said.value == said.value else ""   # NaN: an interval alone
     return {"data": data, "wrong labels": int(wrong.sum()), "flagged": int(flagged.sum()), "true precision": "" if true is None else f"{true:.3f}",
-            "predicted": str(said) if said.n else "", "off by, points": f"{100 * (said.value - true):+.1f}" if true is not None and said.value == said.value else "",
+            "predicted": str(said) if said.n else "", "off by, points": apart,
             "inside the interval": "" if true is None else ("no", "yes")[said.low <= true <= said.high]}
 
 
