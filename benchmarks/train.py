@@ -294,7 +294,7 @@ def main() -> None:
     for call, title in titles.items():
         part = parts.add_parser(call.__name__, help=title)
         part.set_defaults(call=call, title=title)
-        part.add_argument("--write", action="store_true", help=f"write benchmarks/results/train_{call.__name__}.md")
+        part.add_argument("--write", action="store_true", help=f"write benchmarks/results/train_{call.__name__}*.md")
         part.add_argument("--threads", type=int, default=n_cores(), help="of each side, and its workers")
         part.add_argument("--images", type=int, default=10_000 if call is loader else 0, help="per split; 0 is the case's own, or all")
         part.add_argument("--sign-digits", type=Path, help="the folder of the Sign Language Digits Dataset")
@@ -320,7 +320,8 @@ def main() -> None:
     wanted = [CASES[c]["source"] for c in getattr(args, "cases", [])] + getattr(args, "data", [])
     if "sign-digits" in wanted and not args.sign_digits: parser.error("sign-digits is a folder of yours: say with --sign-digits where")
     with TemporaryDirectory(dir=args.work) as folder: rows = args.call(args, Path(folder))
-    show(f"train_{args.part}", args.title, rows, args.write)
+    if args.call is not accuracy: return show(f"train_{args.part}", args.title, rows, args.write)
+    for name in args.data: show(f"train_accuracy_{name}", f"{args.title}: {name}", [r for r in rows if r["data"] == name], args.write)
 
 
 if __name__ == "__main__": main()

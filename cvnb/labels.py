@@ -14,9 +14,9 @@ from .checks import Check, Proof, findings
 from .metrics import Figure, accuracy, proportion
 
 # %% auto #0
-__all__ = ['CONFUSED', 'HARD', 'OFF', 'WIDE', 'reduce', 'expand', 'leave_one_out', 'truth', 'agree', 'discriminate', 'Belief',
-           'believe', 'doubt', 'pick_chance', 'tradeoff', 'around', 'typical', 'expect', 'turn', 'prove_labels',
-           'mixed_up', 'LabelCheck', 'contradictions', 'check_labels']
+__all__ = ['CONFUSED', 'HARD', 'OFF', 'reduce', 'expand', 'leave_one_out', 'truth', 'agree', 'discriminate', 'Belief', 'believe',
+           'doubt', 'pick_chance', 'tradeoff', 'around', 'typical', 'expect', 'turn', 'prove_labels', 'mixed_up',
+           'LabelCheck', 'contradictions', 'check_labels']
 
 # %% ../nbs/04e_labels.ipynb #cell-7
 def reduce(
@@ -247,14 +247,13 @@ def typical(
 
 # %% ../nbs/04e_labels.ipynb #b6546256
 HARD = 0.002   # share of images that may look like another class without being labelled wrongly
-OFF = 0.04     # what the prediction has been off by among thousands of flagged labels
-WIDE = 0.1     # width of an interval from which on no single figure is predicted
+OFF = 0.05     # what a prediction may be off by; where more has to be allowed for, none is made
 
 def expect(
     chance: np.ndarray,    # of each flagged label to be wrong (F,)
     rank: np.ndarray,      # how typical their images are of what they show, from `typical` (F,)
     n_checked: int,        # images whose labels were checked
-) -> Figure:               # share of the flagged labels that are wrong; its value is NaN where the interval is wide
+) -> Figure:               # share of the flagged labels that are wrong; its value is NaN where the interval is wider than `OFF` to each side
     "Predict a precision: the mean chance, within what the share of typical images and a few hard ones allow."
     from scipy.stats import binom
     n = len(chance)
@@ -264,7 +263,7 @@ def expect(
     least, most = binom.ppf((0.025, 0.975), n, mean) / n   # what so many labels may come to
     low, high = min(2 * half.low, counted.low, float(least), max(0.0, mean - hard)), min(2 * half.high, max(counted.high, float(most)))
     low, high = max(0.0, min(low, value - OFF)), min(1.0, max(high, value + OFF))
-    return Figure(value if high - low < WIDE else float("nan"), low, high, n)
+    return Figure(value if high - low <= 2 * OFF + 1e-9 else float("nan"), low, high, n)
 
 # %% ../nbs/04e_labels.ipynb #cell-37
 def turn(
