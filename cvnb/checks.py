@@ -41,6 +41,12 @@ class Proof:
     kinds: dict[str, Figure] = field(default_factory=dict)   # recall by kind of fault
     note: str = ""                  # what was planted, and what that does not show
 
+    @property
+    def predicted(self) -> str:     # the precision; empty where it may be anything
+        "Say which share of the findings should be faults."
+        p = self.precision
+        return str(p) if p.n and (p.low > 0 or p.high < 1) else ""
+
 # %% ../nbs/04c_checks.ipynb #cell-8
 @dataclass(frozen=True)
 class Check:
@@ -65,6 +71,6 @@ class Check:
     @property
     def row(self) -> dict[str, Any]:   # check, images, share, recall, precision
         "Say what it found in one line of a table."
-        figure = lambda f: str(f) if f and f.n else ""
+        recall = self.proof and self.proof.recall
         return dict(check=self.name.replace("_", " "), images=len(self.paths), share=str(self.share) if self.n_checked else "",
-                    recall=figure(self.proof and self.proof.recall), precision=figure(self.proof and self.proof.precision))
+                    recall=str(recall) if recall and recall.n else "", precision=self.proof.predicted if self.proof else "")

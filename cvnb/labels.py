@@ -303,7 +303,7 @@ def prove_labels(
     return Proof(accuracy(found), expected, {"at random": accuracy(found[~alike]), "to what it resembles": accuracy(found[alike])},
                  f"{len(turned)} believed labels of {len(some)} images were turned. The precision is the mean chance of the flagged labels, as "
                  "far as their images are typical of what they seem to show. Where few are flagged, hard images can be most of them, and "
-                 "an interval is all that is predicted")
+                 "an interval is all that is predicted, or nothing")
 
 # %% ../nbs/04e_labels.ipynb #cell-45
 def mixed_up(

@@ -150,7 +150,7 @@ def _section(
     proof, name = check.proof, html.escape(check.name.replace("_", " ").capitalize())
     said = [f"{len(check.paths)} of {check.n_checked} images."]
     if proof and proof.recall.n: said.append(f"Recall on planted faults {proof.recall}.")
-    if proof and proof.precision.n: said.append(f"Predicted precision {proof.precision}.")
+    if proof and proof.predicted: said.append(f"Predicted precision {proof.predicted}.")
     if proof and proof.note: said.append(proof.note)
     tiles = "".join(f"<figure>{_picture(root/row.path)}{_picture(root/row.other) if row.other else ''}<br>{html.escape(row.path)}"
                     f"<br>{html.escape(row.reason)}</figure>" for row in check.findings.drop_duplicates("path").head(n).itertuples())
