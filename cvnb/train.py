@@ -269,7 +269,7 @@ class History(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Classifier, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not self.report or not trainer.is_global_zero or time.perf_counter() - self._told < self.every_s: return
         done = (pl_module.current_epoch + (batch_idx + 1) / trainer.num_training_batches) / trainer.max_epochs
-        self._tell(done, trainer, f" · {self._speed(trainer, pl_module):,.0f} images/s")
+        if done < 1: self._tell(done, trainer, f" · {self._speed(trainer, pl_module):,.0f} images/s")   # the end has an epoch's figures
 
     def _tell(self, done: float, trainer: pl.Trainer, more: str = "") -> None:
         self._told = time.perf_counter()

@@ -26,7 +26,7 @@ from train_job import CLASSES, digits, fresh
 from cvnb.core import CvnbError, UsageError, read_json, sha256_file
 from cvnb.loaders import Labelled
 from cvnb.models import VisionModel, create_model, predict_logits
-from cvnb.train import FitOptions, fit
+from cvnb.train import FitOptions, History, fit
 from cvnb.tuning import settle
 
 JOB = Path(__file__).with_name("train_job.py")
@@ -57,6 +57,16 @@ def same(a: VisionModel, b: VisionModel) -> bool:
 
 
 def curves(history: pd.DataFrame) -> pd.DataFrame: return history.drop(columns="images_per_s")
+
+
+# What is told meanwhile
+
+def test_the_end_is_told_with_the_last_epochs_figures(data, tmp_path, monkeypatch):
+    "A bar that is full after the last batch would not take the figures that come after it."
+    monkeypatch.setattr(History.__init__, "__defaults__", (None, 0.0))   # every batch is told
+    told = []
+    fit(fresh(NO_BATCHNORM), *data, PLAIN, tmp_path, report=lambda done, text, **curves: told.append((done, len(curves["loss_val"]))))
+    assert len(told) > 10 and [n for done, n in told if done >= 1] == [2] and told[-1][0] == 1
 
 
 # Several processes
