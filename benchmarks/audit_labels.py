@@ -26,7 +26,7 @@ import numpy as np
 from cvnb.audit import views
 from cvnb.data import data_root, locate, scan
 from cvnb.images import load_images
-from cvnb.labels import discriminate, doubt, expand, leave_one_out, pick_chance, prove_labels, reduce
+from cvnb.labels import discriminate, doubt, expand, expect, leave_one_out, pick_chance, prove_labels, reduce, typical
 from cvnb.metrics import accuracy, bootstrap
 from cvnb.models import embed
 
@@ -66,8 +66,9 @@ def ours(x: np.ndarray, labels: np.ndarray, proof: bool = False) -> tuple[np.nda
     "Chance of each label to be wrong, whether it is flagged, and the precision that is predicted."
     z = expand(x)
     belief, wrong = doubt(z, labels)
-    flagged = wrong >= pick_chance(wrong, 0.8)
-    return wrong, flagged, prove_labels(z, labels, belief, wrong, 0.8).precision.value if proof else float("nan")
+    if proof: prove_labels(z, labels, belief, wrong, 0.8)
+    flagged, shown = wrong >= pick_chance(wrong, 0.8), belief.shows(np.arange(len(labels)), labels).argmax(axis=1)
+    return wrong, flagged, expect(wrong[flagged], typical(z, np.flatnonzero(flagged), shown), len(labels)).value
 
 
 def cleanlab(x: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
