@@ -18,7 +18,7 @@ from PIL import Image
 from cvnb.audit import show_findings
 from cvnb.checks import Check
 from cvnb.core import read_json
-from cvnb.metrics import proportion
+from cvnb.metrics import Figure, proportion
 from cvnb.report import OF_SET
 
 HERE = Path(__file__).parent
@@ -48,8 +48,9 @@ def count(seen: pd.Series) -> str:   # verdicts, '' where nobody looked
 def section(name: str, run: Path, audit: dict, check: str, rows: pd.DataFrame, n: int, write: bool) -> list[str]:   # lines
     "Show what one check found."
     said = audit["checks"][check]
-    predicted = (said["proof"] or {}).get("precision") or dict(n=0)
-    foretold = f" Predicted precision {predicted['value']:.2f} [{predicted['low']:.2f}, {predicted['high']:.2f}]." if predicted["n"] else ""
+    given = (said["proof"] or {}).get("precision") or dict(n=0)
+    predicted = Figure(**{k: float("nan") if given.get(k) is None else given[k] for k in ("value", "low", "high", "n")})
+    foretold = f" Predicted precision {predicted}." if predicted.n else ""
     lines = [f"### {check.replace('_', ' ').capitalize()}", "", f"{said['n']:,} of {said['n_checked']:,} images.{foretold} "
              f"Of these, {count(rows.seen)}.", ""]
     looked = rows[rows.seen != ""]

@@ -53,8 +53,8 @@ def predicted_precision(
     own: np.ndarray,           # scores of the user's images (N,)
     kinds: list[np.ndarray],   # scores of planted faults, one array per kind
     threshold: float,          # score from which images are flagged
-) -> Figure:                   # predicted share of faults among the flagged; n: flagged images
-    "Predict the share of findings that have the fault, for the kind that fits them best."
+) -> Figure:                   # share of faults among the flagged, from zero to the most that there is room for; n: flagged images
+    "Bound the share of findings that have the fault, for the kind that fits them best."
     over = lambda scores, t: len(scores) - np.searchsorted(scores, t)   # how many are at least t
     own, best = np.sort(own), 0.0
     n = int(over(own, threshold))
@@ -64,8 +64,7 @@ def predicted_precision(
         recall, flagged = over(planted, at) / len(planted), over(own, at)
         keep = recall >= 0.2          # below, a few planted images would decide
         if keep[-1]: best = max(best, float(((flagged + np.sqrt(flagged))[keep] / recall[keep]).min() * recall[-1] / n))
-    interval = proportion(round(min(best, 1) * n), n)
-    return Figure(min(best, 1.0), interval.low, interval.high, n)
+    return Figure(float("nan"), 0.0, proportion(round(min(best, 1) * n), n).high, n)
 
 # %% ../nbs/04f_quality.ipynb #cell-11
 def prove(
