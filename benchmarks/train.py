@@ -321,7 +321,8 @@ def main() -> None:
     if "sign-digits" in wanted and not args.sign_digits: parser.error("sign-digits is a folder of yours: say with --sign-digits where")
     with TemporaryDirectory(dir=args.work) as folder: rows = args.call(args, Path(folder))
     if args.call is not accuracy: return show(f"train_{args.part}", args.title, rows, args.write)
-    for name in args.data: show(f"train_accuracy_{name}", f"{args.title}: {name}", [r for r in rows if r["data"] == name], args.write)
+    how = f"{args.threads} cores each" + (f", {args.jobs} at a time" if args.jobs > 1 else "")
+    for name in args.data: show(f"train_accuracy_{name}", f"{args.title}: {name}, {how}", [r for r in rows if r["data"] == name], args.write)
 
 
 if __name__ == "__main__": main()

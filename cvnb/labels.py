@@ -246,7 +246,7 @@ def typical(
     return out
 
 # %% ../nbs/04e_labels.ipynb #b6546256
-HARD = 0.002   # share of images that may look like another class without being labelled wrongly
+HARD = 0.008   # share of images that may look like another class without being labelled wrongly
 OFF = 0.05     # what a prediction may be off by; where more has to be allowed for, none is made
 
 def expect(

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from timm.layers import PatchEmbed
+from timm.layers import PatchEmbed, to_2tuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -27,10 +28,10 @@ from .core import CvnbError, UsageError, atomic_path, nearest, read_json, write_
 from .images import resize
 
 # %% auto #0
-__all__ = ['SMALL_IMAGE', 'PACKAGED', 'WEIGHT_SUFFIXES', 'ModelSpec', 'Preprocess', 'Units', 'PadSmallMaps', 'VisionModel',
-           'build', 'check_size', 'packaged_state', 'read_weights', 'create_model', 'save_model', 'fit_to_shapes',
-           'load_model', 'load_classifier', 'predict_logits', 'predict_proba', 'features', 'count_macs', 'count_params',
-           'embedder', 'embed']
+__all__ = ['SMALL_IMAGE', 'PRODUCTS', 'PACKAGED', 'WEIGHT_SUFFIXES', 'ModelSpec', 'Preprocess', 'Units', 'SmallMaps',
+           'VisionModel', 'build', 'check_size', 'packaged_state', 'read_weights', 'create_model', 'save_model',
+           'fit_to_shapes', 'load_model', 'load_classifier', 'predict_logits', 'predict_proba', 'features',
+           'count_macs', 'count_params', 'embedder', 'embed']
 
 # %% ../nbs/03_models.ipynb #cell-5
 @dataclass(frozen=True)
@@ -121,28 +122,63 @@ class Units(nn.Module):
         return outputs.float() * self.std + self.mean
 
 # %% ../nbs/03_models.ipynb #pad-4
-def _pad_small(
+PRODUCTS = 64   # of a channel, up to which writing them out is faster than a border
+
+@lru_cache(64)
+def _joined(
+    size: tuple[int, int],      # of the map: height, width
+    kernel: tuple[int, int],    # its height and width
+    stride: tuple[int, int],    # downwards, to the right
+    padding: tuple[int, int],   # pixels above and below, left and right
+) -> Tensor:                    # int64 (height, width, cells): for each cell of the answer and each of the map, its place in the flat kernel
+    "Say which weight joins which cells; one past the last weight where none does."
+    def along(n: int, k: int, step: int, border: int) -> Tensor:   # (answer, map)
+        first = torch.arange((n + 2 * border - k) // step + 1) * step - border
+        return torch.arange(n) - first[:, None]
+
+    rows, columns = map(along, size, kernel, stride, padding)
+    inside = ((rows >= 0) & (rows < kernel[0]))[:, None, :, None] & ((columns >= 0) & (columns < kernel[1]))[:, None]
+    place = rows[:, None, :, None] * kernel[1] + columns[:, None]
+    return torch.where(inside, place, kernel[0] * kernel[1]).flatten(2)
+
+def _sum_up(
     x: Tensor,             # (N, C, H, W)
-    weight: Tensor,        # (C, 1, h, w) if it is depthwise
+    weight: Tensor,        # (C, 1, h, w)
     bias: Tensor | None,   # (C,)
-    stride: int | tuple[int, int],
-    padding: int | tuple[int, int] | str,   # in pixels, above and below, left and right
-    dilation: int | tuple[int, int],
-    groups: int,           # C if it is depthwise
-) -> tuple:                # the same, with the border in `x` if its map is small
-    "Prepare the arguments of `conv2d`."
-    small = x.shape[2] < weight.shape[2] or x.shape[3] < weight.shape[3]
-    if groups > 1 and weight.shape[1] == 1 and small and not isinstance(padding, str):
-        rows, columns = (padding, padding) if isinstance(padding, int) else padding
-        x, padding = F.pad(x, (columns, columns, rows, rows)), 0
-    return x, weight, bias, stride, padding, dilation, groups
+    places: Tensor,        # from `_joined`
+) -> Tensor:               # (N, C, height, width), channels last
+    "Convolve depthwise by writing every product out."
+    flat = F.pad(weight.flatten(1), (0, 1)).T
+    factors = flat.index_select(0, places.flatten()).unflatten(0, (-1, places.shape[2]))   # (answers, cells, C)
+    cells = x.permute(0, 2, 3, 1).flatten(1, 2)                                            # (N, cells, C)
+    out = torch.stack([(cells * f).sum(1) for f in factors], 1)
+    return (out if bias is None else out + bias).unflatten(1, places.shape[:2]).permute(0, 3, 1, 2)
 
 # %% ../nbs/03_models.ipynb #pad-2
-class PadSmallMaps(TorchFunctionMode):
-    "While this context lasts, give a map that is smaller than its depthwise kernel a border of zeros before it is convolved."
+class SmallMaps(TorchFunctionMode):
+    "While this context lasts, maps that are smaller than their depthwise kernel are convolved in ways that train fast with AVX2."
     def __torch_function__(self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> object:
-        if func is F.conv2d and len(args) == 7: args = _pad_small(*args)   # as torch's and timm's layers call it
+        if func is F.conv2d and len(args) == 7: return self.conv2d(*args)   # as torch's and timm's layers call it
         return func(*args, **(kwargs or {}))
+
+    def conv2d(self,
+        x: Tensor,             # (N, C, H, W)
+        weight: Tensor,        # (C, 1, h, w) if it is depthwise
+        bias: Tensor | None,   # (C,)
+        stride: int | tuple[int, int],
+        padding: int | tuple[int, int] | str,   # in pixels, above and below, left and right
+        dilation: int | tuple[int, int],
+        groups: int,           # C if it is depthwise
+    ) -> Tensor:               # (N, C', H', W')
+        "Convolve."
+        size, kernel = tuple(x.shape[2:]), tuple(weight.shape[2:])
+        if weight.shape[:2] == (groups, 1) and groups > 1 and (size[0] < kernel[0] or size[1] < kernel[1]) and not isinstance(padding, str):
+            stride, padding, dilation = map(to_2tuple, (stride, padding, dilation))
+            if dilation == (1, 1):
+                places = _joined(size, kernel, stride, padding)
+                if places.numel() <= PRODUCTS: return _sum_up(x, weight, bias, places)
+            x, padding = F.pad(x, (padding[1], padding[1], padding[0], padding[0])), 0
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 # %% ../nbs/03_models.ipynb #cell-15
 class VisionModel(nn.Module):
@@ -157,7 +193,7 @@ class VisionModel(nn.Module):
     ) -> Tensor:          # logits (N, C); numbers in the label's unit for regression
         x = self.preprocess(images)
         slow = self.training and x.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
-        with PadSmallMaps() if slow else nullcontext(): outputs = self.net(x)
+        with SmallMaps() if slow else nullcontext(): outputs = self.net(x)
         return self.units(outputs)
 
 # %% ../nbs/03_models.ipynb #cell-16

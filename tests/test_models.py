@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from cvnb.core import CvnbError, UsageError
-from cvnb.models import ModelSpec, PadSmallMaps, VisionModel, build, check_size, create_model, features, load_model, save_model
+from cvnb.models import ModelSpec, SmallMaps, VisionModel, build, check_size, create_model, features, load_model, save_model
 
 CLASSES = ["a", "b", "c"]
 SIZES = [32, 64]
@@ -182,6 +182,8 @@ def test_hub_within_reach(net: torch.nn.Module, tmp_path: Path, monkeypatch: pyt
 
 CONVOLUTIONS = {   # layer, height, width
     "2 × 2 under 5 × 5": (lambda: nn.Conv2d(8, 8, 5, padding=2, groups=8, bias=False), 2, 2),
+    "3 × 3 under 5 × 5": (lambda: nn.Conv2d(8, 8, 5, padding=2, groups=8), 3, 3),
+    "1 × 2 under 5 × 3 with a bias": (lambda: nn.Conv2d(8, 8, (5, 3), stride=(1, 2), padding=(2, 1), groups=8), 1, 2),
     "with a bias, low only": (lambda: nn.Conv2d(8, 8, 3, padding=1, groups=8), 2, 9),
     "narrow only, borders that differ": (lambda: nn.Conv2d(8, 8, (3, 5), padding=(0, 2), groups=8), 9, 3),
     "dilated": (lambda: nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=8), 2, 2),
@@ -194,17 +196,17 @@ CONVOLUTIONS = {   # layer, height, width
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_a_padded_map_has_the_same_answers_and_gradients(name):
+def test_small_maps_have_the_same_answers_and_gradients(name):
     torch.manual_seed(0)
     make, height, width = CONVOLUTIONS[name]
     layer, maps, found = make(), torch.randn(3, 8, height, width, requires_grad=True), []
-    for context in nullcontext(), PadSmallMaps():
+    for context in nullcontext(), SmallMaps():
         with context: answers = layer(maps)
         found.append([answers, *torch.autograd.grad(answers.square().sum(), [maps, *layer.parameters()])])
-    for plain, padded in zip(*found): torch.testing.assert_close(padded, plain)
+    for plain, fast in zip(*found): torch.testing.assert_close(fast, plain)
 
 
-class SmallMaps(TorchFunctionMode):
+class Counted(TorchFunctionMode):
     "Count the depthwise convolutions whose map is smaller than the kernel."
     def __init__(self):
         super().__init__()
@@ -216,11 +218,11 @@ class SmallMaps(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("processor, n", {"AVX2": 0, "AVX512": 7, "DEFAULT": 7}.items())
-def test_small_maps_are_padded_where_that_is_faster_and_in_training_alone(monkeypatch, processor, n):
+def test_small_maps_are_convolved_otherwise_where_that_is_faster_and_in_training_alone(monkeypatch, processor, n):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: processor)
     model = build(ModelSpec("tf_efficientnet_lite0", ["a", "b"], 64, [.5] * 3, [.25] * 3))
     images, counts = torch.zeros(2, 64, 64, 3, dtype=torch.uint8), {}
     for training in True, False:
-        with SmallMaps() as counted: model.train(training)(images)
+        with Counted() as counted: model.train(training)(images)
         counts[training] = counted.n
     assert counts == {True: n, False: 7}
