@@ -2,7 +2,7 @@
 
     python benchmarks/train.py loader [--rounds 5] [--images 10000] --sign-digits FOLDER [--write]
     python benchmarks/train.py speed [--steps 24] --sign-digits FOLDER [--write]
-    python benchmarks/train.py accuracy [--data mnist5k sign-digits cifar10] [--sides ours stock] [--seeds 3] [--jobs 1] [--write]
+    python benchmarks/train.py accuracy [--data mnist5k sign-digits cifar10] [--sides ours stock] [--seeds 3] [--jobs 1] [--keep FOLDER] [--write]
     python benchmarks/train.py gpu --run RUN [--config cifar10_fast] [--target 0.94] [--write]
 
 The sides (`train_sides.py`) take turns, each in a process of its own, with the same threads, model, images and changes to images. `ours, again`
@@ -12,7 +12,8 @@ At 32 pixels the images are CIFAR-10's PNG files; at 224 they are the photograph
 that reading one costs what a photograph's thumbnail costs.
 
 `accuracy` counts the processor time of a process with its workers from before the first image is read (cvnb's cache is empty) until the
-validation that reached the target; validating counts for both. `gpu` runs the train notebook on a run whose audit is there.
+validation that reached the target; validating counts for both. It takes hours; with --keep a call that was cut goes on where it was. `gpu` runs
+the train notebook on a run whose audit is there.
 """
 from __future__ import annotations
 
@@ -232,9 +233,14 @@ def accuracy(args: argparse.Namespace, folder: Path) -> list[dict]:
     for i in range(args.jobs): free.put([cores[c % len(cores)] for c in range(i * args.threads, (i + 1) * args.threads)])
 
     def one(job: tuple[str, str, dict]) -> dict:
+        name, side, task = job
+        kept, same = args.keep and args.keep/f"{name}-{side}-{task['seed']}.json", {k: v for k, v in task.items() if k != "folder"}
+        if kept and kept.exists() and (known := read_json(kept))["task"] == same: return known["answer"]
         own = free.get()
-        try: return run_side(f"accuracy_{job[1]}", job[2], folder, own)
+        try: answer = run_side(f"accuracy_{side}", task, folder, own)
         finally: free.put(own)
+        if kept: write_json(kept, dict(task=same, answer=answer))
+        return answer
 
     with ThreadPoolExecutor(args.jobs) as pool: answers = list(pool.map(one, jobs))
     kinds = dict.fromkeys((name, side) for name, side, _ in jobs)
@@ -311,6 +317,7 @@ def main() -> None:
             part.add_argument("--sides", nargs="+", choices=["ours", "stock"], default=["ours", "stock"])
             part.add_argument("--epochs", type=int, default=0, help="instead of the recipe's and the book's")
             part.add_argument("--jobs", type=int, default=1, help="trainings at once, each on cores of its own")
+            part.add_argument("--keep", type=Path, help="folder for what each training came to, which is not trained again")
         if call is gpu:
             part.add_argument("--run", type=Path, required=True, help="a run directory with an audit")
             part.add_argument("--config", nargs="+", default=["cifar10_fast"], help="recipes")

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -124,32 +123,31 @@ class Units(nn.Module):
 # %% ../nbs/03_models.ipynb #pad-4
 PRODUCTS = 64   # of a channel, up to which writing them out is faster than a border
 
-@lru_cache(64)
 def _joined(
     size: tuple[int, int],      # of the map: height, width
     kernel: tuple[int, int],    # its height and width
     stride: tuple[int, int],    # downwards, to the right
     padding: tuple[int, int],   # pixels above and below, left and right
-) -> Tensor:                    # int64 (height, width, cells): for each cell of the answer and each of the map, its place in the flat kernel
+) -> np.ndarray:                # int64 (height, width, cells): for each cell of the answer and each of the map, its place in the flat kernel
     "Say which weight joins which cells; one past the last weight where none does."
-    def along(n: int, k: int, step: int, border: int) -> Tensor:   # (answer, map)
-        first = torch.arange((n + 2 * border - k) // step + 1) * step - border
-        return torch.arange(n) - first[:, None]
+    def along(n: int, k: int, step: int, border: int) -> np.ndarray:   # (answer, map)
+        first = np.arange((n + 2 * border - k) // step + 1) * step - border
+        return np.arange(n) - first[:, None]
 
     rows, columns = map(along, size, kernel, stride, padding)
     inside = ((rows >= 0) & (rows < kernel[0]))[:, None, :, None] & ((columns >= 0) & (columns < kernel[1]))[:, None]
     place = rows[:, None, :, None] * kernel[1] + columns[:, None]
-    return torch.where(inside, place, kernel[0] * kernel[1]).flatten(2)
+    return np.where(inside, place, kernel[0] * kernel[1]).reshape(len(rows), len(columns), size[0] * size[1])
 
 def _sum_up(
     x: Tensor,             # (N, C, H, W)
     weight: Tensor,        # (C, 1, h, w)
     bias: Tensor | None,   # (C,)
-    places: Tensor,        # from `_joined`
+    places: np.ndarray,    # from `_joined`
 ) -> Tensor:               # (N, C, height, width), channels last
     "Convolve depthwise by writing every product out."
     flat = F.pad(weight.flatten(1), (0, 1)).T
-    factors = flat.index_select(0, places.flatten()).unflatten(0, (-1, places.shape[2]))   # (answers, cells, C)
+    factors = flat.index_select(0, torch.from_numpy(places.ravel())).unflatten(0, (-1, places.shape[2]))   # (answers, cells, C)
     cells = x.permute(0, 2, 3, 1).flatten(1, 2)                                            # (N, cells, C)
     out = torch.stack([(cells * f).sum(1) for f in factors], 1)
     return (out if bias is None else out + bias).unflatten(1, places.shape[:2]).permute(0, 3, 1, 2)
@@ -176,7 +174,7 @@ class SmallMaps(TorchFunctionMode):
             stride, padding, dilation = map(to_2tuple, (stride, padding, dilation))
             if dilation == (1, 1):
                 places = _joined(size, kernel, stride, padding)
-                if places.numel() <= PRODUCTS: return _sum_up(x, weight, bias, places)
+                if 0 < places.size <= PRODUCTS: return _sum_up(x, weight, bias, places)
             x, padding = F.pad(x, (padding[1], padding[1], padding[0], padding[0])), 0
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
