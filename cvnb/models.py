@@ -139,6 +139,7 @@ def _joined(
     place = rows[:, None, :, None] * kernel[1] + columns[:, None]
     return np.where(inside, place, kernel[0] * kernel[1]).reshape(len(rows), len(columns), size[0] * size[1])
 
+# %% ../nbs/03_models.ipynb #pad-5
 def _sum_up(
     x: Tensor,             # (N, C, H, W)
     weight: Tensor,        # (C, 1, h, w)
