@@ -27,10 +27,10 @@ from .core import CvnbError, UsageError, atomic_path, nearest, read_json, write_
 from .images import resize
 
 # %% auto #0
-__all__ = ['SMALL_IMAGE', 'PRODUCTS', 'PACKAGED', 'WEIGHT_SUFFIXES', 'ModelSpec', 'Preprocess', 'Units', 'SmallMaps',
-           'VisionModel', 'build', 'check_size', 'packaged_state', 'read_weights', 'create_model', 'save_model',
-           'fit_to_shapes', 'load_model', 'load_classifier', 'predict_logits', 'predict_proba', 'features',
-           'count_macs', 'count_params', 'embedder', 'embed']
+__all__ = ['SMALL_IMAGE', 'PACKAGED', 'WEIGHT_SUFFIXES', 'ModelSpec', 'Preprocess', 'Units', 'SmallMaps', 'VisionModel', 'build',
+           'check_size', 'packaged_state', 'read_weights', 'create_model', 'save_model', 'fit_to_shapes', 'load_model',
+           'load_classifier', 'predict_logits', 'predict_proba', 'features', 'count_macs', 'count_params', 'embedder',
+           'embed']
 
 # %% ../nbs/03_models.ipynb #cell-5
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Units(nn.Module):
         return outputs.float() * self.std + self.mean
 
 # %% ../nbs/03_models.ipynb #pad-4
-PRODUCTS = 64   # of a channel, up to which writing them out is faster than a border
+_PRODUCTS = 64   # of a channel, up to which writing them out is faster than a border
 
 def _joined(
     size: tuple[int, int],      # of the map: height, width
@@ -175,7 +175,7 @@ class SmallMaps(TorchFunctionMode):
             stride, padding, dilation = map(to_2tuple, (stride, padding, dilation))
             if dilation == (1, 1):
                 places = _joined(size, kernel, stride, padding)
-                if 0 < places.size <= PRODUCTS: return _sum_up(x, weight, bias, places)
+                if 0 < places.size <= _PRODUCTS: return _sum_up(x, weight, bias, places)
             x, padding = F.pad(x, (padding[1], padding[1], padding[0], padding[0])), 0
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
