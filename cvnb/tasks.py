@@ -92,8 +92,7 @@ class Classification(Task):
         return _positions(list(labels), classes, range(len(labels)), paths)
 
     def loss(self, logits: Tensor, targets: Tensor, smoothing: float = 0.0, weights: Tensor | None = None) -> Tensor:
-        loss = F.cross_entropy(logits, targets, weight=weights, label_smoothing=smoothing)
-        return loss if weights is None or targets.ndim == 1 else loss * len(targets) / (targets @ weights).sum()
+        return F.cross_entropy(logits, targets, weight=weights, label_smoothing=smoothing, reduction="sum") / len(targets)
 
     def answer(self, logits: Tensor) -> Tensor: return logits.softmax(1)
 

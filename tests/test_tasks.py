@@ -74,8 +74,20 @@ def test_hard_and_soft_labels_cost_the_same(smoothing: float, weighted: bool) ->
     weights = torch.tensor([1.0, 2.0, 5.0]) if weighted else None
     logits, targets = torch.from_numpy(logits), torch.from_numpy(targets)
     hard = kind.loss(logits, targets, smoothing, weights)
-    assert hard.item() == pytest.approx(F.cross_entropy(logits, targets, weights, label_smoothing=smoothing).item())
+    assert hard.item() == pytest.approx(F.cross_entropy(logits, targets, weights, label_smoothing=smoothing, reduction="none").mean().item())
     assert kind.loss(logits, F.one_hot(targets, len(classes)).float(), smoothing, weights).item() == pytest.approx(hard.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_loss_of_a_batch_is_the_mean_of_its_shares(name: str) -> None:
+    "Processes, accumulated batches and halved ones each see a share, here one of common and one of rare labels."
+    kind, _, classes, targets, logits = known(name)
+    order = np.argsort(targets.reshape(len(targets), -1)[:, 0], kind="stable")[:len(targets) // 2 * 2]
+    logits, targets = torch.from_numpy(logits[order]), torch.from_numpy(targets[order])
+    weights = None if name == "regression" else torch.arange(1.0, len(classes) + 1)
+    half, loss = len(order) // 2, lambda part: kind.loss(logits[part], targets[part], 0.1, weights).item()
+    first, second = loss(slice(half)), loss(slice(half, None))
+    assert loss(slice(None)) == pytest.approx((first + second) / 2, rel=1e-5) and first != pytest.approx(second, rel=1e-2)
 
 
 def test_score_of_several_numbers_is_the_mean_over_them() -> None:
