@@ -2,6 +2,7 @@
 
     python benchmarks/audit_labels.py [--images 50000] [--side 64] [--vectors CIFAR.npy] [--write]
     python benchmarks/audit_labels.py --intervals [--only digits mnist5k cifar10 FOLDER] [--vectors CIFAR.npy] [--write]
+    python benchmarks/audit_labels.py --folds 3 --only digits mnist5k [--write]
 
 Labels are turned at random, or to the class that a classifier confuses their true class with most, one class to one class, so that the
 true precision is known as far as the data's own labels are right. All methods see the same images: views of a network, of thumbnails and of edges,
@@ -11,6 +12,9 @@ planted labels, which cleanlab has nothing like, is timed once per data set
 
 --intervals asks whether the predicted precision and its interval hold, down to labels of which none is wrong. Folders of classes can be given
 too: sign-digits, and Fashion-MNIST as 500 images a class from Debian's `dataset-fashion-mnist`, which the check was not made after.
+
+--folds asks what the answers of networks add that were trained on the same labels, wrong ones included, each without the images that it answers:
+the data's own recipe, or the train stage's defaults. Their training counts.
 """
 from __future__ import annotations
 
@@ -21,15 +25,20 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
+import pandas as pd
 
-from cvnb.audit import views
-from cvnb.data import data_root, locate, scan
-from cvnb.images import load_images
+from cvnb.audit import answers, views
+from cvnb.core import assets
+from cvnb.data import auto_image_size, data_root, locate, scan
+from cvnb.duplicates import mark_duplicates, originals
+from cvnb.images import inspect, load_images
 from cvnb.labels import discriminate, doubt, expand, expect, leave_one_out, pick_chance, prove_labels, reduce, typical
 from cvnb.metrics import accuracy, bootstrap
-from cvnb.models import embed
+from cvnb.models import create_model, embed
+from cvnb.params import contracts, read_recipe
 
 sys.path.insert(0, str(Path(__file__).parent))
 from table import show  # noqa: E402
@@ -121,6 +130,53 @@ def intervals(args: argparse.Namespace) -> list[dict]:
     return rows
 
 
+def out_of_fold(name: str, rows: pd.DataFrame, k: int) -> dict[str, np.ndarray]:   # path -> probabilities
+    "Train k times with the data's recipe, and let each network answer what it has not seen."
+    import torch
+
+    from cvnb.folds import cross_validate
+    from cvnb.loaders import labelled
+    from cvnb.train import FitOptions
+    from cvnb.tuning import settle
+    known, file = contracts(), assets("configs")/f"{Path(name).name}.yaml"
+    recipe = known["train"].defaults() | (read_recipe(file, known).get("train", {}) if file.exists() else {})
+    classes, size = sorted(set(rows.label)), recipe["image_size"] or auto_image_size(rows.width, rows.height)
+    data = labelled(data_root(locate(name)), rows, classes, size)
+
+    def make() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return create_model(recipe["backbone"], classes, size, recipe["stem"], recipe["weights"])
+
+    with TemporaryDirectory() as folder:
+        options, _ = settle(FitOptions.of(recipe), make(), data, Path(folder)/"auto")
+        told = cross_validate(make, rows, data, options, Path(folder)/"folds", k).predictions
+    return dict(zip(told.path, told.probabilities))
+
+
+def with_networks(name: str, rows: pd.DataFrame, k: int, seen: dict[str, np.ndarray], given: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    "As `ours`, with the answers of networks as one more view."
+    return ours(reduce(seen | answers(out_of_fold(name, rows, k), rows.path, seen)), given)
+
+
+def folds(args: argparse.Namespace) -> list[dict]:
+    "Measure the check without and with the answers of networks."
+    rows = []
+    for name in args.only:
+        source = locate(name)
+        table = originals(mark_duplicates(inspect(data_root(source), scan(source)))).reset_index(drop=True)
+        images = load_images(data_root(source), table.path, args.side)
+        seen, (classes, labels) = views(images, embed(images, args.side)), np.unique(table.label.to_numpy(str), return_inverse=True)
+        x = reduce(seen)
+        target = similar(expand(x), labels)
+        for kind, share in [(k, s) for k in ("at random", "to a similar class") for s in (0.05, 0.2)]:
+            given = turned(labels, share, kind, target)
+            both = partial(with_networks, name, table.assign(label=classes[given]), args.folds, seen, given)
+            methods = {"check": partial(ours, x, given), f"check, and {args.folds} networks": both}
+            rows += [row(Path(name).name, f"{share:.0%} {kind}", method, call, given != labels) for method, call in methods.items()]
+            print(*rows[-2:], sep="\n", file=sys.stderr, flush=True)
+    return rows
+
+
 def main() -> None:
     "Measure and print."
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -129,11 +185,13 @@ def main() -> None:
     parser.add_argument("--vectors", type=Path, help="where the network's numbers of CIFAR-10 are kept")
     parser.add_argument("--only", nargs="+", default=["digits", "mnist5k", "cifar10"], help="data sets by name, or folders of classes")
     parser.add_argument("--intervals", action="store_true", help="ask instead whether the predicted intervals hold")
+    parser.add_argument("--folds", type=int, default=0, help="ask instead what networks trained on so many folds add")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/audit_labels*.md")
     args, rows = parser.parse_args(), []
     if args.intervals:
         title = "The precision that the check of labels predicts, and its interval"
         return show("audit_labels_intervals", title, intervals(args), args.write)
+    if args.folds: return show("audit_labels_folds", "Planted label errors, without and with networks' answers", folds(args), args.write)
     for name in args.only:
         network, x, labels = load(name, args.images, args.side, args.vectors)
         target = similar(expand(x), labels)

@@ -19,7 +19,7 @@ import pandas as pd
 
 from .cache import RowCache
 from .checks import Check
-from .core import CvnbError, atomic_path, digest, resolve_run
+from .core import CvnbError, UsageError, atomic_path, digest, project_root, resolve_run
 from .data import SPLITS
 from .database import explained, fiftyone
 from .duplicates import originals
@@ -27,9 +27,9 @@ from .images import open_image, resize
 from .report import AuditReport
 
 # %% auto #0
-__all__ = ['OURS', 'part', 'embeddings', 'edges', 'views', 'per_file', 'spread', 'write_vectors', 'make_manifest', 'tagged',
-           'summarize', 'show_findings', 'show_images', 'plot_map', 'dataset_name', 'edited', 'write_dataset',
-           'load_dataset']
+__all__ = ['OURS', 'part', 'embeddings', 'edges', 'views', 'read_answers', 'answers', 'per_file', 'spread', 'write_vectors',
+           'make_manifest', 'tagged', 'summarize', 'show_findings', 'show_images', 'plot_map', 'dataset_name', 'edited',
+           'write_dataset', 'load_dataset']
 
 # %% ../nbs/05_audit.ipynb #cell-5
 def part(
@@ -61,6 +61,13 @@ def embeddings(
     new |= cache.missing(list(digests))
     return cache.rows(list(digests), make, chunk=2048)
 
+# %% ../nbs/05_audit.ipynb #unit-rows
+def _unit(
+    x: np.ndarray,   # (N, D)
+) -> np.ndarray:     # rows of length 1, or 0
+    "Scale rows to a length of 1."
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-6)
+
 # %% ../nbs/05_audit.ipynb #cell-12
 def edges(
     images: np.ndarray,    # uint8 (N, S, S, 3)
@@ -75,7 +82,7 @@ def edges(
         for begin in range(0, len(places), 1000):
             block = torch.from_numpy(images[places[begin:begin + 1000]])
             out[begin:begin + len(block)] = [hog(grey, 8, (10, 10), (2, 2)) for grey in resize(block, 64).float().mean(dim=3).numpy()]
-        out /= np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-6)
+        out[:] = _unit(out)
 
     if digests is not None:
         cache = RowCache(f"edges-{skimage.__version__}-{images.shape[1]}", (800,), "float32")
@@ -95,7 +102,44 @@ def views(
     small = [resize(torch.from_numpy(images[i:i + 1000]), size).flatten(1).numpy() for i in range(0, len(images), 1000)]
     x = np.concatenate(small).astype(np.float32)
     x -= x.mean(axis=1, keepdims=True)
-    return dict(network=vectors, pixels=x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-6), edges=edges(images, digests))
+    return dict(network=vectors, pixels=_unit(x), edges=edges(images, digests))
+
+# %% ../nbs/05_audit.ipynb #answers-2
+_REMEDY = "Give the out_of_fold.parquet that a training of this data with train.folds has written."
+
+def read_answers(
+    path: Path | str,   # out_of_fold.parquet of a training with `folds`, also relative to the project; '' for none
+) -> dict[str, np.ndarray]:   # where an image lies in the data folder -> its probability of each class, float32 (C,)
+    "Read what networks answered about images that they were trained without; raise `UsageError` for a file that does not tell."
+    if str(path) in ("", "."): return {}
+    if not Path(path).exists(): path = project_root()/path
+    try:
+        told = pd.read_parquet(path, columns=["path", "probabilities"])
+        proba = np.stack(told.probabilities.to_numpy()).astype(np.float32)
+        if proba.ndim != 2 or not np.isfinite(proba).all(): raise ValueError("its probabilities are not rows of numbers")
+    except FileNotFoundError: raise UsageError(f"predictions {path} do not exist", _REMEDY) from None
+    except (KeyError, ValueError, OSError) as e:
+        raise UsageError(f"predictions {path} cannot be read ({shorten(' '.join(str(e).split()), 160)})", _REMEDY) from None
+    return dict(zip(told.path, proba))
+
+# %% ../nbs/05_audit.ipynb #answers-2b
+def answers(
+    told: dict[str, np.ndarray],   # from `read_answers`
+    images: pd.Series,             # where images lie in the data folder (N,)
+    seen: dict[str, np.ndarray],   # from `views`
+) -> dict[str, np.ndarray]:        # "answers", float32 (N, C), rows of length 1; nothing if nothing was told
+    "See images as networks did that were trained without them; raise `UsageError` if these are other images."
+    from sklearn.linear_model import Ridge
+    from threadpoolctl import threadpool_limits
+    if not told: return {}
+    known = images.isin(list(told)).to_numpy()
+    if not known.any(): raise UsageError(f"the predictions are about other images: none of these {len(images)} is among them", _REMEDY)
+    logs = np.log(np.stack([told[path] for path in images[known]]).clip(1e-3))
+    x, others = np.zeros((len(images), logs.shape[1]), np.float32), np.hstack(list(seen.values()))
+    x[known] = _unit(logs - logs.mean(axis=1, keepdims=True))
+    with threadpool_limits(1):
+        if not known.all(): x[~known] = _unit(Ridge(1.0).fit(others[known], x[known]).predict(others[~known]))
+    return dict(answers=x)
 
 # %% ../nbs/05_audit.ipynb #cell-15
 def per_file(

@@ -17,9 +17,15 @@ import pandas as pd
 import psutil
 import pytest
 from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score
+from sklearn.model_selection import cross_val_predict
 
 from cvnb import database
+from cvnb.audit import answers
 from cvnb.core import read_json, sha256_file
+from cvnb.labels import check_labels, reduce
 from cvnb.report import CHECKS
 
 FILES = ("manifest.parquet", "findings.parquet", "embeddings.npy", "audit.json", "report.html")
@@ -85,12 +91,34 @@ def test_limits_and_corrections_decide_what_is_trained_on(small_photos, tmp_path
     pixels = pd.read_parquet(tmp_path/"run/audit/manifest.parquet").set_index("path").pixel_sha256.to_dict()
     other = sorted((tmp_path/"data/train/1").iterdir())[0].relative_to(tmp_path/"data").as_posix()
     (tmp_path/"mine.csv").write_text(f"path,pixel_sha256,copies,was,action,label,findings,when,run\n{other},{pixels[other]},1,1,drop,,,,\n")
-    done = run("--set", "audit.policy=quarantine", "--set", "audit.limits=[\"leak=0\"]", "--set", f"audit.corrections={tmp_path/'mine.csv'}")
+    asked = pd.DataFrame(dict(path=[*pixels], probabilities=[[0.9, 0.1] if "/1/" in path else [0.1, 0.9] for path in pixels]))
+    asked[asked.path.str.startswith("train/")].to_parquet(tmp_path/"out_of_fold.parquet")
+    done = run("--set", "audit.policy=quarantine", "--set", "audit.limits=[\"leak=0\"]", "--set", f"audit.corrections={tmp_path/'mine.csv'}",
+               "--set", f"audit.predictions={tmp_path/'out_of_fold.parquet'}")
     assert done.returncode == 0, done.stderr
     manifest = pd.read_parquet(tmp_path/"run/audit/manifest.parquet").set_index("path")
     assert manifest.error[~manifest.ok].to_dict() == {"train/7/copy.png": "quarantined: leak", other: "left out by corrections"}
     assert set(read_json(tmp_path/"run/audit/audit.json")["checks"]) == set(CHECKS), "what a limit can be set for is what is checked"
+    assert read_json(tmp_path/"run/audit/audit.json")["n_answered"] == 47   # of the training images, without a copy and what was dropped
     assert read_json(tmp_path/"run/audit/audit.json")["n_images"] == 59 and manifest.split["test/7/" + seen.name] == "test"
+
+
+def test_wrong_labels_are_found_with_networks_answers():
+    "On thumbnails of 2 × 2 pixels the check is nearly blind, and what saw all pixels helps it; images that it was not asked about lose nothing."
+    digits, rng = load_digits(), np.random.default_rng(0)
+    n, labels = 900, digits.target[:900].copy()
+    wrong = rng.permutation(n)[:45]
+    labels[wrong] = (labels[wrong] + rng.integers(1, 10, 45)) % 10
+    blind = digits.images[:n].reshape(n, 2, 4, 2, 4).mean((2, 4)).reshape(n, 4)
+    seen = dict(pixels=blind / np.linalg.norm(blind, axis=1, keepdims=True))
+    proba = cross_val_predict(LogisticRegression(max_iter=300), digits.data[:n] / 16, labels, cv=3, method="predict_proba")
+    paths, parts, precision = pd.Series([f"{i}.png" for i in range(n)]), (np.arange(600), np.arange(600, n)), {}
+    table = pd.DataFrame(dict(path=paths, label=labels.astype(str), ok=True, duplicate_of=""))
+    for told in 0, 600:
+        x = reduce(seen | answers(dict(zip(paths[:told], proba)), paths, seen))
+        score = 1 - check_labels(table, x).table.label_score.to_numpy()
+        precision[told] = [average_precision_score(np.isin(part, wrong), score[part]) for part in parts]
+    assert precision[0][0] < 0.5 and precision[600][0] > 0.95 and precision[600][1] > 0.9 * precision[0][1], precision
 
 
 def test_the_page_of_real_faults_shows_what_somebody_saw(root):
