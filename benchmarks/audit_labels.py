@@ -130,10 +130,8 @@ def intervals(args: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def out_of_fold(name: str, rows: pd.DataFrame, k: int) -> dict[str, np.ndarray]:   # path -> probabilities
+def out_of_fold(name: str, rows: pd.DataFrame, k: int) -> dict[str, np.ndarray]:   # of the pixels -> probabilities
     "Train k times with the data's recipe, and let each network answer what it has not seen."
-    import torch
-
     from cvnb.folds import cross_validate
     from cvnb.loaders import labelled
     from cvnb.train import FitOptions
@@ -143,19 +141,16 @@ def out_of_fold(name: str, rows: pd.DataFrame, k: int) -> dict[str, np.ndarray]:
     classes, size = sorted(set(rows.label)), recipe["image_size"] or auto_image_size(rows.width, rows.height)
     data = labelled(data_root(locate(name)), rows, classes, size)
 
-    def make() -> torch.nn.Module:
-        torch.manual_seed(0)
-        return create_model(recipe["backbone"], classes, size, recipe["stem"], recipe["weights"])
-
+    make = lambda: create_model(recipe["backbone"], classes, size, recipe["stem"], recipe["weights"])
     with TemporaryDirectory() as folder:
         options, _ = settle(FitOptions.of(recipe), make(), data, Path(folder)/"auto")
         told = cross_validate(make, rows, data, options, Path(folder)/"folds", k).predictions
-    return dict(zip(told.path, told.probabilities))
+    return dict(zip(told.pixel_sha256, told.probabilities))
 
 
 def with_networks(name: str, rows: pd.DataFrame, k: int, seen: dict[str, np.ndarray], given: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
     "As `ours`, with the answers of networks as one more view."
-    return ours(reduce(seen | answers(out_of_fold(name, rows, k), rows.path, seen)), given)
+    return ours(reduce(seen | answers(out_of_fold(name, rows, k), rows.pixel_sha256, seen)), given)
 
 
 def folds(args: argparse.Namespace) -> list[dict]:

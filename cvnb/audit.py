@@ -27,9 +27,9 @@ from .images import open_image, resize
 from .report import AuditReport
 
 # %% auto #0
-__all__ = ['OURS', 'part', 'embeddings', 'edges', 'views', 'read_answers', 'answers', 'per_file', 'spread', 'write_vectors',
-           'make_manifest', 'tagged', 'summarize', 'show_findings', 'show_images', 'plot_map', 'dataset_name', 'edited',
-           'write_dataset', 'load_dataset']
+__all__ = ['ANSWERED', 'OURS', 'part', 'embeddings', 'edges', 'views', 'read_answers', 'answers', 'per_file', 'spread',
+           'write_vectors', 'make_manifest', 'tagged', 'summarize', 'show_findings', 'show_images', 'plot_map',
+           'dataset_name', 'edited', 'write_dataset', 'load_dataset']
 
 # %% ../nbs/05_audit.ipynb #cell-5
 def part(
@@ -105,40 +105,44 @@ def views(
     return dict(network=vectors, pixels=_unit(x), edges=edges(images, digests))
 
 # %% ../nbs/05_audit.ipynb #answers-2
-_REMEDY = "Give the out_of_fold.parquet that a training of this data with train.folds has written."
+ANSWERED = "the networks whose answers were given had learned the turned labels as they were, so the recall may be a little too high"
+_REMEDY = "Give the out_of_fold.parquet that a training of this data has written, with train.folds and one class per image or several."
 
 def read_answers(
     path: Path | str,   # out_of_fold.parquet of a training with `folds`, also relative to the project; '' for none
-) -> dict[str, np.ndarray]:   # where an image lies in the data folder -> its probability of each class, float32 (C,)
+) -> dict[str, np.ndarray]:   # SHA-256 of an image's pixels -> its probability of each class, float32 (C,)
     "Read what networks answered about images that they were trained without; raise `UsageError` for a file that does not tell."
     if str(path) in ("", "."): return {}
     if not Path(path).exists(): path = project_root()/path
     try:
-        told = pd.read_parquet(path, columns=["path", "probabilities"])
+        told = pd.read_parquet(path, columns=["pixel_sha256", "probabilities"])
         proba = np.stack(told.probabilities.to_numpy()).astype(np.float32)
         if proba.ndim != 2 or not np.isfinite(proba).all(): raise ValueError("its probabilities are not rows of numbers")
     except FileNotFoundError: raise UsageError(f"predictions {path} do not exist", _REMEDY) from None
     except (KeyError, ValueError, OSError) as e:
         raise UsageError(f"predictions {path} cannot be read ({shorten(' '.join(str(e).split()), 160)})", _REMEDY) from None
-    return dict(zip(told.path, proba))
+    return dict(zip(told.pixel_sha256, proba))
 
 # %% ../nbs/05_audit.ipynb #answers-2b
+_LEAST = 1e-3   # probability; what is less is no less sure
+
 def answers(
     told: dict[str, np.ndarray],   # from `read_answers`
-    images: pd.Series,             # where images lie in the data folder (N,)
+    pixels: pd.Series,             # SHA-256 of images' pixels (N,)
     seen: dict[str, np.ndarray],   # from `views`
-) -> dict[str, np.ndarray]:        # "answers", float32 (N, C), rows of length 1; nothing if nothing was told
+) -> dict[str, np.ndarray]:        # "answers", float32 (N, C), the surer the longer, 1 at most; nothing if nothing was told
     "See images as networks did that were trained without them; raise `UsageError` if these are other images."
     from sklearn.linear_model import Ridge
     from threadpoolctl import threadpool_limits
     if not told: return {}
-    known = images.isin(list(told)).to_numpy()
-    if not known.any(): raise UsageError(f"the predictions are about other images: none of these {len(images)} is among them", _REMEDY)
-    logs = np.log(np.stack([told[path] for path in images[known]]).clip(1e-3))
-    x, others = np.zeros((len(images), logs.shape[1]), np.float32), np.hstack(list(seen.values()))
-    x[known] = _unit(logs - logs.mean(axis=1, keepdims=True))
-    with threadpool_limits(1):
-        if not known.all(): x[~known] = _unit(Ridge(1.0).fit(others[known], x[known]).predict(others[~known]))
+    known = pixels.isin(list(told)).to_numpy()
+    if not known.any(): raise UsageError(f"the predictions are about other images: none of these {len(pixels)} is among them", _REMEDY)
+    logs = np.log(np.stack([told[p] for p in pixels[known]]).clip(_LEAST)) / -np.log(_LEAST)
+    x, others = np.zeros((len(pixels), logs.shape[1]), np.float32), np.hstack(list(seen.values()))
+    x[known] = logs - logs.mean(axis=1, keepdims=True)
+    if known.all(): return dict(answers=x)
+    with threadpool_limits(1): guess = Ridge(1.0).fit(others[known], x[known]).predict(others[~known])
+    x[~known] = _unit(guess) * np.linalg.norm(x[known], axis=1).mean()   # a regression's answers are too short
     return dict(answers=x)
 
 # %% ../nbs/05_audit.ipynb #cell-15

@@ -330,10 +330,11 @@ def auto_image_size(
     widths: pd.Series,    # pixels
     heights: pd.Series,   # pixels
     largest: int = 128,   # pixels; the answer for photographs
+    least: int = 16,      # pixels
 ) -> int:                 # side in pixels, a multiple of 4
-    "Pick the training resolution: the usual size of the images, within 16 … `largest`."
+    "Pick the training resolution: the usual size of the images, within `least` … `largest`."
     side = float(max(widths.median(), heights.median()))
-    return int(min(max(16, -(-side // 4) * 4), largest))
+    return int(min(max(least, -(-side // 4) * 4), largest))
 
 # %% ../nbs/02_data.ipynb #cell-46
 def dataset_digest(

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 
 from .core import digest, read_json, write_json
 from .data import assign_folds, write_table
 from .loaders import Labelled
 from .metrics import Figure, mean
 from .models import VisionModel
-from .tasks import task_of
+from .tasks import strata, task_of
 from .train import FitOptions, answer, clear_checkpoints, fit
 
 # %% auto #0
@@ -28,26 +29,28 @@ __all__ = ['Folds', 'cross_validate']
 class Folds:
     "What a cross-validation gave."
     table: pd.DataFrame         # a row per fold: fold, n_train, n_val, and the task's figures
-    predictions: pd.DataFrame   # the task's table with the column fold, in the order of the rows given
+    predictions: pd.DataFrame   # the task's table with pixel_sha256 and fold, in the order of the rows given
     figures: dict[str, Figure]  # mean over the folds with Student's interval
+    notes: list[str]            # sentences about what was done otherwise than asked
 
 # %% ../nbs/06c_folds.ipynb #cell-6
 def cross_validate(
-    make: Callable[[], VisionModel],   # gives a fresh model, each time the same
+    make: Callable[[], VisionModel],   # gives a fresh model
     rows: pd.DataFrame,     # manifest rows: path, split, label, pixel_sha256, perhaps group
     data: Labelled,         # their images, same order
     options: FitOptions,    # how to train each
     folder: Path | str,     # gets a folder per fold
     k: int = 5,             # folds
     report: Callable[..., None] | None = None,   # told the fraction that is done, and a text
-) -> Folds:                 # table, predictions, figures
+) -> Folds:                 # table, predictions, figures, notes
     "Train on all folds but one, k times; raise `UsageError` if a class has fewer images than folds."
-    fold = assign_folds(rows.assign(ok=True), k, options.seed).to_numpy()
+    label = strata(task_of(make().spec), rows.label, paths=rows.path)
+    fold = assign_folds(rows.assign(ok=True, label=label), k, options.seed).to_numpy()
     parts = [_one(make, rows, data, options, Path(folder)/f"fold_{i}", fold, i, _part(report, i, k)) for i in range(k)]
-    table = pd.DataFrame([row for row, _ in parts])
-    predictions = pd.concat([p for _, p in parts]).set_index("row").sort_index().reset_index(drop=True)
+    table = pd.DataFrame([row for row, _, _ in parts])
+    predictions = pd.concat([p for _, p, _ in parts]).set_index("row").sort_index().reset_index(drop=True)
     figures = {name: mean(table[name].to_list()) for name in table.columns.drop(["fold", "n_train", "n_val"])}
-    return Folds(table, predictions, figures)
+    return Folds(table, predictions.assign(pixel_sha256=rows.pixel_sha256.to_numpy()), figures, [note for _, _, said in parts for note in said])
 
 # %% ../nbs/06c_folds.ipynb #cell-7
 def _part(
@@ -62,19 +65,21 @@ def _part(
 def _one(
     make: Callable[[], VisionModel], rows: pd.DataFrame, data: Labelled, options: FitOptions, folder: Path, fold: np.ndarray, i: int,
     report: Callable[..., None] | None,
-) -> tuple[dict, pd.DataFrame]:   # the fold's row, its predictions with the place of each in `rows`
+) -> tuple[dict, pd.DataFrame, list[str]]:   # the fold's row, its predictions with the place of each in `rows`, notes
     "Train and answer one fold, unless that was done."
     inside, outside = np.flatnonzero(fold != i), np.flatnonzero(fold == i)
+    torch.manual_seed(options.seed)   # the same model, whether the folds before were trained or looked up
     model = make()
     key = digest([asdict(options), asdict(model.spec), data.identity, outside.tolist()])
     if (folder/"fold.json").exists() and (known := read_json(folder/"fold.json"))["key"] == key:
-        return known["row"], pd.read_parquet(folder/"predictions.parquet")
+        return known["row"], pd.read_parquet(folder/"predictions.parquet"), known.get("notes", [])
     train, held_out = data.take(inside), data.take(outside)
-    fit(model, train, held_out, options, folder, report=report)
+    history = fit(model, train, held_out, options, folder, report=report)
+    notes = [f"fold {i + 1}: {note}" for note in history.attrs["notes"]]
     task, logits = task_of(model.spec), answer(model, held_out, device=options.device)
     row = dict(fold=i, n_train=len(train), n_val=len(held_out)) | {k: f.value for k, f in task.figures(logits, held_out.labels).items()}
     predictions = task.table(model, rows.iloc[outside], logits).assign(fold=i, row=outside)
     write_table(folder/"predictions.parquet", predictions)
-    write_json(folder/"fold.json", dict(key=key, row=row))   # last: without it the fold is not finished
+    write_json(folder/"fold.json", dict(key=key, row=row, notes=notes))   # last: without it the fold is not finished
     clear_checkpoints(folder)
-    return row, predictions
+    return row, predictions, notes

@@ -5,7 +5,7 @@
 # %% ../nbs/04e_labels.ipynb #cell-2
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -390,6 +390,7 @@ def check_labels(
     seed: int = 0,             # of the random features and the turned labels
     k: int = 10,               # neighbours of each finding
     least: int = 5,            # images that a class needs to be checked
+    note: str = "",            # more to be said of the proof
 ) -> LabelCheck:               # findings with proof, scores and suggestions, mixed-up classes
     "Check every label against what its image looks like."
     image, other = _image(table), contradictions(table)
@@ -414,5 +415,6 @@ def check_labels(
         out.loc[rows[flagged], "neighbours"] = pd.Series(list(map(list, unique.path.to_numpy()[near])), rows[flagged])
         shown, right = belief.shows(np.arange(len(labels)), labels).argmax(axis=1), belief.proba.argmax(axis=1) == labels
         proof = prove_labels(z, labels, belief, wrong, precision, seed)
+        proof = replace(proof, note="; ".join(filter(None, (proof.note, note))))
     pairs = mixed_up(labels, shown, wrong >= threshold, classes)
     return LabelCheck(_check(table, out, other, threshold, proof), out.drop(columns="reason"), pairs, tradeoff(wrong), accuracy(right))

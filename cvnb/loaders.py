@@ -77,13 +77,15 @@ def missing_classes(
 # %% ../nbs/05b_loaders.ipynb #cell-10
 def check_classes(
     parts: dict[str, Labelled],   # split -> its images
-    classes: list[str],           # class names
+    classes: list[str],           # class names; none where labels are no classes
 ) -> list[str]:                   # sentences about what is not measured
     "Raise `CvnbError` if a class cannot be learned or a split is empty; say which ones are not measured."
     notes = []
     for split, data in parts.items():
-        if not len(data): raise CvnbError(f"no image is in the split {split}", "Give larger val_share or test_share, or more images.")
-        if not (missing := missing_classes(data, classes)): continue
+        if not len(data):
+            raise CvnbError(f"no image is in the split {split}",
+                            "Give larger val_share or test_share, more images, or audit.task where labels are not one class each.")
+        if not classes or not (missing := missing_classes(data, classes)): continue
         if split == "train": raise CvnbError(f"no training image has the class {', '.join(missing)}", "Add some, or leave the class out of the data.")
         notes.append(f"no image in the split {split} has the class {', '.join(missing)}: it is not measured there")
     return notes

@@ -282,13 +282,13 @@ def packaged_state(
 def _fetched(
     spec: ModelSpec,   # of the model that gets the weights
     name: str,         # "imagenet", or "hf-hub:owner/name"
-) -> dict[str, Tensor]:   # trained weights
-    "Fetch trained weights; raise `CvnbError` if they cannot be had."
+) -> nn.Module:           # timm's network
+    "Fetch a trained network; raise `CvnbError` if it cannot be had."
     import logging
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)   # it would report each of its five attempts
     try:
-        if name == "imagenet": return _network(spec, pretrained=True).state_dict()
-        return timm.create_model(name, pretrained=True).state_dict()
+        if name == "imagenet": return _network(spec, pretrained=True)
+        return timm.create_model(name, pretrained=True)
     except CvnbError: raise
     except Exception as e:   # hub clients raise dozens of types when offline
         what = spec.backbone if name == "imagenet" else name
@@ -412,7 +412,10 @@ def create_model(
     if not weights: return model
     if run: state = load_model(Path(weights).expanduser()).net.state_dict()
     elif weights == "imagenet" and backbone == PACKAGED: state = packaged_state(timm.create_model(backbone).state_dict())
-    elif weights == "imagenet" or weights.startswith("hf-hub:"): state = _fetched(model.spec, weights)
+    elif weights == "imagenet" or weights.startswith("hf-hub:"):
+        net = _fetched(model.spec, weights)
+        state, theirs = net.state_dict(), {k: list(net.pretrained_cfg[k]) for k in ("mean", "std") if net.pretrained_cfg.get(k)}
+        if norm != norm | theirs: model = build(replace(model.spec, **theirs))   # images as these weights know them
     else: state = read_weights(Path(weights).expanduser())
     _load_matching(model.net, state, weights)
     return model
@@ -477,18 +480,36 @@ def load_classifier(
     raise CvnbError(f"{stage} is made for classification, and the model in {folder} was trained for {kind}",
                     "Its predictions and figures are in the train folder; train with task=classification to go on.")
 
+# %% ../nbs/03_models.ipynb #by-batches
+def _by_batches(
+    call: Callable[[Tensor], Tensor],   # uint8 (B, H, W, 3) -> (B, …)
+    images: np.ndarray,      # uint8 (N, H, W, 3)
+    batch_size: int,         # images at a time, to begin with
+    device: str,             # where to compute
+) -> list[Tensor]:           # float32, on the CPU
+    "Call without gradients, in batches that are halved where a GPU's memory is too small."
+    parts, begin = [], 0
+    with torch.inference_mode():
+        while begin < len(images):
+            try: parts.append(call(torch.from_numpy(images[begin:begin + batch_size]).to(device)).float().cpu())
+            except torch.OutOfMemoryError:
+                if batch_size == 1: raise
+                batch_size //= 2
+                torch.cuda.empty_cache()
+            else: begin += len(parts[-1])
+    return parts
+
 # %% ../nbs/03_models.ipynb #cell-51
 def predict_logits(
     model: nn.Module,        # raw images in, logits out
     images: np.ndarray,      # uint8 (N, H, W, 3)
-    batch_size: int = 256,   # images at a time
+    batch_size: int = 256,   # images at a time; fewer where a GPU's memory is too small
     device: str = "cpu",     # where to compute
 ) -> np.ndarray:             # float32 (N, C)
     "Compute logits in batches, in evaluation mode; the model's mode is restored."
     was_training = model.training
     model.eval().to(device)
-    with torch.inference_mode():
-        parts = [model(torch.from_numpy(images[i:i + batch_size]).to(device)).float().cpu() for i in range(0, len(images), batch_size)]
+    parts = _by_batches(model, images, batch_size, device)
     model.train(was_training)
     return torch.cat(parts).numpy() if parts else np.empty((0, 0), np.float32)
 
@@ -513,8 +534,7 @@ def features(
     was_training = model.training
     model.eval().to(device)
     pooled = lambda x: model.net.forward_head(model.net.forward_features(model.preprocess(x)), pre_logits=True)
-    with torch.inference_mode():
-        parts = [pooled(torch.from_numpy(images[i:i + batch_size]).to(device)).float().cpu() for i in range(0, len(images), batch_size)]
+    parts = _by_batches(pooled, images, batch_size, device)
     model.train(was_training)
     return torch.cat(parts).numpy() if parts else np.empty((0, model.net.num_features), np.float32)
 

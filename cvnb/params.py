@@ -22,7 +22,7 @@ import cvnb
 from .core import CvnbError, Stage, UsageError, assets, finished, nearest, seed_everything
 
 # %% auto #0
-__all__ = ['Param', 'parse_parameters', 'Contract', 'read_cells', 'read_contract', 'model_of', 'timm_names', 'check',
+__all__ = ['SHARED', 'Param', 'parse_parameters', 'Contract', 'read_cells', 'read_contract', 'model_of', 'timm_names', 'check',
            'parse_value', 'parse_set', 'read_recipe', 'contracts', 'document', 'recipe_schema', 'completions', 'table',
            'open_stage']
 
@@ -329,13 +329,15 @@ def read_recipe(
     return _sections(raw, path, contracts)
 
 # %% ../nbs/01_params.ipynb #cell-41
+SHARED = ("data", "seed", "task")   # a recipe says them once for all stages that have them
+
 def _sections(
     raw: dict,                        # what the YAML file holds
     path: Path,                       # the file, for messages
     contracts: dict[str, Contract],   # the known stages
 ) -> dict[str, dict[str, Any]]:       # stage -> parameter -> checked value
     "Spread a recipe's shorthands over the stages and check its sections."
-    shared, recipe = {k: raw[k] for k in ("data", "seed") if k in raw}, {}
+    shared, recipe = {k: raw[k] for k in SHARED if k in raw}, {}
     for name in [k for k in raw if k not in shared]:
         if name not in contracts: raise UsageError(f"{path}: no stage '{name}'", nearest(str(name), list(contracts)))
         if not isinstance(raw[name], dict | None):
@@ -382,7 +384,7 @@ def recipe_schema(
     "Describe recipes to an editor: a YAML file that names this schema is completed and checked while it is written."
     stages = {s: model_of(c).model_json_schema() for s, c in contracts.items()}
     for schema in stages.values(): schema["properties"].pop("run", None)
-    shared = {k: next(p[k] for s in stages.values() if k in (p := s["properties"])) for k in ("data", "seed")
+    shared = {k: next(p[k] for s in stages.values() if k in (p := s["properties"])) for k in SHARED
               if any(k in s["properties"] for s in stages.values())}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "cvnb recipe", "type": "object",
             "additionalProperties": False, "properties": shared | stages}

@@ -46,6 +46,7 @@ def fit_head(
     val: Labelled,          # validation images, which choose the penalty
     smoothing: float = 0.0, # of the labels
     device: str = "cpu",    # where features are computed
+    weights: Tensor | None = None,   # of the classes (C,)
 ) -> pd.DataFrame:          # one row per penalty: decay, train_loss, val_loss, val_<metric>; the chosen one is the last
     "Train the head alone on features of images as they are; raise `UsageError` for a network whose head is not linear."
     head, task = model.net.get_classifier(), task_of(model.spec)
@@ -57,7 +58,7 @@ def fit_head(
     score, rows, heads, one = f"val_{task.metric}", [], [], nn.Linear(x.shape[1], head.out_features)
     nn.init.zeros_(one.weight); nn.init.zeros_(one.bias)
     for decay in DECAYS:   # each begins where the stronger one ended
-        _solve(x, lambda outputs: task.loss(model.units(outputs), targets, smoothing), one, decay)
+        _solve(x, lambda outputs: task.loss(model.units(outputs), targets, smoothing, weights), one, decay)
         with torch.no_grad(): a, b = model.units(one(x)), model.units(one(y))
         losses = dict(train_loss=float(task.loss(a, targets)), val_loss=float(task.loss(b, held_out)))
         rows.append(dict(decay=decay) | losses | {score: task.score(b, held_out)})

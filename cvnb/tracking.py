@@ -75,7 +75,8 @@ class Tracker(WandbLogger):
         timeout: float,   # seconds to wait for a server
     ):
         self.stage, self.asked, self.uploads, self.earlier = stage, mode, [], []   # artifacts under way; ids of runs that were lost
-        self.arguments = dict(project="cvnb", name=f"{stage.run.name}/{stage.name}", dir=stage.dir, config=stage.params,
+        picked = {p["option"]: p["picked"] for p in stage.environment.get("picked", [])}   # what was left open
+        self.arguments = dict(project="cvnb", name=f"{stage.run.name}/{stage.name}", dir=stage.dir, config=stage.params | picked,
                               settings=_settings(timeout))
         run, why = _open_online(self.arguments) if mode == "online" else (None, "")
         super().__init__(experiment=run)   # Lightning would warn of its own settings if it opened the run

@@ -40,7 +40,8 @@ from .tasks import class_weights, sampling_weights, task_of
 
 # %% auto #0
 __all__ = ['Criterion', 'READ_EVERY', 'FitOptions', 'InOrder', 'DataModule', 'Classifier', 'whole_weights', 'size_of_epoch',
-           'History', 'Checkpoint', 'Best', 'clear_checkpoints', 'quiet', 'fit', 'answer', 'predictions']
+           'History', 'Checkpoint', 'Best', 'clear_checkpoints', 'quiet', 'accelerator_for', 'fit', 'answer',
+           'predictions']
 
 # %% ../nbs/06_train.ipynb #cell-5
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class DataModule(pl.LightningDataModule):
         return TrainLoader(self.train, o.batch_size, changes, o.seed, len(self.spec.classes), o.mixup, o.cutmix, even,
                            strategy.root_device, o.workers, self.trainer.global_rank, self.trainer.world_size)
 
-    def val_dataloader(self) -> InOrder: return InOrder(self.val)
+    def val_dataloader(self) -> InOrder: return InOrder(self.val, min(256, 4 * self.options.batch_size))   # halved with it, where memory is small
 
     def transfer_batch_to_device(self, batch: tuple, device: torch.device, number: int) -> tuple:
         return tuple(t.to(device, non_blocking=True) for t in batch[:2]) + batch[2:]   # the positions stay where they are read
@@ -339,7 +340,7 @@ class Best(pl.Callback):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Classifier) -> None:   # before the average gives its place back
         value = float(trainer.callback_metrics[f"val_{pl_module.task.metric}"])
-        if value <= self.value: return
+        if not trainer.strategy.broadcast(value > self.value): return   # the first process decides: all of them gather the weights, or none
         self.value = value
         weights = whole_weights(trainer)
         if not trainer.is_global_zero: return
@@ -406,7 +407,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=r".*does not have many workers.*|.*LeafSpec.*")
 
 # %% ../nbs/06_train.ipynb #cell-27
-def _accelerator(
+def accelerator_for(
     options: FitOptions,   # how to train
 ) -> str:                  # Lightning's name
     "Choose where to compute; raise `CvnbError` if that is not there."
@@ -425,7 +426,7 @@ def _where(
     options: FitOptions,   # how to train
 ) -> str:                  # "cpu" or "cuda"
     "Say where one process computes."
-    return "cuda" if _accelerator(options) != "cpu" and torch.cuda.is_available() else "cpu"
+    return "cuda" if accelerator_for(options) != "cpu" and torch.cuda.is_available() else "cpu"
 
 # %% ../nbs/06_train.ipynb #dist-55
 def _check_fork(
@@ -463,7 +464,7 @@ def _trainer(
 ) -> pl.Trainer:           # ready to fit
     "Make the Lightning trainer."
     o = options
-    where = dict(accelerator=_accelerator(o), devices=o.devices // nodes(), num_nodes=nodes(), strategy=way_of(o.devices, o.strategy),
+    where = dict(accelerator=accelerator_for(o), devices=o.devices // nodes(), num_nodes=nodes(), strategy=way_of(o.devices, o.strategy),
                  precision=o.precision)
     try:
         return pl.Trainer(max_epochs=o.epochs, **where, gradient_clip_val=o.clip or None, accumulate_grad_batches=o.accumulate, logger=logger,
@@ -491,8 +492,8 @@ def fit(
     resume, halved = _resume_from(folder, identity)
     while True:
         now = _halve(options, halved)
-        if now.tune != "full" and not resume: begun = fit_head(model, train, val, now.label_smoothing, _where(now))
-        if now.tune == "probe": return _as_history(begun, folder, notes)
+        if now.tune != "full" and not resume: begun = fit_head(model, train, val, now.label_smoothing, _where(now), _weights(model, train, now))
+        if now.tune == "probe": return _as_history(begun, folder, notes, logger)
         try: _fit(model, train, val, now, folder, criterion, report, logger, callbacks, resume)
         except Exception as e:
             if not out_of_memory(e): raise
@@ -537,10 +538,12 @@ def _as_history(
     probe: pd.DataFrame,   # from `fit_head`
     folder: Path,          # gets history.csv
     notes: list[str],      # sentences
+    logger: Any,           # a Lightning logger, or False
 ) -> pd.DataFrame:         # one row, as `fit` gives it
     "Write a linear probe's figures as a training's."
     history = probe.tail(1).drop(columns="decay").assign(epoch=1, lr=0.0, images_per_s=float("nan"))
     _write_curves(folder, history)
+    if logger: _log_epochs(logger, history.drop(columns="images_per_s").to_dict("records"), 1)
     history.attrs["notes"] = notes
     return history.reset_index(drop=True)
 
@@ -552,9 +555,7 @@ def _notes(
     options: FitOptions,   # how to train
 ) -> list[str]:            # sentences about what will be done otherwise than asked
     "Check data and options before anything is begun; raise `CvnbError` for what cannot be learned."
-    notes, single = [], model.spec.task == "classification"
-    if single: notes += check_classes(dict(train=train, val=val), model.spec.classes)
-    elif not len(train) or not len(val): raise CvnbError("there are no images to train or to validate on", "Give larger shares, or more images.")
+    notes = check_classes(dict(train=train, val=val), model.spec.classes if model.spec.task == "classification" else [])
     if model.spec.task == "regression" and (options.balance != "none" or options.mixup or options.cutmix):
         raise UsageError("images with numbers have no classes to balance or to mix", "Use balance=none, mixup=0 and cutmix=0 for regression.")
     if options.strategy.startswith("fsdp"): _check_fsdp(options)
@@ -596,14 +597,23 @@ def _training_mode(
     for layer in model.modules():
         if tune == "head_first" and isinstance(layer, torch.nn.modules.batchnorm._BatchNorm): layer.eval()
 
+# %% ../nbs/06_train.ipynb #class-weights
+def _weights(
+    model: VisionModel,    # to train
+    train: Labelled,       # training images
+    options: FitOptions,   # how to train
+) -> Tensor | None:        # of the classes (C,)
+    "Weigh the classes, if that was asked for."
+    if options.balance != "weights": return None
+    return torch.from_numpy(class_weights(task_of(model.spec), train.labels, model.spec.classes))
+
 # %% ../nbs/06_train.ipynb #cell-36
 def _fit(
     model: VisionModel, train: Labelled, val: Labelled, options: FitOptions, folder: Path, criterion: Criterion | None,
     report: Callable[..., None] | None, logger: Any, callbacks: Sequence[pl.Callback], resume: Path | None,
 ) -> None:
     "Train once, from a checkpoint or from the beginning."
-    o, spec = options, model.spec
-    weights = torch.from_numpy(class_weights(task_of(spec), train.labels, spec.classes)) if o.balance == "weights" else None
+    o = options
     _training_mode(model, o.tune)
     model.to(memory_format=torch.channels_last)
     trained = copy.deepcopy(model) if o.strategy.startswith("fsdp") else model   # fsdp takes a network's parameters apart
@@ -611,11 +621,11 @@ def _fit(
     if torch.cuda.is_available(): torch.set_float32_matmul_precision("high")
     way = way_of(o.devices, o.strategy)
     elsewhere = way in FORKS or way.startswith("ddp_spawn")
-    module = Classifier(trained, o, criterion, train.names, weights, model)
+    module = Classifier(trained, o, criterion, train.names, _weights(model, train, o), model)
     module.threads = int(way in FORKS and _where(o) == "cpu")
     with relayed(report if not rank_zero_only.rank else None, elsewhere) as tell:
         trainer = _trainer(folder, o, _callbacks(folder, o, History(folder, tell), callbacks), logger if not elsewhere else False)
-        data = DataModule(train, val, o, spec)
+        data = DataModule(train, val, o, model.spec)
         failed = folder/"checkpoints/failed.json"
         failed.unlink(missing_ok=True)
         if way in FORKS: note_errors(trainer.strategy.launcher, failed)

@@ -25,7 +25,7 @@ from .loaders import Labelled, TrainLoader
 from .models import VisionModel
 from .optim import make_optimizer
 from .tasks import task_of
-from .train import Classifier, DataModule, FitOptions, out_of_memory, quiet
+from .train import Classifier, DataModule, FitOptions, accelerator_for, out_of_memory, quiet
 
 # %% auto #0
 __all__ = ['find_batch_size', 'find_lr', 'plot_lr', 'settle']
@@ -86,10 +86,10 @@ def find_lr(
     "Find a learning rate."
     module = Classifier(copy.deepcopy(model).to(memory_format=torch.channels_last), options, names=train.names)
     module.lr = options.lr   # Lightning insists on it
-    accelerator = dict(auto="auto", cpu="cpu", gpu="gpu")[options.device]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):   # its bar
         quiet()
-        trainer = pl.Trainer(max_epochs=-1, accelerator=accelerator, devices=1, precision=options.precision, logger=False, enable_progress_bar=False,
+        trainer = pl.Trainer(max_epochs=-1, accelerator=accelerator_for(options), devices=1, precision=options.precision, logger=False,
+                             enable_progress_bar=False,
                              enable_checkpointing=False, enable_model_summary=False, default_root_dir=folder, limit_val_batches=0)
         found = Tuner(trainer).lr_find(module, datamodule=DataModule(train, train, options, model.spec), min_lr=1e-6, max_lr=1.0,
                                        num_training=steps, update_attr=False)
@@ -118,7 +118,8 @@ def settle(
     train: Labelled,       # training images
     folder: Path | str,    # the stage's folder
 ) -> tuple[FitOptions, pd.DataFrame]:   # options without questions; option, picked, why
-    "Pick what was left open."
+    "Pick what was left open; raise `CvnbError` if the device is not there, before anything is tried on another."
+    accelerator_for(options)
     note, key = Path(folder)/"checkpoints/picked.json", digest([asdict(options), asdict(model.spec), train.identity])
     if note.exists() and (known := read_json(note))["key"] == key: picked = known["picked"]
     else: write_json(note, dict(key=key, picked=(picked := _pick(options, model, train))))

@@ -29,5 +29,5 @@ def on_cpu(self: FullyShardedDataParallel, *args: Any, **more: Any) -> None: beg
 if __name__ == "__main__":
     begin, FullyShardedDataParallel.__init__ = FullyShardedDataParallel.__init__, on_cpu
     train.pl = type("Lightning", (), vars(pl) | dict(Trainer=Trainer))
-    train._accelerator = lambda options: "cpu"
+    train.accelerator_for = lambda options: "cpu"
     main(Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3])

@@ -91,15 +91,16 @@ def test_limits_and_corrections_decide_what_is_trained_on(small_photos, tmp_path
     pixels = pd.read_parquet(tmp_path/"run/audit/manifest.parquet").set_index("path").pixel_sha256.to_dict()
     other = sorted((tmp_path/"data/train/1").iterdir())[0].relative_to(tmp_path/"data").as_posix()
     (tmp_path/"mine.csv").write_text(f"path,pixel_sha256,copies,was,action,label,findings,when,run\n{other},{pixels[other]},1,1,drop,,,,\n")
-    asked = pd.DataFrame(dict(path=[*pixels], probabilities=[[0.9, 0.1] if "/1/" in path else [0.1, 0.9] for path in pixels]))
-    asked[asked.path.str.startswith("train/")].to_parquet(tmp_path/"out_of_fold.parquet")
+    trained = {digest: [0.9, 0.1] if "/1/" in path else [0.1, 0.9] for path, digest in pixels.items() if path.startswith("train/")}
+    pd.DataFrame(dict(pixel_sha256=[*trained], probabilities=[*trained.values()])).to_parquet(tmp_path/"out_of_fold.parquet")
     done = run("--set", "audit.policy=quarantine", "--set", "audit.limits=[\"leak=0\"]", "--set", f"audit.corrections={tmp_path/'mine.csv'}",
                "--set", f"audit.predictions={tmp_path/'out_of_fold.parquet'}")
     assert done.returncode == 0, done.stderr
     manifest = pd.read_parquet(tmp_path/"run/audit/manifest.parquet").set_index("path")
     assert manifest.error[~manifest.ok].to_dict() == {"train/7/copy.png": "quarantined: leak", other: "left out by corrections"}
     assert set(read_json(tmp_path/"run/audit/audit.json")["checks"]) == set(CHECKS), "what a limit can be set for is what is checked"
-    assert read_json(tmp_path/"run/audit/audit.json")["n_answered"] == 47   # of the training images, without a copy and what was dropped
+    assert read_json(tmp_path/"run/audit/audit.json")["n_answered"] == 48   # without what was dropped
+    assert "the recall may be a little too high" in (tmp_path/"run/audit/audit.json").read_text()
     assert read_json(tmp_path/"run/audit/audit.json")["n_images"] == 59 and manifest.split["test/7/" + seen.name] == "test"
 
 

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from cvnb.core import CvnbError, UsageError
-from cvnb.models import ModelSpec, SmallMaps, VisionModel, build, check_size, create_model, features, load_model, save_model
+from cvnb.models import ModelSpec, SmallMaps, VisionModel, build, check_size, create_model, features, load_model, predict_logits, save_model
 
 CLASSES = ["a", "b", "c"]
 SIZES = [32, 64]
@@ -174,10 +175,26 @@ def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_hub_within_reach(net: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_file(net.state_dict(), tmp_path/"model.safetensors")
-    (tmp_path/"config.json").write_text('{"architecture": "resnet10t", "num_classes": 9, "pretrained_cfg": {}}')
+    own = '{"mean": [0.1, 0.2, 0.3], "std": [1, 2, 3]}'
+    (tmp_path/"config.json").write_text(f'{{"architecture": "resnet10t", "num_classes": 9, "pretrained_cfg": {own}}}')
     monkeypatch.setattr("timm.models._hub.hf_hub_download", lambda repo_id, filename, **_: str(tmp_path/filename))
     model = create_model("resnet10t", CLASSES, 64, weights="hf-hub:someone/else")
     assert torch.equal(model.net.layer4[0].conv1.weight, net.layer4[0].conv1.weight)
+    assert (model.spec.mean, model.spec.std) == ([0.1, 0.2, 0.3], [1, 2, 3])   # the images as these weights know them, not as the backbone does
+    assert torch.allclose(model.preprocess(torch.zeros(1, 64, 64, 3, dtype=torch.uint8))[0, :, 0, 0], torch.tensor([-0.1, -0.1, -0.1]))
+
+
+def test_a_gpu_with_little_memory_answers_in_smaller_batches(net: torch.nn.Module) -> None:
+    images, sizes = np.random.default_rng(0).integers(0, 256, (100, 8, 8, 3), np.uint8), []
+
+    class Small(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if len(x) > 40: raise torch.OutOfMemoryError("CUDA out of memory")
+            sizes.append(len(x))
+            return x.float().mean((1, 2))
+
+    np.testing.assert_allclose(predict_logits(Small(), images), images.mean((1, 2)), rtol=1e-5)
+    assert sizes == [32, 32, 32, 4]   # of 256, halved until it fits
 
 
 CONVOLUTIONS = {   # layer, height, width

@@ -11,6 +11,7 @@ import pytest
 
 from cvnb.core import looks, read_json, sha256_file
 from cvnb.pipeline import recorded_values, status
+from cvnb.tracking import read_tracked
 
 STAGES = ["audit", "train", "errors", "compress", "export", "benchmark"]
 CVNB = Path(sys.executable).with_name("cvnb")
@@ -63,6 +64,25 @@ def test_executed_notebooks_show_pictures_and_no_warnings(smoke_run):
         assert not [d for d in shown if "<Figure" in "".join(d.get("text/plain", "")) and "image/png" not in d]
         assert stage == "export" or any("image/png" in d for d in shown), f"{stage} shows no picture"
         assert not [o for o in outputs if o.get("name") == "stderr"], stage
+
+
+def test_the_training_was_tracked_as_the_stage_says(smoke_run):
+    "The offline file of a real run, read back: parameters with what was picked, curves of steps and epochs, figures, pictures and the model."
+    stage, results = read_json(smoke_run/"train/stage.json"), read_json(smoke_run/"train/metrics.json")
+    tracked = read_tracked(smoke_run/stage["environment"]["wandb"]["folder"])
+    assert tracked["id"] == stage["environment"]["wandb"]["id"]
+    picked = {p["option"]: p["picked"] for p in stage["environment"]["picked"]}
+    assert {"precision", "workers"} <= set(picked) and all(p["why"] for p in stage["environment"]["picked"])
+    assert {k: tracked["config"][k] for k in stage["params"]} == stage["params"] | picked
+    for name, figure in stage["metrics"].items(): assert tracked["summary"][name] == pytest.approx(figure["value"]), name
+    epochs = [row for row in tracked["history"] if "epoch/val_loss" in row]
+    for row, known in zip(epochs, results["history"], strict=True):
+        assert all(row[f"epoch/{k}"] == pytest.approx(v) for k, v in known.items() if k != "epoch")
+    steps = [row for row in tracked["history"] if "step/loss" in row]
+    assert steps and all(row["step/lr"] > 0 and row["step/grad_norm"] > 0 for row in steps[1:])
+    logged = {k for row in tracked["history"] for k in row}
+    assert {"val/worst/captions", "val/best/captions", "val/confusion_table/path", "audit/checks/path"} <= logged
+    assert tracked["artifacts"][f"model-{tracked['id']}"]["sha256"] == sha256_file(smoke_run/"train/model.safetensors")
 
 
 def test_the_run_directory_is_as_designed(smoke_run):

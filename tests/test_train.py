@@ -24,8 +24,10 @@ import torch
 from train_job import CLASSES, digits, fresh
 
 from cvnb.core import CvnbError, UsageError, read_json, sha256_file
+from cvnb.folds import cross_validate
 from cvnb.loaders import Labelled
 from cvnb.models import VisionModel, create_model, predict_logits
+from cvnb.tasks import task as task_named
 from cvnb.train import FitOptions, History, fit
 from cvnb.tuning import settle
 
@@ -84,6 +86,18 @@ def test_two_processes_match_one(data, tmp_path):
     assert (pd.read_csv(tmp_path/"two/history.csv").to_numpy() == curves(shared).to_numpy()).all()     # one line an epoch, and the table's
     assert {pid for pid, _, _ in told} == {os.getpid()} and told[-1][1] == 1 and len(told[-1][2]["loss_val"]) == 2
     assert "2 forked processes" in shared.attrs["notes"][-1]
+
+
+def test_two_processes_weigh_rare_classes_as_one_does(data, tmp_path):
+    "Each process sees other classes in its share of a batch; what they weigh is the same."
+    train, val = data
+    rare = train.take(np.flatnonzero((train.labels < 3) | (np.arange(len(train)) % 3 == 0)))
+    one, two, plain = fresh(NO_BATCHNORM), fresh(NO_BATCHNORM), fresh(NO_BATCHNORM)
+    fit(one, rare, val, replace(PLAIN, balance="weights"), tmp_path/"one")
+    fit(two, rare, val, replace(TWO, balance="weights"), tmp_path/"two")
+    fit(plain, rare, val, PLAIN, tmp_path/"plain")
+    apart = lambda other: max(float((a - b).abs().max()) for a, b in zip(one.state_dict().values(), other.state_dict().values()))
+    assert apart(two) < 1e-4 < 1e-3 < apart(plain)
 
 
 class KillsItself(pl.Callback):
@@ -255,6 +269,24 @@ def test_kills_within_an_epoch(data, tmp_path, monkeypatch):
     assert sha256_file(tmp_path/"whole/history.csv") == sha256_file(tmp_path/"cut/history.csv")
 
 
+def test_a_fold_that_is_gone_on_with_is_as_if_left_alone(data, tmp_path):
+    "Whether the folds before it were trained or looked up, it begins with the same network."
+    rows = pd.DataFrame(dict(path=data[0].names, split="train", label=data[0].labels.astype(str), pixel_sha256=data[0].names))
+    make = lambda: create_model(BATCHNORM, CLASSES, 16)   # another one each time
+    folds = lambda name, report=None: cross_validate(make, rows, data[0], PLAIN, tmp_path/name, 3, report)
+
+    def cut(done: float, text: str, **_: object) -> None:
+        if text.startswith("fold 2/3") and done > 0.5: raise SystemExit("killed")   # in its second epoch
+
+    expected, told = folds("whole"), []
+    with pytest.raises(SystemExit): folds("cut", cut)
+    torch.rand(7)
+    found = folds("cut", lambda done, text, **_: told.append(done))
+    assert min(told) > 0.45, "it began anew"
+    pd.testing.assert_frame_equal(found.predictions, expected.predictions)
+    assert found.table.equals(expected.table) and list(found.predictions.pixel_sha256) == data[0].names
+
+
 def test_what_was_picked_stays(data, tmp_path):
     "Timings differ from call to call: with another batch size the checkpoint would be another training's."
     asked = replace(PLAIN, batch_size=0, workers=-1)
@@ -320,6 +352,47 @@ def test_two_processes_from_the_stage(smoke_run, tmp_path, engine):
     assert logged == {row["epoch"]: row["val_loss"] for row in results["history"]}
 
 
+# Options that only show in what comes out
+
+class Spoils(pl.Callback):
+    "Make the third epoch the worst."
+    def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if trainer.current_epoch == 2: module.model.net.get_classifier().weight.data.zero_()
+
+
+def test_the_best_epoch_is_kept_and_patience_ends(data, tmp_path):
+    model = fresh(BATCHNORM)
+    history = fit(model, *data, replace(PLAIN, epochs=3, keep="best"), tmp_path/"best", callbacks=[Spoils()])
+    right = (predict_logits(model, data[1].images).argmax(1) == data[1].labels).mean()
+    assert right == pytest.approx(history.val_accuracy.max()) and right > history.val_accuracy.iloc[2] + 0.2
+    still = fit(fresh(NO_BATCHNORM), *data, replace(PLAIN, epochs=9, lr=0.0, patience=2), tmp_path/"still")
+    assert len(still) == 3   # nothing is learned, and two epochs are waited for
+
+
+def test_bfloat16_learns_too(data, tmp_path):
+    exact, half = fresh(NO_BATCHNORM), fresh(NO_BATCHNORM)
+    fit(exact, *data, PLAIN, tmp_path/"exact")
+    history = fit(half, *data, replace(PLAIN, precision="bf16-mixed"), tmp_path/"half")
+    assert not same(exact, half) and history.val_accuracy.iloc[-1] > 0.5
+
+
+@pytest.mark.parametrize("name", ["multilabel", "regression"])
+def test_other_tasks_are_trained_and_cross_validated(data, tmp_path, name):
+    "What a digit is made of (even, round, large), and how much ink it has."
+    ink = {n: part.images.mean((1, 2, 3)) / 100 for n, part in zip("tv", data)}
+    parts = lambda d: "|".join(["even" if d % 2 == 0 else "odd", *(["round"] if d in (0, 6, 8, 9) else []), *(["large"] if d > 4 else [])])
+    kind, labels = task_named(name), {n: pd.Series([f"{v:.3f}" for v in ink[n]] if name == "regression" else [parts(d) for d in part.labels])
+                                for n, part in zip("tv", data)}
+    classes = kind.classes(labels["t"])
+    train, val = (replace(part, labels=kind.encode(labels[n], classes)) for n, part in zip("tv", data))
+    make = lambda: create_model(NO_BATCHNORM, classes, 16, task=name, **kind.scale(train.labels))
+    history = fit(make(), train, val, replace(PLAIN, epochs=6), tmp_path/"one")
+    assert history[f"val_{kind.metric}"].iloc[-1] > 0.6, history
+    rows = pd.DataFrame(dict(path=train.names, split="train", label=labels["t"], pixel_sha256=train.names))
+    folds = cross_validate(make, rows, train, PLAIN, tmp_path/"folds", 3)
+    assert folds.table.n_val.max() - folds.table.n_val.min() < 30 and len(folds.predictions) == len(rows)
+
+
 # Guards
 
 def test_one_bad_image_is_named(data, tmp_path):
@@ -377,6 +450,7 @@ def test_what_a_cpu_has_not(data, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     for text, options in {"torch sees none": dict(device="gpu"), "16-mixed needs a GPU.*bf16-mixed": dict(precision="16-mixed")}.items():
         with pytest.raises(CvnbError, match=text): fit(fresh(NO_BATCHNORM), *data, replace(PLAIN, **options), tmp_path)
+        with pytest.raises(CvnbError, match=text): settle(replace(PLAIN, batch_size=0, lr=0, **options), fresh(NO_BATCHNORM), data[0], tmp_path)
 
 
 @pytest.mark.slow
