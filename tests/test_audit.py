@@ -104,6 +104,22 @@ def test_limits_and_corrections_decide_what_is_trained_on(small_photos, tmp_path
     assert read_json(tmp_path/"run/audit/audit.json")["n_images"] == 59 and manifest.split["test/7/" + seen.name] == "test"
 
 
+@pytest.mark.slow
+def test_numbers_are_split_over_their_range_and_audited(small_photos, tmp_path):
+    "No two labels are equal: what compares classes compares ranges, and labels are not checked."
+    files = sorted(small_photos.glob("*/*"))
+    ink = [float(np.asarray(Image.open(file).convert("L")).mean()) + i / 1000 for i, file in enumerate(files)]
+    pd.DataFrame(dict(path=map(str, files), label=[f"{v:.4f}" for v in ink])).to_csv(tmp_path/"ink.csv", index=False)
+    (tmp_path/"ink.yaml").write_text(f"data: {tmp_path/'ink.csv'}\ntask: regression\n")
+    command = [Path(sys.executable).with_name("cvnb"), "run", "audit", "--config", tmp_path/"ink.yaml", "--run", tmp_path/"run"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    manifest, audit = pd.read_parquet(tmp_path/"run/audit/manifest.parquet"), read_json(tmp_path/"run/audit/audit.json")
+    assert audit["task"] == "regression" and audit["checks"]["label_error"]["n_checked"] == 0
+    middle = manifest.label.astype(float).median()
+    for split in "train", "val", "test": assert 0.25 < (manifest.label[manifest.split == split].astype(float) > middle).mean() < 0.75, split
+
+
 def test_wrong_labels_are_found_with_networks_answers():
     "On thumbnails of 2 × 2 pixels the check is nearly blind, and what saw all pixels helps it; images that it was not asked about lose nothing."
     digits, rng = load_digits(), np.random.default_rng(0)
