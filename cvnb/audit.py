@@ -199,12 +199,13 @@ def tagged(
 def summarize(
     report: AuditReport,      # of the audit
     manifest: pd.DataFrame,   # from `make_manifest`
+    task: str = "classification",   # what labels are
 ) -> dict[str, Any]:          # task, classes, counts, image size, unreadable files, what a person or the policy left out, and the report
     "Sum an audit up."
     ok, bad, aside = manifest[manifest.ok], manifest[manifest.kind != ""], manifest[~manifest.ok & (manifest.kind == "")]
     listed = lambda rows: rows[["path", "error"]].to_dict("records")
     return dict(
-        task="classification", classes=sorted(ok.label.unique()), n_unreadable=len(bad), unreadable=listed(bad), left_out=listed(aside),
+        task=task, classes=sorted(ok.label.unique()), n_unreadable=len(bad), unreadable=listed(bad), left_out=listed(aside),
         counts={split: rows.label.value_counts().sort_index().to_dict() for split, rows in ok.groupby("split")},
         image_size=dict(width=float(ok.width.median()), height=float(ok.height.median()))) | report.to_json() | dict(n_images=len(ok))
 
