@@ -14,7 +14,7 @@ planted labels, which cleanlab has nothing like, is timed once per data set
 too: sign-digits, and Fashion-MNIST as 500 images a class from Debian's `dataset-fashion-mnist`, which the check was not made after.
 
 --folds asks what the answers of networks add that were trained on the same labels, wrong ones included, each without the images that it answers:
-the data's own recipe, or the train stage's defaults. Their training counts.
+the recipe that `cvnb run` takes for such data. Their training counts.
 """
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def out_of_fold(name: str, rows: pd.DataFrame, k: int) -> dict[str, np.ndarray]:
     from cvnb.train import FitOptions
     from cvnb.tuning import settle
     known, file = contracts(), assets("configs")/f"{Path(name).name}.yaml"
-    recipe = known["train"].defaults() | (read_recipe(file, known).get("train", {}) if file.exists() else {})
+    recipe = known["train"].defaults() | read_recipe(file if file.exists() else assets("configs")/"default.yaml", known)["train"]
     classes, size = sorted(set(rows.label)), recipe["image_size"] or auto_image_size(rows.width, rows.height)
     data = labelled(data_root(locate(name)), rows, classes, size)
 

@@ -124,8 +124,6 @@ def read_answers(
     return dict(zip(told.pixel_sha256, proba))
 
 # %% ../nbs/05_audit.ipynb #answers-2b
-_LEAST = 1e-3   # probability; what is less is no less sure
-
 def answers(
     told: dict[str, np.ndarray],   # from `read_answers`
     pixels: pd.Series,             # SHA-256 of images' pixels (N,)
@@ -137,9 +135,10 @@ def answers(
     if not told: return {}
     known = pixels.isin(list(told)).to_numpy()
     if not known.any(): raise UsageError(f"the predictions are about other images: none of these {len(pixels)} is among them", _REMEDY)
-    logs = np.log(np.stack([told[p] for p in pixels[known]]).clip(_LEAST)) / -np.log(_LEAST)
-    x, others = np.zeros((len(pixels), logs.shape[1]), np.float32), np.hstack(list(seen.values()))
-    x[known] = logs - logs.mean(axis=1, keepdims=True)
+    proba = np.stack([told[p] for p in pixels[known]])
+    root = np.sqrt(proba / np.maximum(proba.sum(axis=1, keepdims=True), 1))   # of several labels at once the sum may be more
+    x, others = np.zeros((len(pixels), root.shape[1]), np.float32), np.hstack(list(seen.values()))
+    x[known] = root - root.mean(axis=1, keepdims=True)
     if known.all(): return dict(answers=x)
     with threadpool_limits(1): guess = Ridge(1.0).fit(others[known], x[known]).predict(others[~known])
     x[~known] = _unit(guess) * np.linalg.norm(x[known], axis=1).mean()   # a regression's answers are too short

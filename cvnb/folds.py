@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from .loaders import Labelled
 from .metrics import Figure, mean
 from .models import VisionModel
 from .tasks import strata, task_of
-from .train import FitOptions, answer, clear_checkpoints, fit
+from .train import FitOptions, answer, clear_checkpoints, fit, identity_of
 
 # %% auto #0
 __all__ = ['Folds', 'cross_validate']
@@ -44,7 +44,7 @@ def cross_validate(
     report: Callable[..., None] | None = None,   # told the fraction that is done, and a text
 ) -> Folds:                 # table, predictions, figures, notes
     "Train on all folds but one, k times; raise `UsageError` if a class has fewer images than folds."
-    label = strata(task_of(make().spec), rows.label, paths=rows.path)
+    label = strata(task_of(make().spec), rows.label, max(1, min(10, len(rows) // (2 * k))), rows.path)   # each in every fold
     fold = assign_folds(rows.assign(ok=True, label=label), k, options.seed).to_numpy()
     parts = [_one(make, rows, data, options, Path(folder)/f"fold_{i}", fold, i, _part(report, i, k)) for i in range(k)]
     table = pd.DataFrame([row for row, _, _ in parts])
@@ -70,7 +70,7 @@ def _one(
     inside, outside = np.flatnonzero(fold != i), np.flatnonzero(fold == i)
     torch.manual_seed(options.seed)   # the same model, whether the folds before were trained or looked up
     model = make()
-    key = digest([asdict(options), asdict(model.spec), data.identity, outside.tolist()])
+    key = digest([identity_of(model, data, options), outside.tolist()])
     if (folder/"fold.json").exists() and (known := read_json(folder/"fold.json"))["key"] == key:
         return known["row"], pd.read_parquet(folder/"predictions.parquet"), known.get("notes", [])
     train, held_out = data.take(inside), data.take(outside)

@@ -414,7 +414,7 @@ def create_model(
     elif weights == "imagenet" and backbone == PACKAGED: state = packaged_state(timm.create_model(backbone).state_dict())
     elif weights == "imagenet" or weights.startswith("hf-hub:"):
         net = _fetched(model.spec, weights)
-        state, theirs = net.state_dict(), {k: list(net.pretrained_cfg[k]) for k in ("mean", "std") if net.pretrained_cfg.get(k)}
+        state, theirs = net.state_dict(), {k: list(net.pretrained_cfg[k]) for k in ("mean", "std") if len(net.pretrained_cfg.get(k) or ()) == 3}
         if norm != norm | theirs: model = build(replace(model.spec, **theirs))   # images as these weights know them
     else: state = read_weights(Path(weights).expanduser())
     _load_matching(model.net, state, weights)

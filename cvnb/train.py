@@ -40,8 +40,8 @@ from .tasks import class_weights, sampling_weights, task_of
 
 # %% auto #0
 __all__ = ['Criterion', 'READ_EVERY', 'FitOptions', 'InOrder', 'DataModule', 'Classifier', 'whole_weights', 'size_of_epoch',
-           'History', 'Checkpoint', 'Best', 'clear_checkpoints', 'quiet', 'accelerator_for', 'fit', 'answer',
-           'predictions']
+           'History', 'Checkpoint', 'Best', 'identity_of', 'clear_checkpoints', 'quiet', 'accelerator_for', 'fit',
+           'answer', 'predictions']
 
 # %% ../nbs/06_train.ipynb #cell-5
 @dataclass(frozen=True)
@@ -332,7 +332,7 @@ class Checkpoint(pl.Callback):
 # %% ../nbs/06_train.ipynb #cell-20
 class Best(pl.Callback):
     "Keep the weights that validated best."
-    def __init__(self, path: Path): self.path, self.value = path, float("-inf")
+    def __init__(self, path: Path): self.path, self.value = path, float("nan")
 
     def state_dict(self) -> dict: return dict(value=self.value)
 
@@ -340,14 +340,15 @@ class Best(pl.Callback):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Classifier) -> None:   # before the average gives its place back
         value = float(trainer.callback_metrics[f"val_{pl_module.task.metric}"])
-        if not trainer.strategy.broadcast(value > self.value): return   # the first process decides: all of them gather the weights, or none
+        better = value > self.value or np.isnan(self.value)   # the first is kept in any case
+        if not trainer.strategy.broadcast(better): return   # the first process decides: all of them gather the weights, or none
         self.value = value
         weights = whole_weights(trainer)
         if not trainer.is_global_zero: return
         with atomic_path(self.path) as temp: save_file(weights, temp)
 
 # %% ../nbs/06_train.ipynb #cell-22
-def _identity(
+def identity_of(
     model: VisionModel,     # with its starting weights
     train: Labelled,        # training data
     options: FitOptions,    # how to train
@@ -488,7 +489,7 @@ def fit(
     "Train a model; an interrupted call with the same arguments goes on from its last checkpoint."
     quiet()
     folder, notes = Path(folder), _notes(model, train, val, options)
-    identity, start = _identity(model, train, options), {k: v.clone() for k, v in model.state_dict().items()}
+    identity, start = identity_of(model, train, options), {k: v.clone() for k, v in model.state_dict().items()}
     resume, halved = _resume_from(folder, identity)
     while True:
         now = _halve(options, halved)

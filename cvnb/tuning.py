@@ -123,7 +123,7 @@ def settle(
     note, key = Path(folder)/"checkpoints/picked.json", digest([asdict(options), asdict(model.spec), train.identity])
     if note.exists() and (known := read_json(note))["key"] == key: picked = known["picked"]
     else: write_json(note, dict(key=key, picked=(picked := _pick(options, model, train))))
-    return replace(options, **{p["option"]: p["picked"] for p in picked}), pd.DataFrame(picked, columns=["option", "picked", "why"])
+    return replace(options, **{p["option"]: p["picked"] for p in picked}), pd.DataFrame(picked, columns=["option", "picked", "why"], dtype=object)
 
 # %% ../nbs/06b_tuning.ipynb #cell-12
 def _pick(

@@ -92,13 +92,13 @@ def test_the_core_is_small_and_predicts(wheel, smoke_run, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_whole_run_from_the_wheel(wheel, tmp_path):
+def test_a_whole_run_from_the_wheel(wheel, small_photos, tmp_path):
     bin = install(tmp_path/"venv", "--no-deps", wheel)
     site = next((tmp_path/"venv").glob("lib/*/site-packages"))
     (site/"lock.pth").write_text(sysconfig.get_path("purelib"))   # the lock's packages, where `make setup` has put them
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
     assert call(bin/"python", "-c", "import cvnb, torch; print(cvnb.__file__)", cwd=tmp_path, env=env).stdout.strip() == str(site/"cvnb/__init__.py")
     sets = ("train.backbone=resnet10t", "train.weights=", "train.epochs=1", "compress.epochs=1", "benchmark.n_calls=20", "benchmark.rounds=3")
-    done = call(bin/"cvnb", "run", "--data", "digits", *(arg for s in sets for arg in ("--set", s)), cwd=tmp_path, env=env)
+    done = call(bin/"cvnb", "run", "--data", small_photos, *(arg for s in sets for arg in ("--set", s)), cwd=tmp_path, env=env)
     assert "speedup" in done.stdout or "faster" in done.stdout
-    assert (tmp_path/"runs/digits/benchmark/report.html").exists()
+    assert (tmp_path/"runs/photos/benchmark/report.html").exists()
