@@ -564,6 +564,8 @@ def data_split(
     test: Annotated[float, typer.Option(help="Share of each class for the test.", min=0, max=0.5)] = 0.15,
     folds: Annotated[int, typer.Option(help="Folds for cross-validation, in a column `fold`; 0 for none.", min=0)] = 0,
     seed: Annotated[int, typer.Option(help="Another seed gives another split.", min=0)] = 0,
+    task: Annotated[str, typer.Option(help="classification, multilabel or regression: splits share out classes, rare labels or ranges.")]
+        = "classification",
 ) -> None:
     "Fix a data set's splits in a table: by content, so that copies stay on one side and added images move hardly any others."
     from cvnb.data import assign_folds, assign_splits, data_root, scan
@@ -575,8 +577,13 @@ def data_split(
         where = open_data(data, lambda fraction, text: lines("data", "progress", fraction, text))
         root = data_root(where)
         table = inspect(root, scan(where), lambda fraction, text: lines("data", "progress", fraction, text))
-    table = assign_splits(table, val, test, seed)
-    if folds: table["meta_fold"] = assign_folds(table, folds, seed)
+    sorts = table
+    if task != "classification":   # which needs no torch
+        from cvnb.tasks import task as task_named
+        from cvnb.tasks import with_strata
+        sorts = with_strata(task_named(task), table)
+    table["split"] = assign_splits(sorts, val, test, seed).split
+    if folds: table["meta_fold"] = assign_folds(sorts, folds, seed)
     out.parent.mkdir(parents=True, exist_ok=True)
     kept = [c for c in table.columns if c in ("label", "split", "group") or c.startswith("meta_")]
     rows = table[table.ok].assign(path=[os.path.relpath(root/p, out.resolve().parent) for p in table.path[table.ok]])[["path", *kept]]

@@ -320,6 +320,8 @@ def _ready(
 # %% ../nbs/12b_engine.ipynb #cell-21
 class ForkProvisioner(LocalProvisioner):
     "Fork Python kernels from the fork server; start any other kernel the ordinary way."
+    def __init__(self, **settings: Any): super().__init__(**settings)   # or Python 3.11.2 asks for annotations that traitlets does not have
+
     async def launch_kernel(self,
         cmd: list[str],   # the kernel's command line
         **kwargs: Any,    # env, cwd and what else `Popen` takes

@@ -18,7 +18,7 @@ from .data import assign_folds, write_table
 from .loaders import Labelled
 from .metrics import Figure, mean
 from .models import VisionModel
-from .tasks import strata, task_of
+from .tasks import task_of, with_strata
 from .train import FitOptions, answer, clear_checkpoints, fit, identity_of
 
 # %% auto #0
@@ -44,8 +44,8 @@ def cross_validate(
     report: Callable[..., None] | None = None,   # told the fraction that is done, and a text
 ) -> Folds:                 # table, predictions, figures, notes
     "Train on all folds but one, k times; raise `UsageError` if a class has fewer images than folds."
-    label = strata(task_of(make().spec), rows.label, max(1, min(10, len(rows) // (2 * k))), rows.path)   # each in every fold
-    fold = assign_folds(rows.assign(ok=True, label=label), k, options.seed).to_numpy()
+    sorts = with_strata(task_of(make().spec), rows.assign(ok=True), max(1, min(10, len(rows) // (2 * k))))   # each in every fold
+    fold = assign_folds(sorts, k, options.seed).to_numpy()
     parts = [_one(make, rows, data, options, Path(folder)/f"fold_{i}", fold, i, _part(report, i, k)) for i in range(k)]
     table = pd.DataFrame([row for row, _, _ in parts])
     predictions = pd.concat([p for _, p, _ in parts]).set_index("row").sort_index().reset_index(drop=True)

@@ -22,7 +22,7 @@ from .models import ModelSpec, VisionModel
 
 # %% auto #0
 __all__ = ['SEPARATOR', 'TASKS', 'Task', 'Classification', 'Multilabel', 'Regression', 'task', 'task_of', 'class_weights',
-           'sampling_weights', 'strata']
+           'sampling_weights', 'strata', 'with_strata']
 
 # %% ../nbs/04i_tasks.ipynb #cell-4
 SEPARATOR = "|"   # between the labels of one image
@@ -280,3 +280,14 @@ def strata(
     parts = max(1, min(ranges, len(labels) // 10))
     order = np.argsort(np.argsort(targets[:, 0], kind="stable"), kind="stable")
     return pd.Series([f"range {p + 1}" for p in order * parts // len(labels)], labels.index)
+
+# %% ../nbs/04i_tasks.ipynb #with-strata
+def with_strata(
+    kind: Task,              # any
+    table: pd.DataFrame,     # path, label, ok
+    ranges: int = 10,        # of numbers
+) -> pd.DataFrame:           # a copy whose readable rows have their group for a label
+    "Put groups in the place of labels; what cannot be read, or was dropped, needs no sensible label."
+    out, ok = table.copy(), table[table.ok]
+    out.loc[table.ok, "label"] = strata(kind, ok.label, ranges, ok.path)
+    return out

@@ -227,6 +227,12 @@ def test_splits_become_a_table(tmp_path):
     again = split()
     assert again.returncode == 2 and "exists already" in again.stderr
     assert inspect(data_root(tmp_path/"out/s.csv"), first).ok.all(), "paths lead to the images"
+    (tmp_path/"age.csv").write_text("path,label\n" + "\n".join(f"{p},{i}" for i, p in enumerate(sorted(folder.rglob("*.png")))))
+    ages = lambda task: subprocess.run([CVNB, "data", "split", tmp_path/"age.csv", "--out", tmp_path/f"{task}.csv", "--task", task, "--folds", "3"],
+                                       capture_output=True, text=True)
+    assert ages("regression").returncode == 0 and ages("regresion").stderr.startswith("cvnb: 'regresion' is not a task")
+    table = pd.read_csv(tmp_path/"regression.csv")
+    assert table.split.value_counts()[["val", "test"]].min() >= 4 and table.fold.nunique() == 3 and set(table.label) == set(range(40))
 
 
 @pytest.mark.slow
