@@ -130,9 +130,9 @@ def answers(
     seen: dict[str, np.ndarray],   # from `views`
 ) -> dict[str, np.ndarray]:        # "answers", float32 (N, C), the surer the longer, 1 at most; nothing if nothing was told
     "See images as networks did that were trained without them; raise `UsageError` if these are other images."
+    if not told: return {}
     from sklearn.linear_model import Ridge
     from threadpoolctl import threadpool_limits
-    if not told: return {}
     known = pixels.isin(list(told)).to_numpy()
     if not known.any(): raise UsageError(f"the predictions are about other images: none of these {len(pixels)} is among them", _REMEDY)
     proba = np.stack([told[p] for p in pixels[known]])

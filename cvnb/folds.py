@@ -72,7 +72,7 @@ def _one(
     model = make()
     key = digest([identity_of(model, data, options), outside.tolist()])
     if (folder/"fold.json").exists() and (known := read_json(folder/"fold.json"))["key"] == key:
-        return known["row"], pd.read_parquet(folder/"predictions.parquet"), known.get("notes", [])
+        return known["row"], pd.read_parquet(folder/"predictions.parquet"), known["notes"]
     train, held_out = data.take(inside), data.take(outside)
     history = fit(model, train, held_out, options, folder, report=report)
     notes = [f"fold {i + 1}: {note}" for note in history.attrs["notes"]]
