@@ -40,7 +40,7 @@ from train_data import folders  # noqa: E402
 from cvnb.core import assets, n_cores, read_json, write_json  # noqa: E402
 from cvnb.data import auto_image_size, read_manifest  # noqa: E402
 from cvnb.metrics import Figure, mean, proportion  # noqa: E402
-from cvnb.params import contracts, read_recipe  # noqa: E402
+from cvnb.params import contracts, parse_set, read_recipe  # noqa: E402
 
 # The cases of `loader` and `speed`: the model, its images, and how they are changed.
 CASES = {
@@ -190,15 +190,16 @@ def speed_rows(case: dict, rate: dict[str, list[float]]) -> list[dict]:   # of e
             for title, own in rate.items() if title != "ours, again"]
 
 
-def recipe_of(name: str) -> dict:   # parameter -> value
-    "Read the train section of a recipe over the stage's defaults."
+def recipe_of(name: str, changes: list[str]) -> dict:   # parameter -> value
+    "Read the train section of a recipe over the stage's defaults, and change some values, given as train.name=value."
     known = contracts()
-    return known["train"].defaults() | read_recipe(assets("configs")/f"{name}.yaml", known).get("train", {})
+    given = {key: value for _, key, value in (parse_set(text, known) for text in changes)}
+    return known["train"].defaults() | read_recipe(assets("configs")/f"{name}.yaml", known).get("train", {}) | given
 
 
 def accuracy_task(name: str, side: str, place: Path, seed: int, args: argparse.Namespace) -> dict:
     "Describe one training."
-    recipe, changed = recipe_of(name), dict(epochs=args.epochs) if args.epochs else {}
+    recipe, changed = recipe_of(name, args.set), dict(epochs=args.epochs) if args.epochs else {}
     table = read_manifest(place/"manifest.parquet")
     size = recipe["image_size"] or auto_image_size(table.width, table.height)
     own = dict(folder=str(place), size=size, threads=args.threads, workers=args.threads, seed=seed,
@@ -206,18 +207,19 @@ def accuracy_task(name: str, side: str, place: Path, seed: int, args: argparse.N
     return own | (dict(recipe=recipe | changed | dict(seed=seed)) if side == "ours" else BOOK[name] | changed)
 
 
-def row_of(name: str, side: str, answers: list[dict]) -> dict:
+def row_of(name: str, side: str, answers: list[dict], changes: list[str]) -> dict:
     "Put the seeds of one side together."
-    target = TARGETS[name]
+    target, ours = TARGETS[name], side == "ours"
     reached = [next((s for s, a in zip(x["cpu_s"], x["accuracy"]) if a >= target), None) for x in answers]
     times = [t / 60 for t in reached if t is not None]
     test = [proportion(x["right"], x["n"]) for x in answers]
     worst: Figure = min(test, key=lambda f: f.value)
-    return {"data": name, "side": side, "epochs": len(answers[0]["accuracy"]), "target": f"{target:.1%}",
+    return {"data": name, "side": ", ".join([side, *(c.removeprefix("train.") for c in changes if ours)]),
+            "epochs": len(answers[0]["accuracy"]), "target": f"{target:.1%}",
             "seeds that reached it": f"{len(times)} of {len(answers)}",
             "CPU-minutes to it": said(times, 2) if times else "", "CPU-minutes in all": said([x["cpu_s"][-1] / 60 for x in answers], 2),
             "wall s": said([x["wall_s"] for x in answers]), "best validation": said([100 * max(x["accuracy"]) for x in answers], 2, 100),
-            "tested": "mirrored too" if side == "ours" and recipe_of(name)["tta"] == "flip" else "as it is",
+            "tested": "mirrored too" if ours and recipe_of(name, changes)["tta"] == "flip" else "as it is",
             "test, mean of seeds": said([100 * f.value for f in test], 2, 100),
             "worst seed's test": f"{100 * worst.value:.2f} [{100 * worst.low:.2f}, {100 * worst.high:.2f}] (n={worst.n})"}
 
@@ -245,7 +247,7 @@ def accuracy(args: argparse.Namespace, folder: Path) -> list[dict]:
 
     with ThreadPoolExecutor(args.jobs) as pool: answers = list(pool.map(one, jobs))
     kinds = dict.fromkeys((name, side) for name, side, _ in jobs)
-    return [row_of(name, side, [a for a, job in zip(answers, jobs) if job[:2] == (name, side)]) for name, side in kinds]
+    return [row_of(name, side, [a for a, job in zip(answers, jobs) if job[:2] == (name, side)], args.set) for name, side in kinds]
 
 
 def watch_gpu(stop: threading.Event, used: list[float]) -> None:
@@ -317,6 +319,7 @@ def main() -> None:
             part.add_argument("--data", nargs="+", choices=list(TARGETS), default=list(TARGETS), help="recipes")
             part.add_argument("--sides", nargs="+", choices=["ours", "stock"], default=["ours", "stock"])
             part.add_argument("--epochs", type=int, default=0, help="instead of the recipe's and the book's")
+            part.add_argument("--set", action="append", default=[], metavar="train.NAME=VALUE", help="in our recipe; can be repeated")
             part.add_argument("--jobs", type=int, default=1, help="trainings at once, each on cores of its own")
             part.add_argument("--keep", type=Path, help="folder for what each training came to, which is not trained again")
         if call is gpu:

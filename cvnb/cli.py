@@ -178,6 +178,7 @@ def run(
 class Lines:
     "Show one line per stage or trial, live on a terminal."
     marks = dict(done="✓", skipped="·", failed="✗", pruned="–")
+    pause = 30.0   # seconds from one line to the next that a file gets of a stage at work
 
     def __init__(self,
         stream: Any,       # where lines go
@@ -189,6 +190,7 @@ class Lines:
         self.bar = Progress(SpinnerColumn(), TextColumn(f"{{task.fields[name]:<{width}}}"), BarColumn(24), TimeElapsedColumn(),
                             TextColumn("{task.description}"), console=self.console, transient=True, disable=not self.console.is_terminal)
         self.tasks: dict[str, tuple[Any, float]] = {}   # name -> its bar, when it began
+        self.told: dict[str, float] = {}   # name -> when a file got its last line
 
     def __enter__(self) -> Lines:
         self.bar.start()
@@ -203,14 +205,21 @@ class Lines:
 
     def __call__(self, name: str, event: str, fraction: float, text: str) -> None:
         import time
-        if name not in self.tasks: self.tasks[name] = self.bar.add_task(text, total=1, name=name), time.perf_counter()
+        now = time.perf_counter()
+        if name not in self.tasks: self.tasks[name], self.told[name] = (self.bar.add_task(text, total=1, name=name), now), now
         task, begin = self.tasks[name]
         self.bar.update(task, completed=fraction, description=text if event == "progress" else "starting")
-        if event == "start" and self.bar.disable: self.console.print(f"… {name}", markup=False)   # a file shows no bar
+        if self.bar.disable: self._tell(name, event, fraction, text, now)   # a file shows no bar
         if event not in self.marks: return
-        spent = "   fresh" if event == "skipped" else f"{time.perf_counter() - begin:6.1f} s"
+        spent = "   fresh" if event == "skipped" else f"{now - begin:6.1f} s"
         self.console.print(f"{self.marks[event]} {name:<{self.width}} {spent}  {text}", markup=False)
         self.drop(name)
+
+    def _tell(self, name: str, event: str, fraction: float, text: str, now: float) -> None:
+        if event == "start": self.console.print(f"… {name}", markup=False)
+        if event != "progress" or now - self.told[name] < self.pause: return
+        self.console.print(f"… {name:<{self.width}} {fraction:8.0%}  {text}", markup=False)
+        self.told[name] = now
 
 # %% ../nbs/14_cli.ipynb #cell-18
 def _result(

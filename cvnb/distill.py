@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .core import CvnbError, UsageError, nearest
+from .core import CvnbError, UsageError, digest, nearest
 from .metrics import NonInferiority, noninferiority
-from .models import VisionModel
+from .models import VisionModel, digest_weights
 
 # %% auto #0
 __all__ = ['LOSSES', 'kd_loss', 'dkd_loss', 'dist_loss', 'Distillation', 'distillation_criterion', 'verdict', 'verdict_text']
@@ -77,6 +77,11 @@ class Distillation:
     loss: str = "kd"                           # one of LOSSES
     temperature: float = 4.0                   # softens both answers
     soft: float = 0.9                          # share of the teacher in the loss, 0 … 1
+
+    @property
+    def identity(self) -> str:   # 64 hexadecimal digits
+        "Tell one from another, for checkpoints."
+        return digest([self.loss, self.temperature, self.soft, digest_weights(self.teacher)])
 
     def __call__(self,
         logits: Tensor,   # student logits (B, C)

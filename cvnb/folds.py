@@ -13,11 +13,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .core import digest, read_json, write_json
-from .data import assign_folds, write_table
+from .core import UsageError, digest, read_json, write_json
+from .data import assign_folds, together, write_table
 from .loaders import Labelled
 from .metrics import Figure, mean
 from .models import VisionModel
+from .processes import FORKS, way_of
 from .tasks import task_of, with_strata
 from .train import FitOptions, answer, clear_checkpoints, fit, identity_of
 
@@ -46,11 +47,14 @@ def cross_validate(
     "Train on all folds but one, k times; raise `UsageError` if a class has fewer images than folds."
     sorts = with_strata(task_of(make().spec), rows.assign(ok=True), max(1, min(10, len(rows) // (2 * k))))   # each in every fold
     fold = assign_folds(sorts, k, options.seed).to_numpy()
-    parts = [_one(make, rows, data, options, Path(folder)/f"fold_{i}", fold, i, _part(report, i, k)) for i in range(k)]
+    choosing = [_choosing(sorts[fold != i], options) for i in range(k)]
+    parts = [_one(make, rows, data, options, Path(folder)/f"fold_{i}", fold, i, choosing[i], _part(report, i, k)) for i in range(k)]
     table = pd.DataFrame([row for row, _, _ in parts])
     predictions = pd.concat([p for _, p, _ in parts]).set_index("row").sort_index().reset_index(drop=True)
     figures = {name: mean(table[name].to_list()) for name in table.columns.drop(["fold", "n_train", "n_val"])}
-    return Folds(table, predictions.assign(pixel_sha256=rows.pixel_sha256.to_numpy()), figures, [note for _, _, said in parts for note in said])
+    notes = ["in each fold a tenth of the training images, which it does not learn from, choose the model"] * bool(choosing[0].any())
+    notes += [note for _, _, said in parts for note in said]
+    return Folds(table, predictions.assign(pixel_sha256=rows.pixel_sha256.to_numpy()), figures, notes)
 
 # %% ../nbs/06c_folds.ipynb #cell-7
 def _part(
@@ -61,22 +65,37 @@ def _part(
     "Report a fold's progress as a part of the whole; its curves are its own."
     return report and (lambda done, text, **curves: report((i + done) / k, f"fold {i + 1}/{k} · {text}"))
 
+# %% ../nbs/06c_folds.ipynb #choosing
+def _choosing(
+    sorts: pd.DataFrame,   # the rows that a fold trains on, with groups in the place of labels
+    options: FitOptions,   # how to train
+) -> np.ndarray:           # bool (N,): which of them are held back; none where nothing is chosen
+    "Hold images back that choose epochs or a head; raise `UsageError` if there are too few."
+    if options.keep == "last" and not options.patience and options.tune == "full": return np.zeros(len(sorts), bool)
+    units = sorts.assign(unit=together(sorts)).groupby("label").unit.nunique()
+    common = sorts[sorts.label.map(units) >= 10]   # what is rarer is all learned from
+    if common.empty:
+        raise UsageError("folds of so few images cannot choose an epoch or a head too", "Use keep=last, patience=0 and tune=full, or folds=0.")
+    return sorts.index.isin(common.index[assign_folds(common, 10, options.seed) == 0])
+
 # %% ../nbs/06c_folds.ipynb #cell-8
 def _one(
     make: Callable[[], VisionModel], rows: pd.DataFrame, data: Labelled, options: FitOptions, folder: Path, fold: np.ndarray, i: int,
-    report: Callable[..., None] | None,
+    choosing: np.ndarray, report: Callable[..., None] | None,
 ) -> tuple[dict, pd.DataFrame, list[str]]:   # the fold's row, its predictions with the place of each in `rows`, notes
     "Train and answer one fold, unless that was done."
     inside, outside = np.flatnonzero(fold != i), np.flatnonzero(fold == i)
+    learned, judges = inside[~choosing], inside[choosing] if choosing.any() else outside   # who chooses nothing only draws curves
     torch.manual_seed(options.seed)   # the same model, whether the folds before were trained or looked up
     model = make()
-    key = digest([identity_of(model, data, options), outside.tolist()])
+    key = digest([identity_of(model, data, options), learned.tolist(), outside.tolist()])
     if (folder/"fold.json").exists() and (known := read_json(folder/"fold.json"))["key"] == key:
         return known["row"], pd.read_parquet(folder/"predictions.parquet"), known["notes"]
-    train, held_out = data.take(inside), data.take(outside)
-    history = fit(model, train, held_out, options, folder, report=report)
+    train, held_out = data.take(learned), data.take(outside)
+    history = fit(model, train, data.take(judges), options, folder, report=report)
     notes = [f"fold {i + 1}: {note}" for note in history.attrs["notes"]]
-    task, logits = task_of(model.spec), answer(model, held_out, device=options.device)
+    where = "cpu" if way_of(options.devices, options.strategy) in FORKS else options.device   # a process that has used a GPU cannot be forked
+    task, logits = task_of(model.spec), answer(model, held_out, device=where)
     row = dict(fold=i, n_train=len(train), n_val=len(held_out)) | {k: f.value for k, f in task.figures(logits, held_out.labels).items()}
     predictions = task.table(model, rows.iloc[outside], logits).assign(fold=i, row=outside)
     write_table(folder/"predictions.parquet", predictions)

@@ -68,16 +68,17 @@ def labelled(
 
 # %% ../nbs/05b_loaders.ipynb #cell-9
 def missing_classes(
-    data: Labelled,        # of the task classification
+    data: Labelled,        # with one class per image, or several
     classes: list[str],    # class names
 ) -> list[str]:            # those that have no image
     "Find classes without images."
-    return [c for c, n in zip(classes, np.bincount(data.labels, minlength=len(classes))) if not n]
+    counts = data.labels.sum(0) if data.labels.ndim == 2 else np.bincount(data.labels, minlength=len(classes))
+    return [c for c, n in zip(classes, counts) if not n]
 
 # %% ../nbs/05b_loaders.ipynb #cell-10
 def check_classes(
     parts: dict[str, Labelled],   # split -> its images
-    classes: list[str],           # class names; none where labels are no classes
+    classes: list[str],           # class names; none where labels are numbers
 ) -> list[str]:                   # sentences about what is not measured
     "Raise `CvnbError` if a class cannot be learned or a split is empty; say which ones are not measured."
     notes = []

@@ -5,6 +5,7 @@
 # %% ../nbs/03_models.ipynb #cell-3
 from __future__ import annotations
 
+import hashlib
 import pickle
 import re
 import sys
@@ -29,8 +30,8 @@ from .images import resize
 # %% auto #0
 __all__ = ['SMALL_IMAGE', 'PACKAGED', 'WEIGHT_SUFFIXES', 'ModelSpec', 'Preprocess', 'Units', 'SmallMaps', 'VisionModel', 'build',
            'check_size', 'packaged_state', 'read_weights', 'create_model', 'save_model', 'fit_to_shapes', 'load_model',
-           'load_classifier', 'predict_logits', 'predict_proba', 'features', 'count_macs', 'count_params', 'embedder',
-           'embed']
+           'load_classifier', 'predict_logits', 'predict_proba', 'digest_weights', 'features', 'count_macs',
+           'count_params', 'embedder', 'embed']
 
 # %% ../nbs/03_models.ipynb #cell-5
 @dataclass(frozen=True)
@@ -486,11 +487,13 @@ def _by_batches(
     images: np.ndarray,      # uint8 (N, H, W, 3)
     batch_size: int,         # images at a time, to begin with
     device: str,             # where to compute
+    report: Callable[[float, str], None] | None = None,   # told the fraction that is done
 ) -> list[Tensor]:           # float32, on the CPU
     "Call without gradients, in batches that are halved where a GPU's memory is too small."
     parts, begin = [], 0
     with torch.inference_mode():
         while begin < len(images):
+            if report: report(begin / len(images), f"{begin}/{len(images)} images")
             try: parts.append(call(torch.from_numpy(images[begin:begin + batch_size]).to(device)).float().cpu())
             except torch.OutOfMemoryError:
                 if batch_size == 1: raise
@@ -505,11 +508,12 @@ def predict_logits(
     images: np.ndarray,      # uint8 (N, H, W, 3)
     batch_size: int = 256,   # images at a time; fewer where a GPU's memory is too small
     device: str = "cpu",     # where to compute
+    report: Callable[[float, str], None] | None = None,   # told the fraction that is done
 ) -> np.ndarray:             # float32 (N, C)
     "Compute logits in batches, in evaluation mode; the model's mode is restored."
     was_training = model.training
     model.eval().to(device)
-    parts = _by_batches(model, images, batch_size, device)
+    parts = _by_batches(model, images, batch_size, device, report)
     model.train(was_training)
     return torch.cat(parts).numpy() if parts else np.empty((0, 0), np.float32)
 
@@ -523,18 +527,30 @@ def predict_proba(
     "Compute class probabilities in batches."
     return torch.from_numpy(predict_logits(model, images, batch_size, device)).softmax(1).numpy()
 
+# %% ../nbs/03_models.ipynb #digest-weights
+def digest_weights(
+    model: nn.Module,   # on any device
+) -> str:               # 64 hexadecimal digits
+    "Digest a model's weights and statistics, bit by bit."
+    h = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        h.update(name.encode())
+        h.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return h.hexdigest()
+
 # %% ../nbs/03_models.ipynb #cell-55
 def features(
     model: VisionModel,      # raw images in
     images: np.ndarray,      # uint8 (N, H, W, 3)
     device: str = "cpu",     # where to compute
     batch_size: int = 256,   # images at a time
+    report: Callable[[float, str], None] | None = None,   # told the fraction that is done
 ) -> np.ndarray:             # float32 (N, D)
     "Compute pooled features in batches, in evaluation mode; the model's mode is restored."
     was_training = model.training
     model.eval().to(device)
     pooled = lambda x: model.net.forward_head(model.net.forward_features(model.preprocess(x)), pre_logits=True)
-    parts = _by_batches(pooled, images, batch_size, device)
+    parts = _by_batches(pooled, images, batch_size, device, report)
     model.train(was_training)
     return torch.cat(parts).numpy() if parts else np.empty((0, model.net.num_features), np.float32)
 

@@ -43,7 +43,8 @@ def make_optimizer(
     "Build an optimizer; raise `UsageError` for one that is not known."
     if name not in OPTIMIZERS: raise UsageError(f"no optimizer '{name}'", nearest(name, list(OPTIMIZERS)))
     extra = dict(nesterov=True) if name == "muon" else {}
-    optimizer = create_optimizer_v2(net, OPTIMIZERS[name], lr, weight_decay, momentum, layer_decay=layer_decay if layer_decay < 1 else None, **extra)
+    known = "momentum" if name == "sgd" and not momentum else OPTIMIZERS[name]   # Nesterov's is refused where there is none
+    optimizer = create_optimizer_v2(net, known, lr, weight_decay, momentum, layer_decay=layer_decay if layer_decay < 1 else None, **extra)
     if name == "muon": optimizer = Muon(optimizer.param_groups)   # timm's registry takes no other classes
     for group in optimizer.param_groups: group["lr"] = lr * group.get("lr_scale", 1.0)
     return optimizer

@@ -305,14 +305,16 @@ def _watched(
     folder: Path,      # its folder
     report: Report,    # told about progress
 ) -> Iterator[str]:    # path of the file that the kernel writes its progress to
-    "Pass on what a kernel reports."
+    "Pass on what a kernel reports; the same again after ten seconds, for it is still at it."
     path, stop = folder/".progress", threading.Event()
 
     def watch() -> None:
-        last = ""
+        last, told = "", 0.0
         while not stop.wait(0.2):
             text = path.read_text() if path.exists() else ""
-            if text and text != last: report(stage, "progress", *(json.loads(last := text)[k] for k in ("fraction", "text")))
+            if not text or (text == last and time.monotonic() < told + 10): continue
+            last, told = text, time.monotonic()
+            report(stage, "progress", *(json.loads(text)[k] for k in ("fraction", "text")))
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

@@ -31,7 +31,7 @@ from pytorch_lightning.strategies import FSDPStrategy
 from pytorch_lightning.utilities import rank_zero_only
 
 from .core import CvnbError, Stage, sha256_file
-from .train import History
+from .train import History, batches_of_step
 
 # %% auto #0
 __all__ = ['Tracker', 'open_tracker', 'close_tracker', 'read_tracked', 'TrackSteps', 'rank_answers', 'show_ends',
@@ -249,13 +249,13 @@ class TrackSteps(pl.Callback):
         if self._step is None: return
         begin, (number, lr, values) = time.perf_counter(), self._step
         self._tell(trainer)
-        loss = outputs["loss"] * trainer.accumulate_grad_batches   # Lightning has divided it
+        loss = outputs["loss"] * batches_of_step(trainer, index)   # it has been divided by that
         self._step, self._waiting = None, (number, lr, _later(values | {"step/loss": loss}))
         self.spent += time.perf_counter() - begin
 
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None: self._tell(trainer, epochs=True)
 
-    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None: self._tell(trainer, epochs=True)
+    def on_fit_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None: self._tell(trainer, epochs=True)
 
     def _tell(self, trainer: pl.Trainer, epochs: bool = False) -> None:
         rows = next((c.rows for c in trainer.callbacks if isinstance(c, History)), [])[self._told:] if epochs else []

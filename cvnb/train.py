@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 import os
 import shutil
@@ -32,16 +31,16 @@ from torch.optim.lr_scheduler import LambdaLR
 from .augment import augmentation
 from .core import CvnbError, UsageError, atomic_path, digest, read_json, write_json
 from .loaders import Labelled, TrainLoader, check_classes, mix_seed
-from .models import ModelSpec, VisionModel, predict_logits
+from .models import ModelSpec, VisionModel, check_size, digest_weights, predict_logits
 from .optim import averaging, make_optimizer, schedule
 from .probe import fit_head
 from .processes import FORK_REMEDY, FORKS, error_of, nodes, note_errors, out_of_memory, relayed, way_of
 from .tasks import class_weights, sampling_weights, task_of
 
 # %% auto #0
-__all__ = ['Criterion', 'READ_EVERY', 'FitOptions', 'InOrder', 'DataModule', 'Classifier', 'whole_weights', 'size_of_epoch',
-           'History', 'Checkpoint', 'Best', 'identity_of', 'clear_checkpoints', 'quiet', 'accelerator_for', 'fit',
-           'answer', 'predictions']
+__all__ = ['Criterion', 'READ_EVERY', 'FitOptions', 'InOrder', 'DataModule', 'batches_of_step', 'Classifier', 'whole_weights',
+           'size_of_epoch', 'History', 'Checkpoint', 'Best', 'Average', 'EarlyStop', 'identity_of', 'clear_checkpoints',
+           'quiet', 'accelerator_for', 'fit', 'halve', 'can_halve', 'loss_weights', 'answer', 'predictions']
 
 # %% ../nbs/06_train.ipynb #cell-5
 @dataclass(frozen=True)
@@ -122,6 +121,25 @@ class DataModule(pl.LightningDataModule):
 # %% ../nbs/06_train.ipynb #cell-11
 Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]   # logits (B, C), labels (B,) or (B, C), images uint8 (B, S, S, 3) -> loss
 READ_EVERY = 20   # batches between two looks at the loss on a GPU
+_FINITE = "Lower the learning rate (lr), clip the gradients (clip=1), use precision 32-true, or look at these images."
+
+# %% ../nbs/06_train.ipynb #named-images
+def _named(
+    names: Sequence[str],   # of all images; may be empty
+    index: list[int],       # of some
+) -> str:                   # the first ones' names, and how many more there are
+    "List images for a message."
+    more = f" and {len(index) - 8} more" if len(index) > 8 else ""
+    return (", ".join(names[i] for i in index[:8]) if len(names) else "unnamed") + more
+
+# %% ../nbs/06_train.ipynb #batches-of-step
+def batches_of_step(
+    trainer: pl.Trainer,   # at work
+    number: int,           # of a batch in its epoch
+) -> int:                  # accumulate_grad_batches, or what is left for an epoch's last step
+    "Count the batches that make the optimizer's step to which a batch belongs."
+    n, k = int(trainer.num_training_batches), trainer.accumulate_grad_batches
+    return k if number < n - n % k else n % k
 
 # %% ../nbs/06_train.ipynb #cell-12
 class Classifier(pl.LightningModule):
@@ -138,7 +156,7 @@ class Classifier(pl.LightningModule):
         self.model, self.options, self.names = model, options, names
         self.task, self._weights = task_of(model.spec), weights
         self.criterion = criterion or self._loss
-        self.full_size, self._unread, self.answers = model.preprocess.size, [], []
+        self.full_size, self._unread, self.answers = model.spec.image_size, [], []
         self.loss_sum, self.n_batches = torch.zeros(()), 0
         self._whole, self.gathered = (whole or model,), {}   # a tuple, so that it is not trained
         self.threads = 0   # of this process; 0 leaves them as they are
@@ -162,18 +180,16 @@ class Classifier(pl.LightningModule):
         kept = images if loss.device.type == "cpu" else None   # many batches of them would fill a GPU
         self._unread.append((number, loss.detach(), index, logits.detach(), labels, kept))
         if loss.device.type == "cpu" or len(self._unread) >= READ_EVERY: self.read_losses()
-        return loss
+        k, n = self.trainer.accumulate_grad_batches, batches_of_step(self.trainer, number)
+        return loss if n == k else loss * (k / n)   # Lightning divides by k in any case
 
     def read_losses(self) -> None:
         "Raise `CvnbError` if a loss since the last look is not finite."
         unread, self._unread = self._unread, []
         if not unread or bool(torch.stack([u[1] for u in unread]).isfinite().all()): return
         number, loss, index, *batch = next(u for u in unread if not u[1].isfinite())
-        index = index[self._suspects(*batch)]
-        shown = ", ".join(self.names[i] for i in index[:8].tolist()) if len(self.names) else "unnamed"
-        more = f" and {len(index) - 8} more" if len(index) > 8 else ""
-        raise CvnbError(f"the loss is {loss.item()} in epoch {self.current_epoch + 1}, batch {number + 1} (images: {shown}{more})",
-                        "Lower the learning rate (lr), clip the gradients (clip=1), use precision 32-true, or look at these images.")
+        shown = _named(self.names, index[self._suspects(*batch)].tolist())
+        raise CvnbError(f"the loss is {loss.item()} in epoch {self.current_epoch + 1}, batch {number + 1} (images: {shown})", _FINITE)
 
     def _suspects(self, logits: Tensor, labels: Tensor, images: Tensor | None) -> Tensor:   # whose own loss is not finite; all, if none is
         one = self.criterion if images is not None else self._loss
@@ -195,6 +211,9 @@ class Classifier(pl.LightningModule):
         "Compute the figures of the validation images that were answered, and forget the answers."
         logits, labels = (torch.cat(parts) for parts in zip(*self.answers))
         self.answers = []
+        if len(bad := (~logits.isfinite().all(1)).nonzero()[:, 0]):   # training has spoiled the weights in its last step
+            shown = _named(self.trainer.datamodule.val.names, bad.tolist())
+            raise CvnbError(f"the answers are not finite after epoch {self.current_epoch + 1} (validation images: {shown})", _FINITE)
         return {"val_loss": float(self.task.loss(logits, labels)), f"val_{self.task.metric}": float(self.task.score(logits, labels))}
 
     def configure_optimizers(self) -> dict:
@@ -247,7 +266,7 @@ class History(pl.Callback):
     "Keep a row per epoch and report progress."
     def __init__(self, folder: Path, report: Callable[..., None] | None = None, every_s: float = 0.2):
         self.folder, self.rows, self.report, self.every_s = folder, [], report, every_s
-        self._begin, self._first, self._told, self._figures = 0.0, 0, 0.0, {}
+        self._begin, self._first, self._told, self._figures, self._ended = 0.0, 0, 0.0, {}, False
 
     def state_dict(self) -> dict: return dict(rows=self.rows, loss_sum=float(self.module.loss_sum), n_batches=self.module.n_batches)
 
@@ -277,7 +296,7 @@ class History(pl.Callback):
         metric = self.module.task.metric
         curves = {f"{metric}_val": f"val_{metric}", "loss_val": "val_loss", "loss_train": "train_loss"}
         curves["lr"] = "lr"
-        epoch = min(trainer.current_epoch + 1, trainer.max_epochs)
+        epoch, self._ended = len(self.rows) if done >= 1 else trainer.current_epoch + 1, done >= 1
         self.report(done, f"epoch {epoch}/{trainer.max_epochs}{more}", **{name: [r[key] for r in self.rows] for name, key in curves.items()})
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: Classifier) -> None: self._begin -= time.perf_counter()
@@ -295,7 +314,11 @@ class History(pl.Callback):
                               lr=max(float(g["lr"]) for g in rates), images_per_s=self._speed(trainer, pl_module)))
         if not trainer.is_global_zero: return
         self._write()
-        if self.report: self._tell((pl_module.current_epoch + 1) / trainer.max_epochs, trainer)
+        done, early = len(self.rows) / trainer.max_epochs, trainer.should_stop and len(self.rows) < trainer.max_epochs
+        if self.report: self._tell(1.0 if early else done, trainer, " · stopped early" if early else "")
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: Classifier) -> None:   # of one that was over when it was gone on with
+        if self.report and trainer.is_global_zero and not self._ended: self._tell(1.0, trainer)
 
     def _write(self) -> None:
         write_json(self.folder/"checkpoints/history.json", self.rows)
@@ -347,16 +370,35 @@ class Best(pl.Callback):
         if not trainer.is_global_zero: return
         with atomic_path(self.path) as temp: save_file(weights, temp)
 
+# %% ../nbs/06_train.ipynb #average
+class Average(WeightAveraging):
+    "Average the weights, and give them to the model in the end."
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: Classifier) -> None: self.on_train_end(trainer, pl_module)
+
+# %% ../nbs/06_train.ipynb #early-stop
+class EarlyStop(EarlyStopping):
+    "Stop when the validation loss no longer falls."
+    def __init__(self, patience: int): super().__init__("val_loss", patience=patience, check_on_train_epoch_end=False)
+
+    def setup(self, trainer: pl.Trainer, pl_module: Classifier, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._trainer = trainer
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        self._trainer.should_stop = self.wait_count >= self.patience
+
 # %% ../nbs/06_train.ipynb #cell-22
 def identity_of(
     model: VisionModel,     # with its starting weights
     train: Labelled,        # training data
     options: FitOptions,    # how to train
+    val: Labelled | None = None,          # validation data, which may choose the weights and the end
+    criterion: Criterion | None = None,   # loss; told from others by its `identity` if it has one, and by its name if not
 ) -> str:                   # 64 hexadecimal digits
     "Digest what a training run depends on."
-    weights = hashlib.sha256()
-    for tensor in model.state_dict().values(): weights.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest([asdict(replace(options, workers=0)), asdict(model.spec), weights.hexdigest(), train.identity])
+    loss = "" if criterion is None else getattr(criterion, "identity", "") or getattr(criterion, "__qualname__", type(criterion).__qualname__)
+    return digest([asdict(replace(options, workers=0)), asdict(model.spec), digest_weights(model), train.identity, val.identity if val else "", loss])
 
 # %% ../nbs/06_train.ipynb #dist-04
 def _is_whole(
@@ -452,8 +494,8 @@ def _callbacks(
     o, here = options, folder/"checkpoints"
     chosen: list[pl.Callback] = [history]
     if o.keep == "best": chosen.append(Best(here/"best.safetensors"))
-    if o.ema: chosen.append(WeightAveraging(multi_avg_fn=averaging(o.ema)))
-    if o.patience: chosen.append(EarlyStopping("val_loss", patience=o.patience))
+    if o.ema: chosen.append(Average(multi_avg_fn=averaging(o.ema)))
+    if o.patience: chosen.append(EarlyStop(o.patience))
     return [*chosen, *more, Checkpoint(here/"last.ckpt")]
 
 # %% ../nbs/06_train.ipynb #cell-30
@@ -488,32 +530,45 @@ def fit(
 ) -> pd.DataFrame:            # one row per epoch: epoch, train_loss, val_loss, val_<metric>, lr, images_per_s; attrs["notes"]: sentences
     "Train a model; an interrupted call with the same arguments goes on from its last checkpoint."
     quiet()
+    if criterion is not None and options.tune == "probe": raise UsageError("a linear probe has the task's own loss, not a criterion", "Use tune=full.")
     folder, notes = Path(folder), _notes(model, train, val, options)
-    identity, start = identity_of(model, train, options), {k: v.clone() for k, v in model.state_dict().items()}
+    identity, start = identity_of(model, train, options, val, criterion), {k: v.clone() for k, v in model.state_dict().items()}
     resume, halved = _resume_from(folder, identity)
     while True:
-        now = _halve(options, halved)
-        if now.tune != "full" and not resume: begun = fit_head(model, train, val, now.label_smoothing, _where(now), _weights(model, train, now))
-        if now.tune == "probe": return _as_history(begun, folder, notes, logger)
-        try: _fit(model, train, val, now, folder, criterion, report, logger, callbacks, resume)
-        except Exception as e:
+        now = halve(options, halved)
+        try:
+            if now.tune != "full" and not resume:
+                begun = fit_head(model, train, val, now.label_smoothing, _where(now), loss_weights(model, train, now), report)
+            if now.tune == "probe": return _as_history(begun, folder, notes, logger, report)
+            _fit(model, train, val, now, folder, criterion, report, logger, callbacks, resume)
+        except BaseException as e:
+            _begin_with(model, start)   # so that the same call, with this model, goes on from the checkpoint
             if not out_of_memory(e): raise
-            if not _can_halve(now): raise CvnbError(f"out of memory with a batch of {now.batch_size}", "Give a smaller batch_size.") from e
+            if not can_halve(now): raise CvnbError(f"out of memory with a batch of {now.batch_size}", "Give a smaller batch_size.") from e
         else: break
         resume, halved = None, halved + 1
-        warnings.warn(_said_halved(_halve(options, halved)), stacklevel=2)
-        model.load_state_dict(start)
+        warnings.warn(_said_halved(halve(options, halved)), stacklevel=2)
         _begin(folder, identity, halved)
         if torch.cuda.is_available(): torch.cuda.empty_cache()
     if now.keep == "best": model.load_state_dict(load_file(folder/"checkpoints/best.safetensors"))
     history = pd.DataFrame(read_json(folder/"checkpoints/history.json"))
-    history.attrs["notes"] = notes + ([_said_halved(now)] if halved else [])
+    if torch.distributed.is_initialized(): torch.distributed.barrier()   # the first process may clear the checkpoints now
+    history.attrs["notes"] = notes + ([_said_halved(now)] if halved else []) + _said_stopped(now, history)
     return history
 
+# %% ../nbs/06_train.ipynb #begin-with
+def _begin_with(
+    model: VisionModel,         # whose training did not come to its end
+    start: dict[str, Tensor],   # the weights that it came with
+) -> None:
+    "Give a model back as it came."
+    model.to("cpu").load_state_dict(start)
+    model.preprocess.size = model.spec.image_size
+
 # %% ../nbs/06_train.ipynb #dist-59
-def _halve(
+def halve(
     options: FitOptions,   # how to train
-    times: int,            # how often
+    times: int = 1,        # how often
 ) -> FitOptions:           # with smaller batches, as many more of which make a step
     "Make batches smaller and steps the same."
     for _ in range(times):
@@ -527,8 +582,18 @@ def _said_halved(
     "Say what was done about memory."
     return f"out of memory: {options.accumulate} batches of {options.batch_size} now make a step"
 
+# %% ../nbs/06_train.ipynb #said-stopped
+def _said_stopped(
+    options: FitOptions,     # how to train
+    history: pd.DataFrame,   # a row per epoch
+) -> list[str]:              # at most one sentence
+    "Say that training ended before its last epoch."
+    if len(history) == options.epochs: return []
+    why = f": the validation loss had not fallen for {options.patience}" if options.patience else ""   # or a callback of the caller's
+    return [f"stopped after epoch {len(history)} of {options.epochs}{why}"]
+
 # %% ../nbs/06_train.ipynb #dist-61
-def _can_halve(
+def can_halve(
     options: FitOptions,   # that needed too much memory
 ) -> bool:
     "Tell whether a smaller batch can be tried: processes that were not started from here could not agree on one."
@@ -540,11 +605,13 @@ def _as_history(
     folder: Path,          # gets history.csv
     notes: list[str],      # sentences
     logger: Any,           # a Lightning logger, or False
+    report: Callable[..., None] | None,   # told that it is over
 ) -> pd.DataFrame:         # one row, as `fit` gives it
     "Write a linear probe's figures as a training's."
     history = probe.tail(1).drop(columns="decay").assign(epoch=1, lr=0.0, images_per_s=float("nan"))
     _write_curves(folder, history)
     if logger: _log_epochs(logger, history.drop(columns="images_per_s").to_dict("records"), 1)
+    if report: report(1.0, "the head is fitted")
     history.attrs["notes"] = notes
     return history.reset_index(drop=True)
 
@@ -556,7 +623,7 @@ def _notes(
     options: FitOptions,   # how to train
 ) -> list[str]:            # sentences about what will be done otherwise than asked
     "Check data and options before anything is begun; raise `CvnbError` for what cannot be learned."
-    notes = check_classes(dict(train=train, val=val), model.spec.classes if model.spec.task == "classification" else [])
+    notes = check_classes(dict(train=train, val=val), model.spec.classes if model.spec.task != "regression" else [])
     if model.spec.task == "regression" and (options.balance != "none" or options.mixup or options.cutmix):
         raise UsageError("images with numbers have no classes to balance or to mix", "Use balance=none, mixup=0 and cutmix=0 for regression.")
     if options.strategy.startswith("fsdp"): _check_fsdp(options)
@@ -564,10 +631,22 @@ def _notes(
     size, devices = options.batch_size, options.devices
     if size < 2 * devices: raise UsageError(f"batch_size {size} is too small", "Give 2 images per device at least.")
     if size % devices: raise UsageError(f"batch_size {size} cannot be shared by {devices} devices", f"Use batch_size={size // devices * devices}.")
-    notes += _check_fork(options)
+    notes += _check_fork(options) + _unused(options)
     _trainer(Path(), options, [], False)   # Lightning refuses what it does not know
+    if options.resolution < 1 and options.tune != "probe": _check_growth(model, options)
     if size > len(train): notes.append(f"the batch of {size} is larger than the {len(train)} training images and becomes one of them all")
     return notes
+
+# %% ../nbs/06_train.ipynb #probe-unused
+def _unused(
+    options: FitOptions,   # how to train
+) -> list[str]:            # at most one sentence
+    "Say which options a linear probe has no use for."
+    if options.tune != "probe": return []
+    used = {"tune", "label_smoothing", "seed", "precision", "device", "devices", "strategy", "workers"}
+    if options.balance == "weights": used.add("balance")
+    given = [f"{f.name}={value}" for f in fields(options) if f.name not in used and (value := getattr(options, f.name)) not in (f.default, "none")]
+    return [f"a linear probe fits the head to features of the images as they are: it has no use for {', '.join(given)}"] if given else []
 
 # %% ../nbs/06_train.ipynb #dist-62
 def _check_fsdp(
@@ -576,6 +655,16 @@ def _check_fsdp(
     "Raise `UsageError` for what needs whole parameters, of which each process has a part."
     for name, used in dict(ema=options.ema > 0, clip=options.clip > 0, optimizer=options.optimizer == "muon").items():
         if used: raise UsageError(f"{name}={getattr(options, name)} needs whole parameters, and fsdp spreads them", "Use strategy=ddp.")
+
+# %% ../nbs/06_train.ipynb #check-growth
+def _check_growth(
+    model: VisionModel,    # to train
+    options: FitOptions,   # with a resolution below 1
+) -> None:
+    "Raise `UsageError` if a network cannot see the smaller images that training begins with."
+    for side in sorted({size_of_epoch(model.spec.image_size, options.resolution, e, options.epochs) for e in range(options.epochs)}):
+        try: check_size(model, side)
+        except UsageError as e: raise UsageError(f"resolution={options.resolution}: {e.what}", "Use resolution=1, or another backbone.") from None
 
 # %% ../nbs/06_train.ipynb #dist-66
 def _log_epochs(
@@ -599,7 +688,7 @@ def _training_mode(
         if tune == "head_first" and isinstance(layer, torch.nn.modules.batchnorm._BatchNorm): layer.eval()
 
 # %% ../nbs/06_train.ipynb #class-weights
-def _weights(
+def loss_weights(
     model: VisionModel,    # to train
     train: Labelled,       # training images
     options: FitOptions,   # how to train
@@ -622,7 +711,7 @@ def _fit(
     if torch.cuda.is_available(): torch.set_float32_matmul_precision("high")
     way = way_of(o.devices, o.strategy)
     elsewhere = way in FORKS or way.startswith("ddp_spawn")
-    module = Classifier(trained, o, criterion, train.names, _weights(model, train, o), model)
+    module = Classifier(trained, o, criterion, train.names, loss_weights(model, train, o), model)
     module.threads = int(way in FORKS and _where(o) == "cpu")
     with relayed(report if not rank_zero_only.rank else None, elsewhere) as tell:
         trainer = _trainer(folder, o, _callbacks(folder, o, History(folder, tell), callbacks), logger if not elsewhere else False)
@@ -645,11 +734,14 @@ def answer(
     data: Labelled,        # images
     tta: str = "none",     # "flip" also asks for the mirror images, and averages
     device: str = "auto",  # "cpu" leaves a GPU alone
+    report: Callable[[float, str], None] | None = None,   # told the fraction that is done
 ) -> np.ndarray:           # logits float32 (N, C), or numbers for regression
     "Let a model answer images, on the GPU if there is one."
     where = "cuda" if torch.cuda.is_available() and device != "cpu" else "cpu"
-    logits = predict_logits(model, data.images, device=where)
-    if tta == "flip": logits = (logits + predict_logits(model, data.images[:, :, ::-1].copy(), device=where)) / 2
+    told = lambda fraction, text: report(fraction, f"answering {text}")
+    ask = lambda images: predict_logits(model, images, device=where, report=report and told)
+    logits = ask(data.images)
+    if tta == "flip": logits = (logits + ask(data.images[:, :, ::-1].copy())) / 2
     model.to("cpu")
     return logits
 

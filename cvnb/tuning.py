@@ -11,6 +11,7 @@ import io
 import math
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from .loaders import Labelled, TrainLoader
 from .models import VisionModel
 from .optim import make_optimizer
 from .tasks import task_of
-from .train import Classifier, DataModule, FitOptions, accelerator_for, out_of_memory, quiet
+from .train import Classifier, DataModule, FitOptions, accelerator_for, can_halve, halve, loss_weights, out_of_memory, quiet
 
 # %% auto #0
 __all__ = ['find_batch_size', 'find_lr', 'plot_lr', 'settle']
@@ -36,20 +37,20 @@ def find_batch_size(
     train: Labelled,       # training images
     options: FitOptions,   # how to train
     most: int = 1024,      # largest batch tried
-) -> pd.DataFrame:         # batch_size, images_per_s; the chosen one has chosen = True
-    "Time training steps with batches of growing size, and choose one."
+) -> pd.DataFrame:         # batch_size, images_per_s of one process; the chosen one has chosen = True
+    "Time training steps with batches of growing size, each process's share of them, and choose one."
     device, rows = torch.device("cuda" if torch.cuda.is_available() and options.device != "cpu" else "cpu"), []
-    size, most = 16, max(16, min(most, len(train) // 20))
+    share, most = 16, max(16, min(most, len(train) // 20) // options.devices)
     trial = copy.deepcopy(model).to(device, memory_format=torch.channels_last).train()
-    while size <= most:
-        try: speed = _speed(trial, train, replace(options, batch_size=size), device)
+    while share <= most:
+        try: speed = _speed(trial, train, replace(options, batch_size=share), device)
         except Exception as e:
             if not out_of_memory(e): raise
             break
-        rows.append(dict(batch_size=size, images_per_s=speed))
+        rows.append(dict(batch_size=share * options.devices, images_per_s=speed))
         if len(rows) > 2 and speed < 1.05 * rows[-3]["images_per_s"]: break   # doubling it twice has brought nothing
-        size *= 2
-    table = pd.DataFrame(rows or [dict(batch_size=8, images_per_s=float("nan"))])
+        share *= 2
+    table = pd.DataFrame(rows or [dict(batch_size=8 * options.devices, images_per_s=float("nan"))])
     good = table.images_per_s >= 0.9 * table.images_per_s.max()
     return table.assign(chosen=table.index == (good.idxmax() if good.any() else 0))
 
@@ -83,19 +84,30 @@ def find_lr(
     options: FitOptions,   # how to train, with a batch size
     steps: int = 100,      # of the trial
 ) -> tuple[float, pd.DataFrame]:   # the peak learning rate; lr and loss of each step
-    "Find a learning rate."
-    module = Classifier(copy.deepcopy(model).to(memory_format=torch.channels_last), options, names=train.names)
+    "Find a learning rate; batches that are too large for the memory are halved, as in `fit`."
+    try: found = _lr_trial(model, train, options, steps)
+    except Exception as e:
+        if not (out_of_memory(e) and can_halve(options)): raise
+        return find_lr(model, train, halve(options), steps)
+    curve = pd.DataFrame(dict(lr=found.results["lr"], loss=found.results["loss"])).iloc[10:-1]   # Lightning's average of the first losses is too low
+    lowest, steepest = float(curve.lr[curve.loss.idxmin()]), found.suggestion()
+    return float(f"{math.sqrt((steepest or lowest / 100) * lowest / 10):.2g}"), curve
+
+# %% ../nbs/06b_tuning.ipynb #lr-trial
+def _lr_trial(
+    model: VisionModel, train: Labelled, options: FitOptions, steps: int,
+) -> Any:   # from Lightning's finder: results["lr"], results["loss"], suggestion()
+    "Train a copy of a model for some steps while the rate grows, with what else shapes a step."
+    weights = loss_weights(model, train, options)
+    module = Classifier(copy.deepcopy(model).to(memory_format=torch.channels_last), options, names=train.names, weights=weights)
     module.lr = options.lr   # Lightning insists on it
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):   # its bar
         quiet()
         trainer = pl.Trainer(max_epochs=-1, accelerator=accelerator_for(options), devices=1, precision=options.precision, logger=False,
-                             enable_progress_bar=False,
+                             gradient_clip_val=options.clip or None, accumulate_grad_batches=options.accumulate, enable_progress_bar=False,
                              enable_checkpointing=False, enable_model_summary=False, default_root_dir=folder, limit_val_batches=0)
-        found = Tuner(trainer).lr_find(module, datamodule=DataModule(train, train, options, model.spec), min_lr=1e-6, max_lr=1.0,
-                                       num_training=steps, update_attr=False)
-    curve = pd.DataFrame(dict(lr=found.results["lr"], loss=found.results["loss"])).iloc[10:-1]   # Lightning's average of the first losses is too low
-    lowest, steepest = float(curve.lr[curve.loss.idxmin()]), found.suggestion()
-    return float(f"{math.sqrt((steepest or lowest / 100) * lowest / 10):.2g}"), curve
+        return Tuner(trainer).lr_find(module, datamodule=DataModule(train, train, options, model.spec), min_lr=1e-6, max_lr=1.0,
+                                      num_training=steps, update_attr=False)
 
 # %% ../nbs/06b_tuning.ipynb #cell-9
 def plot_lr(
@@ -117,17 +129,18 @@ def settle(
     model: VisionModel,    # with its starting weights; not changed
     train: Labelled,       # training images
     folder: Path | str,    # the stage's folder
+    report: Callable[[float, str], None] | None = None,   # told what is being picked
 ) -> tuple[FitOptions, pd.DataFrame]:   # options without questions; option, picked, why
     "Pick what was left open; raise `CvnbError` if the device is not there, before anything is tried on another."
     accelerator_for(options)
     note, key = Path(folder)/"checkpoints/picked.json", digest([asdict(options), asdict(model.spec), train.identity])
     if note.exists() and (known := read_json(note))["key"] == key: picked = known["picked"]
-    else: write_json(note, dict(key=key, picked=(picked := _pick(options, model, train))))
+    else: write_json(note, dict(key=key, picked=(picked := _pick(options, model, train, report))))
     return replace(options, **{p["option"]: p["picked"] for p in picked}), pd.DataFrame(picked, columns=["option", "picked", "why"], dtype=object)
 
 # %% ../nbs/06b_tuning.ipynb #cell-12
 def _pick(
-    options: FitOptions, model: VisionModel, train: Labelled,
+    options: FitOptions, model: VisionModel, train: Labelled, report: Callable[[float, str], None] | None = None,
 ) -> list[dict]:   # option, picked, why
     "Pick what was left open, each on top of what is known."
     picked: list[dict] = []
@@ -141,12 +154,16 @@ def _pick(
     if options.precision == "auto": pick("precision", *_precision(gpu))
     if options.workers < 0: pick("workers", *_workers(gpu, train))
     if options.batch_size == 0:
+        if report: report(0.0, "trying batch sizes")
         table = find_batch_size(model, train, options)
         best = table[table.chosen].iloc[0]
         pick("batch_size", int(best.batch_size), f"{best.images_per_s:,.0f} images/s; tried {', '.join(map(str, table.batch_size))}")
     if options.lr == 0:
+        if report: report(0.5, "trying learning rates")
         lr, curve = find_lr(model, train, options)
-        pick("lr", lr, f"between the steepest fall of the loss and a tenth of {curve.lr[curve.loss.idxmin()]:.2g}, where it was lowest")
+        left_out = ["layer_decay"] * (options.layer_decay != 1) + ["a fitted head"] * (options.tune == "head_first")
+        without = f"; tried without {' and '.join(left_out)}" if left_out else ""
+        pick("lr", lr, f"between the steepest fall of the loss and a tenth of {curve.lr[curve.loss.idxmin()]:.2g}, where it was lowest{without}")
     return picked
 
 # %% ../nbs/06b_tuning.ipynb #cell-13

@@ -1,6 +1,7 @@
 """What the command line says to a wrong call: one message that names the thing and the remedy, exit code 2, nothing written."""
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -119,3 +120,16 @@ def test_lists(call, monkeypatch):
     assert "passes over the training set" in said and "1 … 1000" in said
     assert '"maximum": 1000' in call("params", "train", "--json")[1]
     assert "complete" in call("doctor")[1]
+
+
+def test_a_file_is_told_now_and_then_how_far_a_stage_is():
+    out = io.StringIO()
+    with cli.Lines(out) as lines:
+        lines("train", "start", 0, "stale")
+        lines("train", "progress", 0.4, "epoch 2/5")   # half a minute has not gone by
+        lines.pause = 0
+        lines("train", "progress", 0.6, "epoch 3/5")
+        lines("train", "done", 1, "98 % right")
+    begun, going, done = out.getvalue().splitlines()
+    assert begun == "… train" and going.split() == ["…", "train", "60%", "epoch", "3/5"]
+    assert done.startswith("✓ train") and done.endswith("98 % right")

@@ -23,13 +23,15 @@ import pytorch_lightning as pl
 import torch
 from train_job import CLASSES, digits, fresh
 
+from cvnb import tuning
 from cvnb.core import CvnbError, UsageError, read_json, sha256_file
 from cvnb.folds import cross_validate
 from cvnb.loaders import Labelled
 from cvnb.models import VisionModel, create_model, predict_logits
 from cvnb.tasks import task as task_named
-from cvnb.train import FitOptions, History, fit
-from cvnb.tuning import settle
+from cvnb.tracking import TrackSteps
+from cvnb.train import DataModule, FitOptions, History, fit
+from cvnb.tuning import find_batch_size, settle
 
 JOB = Path(__file__).with_name("train_job.py")
 CVNB = Path(sys.executable).with_name("cvnb")
@@ -286,6 +288,14 @@ def test_a_fold_that_is_gone_on_with_is_as_if_left_alone(data, tmp_path):
     pd.testing.assert_frame_equal(found.predictions, expected.predictions)
     assert found.table.equals(expected.table) and list(found.predictions.pixel_sha256) == data[0].names
 
+    def others() -> VisionModel:
+        model = make()
+        model.net.get_classifier().bias.data += 1
+        return model
+    begun: list[float] = []
+    cross_validate(others, rows, data[0], PLAIN, tmp_path/"cut", 3, lambda done, text, **_: begun.append(done))
+    assert min(begun) < 0.3, "folds of other starting weights answered"
+
 
 def test_what_was_picked_stays(data, tmp_path):
     "Timings differ from call to call: with another batch size the checkpoint would be another training's."
@@ -298,9 +308,74 @@ def test_what_was_picked_stays(data, tmp_path):
 
 
 class Interrupts(pl.Callback):
-    "End a training after its first epoch."
+    "End a training after some epochs."
+    def __init__(self, epochs: int = 1): self.epochs = epochs
+
     def on_train_epoch_start(self, trainer: pl.Trainer, *_: object) -> None:
-        if trainer.current_epoch == 1: raise SystemExit("killed")
+        if trainer.current_epoch == self.epochs: raise SystemExit("killed")
+
+
+@pytest.mark.parametrize("options", [dict(ema=0.9), dict(lr=0.0, epochs=9, patience=2), dict(keep="best")], ids=str)
+def test_a_training_that_was_over_gives_the_same_again(data, tmp_path, options, monkeypatch):
+    "Killed between its last checkpoint and the stage's files, it is asked for once more."
+    monkeypatch.setenv("CVNB_SAVE_EVERY", "0")
+    asked, first, again, told = replace(PLAIN, **options), fresh(BATCHNORM), fresh(BATCHNORM), []
+    expected = fit(first, *data, asked, tmp_path/"run")
+    with CSV(tmp_path) as logger:
+        found = fit(again, *data, asked, tmp_path/"run", report=lambda done, *_, **__: told.append(done), logger=logger, callbacks=[TrackSteps()])
+    assert same(first, again) and curves(found).equals(curves(expected)) and told == [1.0]
+    assert logger.column("epoch/val_loss") == expected.val_loss.to_list() and found.attrs["notes"] == expected.attrs["notes"]
+
+
+class CSV(pl.loggers.CSVLogger):
+    "A logger that can be read."
+    def __enter__(self) -> CSV: return self
+
+    def __exit__(self, *_: object) -> None: self.save()
+
+    def column(self, name: str) -> list[float]: return pd.read_csv(Path(self.log_dir)/"metrics.csv")[name].dropna().to_list()
+
+
+def test_patience_counts_on_after_a_kill(data, tmp_path, monkeypatch):
+    "Each epoch is judged before it is saved: one that is gone on with has as much patience left as one that was left alone."
+    monkeypatch.setenv("CVNB_SAVE_EVERY", "0")
+    asked = replace(PLAIN, epochs=9, lr=0.0, patience=3)
+    expected = fit(fresh(NO_BATCHNORM), *data, asked, tmp_path/"whole")
+    for epochs in 1, 2, 3:
+        with pytest.raises(SystemExit): fit(fresh(NO_BATCHNORM), *data, asked, tmp_path/"cut", callbacks=[Interrupts(epochs)])
+    found = fit(fresh(NO_BATCHNORM), *data, asked, tmp_path/"cut")
+    assert len(found) == len(expected) == 4 and curves(found).equals(curves(expected))
+
+
+@pytest.mark.parametrize("tune", ["full", "head_first"])
+def test_a_model_whose_training_was_cut_can_be_given_again(data, tmp_path, tune):
+    "As in a notebook whose cell was interrupted and is run once more."
+    asked, whole, cut = replace(PLAIN, tune=tune, resolution=0.5), fresh(BATCHNORM), fresh(BATCHNORM)
+    expected = fit(whole, *data, asked, tmp_path/"whole")
+    with pytest.raises(SystemExit): fit(cut, *data, asked, tmp_path/"cut", callbacks=[Interrupts()])
+    assert same(cut, fresh(BATCHNORM)) and cut.preprocess.size == 16
+    told = []
+    found = fit(cut, *data, asked, tmp_path/"cut", report=lambda done, text, **_: told.append(done) if "epoch" in text else None)
+    assert min(told) > 0.5 and same(whole, cut) and curves(found).equals(curves(expected))
+
+
+class Criterion:
+    "A loss that says what it is made of."
+    def __init__(self, smoothing: float): self.smoothing, self.identity = smoothing, f"smoothing {smoothing}"
+
+    def __call__(self, logits, labels, images): return torch.nn.functional.cross_entropy(logits, labels, label_smoothing=self.smoothing)
+
+
+def test_another_loss_or_other_validation_images_are_another_training(data, tmp_path):
+    train, val = data
+    begun = lambda criterion, held_out: told.clear() or fit(fresh(NO_BATCHNORM), train, held_out, replace(PLAIN, keep="best"), tmp_path, criterion,
+                                                           lambda done, *_, **__: told.append(done))
+    told: list[float] = []
+    first = begun(Criterion(0.0), val)
+    assert curves(begun(Criterion(0.0), val)).equals(curves(first)) and min(told) > 0.5
+    assert not curves(begun(Criterion(0.5), val)).equals(curves(first)) and min(told) < 0.5
+    begun(Criterion(0.5), val.take(np.arange(90)))
+    assert min(told) < 0.5
 
 
 def ready(smoke_run: Path, run: Path) -> Path:
@@ -367,6 +442,24 @@ def test_the_best_epoch_is_kept_and_patience_ends(data, tmp_path):
     assert right == pytest.approx(history.val_accuracy.max()) and right > history.val_accuracy.iloc[2] + 0.2
     still = fit(fresh(NO_BATCHNORM), *data, replace(PLAIN, epochs=9, lr=0.0, patience=2), tmp_path/"still")
     assert len(still) == 3   # nothing is learned, and two epochs are waited for
+    assert still.attrs["notes"] == ["stopped after epoch 3 of 9: the validation loss had not fallen for 2"] and "notes" in history.attrs
+    assert not history.attrs["notes"]
+
+
+def test_a_stop_is_told_as_the_end(data, tmp_path):
+    told = []
+    fit(fresh(NO_BATCHNORM), *data, replace(PLAIN, epochs=9, lr=0.0, patience=1), tmp_path, report=lambda done, text, **_: told.append((done, text)))
+    assert told[-1] == (1.0, "epoch 2/9 · stopped early") and [done for done, _ in told].count(1.0) == 1
+
+
+def test_what_is_left_for_the_last_step_counts_fully(data, tmp_path):
+    "Six batches of 50, of which twelve should make a step, are the step of one batch of 300."
+    one, six, plain = fresh(NO_BATCHNORM), fresh(NO_BATCHNORM), fresh(NO_BATCHNORM)
+    asked = replace(PLAIN, epochs=1, optimizer="sgd", momentum=0.0, schedule="constant", warmup=0.0, weight_decay=0.0, lr=0.1)
+    fit(one, *data, replace(asked, batch_size=300), tmp_path/"one")
+    fit(six, *data, replace(asked, batch_size=50, accumulate=12), tmp_path/"six")
+    apart = lambda a, b: max(float((x - y).abs().max()) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
+    assert apart(one, six) < 1e-5 < 1e-3 < apart(one, plain)
 
 
 def test_bfloat16_learns_too(data, tmp_path):
@@ -374,6 +467,33 @@ def test_bfloat16_learns_too(data, tmp_path):
     fit(exact, *data, PLAIN, tmp_path/"exact")
     history = fit(half, *data, replace(PLAIN, precision="bf16-mixed"), tmp_path/"half")
     assert not same(exact, half) and history.val_accuracy.iloc[-1] > 0.5
+
+
+class Told:
+    "A logger that remembers."
+    def __init__(self): self.rows: list[tuple[int, dict]] = []
+
+    def log_metrics(self, metrics: dict, step: int) -> None: self.rows.append((step, metrics))
+
+
+def test_a_linear_probe_says_what_it_has_no_use_for(data, tmp_path):
+    asked, logger = replace(PLAIN, tune="probe", mixup=0.2, balance="sampling"), Told()
+    told: list[float] = []
+    history = fit(fresh(BATCHNORM), *data, asked, tmp_path, logger=logger, report=lambda done, *_, **__: told.append(done))
+    assert told[0] == 0 and told[-1] == 1 and len(told) > 5
+    note, = history.attrs["notes"]
+    assert "mixup=0.2" in note and "balance=sampling" in note and "augment" not in note, note
+    assert [(step, row["epoch"], row["epoch/val_loss"]) for step, row in logger.rows] == [(1, 1, history.val_loss[0])]
+    assert "balance" not in str(fit(fresh(BATCHNORM), *data, replace(asked, balance="weights"), tmp_path).attrs["notes"])
+    with pytest.raises(UsageError, match="a linear probe has the task's own loss"):
+        fit(fresh(BATCHNORM), *data, asked, tmp_path, lambda logits, labels, images: logits.sum())
+
+
+@pytest.mark.parametrize(("batch", "largest"), [(8, 32), (512, 256)])
+def test_validation_takes_batches_that_fit_where_the_trainings_do(data, batch, largest):
+    module = DataModule(data[1], data[0], replace(PLAIN, batch_size=batch), fresh(NO_BATCHNORM).spec)   # 300 images validate
+    sizes = [len(labels) for _, labels in module.val_dataloader()]
+    assert sizes[0] == max(sizes) == largest and sum(sizes) == 300
 
 
 @pytest.mark.parametrize("name", ["multilabel", "regression"])
@@ -401,6 +521,57 @@ def test_one_bad_image_is_named(data, tmp_path):
     planted = lambda logits, labels, images: torch.where((images == shown).flatten(1).all(1), torch.nan, logits.sum(-1)).mean()
     with pytest.raises(CvnbError, match=rf"the loss is nan in epoch 1, batch \d+ \(images: {data[0].names[bad]}\).*Lower the learning rate"):
         fit(fresh(NO_BATCHNORM), *data, PLAIN, tmp_path, planted)
+
+
+class SpoilsTheEnd(pl.Callback):
+    "Lose the weights in the last step."
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: object, batch: object, index: int) -> None:
+        if index + 1 == trainer.num_training_batches: module.model.net.get_classifier().bias.data[3] = torch.nan
+
+
+def test_answers_that_are_not_finite_stop_too(data, tmp_path):
+    "The last step's weights are in no training loss."
+    with pytest.raises(CvnbError, match=r"not finite after epoch 1 \(validation images: digit_300.png, .* and 92 more\)\. Lower the learning rate"):
+        fit(fresh(NO_BATCHNORM), *data, replace(PLAIN, epochs=1), tmp_path, callbacks=[SpoilsTheEnd()])
+
+
+def test_memory_that_is_too_small_while_images_grow(data, tmp_path):
+    "What begins anew sees images as large as the first attempt would have in the end."
+    def hungry(logits, labels, images):
+        if len(images) > 25: raise torch.OutOfMemoryError("CUDA out of memory")
+        return torch.nn.functional.cross_entropy(logits, labels)
+    model = fresh(NO_BATCHNORM)
+    with pytest.warns(UserWarning, match="2 batches of 25"): history = fit(model, *data, replace(PLAIN, resolution=0.5), tmp_path, hungry)
+    right = (predict_logits(model, data[1].images).argmax(1) == data[1].labels).mean()
+    assert model.preprocess.size == 16 and right == pytest.approx(history.val_accuracy.iloc[-1])
+
+
+def test_images_that_begin_too_small(data, tmp_path):
+    model = create_model("vit_tiny_patch16_224", CLASSES, 32, "full")   # made for one size, whichever that is
+    with pytest.raises(UsageError, match=r"resolution=0.5: vit_tiny_patch16_224 cannot see images of 16 pixels.*Use resolution=1"):
+        fit(model, *(replace(d, images=d.images.repeat(2, 1).repeat(2, 2)) for d in data), replace(PLAIN, resolution=0.5), tmp_path)
+
+
+def test_a_label_of_several_that_is_not_in_the_training_images(data, tmp_path):
+    tagged = [replace(d, labels=np.eye(10, dtype=np.float32)[d.labels]) for d in data]
+    none = tagged[0].take(np.flatnonzero(data[0].labels != 7))
+    with pytest.raises(CvnbError, match="no training image has the class 7"):
+        fit(create_model(NO_BATCHNORM, CLASSES, 16, task="multilabel"), none, tagged[1], PLAIN, tmp_path)
+
+
+def test_what_is_picked_can_be_shared_and_fits(data, tmp_path, monkeypatch):
+    "Three processes share a batch; a trial of rates that needs too much memory is made with smaller batches."
+    found = find_batch_size(fresh(NO_BATCHNORM), data[0], replace(PLAIN, devices=3), most=200)
+    assert (found.batch_size % 3 == 0).all() and found.chosen.sum() == 1
+    tried, real = [], tuning._lr_trial
+
+    def hungry(model, train, options, steps):
+        tried.append((options.batch_size, options.accumulate))
+        if options.batch_size > 25: raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, train, options, steps)
+    monkeypatch.setattr(tuning, "_lr_trial", hungry)
+    _, picked = settle(replace(PLAIN, lr=0.0, balance="weights", clip=1.0, layer_decay=0.8), fresh(NO_BATCHNORM), data[0], tmp_path)
+    assert tried == [(50, 1), (25, 2)] and picked.why[0].endswith("tried without layer_decay")
 
 
 def test_classes_and_sizes(data, tmp_path):
