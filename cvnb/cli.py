@@ -5,6 +5,7 @@
 # %% ../nbs/14_cli.ipynb #cell-3
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -31,6 +32,8 @@ __all__ = ['app', 'audit_app', 'data_app', 'main', 'run', 'Lines', 'status', 'in
 # %% ../nbs/14_cli.ipynb #cell-5
 app = typer.Typer(name="cvnb", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown",
                   help="From a folder of labelled images to a small, fast, verified model.")
+_REFUSED = {errno.ENOSPC: "Free some space.", errno.EDQUOT: "Free some space.", errno.EROFS: "Give another folder.",
+            errno.EACCES: "Give another folder, or make this one yours.", errno.EPERM: "Give another folder, or make this one yours."}
 _DATA = "A name that `cvnb data` lists, a folder with one sub-folder per class, a table, or torchvision:…, hf:…, fiftyone:…"
 
 # %% ../nbs/14_cli.ipynb #e5fdcf81
@@ -67,6 +70,10 @@ def main() -> None:
     except _WrongCall as e:
         if said := _in_a_line(e): print(f"cvnb: {said}", file=sys.stderr)   # without arguments, the help has been shown
         sys.exit(2)
+    except OSError as e:
+        if not (remedy := _REFUSED.get(e.errno)): raise
+        print(f"cvnb: {e.filename or 'a file'} cannot be read or written ({(e.strerror or '').lower()}). {remedy}", file=sys.stderr)
+        sys.exit(1)
     except ModuleNotFoundError as e:
         if not (remedy := next((remedy for modules, remedy in _PARTS.values() if (e.name or "").split(".")[0] in modules.split()), "")): raise
         print(f"cvnb: {e.name} is not installed, and this command needs it. {remedy}, or with everything: pip install 'cvnb[all]'.", file=sys.stderr)
@@ -172,7 +179,7 @@ def run(
         lines.note(f"{folder}" + (f" · recipe {recipe.name}" if recipe else ""))
         try: outcomes = run_pipeline(folder, values, stages, force, lines)
         except KeyboardInterrupt: raise CvnbError("interrupted", "What finished is kept; the same command goes on from there.") from None
-    print(json.dumps(_result(folder, outcomes), indent=1)) if as_json else _show(folder)
+    print(json.dumps(_result(folder, outcomes), indent=1)) if as_json else _show(folder, outcomes)
 
 # %% ../nbs/14_cli.ipynb #cell-17
 class Lines:
@@ -226,9 +233,9 @@ def _result(
     folder: Path,               # run directory
     outcomes: list[Outcome],    # from `run_pipeline`
 ) -> dict:                      # for --json
-    "Collect what a run did and measured."
+    "Collect what a call did and measured; models only if it saw to the benchmark."
     stages = {o.stage: dict(state=o.state, why=o.why, seconds=round(o.seconds, 2), metrics=o.record["metrics"]) for o in outcomes}
-    return dict(run=str(folder), stages=stages, models=_models(folder))
+    return dict(run=str(folder), stages=stages, models=_models(folder) if "benchmark" in stages else [])
 
 # %% ../nbs/14_cli.ipynb #cell-19
 def _models(
@@ -264,9 +271,11 @@ def _accepted(
 
 # %% ../nbs/14_cli.ipynb #cell-23
 def _show(
-    folder: Path,   # run directory
+    folder: Path,              # run directory
+    outcomes: list[Outcome],   # from `run_pipeline`
 ) -> None:
-    "Print a run's models and the next commands."
+    "Print a run's models and the next commands, if the benchmark is up to date."
+    if not any(o.stage == "benchmark" for o in outcomes): return
     rows = [(r["model"], r["runtime"], f"{r['accuracy']:.4f} [{r['accuracy_low']:.4f}, {r['accuracy_high']:.4f}]", f"{r['p50_ms']:.2f}",
              f"{r['size_mb']:.2f}", f"{r['speedup']:.1f}×") for r in _models(folder)]
     if rows:

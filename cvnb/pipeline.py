@@ -205,6 +205,14 @@ class Values:
             self.origins.setdefault(stage, {}).update(dict.fromkeys(values, origin))
         return self
 
+    def instead(self,
+        stage: str,       # stage name
+        other: Values,    # values of another time
+    ) -> Values:          # a copy in which the stage has what it had then
+        "Take one stage's values from elsewhere."
+        take = lambda own, theirs: {s: v for s, v in own.items() if s != stage} | ({stage: theirs[stage]} if stage in theirs else {})
+        return Values(take(self.given, other.given), take(self.origins, other.origins))
+
     def of(self,
         contract: Contract,   # a stage's contract
         run: Path,            # run directory
@@ -307,6 +315,7 @@ def _watched(
 ) -> Iterator[str]:    # path of the file that the kernel writes its progress to
     "Pass on what a kernel reports; the same again after ten seconds, for it is still at it."
     path, stop = folder/".progress", threading.Event()
+    path.unlink(missing_ok=True)   # of one that was killed
 
     def watch() -> None:
         last, told = "", 0.0
@@ -457,7 +466,7 @@ def run_pipeline(
         check_files(known[s], params[s], root)
     prepare_run(run)
     with locked(run):
-        before = (run/"run.json").read_bytes() if (run/"run.json").exists() else None
+        new, before = not (run/"run.json").exists(), recorded_values(run)
         write_run(run, root, values, params, 0)
         for s in order:
             start, parts = time.perf_counter(), key_parts(known[s], params[s], root)
@@ -467,8 +476,10 @@ def run_pipeline(
             if why: start_forks([known[s] for s in order])
             if forced: _clear(run/s)
             try: record = execute(known[s], params[s], parts, root, report) if why else finished(run, s)
-            except UsageError:   # a value that cannot be is not remembered
-                (run/"run.json").unlink() if before is None else (run/"run.json").write_bytes(before)
+            except UsageError:   # a value that cannot be is not remembered; what the stages before it were made of is
+                kept = values.instead(s, before)
+                if new and not outcomes: (run/"run.json").unlink()
+                else: write_run(run, root, kept, params | {s: kept.of(known[s], run)}, time.perf_counter() - begin)
                 raise
             outcomes.append(Outcome(s, "done" if why else "fresh", why, time.perf_counter() - start, record))
             report(s, "done" if why else "skipped", 1, headline(record))

@@ -14,6 +14,7 @@ import os
 import shutil
 import struct
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -44,7 +45,7 @@ def _settings(
     "Say how W&B is to behave: no questions, nothing collected that nobody asked for, and patience that ends."
     import wandb
     return wandb.Settings(
-        init_timeout=timeout, login_timeout=timeout, finish_timeout=4 * timeout, silent=True, console="off", save_code=False,
+        init_timeout=timeout, login_timeout=timeout, finish_timeout=4 * timeout, finish_timeout_raises=True, silent=True, console="off", save_code=False,
         label_disable=True, x_save_requirements=False)
 
 # %% ../nbs/06a_tracking.ipynb #cell-6
@@ -61,10 +62,27 @@ def _open_online(
         return None, str(e).splitlines()[0]
 
 # %% ../nbs/06a_tracking.ipynb #cell-7
+def _of_wandb(
+    error: Exception,   # from a call of W&B
+) -> bool:              # whether W&B, its process or the line to it failed, and not we
+    "Tell W&B's own errors from others: not all of them have one base."
+    return isinstance(error, OSError) or type(error).__module__.split(".")[0] == "wandb"
+
+# %% ../nbs/06a_tracking.ipynb #reason
+def _reason(
+    error: Exception,   # from a call of W&B
+) -> str:
+    "Say in a line why a run cannot go on."
+    if _of_wandb(error): return f"its process has ended ({error})"
+    return f"it failed ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+
+# %% ../nbs/06a_tracking.ipynb #end-service
 def _end_service() -> None:
     "End W&B's process, which may have ended already."
     import wandb
-    with contextlib.suppress(OSError): wandb.teardown()
+    try: wandb.teardown()
+    except Exception as e:
+        if not _of_wandb(e): raise
 
 # %% ../nbs/06a_tracking.ipynb #cell-8
 class Tracker(WandbLogger):
@@ -75,6 +93,7 @@ class Tracker(WandbLogger):
         timeout: float,   # seconds to wait for a server
     ):
         self.stage, self.asked, self.uploads, self.earlier = stage, mode, [], []   # artifacts under way; ids of runs that were lost
+        self._epochs: list[tuple[dict, int | None]] = []   # what a run that takes another's place has to be told
         picked = {p["option"]: p["picked"] for p in stage.environment.get("picked", [])}   # what was left open
         self.arguments = dict(project="cvnb", name=f"{stage.run.name}/{stage.name}", dir=stage.dir, config=stage.params | picked,
                               settings=_settings(timeout))
@@ -87,7 +106,10 @@ class Tracker(WandbLogger):
         import wandb
         self._experiment = wandb.init(mode="offline", **self.arguments)
         self._record("offline", why)
-        if why: print(f"W&B: {why}. The run is tracked offline; `wandb sync {Path(self.stage.run.name, self._folder())}` uploads it.")
+        if why: self._say(f"{why}. The run is tracked offline")
+
+    def _say(self, what: str) -> None:
+        print(f"W&B: {what}; `wandb sync {Path(self.stage.run.name, self._folder())}` uploads it.")
 
     def _folder(self) -> str: return Path(self._experiment.dir).parent.relative_to(self.stage.run).as_posix()
 
@@ -99,17 +121,34 @@ class Tracker(WandbLogger):
 
     def tell(self, act: Callable[[Any], Any]) -> Any:   # what `act` gives for the run
         "Do something with the W&B run; if W&B's process is gone, with an offline one that takes its place."
-        import wandb
         try: return act(self.experiment)
-        except (wandb.errors.Error, OSError) as e:
+        except Exception as e:   # whatever it is: if it is ours, the second try says so
             self.earlier.append(self._experiment.id)
             _end_service()
-            self._go_offline(f"its process has ended ({e})")
+            self._go_offline(_reason(e))
+            for metrics, step in self._epochs: WandbLogger.log_metrics(self, metrics, step)
             return act(self._experiment)
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         self.tell(lambda run: WandbLogger.log_metrics(self, metrics, step))
+        if "epoch" in metrics: self._epochs.append((dict(metrics), step))
+
+    def follow(self,
+        runs: list[str],   # ids of the runs in which this training began
+    ) -> None:
+        "Name the runs that this one goes on from."
+        self.earlier[:0] = [name for name in runs if name not in self.earlier]
+
+    def end(self) -> None:
+        "End the run; say what a server did not take in time, and what could not be ended."
+        folder = self._folder()
+        try: self._experiment.finish()
+        except Exception as e:
+            why = "the server has not taken everything in time" if isinstance(e, TimeoutError) else _reason(e)
+            self.stage.environment["wandb"]["why"] = why
+            print(f"W&B: {why}; `wandb sync {Path(self.stage.run.name, folder)}` uploads what is here.")
+        _end_service()   # which waits until the file is written; `finish` does not
 
 # %% ../nbs/06a_tracking.ipynb #cell-9
 def open_tracker(
@@ -152,12 +191,15 @@ def _wait_for_uploads(
     longest: float = 600,   # seconds
 ) -> None:
     "Wait for artifacts as long as the server answers: a model is large, and `finish` waits only some seconds."
-    import wandb
     run, end = tracker.experiment, time.monotonic() + longest
-    while not run.offline and tracker.uploads and time.monotonic() < end and _answers(run.settings.base_url, run.settings.init_timeout):
-        with contextlib.suppress(wandb.errors.Error, TimeoutError, ValueError, OSError):   # what did not arrive is on the disk
-            tracker.uploads[-1].wait(timeout=2)
-            tracker.uploads.pop()
+    if run.offline: return
+
+    def arrive() -> None:   # W&B would call an upload off that is waited for with a limit
+        with contextlib.suppress(Exception):   # what did not arrive is on the disk
+            for artifact in tracker.uploads: artifact.wait()
+    waiting = threading.Thread(target=arrive, daemon=True)
+    waiting.start()
+    while waiting.is_alive() and time.monotonic() < end and _answers(run.settings.base_url, run.settings.init_timeout): waiting.join(2)
 
 # %% ../nbs/06a_tracking.ipynb #cell-13
 def close_tracker(
@@ -168,8 +210,7 @@ def close_tracker(
     if not logger: return ""
     logger.tell(lambda run: run.summary.update(_plain_figures(figures or {})))
     _wait_for_uploads(logger)
-    logger.tell(lambda run: run.finish())
-    _end_service()   # which waits until the file is written; `finish` does not
+    logger.end()
     return logger.stage.environment["wandb"]["id"]
 
 # %% ../nbs/06a_tracking.ipynb #cell-15
@@ -232,6 +273,16 @@ class TrackSteps(pl.Callback):
     ):
         self.every, self.share, self.spent, self._begin, self._told = every, share, 0.0, 0.0, 0
         self._step, self._waiting = None, None   # the step that is being tracked; the one whose values are on their way
+        self.runs: list[str] = []   # ids of the runs that this training has been tracked in
+
+    def state_dict(self) -> dict: return dict(runs=self.runs)
+
+    def load_state_dict(self, state: dict) -> None: self.runs = list(state["runs"])
+
+    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        for logger in (l for l in trainer.loggers if isinstance(l, Tracker)):
+            logger.follow(self.runs)
+            self.runs = [*self.runs, logger.experiment.id]
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None: self._begin = time.perf_counter()
 
@@ -405,6 +456,7 @@ class _Progress:
         now = time.perf_counter()
         if self.ended and done >= 1 and hasattr(self, "first"): return   # told twice that it is over
         if self.ended: self.first, self.begin, self.last, self.ended = done, now, float("-inf"), False; self.start()
+        if done <= self.first: self.begin = now   # what comes before the first step does not count
         if done < 1 and now - self.last < self.pause: return
         self.last, self.ended = now, done >= 1
         took, gone = now - self.begin, done - self.first

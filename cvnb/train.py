@@ -538,7 +538,8 @@ def fit(
         now = halve(options, halved)
         try:
             if now.tune != "full" and not resume:
-                begun = fit_head(model, train, val, now.label_smoothing, _where(now), loss_weights(model, train, now), report)
+                told = report if now.tune == "probe" or not report else lambda done, text: report(0.0, text)   # training is what takes its time
+                begun = fit_head(model, train, val, now.label_smoothing, _where(now), loss_weights(model, train, now), told)
             if now.tune == "probe": return _as_history(begun, folder, notes, logger, report)
             _fit(model, train, val, now, folder, criterion, report, logger, callbacks, resume)
         except BaseException as e:

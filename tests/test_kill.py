@@ -70,12 +70,16 @@ def progress(stage: Path) -> float:
 def test_kills_at_random_points_of_every_stage(smoke_run, tmp_path):
     run, rng = tmp_path/"run", random.Random(7)
     call = [CVNB, "run", "--run", run, "--set", "benchmark.n_calls=20", "--set", "benchmark.rounds=3"]
-    for stage in STAGES:
-        before, at = done(run), 0.8 * rng.random()
+    somewhere = lambda stage: lambda at=0.8 * rng.random(): progress(run/stage) > at
+    writing = lambda stage: lambda: any(p.name.endswith(".tmp") and not p.name.startswith(".notebook") for p in (run/stage).rglob(".*"))
+    cuts = dict(audit=[somewhere("audit")], errors=[writing("errors")], compress=[somewhere("compress")], export=[writing("export")],
+                train=[(run/"train/checkpoints/last.ckpt").exists, (run/"train/model.safetensors").exists],   # the second time all is learned
+                benchmark=[somewhere("benchmark")])
+    for stage, reached in [(s, reached) for s in STAGES for reached in cuts[s]]:
+        before = done(run)
         process = subprocess.Popen(call, start_new_session=True, **SILENT)
         assert wait(process, lambda s=stage: (run/s/"notebook.ipynb").exists() and not (run/s/"stage.json").exists())
-        if stage in ("audit", "compress", "benchmark"): wait(process, lambda s=stage, at=at: progress(run/s) > at)   # somewhere in it
-        else: wait(process, lambda s=stage: any(p.name.endswith(".tmp") for p in (run/s).rglob(".*")), 20)   # while a file is being written
+        wait(process, reached, 60)
         kill(process)
         after = done(run)
         assert before.items() <= after.items() and stage not in after, "a finished stage was lost"

@@ -89,6 +89,8 @@ class Rows(History):
 
     def on_train_batch_end(self, *_: object) -> None: pass
 
+    def on_fit_end(self, *_: object) -> None: pass
+
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.rows.append(dict(epoch=trainer.current_epoch + 1, val_loss=1 / (trainer.current_epoch + 1), images_per_s=100.0))
 
@@ -306,7 +308,8 @@ def test_a_server_that_cannot_be_reached_makes_the_run_an_offline_one(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fate", ["answers", "ends", "falls silent"])
-def test_a_server_that_is_lost_while_training_costs_seconds_at_the_end(fate: str, stage: Stage, serve: Callable[[], Quiet]) -> None:
+def test_a_server_that_is_lost_while_training_costs_seconds_at_the_end(
+        fate: str, stage: Stage, serve: Callable[[], Quiet], capfd: pytest.CaptureFixture) -> None:
     server = serve()
     logger = open_tracker(stage, "online", timeout=2)
     assert stage.environment["wandb"]["mode"] == "online"
@@ -317,23 +320,66 @@ def test_a_server_that_is_lost_while_training_costs_seconds_at_the_end(fate: str
     logged = time.perf_counter() - begin
     close_tracker(logger, dict(answer=42))
     assert logged < 5 and time.perf_counter() - begin < 20
+    said = "has not taken everything in time" in stage.environment["wandb"]["why"], "wandb sync" in capfd.readouterr().out
+    assert said == (fate != "answers", fate != "answers")
     run = tracked(stage)
     assert [row["x"] for row in run["history"]] == list(range(500)) and run["summary"]["answer"] == 42
 
 
 def service() -> psutil.Process:
-    return next(p for p in psutil.Process().children(recursive=True) if "wandb" in p.name())
+    found = [p for p in psutil.Process().children(recursive=True) if "wandb" in p.name()]
+    return max(found, key=psutil.Process.create_time)   # one whose server fell silent may still be there
+
+
+class KillsWandb(pl.Callback):
+    "End W&B's process in the second epoch."
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: object, index: int) -> None:
+        if trainer.current_epoch == 1 and index == 2: service().send_signal(signal.SIGKILL)
 
 
 def test_a_run_goes_on_when_wandb_itself_is_killed(stage: Stage, capfd: pytest.CaptureFixture) -> None:
     logger = open_tracker(stage)
     first = stage.environment["wandb"]["id"]
-    service().send_signal(signal.SIGKILL)
-    train(logger, TrackSteps(every=5, share=1), Rows())
+    train(logger, TrackSteps(every=5, share=1), Rows(), KillsWandb())
     name = close_tracker(logger, dict(answer=42))
     assert stage.environment["wandb"]["earlier"] == [first] and name != first and tracked(stage)["id"] == name
     assert tracked(stage)["summary"]["answer"] == 42 and tracked(stage)["config"]["epochs"] == 2
+    assert [row["epoch/val_loss"] for row in tracked(stage)["history"] if "epoch/val_loss" in row] == [1, 0.5]   # the first was told before
     assert capfd.readouterr().out.count("W&B: its process has ended") == 1
+
+
+def test_a_run_that_cannot_be_ended_is_kept(stage: Stage, capfd: pytest.CaptureFixture) -> None:
+    logger = open_tracker(stage)
+    logger.log_metrics(dict(x=1.0))
+    time.sleep(1)   # it is on its way to the disk
+    service().send_signal(signal.SIGKILL)
+    first = stage.environment["wandb"]["id"]
+    logger.end()
+    assert stage.environment["wandb"]["id"] == first and "its process has ended" in stage.environment["wandb"]["why"]
+    assert "wandb sync run/train/wandb/offline-run-" in capfd.readouterr().out and list(folder(stage).glob("*.wandb"))
+
+
+class Hesitant(Server):
+    "A server that takes longer for a model than a look at it."
+    def reply(self, body: bytes) -> dict:
+        if b"mutation CreateArtifact" in body:
+            time.sleep(3)
+            return dict(errors=[dict(message="there is no room for it")])
+        viewer = dict(id="Vg==", entity="me", username="me", email="", flags="{}", teams=dict(edges=[]))
+        known = {b"query Viewer": dict(viewer=viewer), b"query ArtifactType": dict(project=None)}
+        return next((dict(data=data) for query, data in known.items() if query in body), None) or super().reply(body)
+
+
+@pytest.mark.slow
+def test_a_model_that_takes_long_to_arrive_is_waited_for(stage: Stage, serve: Callable[[type], Quiet]) -> None:
+    serve(Hesitant)
+    for name in "model.safetensors", "model.json": (stage.dir/name).write_text(name)
+    logger = open_tracker(stage, "online", timeout=2)
+    log_model(logger, stage.dir)
+    begin = time.perf_counter()
+    close_tracker(logger, dict(answer=42))
+    assert time.perf_counter() - begin > 2.5 and stage.environment["wandb"]["mode"] == "online" and not stage.environment["wandb"]["earlier"]
+    assert tracked(stage)["summary"]["answer"] == 42
 
 
 @pytest.mark.slow

@@ -404,6 +404,8 @@ def test_a_killed_stage_goes_on(smoke_run, tmp_path):
     assert end.returncode == 0, end.stderr
     for name in "model.safetensors", "predictions.parquet", "history.csv":
         assert sha256_file(run/"train"/name) == sha256_file(smoke_run/"train"/name), name
+    earlier, = read_json(run/"train/stage.json")["environment"]["wandb"]["earlier"]   # it comes with the checkpoint that was gone on with
+    assert next((run/"train/wandb").glob(f"offline-run-*-{earlier}"))
 
 
 @pytest.mark.slow
