@@ -10,10 +10,12 @@ import hashlib
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .core import CvnbError, machine
 from .fetch import cache_dir
 
 if TYPE_CHECKING:
@@ -54,7 +56,7 @@ class RowCache:
         for path in files:
             with contextlib.suppress(OSError): os.utime(path)   # what was used last is thrown away last
         place = [made.get(key) or (files[known[key][0]], known[key][1]) for key in keys]
-        return _gather(place, self.shape, self.dtype)
+        return _gather(place, self.shape, self.dtype, self.folder)
 
     def missing(self,
         keys: Sequence[str],   # as for `rows`
@@ -113,20 +115,44 @@ def _reserve(
             raise
     return out
 
+# %% ../nbs/01b_cache.ipynb #room
+def _room(
+    shape: tuple[int, ...],   # of the array
+    dtype: str,               # of its elements
+    folder: Path,             # on the disk
+    share: float = 0.25,      # of the memory, above which the array is mapped to a file that goes with it
+) -> np.ndarray:              # empty
+    "Find room for an array; raise `CvnbError` if there is none."
+    import numpy as np
+    size, memory = int(np.prod(shape)) * np.dtype(dtype).itemsize, (machine()["memory_gb"] or 4) * 1e9
+    if size <= share * memory: return np.empty(shape, dtype)
+    path = folder/f"gathered-{uuid.uuid4().hex}.tmp"
+    try: out = _reserve(path, shape, dtype)
+    except OSError as e:
+        raise CvnbError(f"{shape[0]} rows take {size / 1e9:.1f} GB, too much for {memory / 1e9:.0f} GB of memory, and {e}",
+                        "Use smaller images (image_size), free some space, or name a larger disk in CVNB_CACHE.") from None
+    with contextlib.suppress(OSError): path.unlink()   # what is mapped stays; where that is not so, `trim` takes it later
+    return out
+
 # %% ../nbs/01b_cache.ipynb #cell-8
 def _gather(
     place: list[tuple[np.ndarray, int]],   # for each row an array and its place there
     shape: tuple[int, ...],                # of a row
     dtype: str,                            # of its elements
+    folder: Path,                          # for what is too large for the memory
+    block: int = 1024,                     # rows that are copied at a time
 ) -> np.ndarray:                           # (N, *shape)
     "Put rows together; those that follow each other in one array are not copied."
-    import numpy as np
     if place and all(array is place[0][0] and row == place[0][1] + i for i, (array, row) in enumerate(place)):
         return place[0][0][place[0][1]:place[0][1] + len(place)]
-    out = np.empty((len(place), *shape), dtype)
+    out = _room((len(place), *shape), dtype, folder)
     by_array: dict[int, list[int]] = {}
     for i, (array, _) in enumerate(place): by_array.setdefault(id(array), []).append(i)
-    for positions in by_array.values(): out[positions] = place[positions[0]][0][[place[i][1] for i in positions]]
+    for positions in by_array.values():
+        source = place[positions[0]][0]
+        for i in range(0, len(positions), block):
+            part = positions[i:i + block]
+            out[part] = source[[place[p][1] for p in part]]
     return out
 
 # %% ../nbs/01b_cache.ipynb #cell-9

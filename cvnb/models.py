@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -73,14 +74,17 @@ def _first_convs(
     known = getattr(net, "pretrained_cfg", {}).get("first_conv") or ()
     names = [known] if isinstance(known, str) else list(known)
     here = dict(net.named_modules())
-    return [n for n in names if n in here] or [next(n for n, m in here.items() if isinstance(m, nn.Conv2d))]
+    return [n for n in names if n in here] or [n for n, m in here.items() if isinstance(m, nn.Conv2d)][:1]
 
 # %% ../nbs/03_models.ipynb #cell-10
+_NO_STEM = "this backbone has no first layer that could keep more of the image", "Set train.stem=full."
+
 def _drop_stride(
     net: nn.Module,   # a timm network, changed in place
 ) -> None:
     "Let the first layer that shrinks its input keep the resolution."
     firsts = {name: net.get_submodule(name) for name in _first_convs(net)}
+    if not firsts or not all(isinstance(conv, nn.Conv2d) for conv in firsts.values()): raise UsageError(*_NO_STEM)
     shrinking = any(max(conv.stride) > 1 for conv in firsts.values())
     for name, conv in firsts.items():
         if max(conv.kernel_size) > 3 and len(firsts) == 1:
@@ -89,7 +93,8 @@ def _drop_stride(
         else: conv.stride = (1, 1)
     if shrinking: return
     strided = (nn.Conv2d, nn.MaxPool2d)
-    name, layer = next((n, m) for n, m in net.named_modules() if isinstance(m, strided) and max(np.atleast_1d(m.stride)) > 1)
+    name, layer = next(((n, m) for n, m in net.named_modules() if isinstance(m, strided) and max(np.atleast_1d(m.stride)) > 1), ("", None))
+    if layer is None: raise UsageError(*_NO_STEM)
     if isinstance(layer, nn.MaxPool2d): net.set_submodule(name, nn.Identity())
     else: layer.stride = (1, 1)
 
@@ -120,6 +125,16 @@ class Units(nn.Module):
         outputs: Tensor,   # (N, K), of mean 0 and spread 1
     ) -> Tensor:           # float32 (N, K)
         return outputs.float() * self.std + self.mean
+
+# %% ../nbs/03_models.ipynb #known-config
+def _config(
+    backbone: str,   # timm model name, perhaps with the tag of its weights
+) -> Any:            # timm's description of it
+    "Look a network up; raise `UsageError` for weights that it does not have."
+    try: return timm.get_pretrained_cfg(backbone, allow_unregistered=True)
+    except RuntimeError:
+        known = timm.list_pretrained(f"{backbone.split('.')[0]}.*")
+        raise UsageError(f"backbone '{backbone}' names weights that timm does not know", nearest(backbone, known)[:300]) from None
 
 # %% ../nbs/03_models.ipynb #pad-4
 _PRODUCTS = 64   # of a channel, up to which writing them out is faster than a border
@@ -204,7 +219,7 @@ def _network(
     "Build a timm network; raise `UsageError` for one that timm does not know, or a stem or a size that it cannot have."
     if not timm.is_model(spec.backbone):
         raise UsageError(f"backbone '{spec.backbone}' is not a timm model", nearest(spec.backbone, timm.list_models())[:200])
-    fixed = timm.get_pretrained_cfg(spec.backbone, allow_unregistered=True).fixed_input_size
+    fixed = _config(spec.backbone).fixed_input_size
     sized = dict(img_size=spec.image_size) if fixed else {}
     net = _created(spec, pretrained, **sized)
     patches = next((m for m in net.modules() if isinstance(m, PatchEmbed)), None)
@@ -236,7 +251,7 @@ def _no_size(
 ) -> UsageError:        # to raise
     "Say that a network cannot see images of its size, and which it can."
     reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
-    made_for = timm.get_pretrained_cfg(spec.backbone, allow_unregistered=True).input_size[-1]
+    made_for = _config(spec.backbone).input_size[-1]
     stem, full = (f" with the {spec.stem} stem", " and train.stem=full") if spec.stem != "full" else ("", "")
     return UsageError(f"{spec.backbone} cannot see images of {spec.image_size} pixels{stem} ({reason})",
                       f"Set train.image_size={made_for}, for which it was made{full}, or choose another backbone.")
@@ -256,6 +271,11 @@ def check_size(
     "Raise `UsageError` if a network cannot see images of a size."
     spec, was_training = replace(model.spec, image_size=size or model.spec.image_size), model.training
     blank = torch.zeros(2, 3, spec.image_size, spec.image_size, device=next(model.parameters()).device)
+    for patches in (m for m in model.net.modules() if isinstance(m, PatchEmbed) and not m.dynamic_img_pad):
+        if left := spec.image_size % patches.patch_size[0]:
+            nearer = [side for side in (spec.image_size - left, spec.image_size - left + patches.patch_size[0]) if side]
+            raise UsageError(f"{spec.backbone} cuts images into patches of {patches.patch_size[0]} pixels, and {spec.image_size} leave {left} unseen",
+                             f"Set train.image_size={' or '.join(map(str, nearer))}.")
     try:
         with torch.inference_mode(): outputs = model.eval().net(blank)
         if outputs.shape != (2, len(spec.classes)): raise ValueError(f"its outputs have the shape {tuple(outputs.shape)}")
@@ -344,6 +364,14 @@ def _under_own_names(
     try: return max(state, translate(dict(state), net), key=fits)
     except (TypeError, KeyError, RuntimeError, ValueError, AttributeError, IndexError): return state   # it is of another kind
 
+# %% ../nbs/03_models.ipynb #head-names
+def _head(
+    net: nn.Module,      # a timm network
+) -> tuple[str, ...]:    # how the names of its classifier's weights begin
+    "Name the classifier, or several that work side by side."
+    known = getattr(net, "pretrained_cfg", {}).get("classifier") or ()
+    return tuple(f"{name}." for name in ([known] if isinstance(known, str) else known))
+
 # %% ../nbs/03_models.ipynb #cell-34
 def _load_matching(
     net: nn.Module,            # changed in place
@@ -352,8 +380,7 @@ def _load_matching(
 ) -> None:
     "Load all weights but those of a classifier or a first layer with another shape; raise `CvnbError` if others do not fit."
     own, state = net.state_dict(), _under_own_names(net, state)
-    known = getattr(net, "pretrained_cfg", {}).get("classifier") or ()
-    free = tuple(f"{name}." for name in [*([known] if isinstance(known, str) else known), *_first_convs(net)])
+    free = _head(net) + tuple(f"{name}." for name in _first_convs(net))
     must = [k for k in own if not k.startswith(free) and not k.endswith("num_batches_tracked")]
     fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
     missing, left = [k for k in must if k not in fitting], [k for k in state if k not in own and not k.startswith(free)]
@@ -404,14 +431,16 @@ def create_model(
     "Build a model and load weights."
     run = _run_of(weights)
     if not timm.is_model(backbone): build(ModelSpec(backbone, classes, image_size, [0], [1]))   # raises with the nearest name
-    config = timm.get_pretrained_cfg(backbone, allow_unregistered=True)
+    config = _config(backbone)
     norm = _PACKAGED_NORM if backbone == PACKAGED else dict(mean=list(config.mean), std=list(config.std))
     if run: norm = dict(mean=run.mean, std=run.std)
     spec = ModelSpec(backbone, list(classes), image_size, task=task, target_mean=list(target_mean), target_std=list(target_std), **norm)
     small = image_size < SMALL_IMAGE and not weights
     model = _with_stem(spec, [stem] if stem != "auto" else [run.stem] if run else ["small", "full"] if small else ["full"])
     if not weights: return model
-    if run: state = load_model(Path(weights).expanduser()).net.state_dict()
+    if run:
+        state, meaning = load_model(Path(weights).expanduser()).net.state_dict(), lambda s: (s.task, s.classes, s.target_mean, s.target_std)
+        if meaning(run) != meaning(model.spec): state = {k: v for k, v in state.items() if not k.startswith(_head(model.net))}   # of other classes
     elif weights == "imagenet" and backbone == PACKAGED: state = packaged_state(timm.create_model(backbone).state_dict())
     elif weights == "imagenet" or weights.startswith("hf-hub:"):
         net = _fetched(model.spec, weights)
@@ -494,7 +523,7 @@ def _by_batches(
     with torch.inference_mode():
         while begin < len(images):
             if report: report(begin / len(images), f"{begin}/{len(images)} images")
-            try: parts.append(call(torch.from_numpy(images[begin:begin + batch_size]).to(device)).float().cpu())
+            try: parts.append(call(torch.from_numpy(np.ascontiguousarray(images[begin:begin + batch_size])).to(device)).float().cpu())
             except torch.OutOfMemoryError:
                 if batch_size == 1: raise
                 batch_size //= 2

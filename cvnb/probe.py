@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,17 @@ def _solve(
         return value
     optimizer.step(closure)
 
+# %% ../nbs/05d_probe.ipynb #check-head
+def _check_head(
+    model: VisionModel,   # on the CPU
+    images: np.ndarray,   # some, uint8 (B, S, S, 3)
+    x: Tensor,            # their features (B, D)
+) -> None:
+    "Raise `UsageError` for a network that does more with its features than its head does."
+    with torch.inference_mode(): whole, alone = model.eval().net(model.preprocess(torch.tensor(images))), model.net.get_classifier()(x)
+    if whole.shape == alone.shape and torch.allclose(whole, alone, rtol=1e-2, atol=1e-2 * float(alone.abs().max()) + 1e-6): return
+    raise UsageError(f"the answers of {model.spec.backbone} are not those of a linear head on its features", "Use tune=full.")
+
 # %% ../nbs/05d_probe.ipynb #cell-7
 def fit_head(
     model: VisionModel,     # its head is replaced; ends in eval mode on the CPU
@@ -54,6 +66,7 @@ def fit_head(
     if not isinstance(head, nn.Linear): raise UsageError(f"{model.spec.backbone} has no linear head", "Use tune=full.")
     told = lambda fraction, text: report(fraction * 0.9, f"features of {text}")
     x, y = (torch.from_numpy(features(model, d.images, device, report=report and told)) for d in (train, val))
+    _check_head(model.to("cpu"), val.images[:8], y[:8])
     mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
     x, y = (x - mean) / std, (y - mean) / std
     targets, held_out = torch.from_numpy(train.labels), torch.from_numpy(val.labels)

@@ -190,7 +190,7 @@ class Regression(Task):
 
     def score(self, logits: Tensor, targets: Tensor) -> float:
         left, all_ = (targets - logits.float()).square().sum(0), (targets - targets.mean(0)).square().sum(0)
-        return (1 - left / all_).mean().item()
+        return torch.where(all_ > 0, 1 - left / all_, torch.nan).mean().item()   # as `r2` of the figures
 
     def figures(self, logits: np.ndarray, targets: np.ndarray) -> dict[str, Figure]:
         found, k = dict(r2=r2(targets, logits)), targets.shape[1]

@@ -45,8 +45,8 @@ def _settings(
     "Say how W&B is to behave: no questions, nothing collected that nobody asked for, and patience that ends."
     import wandb
     return wandb.Settings(
-        init_timeout=timeout, login_timeout=timeout, finish_timeout=4 * timeout, finish_timeout_raises=True, silent=True, console="off", save_code=False,
-        label_disable=True, x_save_requirements=False)
+        init_timeout=timeout, login_timeout=timeout, finish_timeout=4 * timeout, finish_timeout_raises=True, silent=True, console="off",
+        save_code=False, label_disable=True, x_save_requirements=False)
 
 # %% ../nbs/06a_tracking.ipynb #cell-6
 def _open_online(
@@ -92,7 +92,8 @@ class Tracker(WandbLogger):
         mode: str,        # "offline" or "online"
         timeout: float,   # seconds to wait for a server
     ):
-        self.stage, self.asked, self.uploads, self.earlier = stage, mode, [], []   # artifacts under way; ids of runs that were lost
+        self.stage, self.asked, self.uploads = stage, mode, []   # artifacts under way
+        self.earlier: list[str] = []   # ids of the runs that were lost, or that a training began in
         self._epochs: list[tuple[dict, int | None]] = []   # what a run that takes another's place has to be told
         picked = {p["option"]: p["picked"] for p in stage.environment.get("picked", [])}   # what was left open
         self.arguments = dict(project="cvnb", name=f"{stage.run.name}/{stage.name}", dir=stage.dir, config=stage.params | picked,
@@ -280,7 +281,7 @@ class TrackSteps(pl.Callback):
     def load_state_dict(self, state: dict) -> None: self.runs = list(state["runs"])
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        for logger in (l for l in trainer.loggers if isinstance(l, Tracker)):
+        for logger in (own for own in trainer.loggers if isinstance(own, Tracker)):
             logger.follow(self.runs)
             self.runs = [*self.runs, logger.experiment.id]
 

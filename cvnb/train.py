@@ -249,7 +249,8 @@ def size_of_epoch(
     epochs: int,    # of the whole training
 ) -> int:           # side in pixels
     "Say at which size the network sees training images in an epoch."
-    share = min(1.0, begin + (1 - begin) * epoch / max(1, round(0.75 * epochs)))
+    rise = min(epochs - 1, max(1, round(0.75 * epochs)))   # epochs before the full side
+    share = min(1.0, begin + (1 - begin) * epoch / rise) if rise > 0 else 1.0
     step = 32 if full >= 128 else 4
     return full if share >= 1 else min(full, max(step, round(full * share / step) * step))
 
@@ -363,6 +364,7 @@ class Best(pl.Callback):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Classifier) -> None:   # before the average gives its place back
         value = float(trainer.callback_metrics[f"val_{pl_module.task.metric}"])
+        if not np.isfinite(value): value = -float(trainer.callback_metrics["val_loss"])   # a number that does not vary has no r2, in any epoch
         better = value > self.value or np.isnan(self.value)   # the first is kept in any case
         if not trainer.strategy.broadcast(better): return   # the first process decides: all of them gather the weights, or none
         self.value = value
@@ -530,7 +532,7 @@ def fit(
 ) -> pd.DataFrame:            # one row per epoch: epoch, train_loss, val_loss, val_<metric>, lr, images_per_s; attrs["notes"]: sentences
     "Train a model; an interrupted call with the same arguments goes on from its last checkpoint."
     quiet()
-    if criterion is not None and options.tune == "probe": raise UsageError("a linear probe has the task's own loss, not a criterion", "Use tune=full.")
+    if criterion is not None and options.tune == "probe": raise UsageError("a linear probe has the task's own loss, no criterion", "Use tune=full.")
     folder, notes = Path(folder), _notes(model, train, val, options)
     identity, start = identity_of(model, train, options, val, criterion), {k: v.clone() for k, v in model.state_dict().items()}
     resume, halved = _resume_from(folder, identity)
@@ -538,7 +540,7 @@ def fit(
         now = halve(options, halved)
         try:
             if now.tune != "full" and not resume:
-                told = report if now.tune == "probe" or not report else lambda done, text: report(0.0, text)   # training is what takes its time
+                told = report if now.tune == "probe" or not report else lambda done, text: report(0.0, text)   # training has the bar
                 begun = fit_head(model, train, val, now.label_smoothing, _where(now), loss_weights(model, train, now), told)
             if now.tune == "probe": return _as_history(begun, folder, notes, logger, report)
             _fit(model, train, val, now, folder, criterion, report, logger, callbacks, resume)
@@ -742,7 +744,7 @@ def answer(
     told = lambda fraction, text: report(fraction, f"answering {text}")
     ask = lambda images: predict_logits(model, images, device=where, report=report and told)
     logits = ask(data.images)
-    if tta == "flip": logits = (logits + ask(data.images[:, :, ::-1].copy())) / 2
+    if tta == "flip": logits = (logits + ask(data.images[:, :, ::-1])) / 2
     model.to("cpu")
     return logits
 

@@ -16,12 +16,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.tuner import Tuner
 
-from .core import digest, read_json, write_json
+from .core import CvnbError, digest, read_json, write_json
 from .loaders import Labelled, TrainLoader
 from .models import VisionModel
 from .optim import make_optimizer
@@ -69,7 +70,8 @@ def _speed(
     times = []
     for _ in range(2 + steps):
         begin = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16-mixed"):
+        half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(options.precision)
+        with torch.autocast(device.type, half, enabled=half is not None):
             loss = task.loss(model(images).float(), labels)
         loss.backward()
         optimizer.step(); optimizer.zero_grad()
@@ -90,24 +92,33 @@ def find_lr(
         if not (out_of_memory(e) and can_halve(options)): raise
         return find_lr(model, train, halve(options), steps)
     curve = pd.DataFrame(dict(lr=found.results["lr"], loss=found.results["loss"])).iloc[10:-1]   # Lightning's average of the first losses is too low
+    curve = curve[np.isfinite(curve.loss)]   # the trial ends where the rate is too high for anything
+    if len(curve) < 10: raise CvnbError("no learning rate could be picked: the loss is not finite after a few steps of a trial", "Give one (lr).")
     lowest, steepest = float(curve.lr[curve.loss.idxmin()]), found.suggestion()
     return float(f"{math.sqrt((steepest or lowest / 100) * lowest / 10):.2g}"), curve
 
 # %% ../nbs/06b_tuning.ipynb #lr-trial
+class _Trial(Classifier):
+    "A training that may come to nothing."
+    lr = 0.0   # Lightning insists on it
+
+    def read_losses(self) -> None: self._unread = []
+
+# %% ../nbs/06b_tuning.ipynb #lr-trial-2
 def _lr_trial(
     model: VisionModel, train: Labelled, options: FitOptions, steps: int,
 ) -> Any:   # from Lightning's finder: results["lr"], results["loss"], suggestion()
     "Train a copy of a model for some steps while the rate grows, with what else shapes a step."
-    weights = loss_weights(model, train, options)
-    module = Classifier(copy.deepcopy(model).to(memory_format=torch.channels_last), options, names=train.names, weights=weights)
-    module.lr = options.lr   # Lightning insists on it
+    weights, o = loss_weights(model, train, options), replace(options, resolution=1.0)
+    module = _Trial(copy.deepcopy(model).to(memory_format=torch.channels_last), o, names=train.names, weights=weights)
+    data = DataModule(train, train, o, model.spec)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):   # its bar
         quiet()
-        trainer = pl.Trainer(max_epochs=-1, accelerator=accelerator_for(options), devices=1, precision=options.precision, logger=False,
-                             gradient_clip_val=options.clip or None, accumulate_grad_batches=options.accumulate, enable_progress_bar=False,
-                             enable_checkpointing=False, enable_model_summary=False, default_root_dir=folder, limit_val_batches=0)
-        return Tuner(trainer).lr_find(module, datamodule=DataModule(train, train, options, model.spec), min_lr=1e-6, max_lr=1.0,
-                                      num_training=steps, update_attr=False)
+        trainer = pl.Trainer(max_epochs=-1, accelerator=accelerator_for(o), devices=1, precision=o.precision, logger=False,
+                             gradient_clip_val=o.clip or None, accumulate_grad_batches=min(o.accumulate, data.n_batches),
+                             enable_progress_bar=False, enable_checkpointing=False, enable_model_summary=False, default_root_dir=folder,
+                             limit_val_batches=0)
+        return Tuner(trainer).lr_find(module, datamodule=data, min_lr=1e-6, max_lr=1.0, num_training=steps, update_attr=False)
 
 # %% ../nbs/06b_tuning.ipynb #cell-9
 def plot_lr(

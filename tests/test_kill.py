@@ -70,7 +70,8 @@ def progress(stage: Path) -> float:
 def test_kills_at_random_points_of_every_stage(smoke_run, tmp_path):
     run, rng = tmp_path/"run", random.Random(7)
     call = [CVNB, "run", "--run", run, "--set", "benchmark.n_calls=20", "--set", "benchmark.rounds=3"]
-    somewhere = lambda stage: lambda at=0.8 * rng.random(): progress(run/stage) > at
+    at = {stage: 0.8 * rng.random() for stage in STAGES}
+    somewhere = lambda stage: lambda: progress(run/stage) > at[stage]
     writing = lambda stage: lambda: any(p.name.endswith(".tmp") and not p.name.startswith(".notebook") for p in (run/stage).rglob(".*"))
     cuts = dict(audit=[somewhere("audit")], errors=[writing("errors")], compress=[somewhere("compress")], export=[writing("export")],
                 train=[(run/"train/checkpoints/last.ckpt").exists, (run/"train/model.safetensors").exists],   # the second time all is learned

@@ -75,6 +75,15 @@ def test_stem_that_a_backbone_cannot_have_is_refused() -> None:
     assert create_model("levit_128s", CLASSES, 32).spec.stem == "full"     # auto takes what works
 
 
+def test_what_a_backbone_cannot_be_is_said() -> None:
+    "Weights that it does not have, a stem where its first layer is none, and a border that its patches would leave out."
+    said = {("resnet18.a1_in1kk", 64, "auto"): "'resnet18.a1_in1kk' names weights that timm does not know.*resnet18.a1_in1k",
+            ("naflexvit_base_patch16_gap", 64, "small"): "no first layer that could keep more.*train.stem=full",
+            ("vit_tiny_patch16_224", 100, "auto"): "patches of 16 pixels, and 100 leave 4 unseen.*image_size=96 or 112"}
+    for (backbone, size, stem), text in said.items():
+        with pytest.raises(UsageError, match=text): create_model(backbone, CLASSES, size, stem)
+
+
 def test_size_of_a_schedule() -> None:
     free, fixed = create_model("resnet10t", CLASSES, 32), create_model("vit_tiny_patch16_224", CLASSES, 32)
     check_size(free, 48)
@@ -162,6 +171,15 @@ def test_weights_of_a_run_bring_their_stem_and_scaling(tmp_path: Path) -> None:
     again = create_model("resnet10t", ["x", "y"], 48, weights=str(tmp_path))
     assert (again.spec.stem, again.spec.mean, again.spec.image_size) == ("small", [.1, .2, .3], 48)
     assert torch.equal(again.net.conv1[0].weight, load_model(tmp_path).net.conv1[0].weight)
+
+
+def test_the_head_of_a_run_stays_with_its_classes(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    save_model(trained := create_model("test_efficientnet", CLASSES, 32), tmp_path)
+    head = lambda model: model.net.get_classifier().weight
+    same, others = (create_model("test_efficientnet", classes, 32, weights=str(tmp_path)) for classes in (CLASSES, ["a", "c", "d"]))
+    assert torch.equal(head(same), head(trained)) and not torch.equal(head(others), head(trained))
+    assert torch.equal(others.net.conv_stem.weight, trained.net.conv_stem.weight)
 
 
 def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ from cvnb.models import VisionModel, create_model, predict_logits
 from cvnb.tasks import task as task_named
 from cvnb.tracking import TrackSteps
 from cvnb.train import DataModule, FitOptions, History, fit
-from cvnb.tuning import find_batch_size, settle
+from cvnb.tuning import find_batch_size, find_lr, settle
 
 JOB = Path(__file__).with_name("train_job.py")
 CVNB = Path(sys.executable).with_name("cvnb")
@@ -487,7 +487,7 @@ def test_a_linear_probe_says_what_it_has_no_use_for(data, tmp_path):
     assert "mixup=0.2" in note and "balance=sampling" in note and "augment" not in note, note
     assert [(step, row["epoch"], row["epoch/val_loss"]) for step, row in logger.rows] == [(1, 1, history.val_loss[0])]
     assert "balance" not in str(fit(fresh(BATCHNORM), *data, replace(asked, balance="weights"), tmp_path).attrs["notes"])
-    with pytest.raises(UsageError, match="a linear probe has the task's own loss"):
+    with pytest.raises(UsageError, match="a linear probe has the task.s own loss"):
         fit(fresh(BATCHNORM), *data, asked, tmp_path, lambda logits, labels, images: logits.sum())
 
 
@@ -574,6 +574,40 @@ def test_what_is_picked_can_be_shared_and_fits(data, tmp_path, monkeypatch):
     monkeypatch.setattr(tuning, "_lr_trial", hungry)
     _, picked = settle(replace(PLAIN, lr=0.0, balance="weights", clip=1.0, layer_decay=0.8), fresh(NO_BATCHNORM), data[0], tmp_path)
     assert tried == [(50, 1), (25, 2)] and picked.why[0].endswith("tried without layer_decay")
+
+
+def test_a_trial_of_rates_ends_where_they_are_too_high(data, tmp_path, monkeypatch):
+    "A loss that is not finite is what a trial is for; with more batches to a step than there are, a step is an epoch."
+    monkeypatch.setattr(tuning._Trial, "training_step", lambda module, *batch: _spoilt(module, *batch))
+
+    def _spoilt(module, *batch):
+        loss = tuning.Classifier.training_step(module, *batch)
+        return loss * torch.nan if module.trainer.optimizers[0].param_groups[0]["lr"] > 0.1 else loss
+    lr, curve = find_lr(fresh(NO_BATCHNORM), data[0], replace(PLAIN, accumulate=40), steps=60)
+    assert 1e-5 < lr < 0.1 and curve.lr.max() <= 0.12 and len(curve) > 30
+    monkeypatch.setattr(tuning._Trial, "training_step", lambda module, *batch: tuning.Classifier.training_step(module, *batch) * torch.nan)
+    with pytest.raises(CvnbError, match="no learning rate could be picked.*Give one"): find_lr(fresh(NO_BATCHNORM), data[0], PLAIN, steps=20)
+
+
+def test_a_head_that_is_not_all_is_refused(data, tmp_path):
+    "This one has a normalisation between its features and the layer that it calls its classifier."
+    model = create_model("shvit_s1", CLASSES, 32)
+    with torch.no_grad(): model.net.head.bn.running_mean += 1
+    small = [replace(d, images=d.images.repeat(2, 1).repeat(2, 2)) for d in data]
+    with pytest.raises(UsageError, match="shvit_s1 are not those of a linear head on its features. Use tune=full"):
+        fit(model, *small, replace(PLAIN, tune="probe"), tmp_path)
+
+
+def test_a_number_that_does_not_vary_in_the_validation_images(data, tmp_path):
+    "It has no r2; the best epoch is that of the smallest loss."
+    kind, (train, val) = task_named("regression"), data
+    labels = np.stack([train.labels, train.labels % 2], 1).astype(np.float32)
+    train, val = replace(train, labels=labels), replace(val, labels=np.stack([val.labels, 0 * val.labels], 1).astype(np.float32))
+    model = create_model(NO_BATCHNORM, ["a", "b"], 16, task="regression", **kind.scale(train.labels))
+    history = fit(model, train, val, replace(PLAIN, epochs=3, keep="best"), tmp_path, callbacks=[Spoils()])
+    found = task_named("regression", model.spec.target_std).loss(torch.tensor(predict_logits(model, val.images)), torch.tensor(val.labels))
+    assert history.val_r2.isna().all() and float(found) == pytest.approx(history.val_loss.min(), abs=1e-5)
+    assert history.val_loss.idxmin() == 1
 
 
 def test_classes_and_sizes(data, tmp_path):
