@@ -193,13 +193,14 @@ def speed_rows(case: dict, rate: dict[str, list[float]]) -> list[dict]:   # of e
 def recipe_of(name: str, changes: list[str]) -> dict:   # parameter -> value
     "Read the train section of a recipe over the stage's defaults, and change some values, given as train.name=value."
     known = contracts()
-    given = {key: value for _, key, value in (parse_set(text, known) for text in changes)}
+    given = {key: value for stage, key, value in (parse_set(text, known) for text in changes) if stage == "train"}
+    if len(given) < len(changes): raise SystemExit(f"--set changes parameters of train, each once: {' '.join(changes)}")
     return known["train"].defaults() | read_recipe(assets("configs")/f"{name}.yaml", known).get("train", {}) | given
 
 
 def accuracy_task(name: str, side: str, place: Path, seed: int, args: argparse.Namespace) -> dict:
     "Describe one training."
-    recipe, changed = recipe_of(name, args.set), dict(epochs=args.epochs) if args.epochs else {}
+    recipe, changed = recipe_of(name, args.set if side == "ours" else []), dict(epochs=args.epochs) if args.epochs else {}
     table = read_manifest(place/"manifest.parquet")
     size = recipe["image_size"] or auto_image_size(table.width, table.height)
     own = dict(folder=str(place), size=size, threads=args.threads, workers=args.threads, seed=seed,

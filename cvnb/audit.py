@@ -27,18 +27,9 @@ from .images import open_image, resize
 from .report import AuditReport
 
 # %% auto #0
-__all__ = ['ANSWERED', 'OURS', 'part', 'embeddings', 'edges', 'views', 'read_answers', 'answers', 'per_file', 'spread',
-           'write_vectors', 'make_manifest', 'tagged', 'summarize', 'show_findings', 'show_images', 'plot_map',
-           'dataset_name', 'edited', 'write_dataset', 'load_dataset']
-
-# %% ../nbs/05_audit.ipynb #cell-5
-def part(
-    report: Callable[[float, str], None],   # told how much of the stage is done
-    begin: float,                           # where the part begins, 0 … 1
-    end: float,                             # where it ends, 0 … 1
-) -> Callable[[float, str], None]:          # told how much of the part is done
-    "Give one part of a stage its place on the progress bar."
-    return lambda fraction, text="": report(begin + (end - begin) * fraction, text)
+__all__ = ['ANSWERED', 'OURS', 'embeddings', 'edges', 'views', 'read_answers', 'answers', 'per_file', 'spread', 'write_vectors',
+           'make_manifest', 'tagged', 'summarize', 'show_findings', 'show_images', 'plot_map', 'dataset_name', 'edited',
+           'write_dataset', 'load_dataset']
 
 # %% ../nbs/05_audit.ipynb #cell-9
 def embeddings(

@@ -129,6 +129,7 @@ def _room(
     path = folder/f"gathered-{uuid.uuid4().hex}.tmp"
     try: out = _reserve(path, shape, dtype)
     except OSError as e:
+        if size <= 3 * share * memory: return np.empty(shape, dtype)
         raise CvnbError(f"{shape[0]} rows take {size / 1e9:.1f} GB, too much for {memory / 1e9:.0f} GB of memory, and {e}",
                         "Use smaller images (image_size), free some space, or name a larger disk in CVNB_CACHE.") from None
     with contextlib.suppress(OSError): path.unlink()   # what is mapped stays; where that is not so, `trim` takes it later

@@ -13,7 +13,7 @@ import os
 import platform
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ import cvnb
 # %% auto #0
 __all__ = ['READY', 'BEGUN', 'LOOKS', 'CvnbError', 'UsageError', 'nearest', 'atomic_path', 'write_json', 'read_json',
            'sha256_file', 'digest', 'project_root', 'assets', 'resolve_run', 'n_cores', 'machine', 'seed_everything',
-           'now', 'file_record', 'Stage', 'finished', 'looks', 'show_figure', 'stage_key']
+           'now', 'file_record', 'Stage', 'finished', 'looks', 'part', 'show_figure', 'stage_key']
 
 # %% ../nbs/00_core.ipynb #cell-5
 class CvnbError(Exception):
@@ -211,7 +211,7 @@ class Stage:
     ):
         self.name, self.run, self.params = name, resolve_run(run), params or {}
         self.dir = self.run/name
-        self.inputs, self.metrics, self._outputs, self.data = {}, {}, {}, None
+        self.inputs, self.metrics, self._outputs, self.curves, self.data = {}, {}, {}, {}, None
         self.environment: dict[str, Any] = {}   # what else the manifest shall say of where the stage ran
         self.started, self._begin = now(), time.perf_counter()
         self.dir.mkdir(parents=True, exist_ok=True)
@@ -304,10 +304,20 @@ def report(self: Stage,
     **curves: list[float],  # a figure's value after each epoch so far, under the name that the stage will record it by
 ) -> None:
     "Tell the command line how far the stage is, and a sweep how good."
+    self.curves = curves or self.curves   # a sweep may not have seen them yet
     if not (target := os.environ.get("CVNB_PROGRESS")): return
     with contextlib.suppress(OSError), open(target + ".new", "w") as f:   # progress must never stop a run
-        json.dump(dict(fraction=round(float(fraction), 3), text=text, curves=curves), f)
+        json.dump(dict(fraction=round(float(fraction), 3), text=text, curves=self.curves), f)
     with contextlib.suppress(OSError): os.replace(target + ".new", target)
+
+# %% ../nbs/00_core.ipynb #stage-part
+def part(
+    report: Callable[..., None],   # told how much of the stage is done, a text and curves
+    begin: float,                  # where the part begins, 0 … 1
+    end: float,                    # where it ends, 0 … 1
+) -> Callable[..., None]:          # told how much of the part is done
+    "Give one part of a stage its place on the progress bar."
+    return lambda fraction, text="", **curves: report(begin + (end - begin) * fraction, text, **curves)
 
 # %% ../nbs/00_core.ipynb #cell-52
 @patch

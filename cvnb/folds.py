@@ -52,7 +52,7 @@ def cross_validate(
     table = pd.DataFrame([row for row, _, _ in parts])
     predictions = pd.concat([p for _, p, _ in parts]).set_index("row").sort_index().reset_index(drop=True)
     figures = {name: mean(table[name].to_list()) for name in table.columns.drop(["fold", "n_train", "n_val"])}
-    notes = ["in each fold a tenth of the training images, which it does not learn from, choose the model"] * bool(choosing[0].any())
+    notes = ["in each fold about a tenth of the training images, which it does not learn from, choose the model"] * (choosing[0] is not None)
     notes += [note for _, _, said in parts for note in said]
     return Folds(table, predictions.assign(pixel_sha256=rows.pixel_sha256.to_numpy()), figures, notes)
 
@@ -69,23 +69,26 @@ def _part(
 def _choosing(
     sorts: pd.DataFrame,   # the rows that a fold trains on, with groups in the place of labels
     options: FitOptions,   # how to train
-) -> np.ndarray:           # bool (N,): which of them are held back; none where nothing is chosen
-    "Hold images back that choose epochs or a head; raise `UsageError` if there are too few."
-    if options.keep == "last" and not options.patience and options.tune == "full": return np.zeros(len(sorts), bool)
-    units = sorts.assign(unit=together(sorts)).groupby("label").unit.nunique()
-    common = sorts[sorts.label.map(units) >= 10]   # what is rarer is all learned from
+) -> np.ndarray | None:    # bool (N,): which of them are held back; None where nothing is chosen
+    "Hold about a tenth of the images back to choose epochs or a head; raise `UsageError` if there are too few."
+    if options.keep == "last" and not options.patience and options.tune == "full": return None
+    seen = sorts.sort_values("path").drop_duplicates("pixel_sha256")
+    units = seen.assign(unit=together(seen)).groupby("label").unit.nunique()
+    common = sorts[sorts.label.map(units).fillna(0) >= 10]   # what is rarer is all learned from
     if common.empty:
         raise UsageError("folds of so few images cannot choose an epoch or a head too", "Use keep=last, patience=0 and tune=full, or folds=0.")
-    return sorts.index.isin(common.index[assign_folds(common, 10, options.seed) == 0])
+    tenths = assign_folds(common, 10, options.seed)
+    sizes = tenths.value_counts()   # groups can be large
+    return sorts.index.isin(common.index[tenths == (sizes - len(common) / 10).abs().sort_index().idxmin()])
 
 # %% ../nbs/06c_folds.ipynb #cell-8
 def _one(
     make: Callable[[], VisionModel], rows: pd.DataFrame, data: Labelled, options: FitOptions, folder: Path, fold: np.ndarray, i: int,
-    choosing: np.ndarray, report: Callable[..., None] | None,
+    choosing: np.ndarray | None, report: Callable[..., None] | None,
 ) -> tuple[dict, pd.DataFrame, list[str]]:   # the fold's row, its predictions with the place of each in `rows`, notes
     "Train and answer one fold, unless that was done."
     inside, outside = np.flatnonzero(fold != i), np.flatnonzero(fold == i)
-    learned, judges = inside[~choosing], inside[choosing] if choosing.any() else outside   # who chooses nothing only draws curves
+    learned, judges = (inside, outside) if choosing is None else (inside[~choosing], inside[choosing])   # what chooses nothing draws curves
     torch.manual_seed(options.seed)   # the same model, whether the folds before were trained or looked up
     model = make()
     key = digest([identity_of(model, data, options), learned.tolist(), outside.tolist()])
@@ -93,7 +96,8 @@ def _one(
         return known["row"], pd.read_parquet(folder/"predictions.parquet"), known["notes"]
     train, held_out = data.take(learned), data.take(outside)
     history = fit(model, train, data.take(judges), options, folder, report=report)
-    notes = [f"fold {i + 1}: {note}" for note in history.attrs["notes"]]
+    said = [note for note in history.attrs["notes"] if choosing is None or not note.startswith("no image in the split val")]   # the fold has them
+    notes = [f"fold {i + 1}: {note}" for note in said]
     where = "cpu" if way_of(options.devices, options.strategy) in FORKS else options.device   # a process that has used a GPU cannot be forked
     task, logits = task_of(model.spec), answer(model, held_out, device=where)
     row = dict(fold=i, n_train=len(train), n_val=len(held_out)) | {k: f.value for k, f in task.figures(logits, held_out.labels).items()}

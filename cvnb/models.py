@@ -30,9 +30,9 @@ from .images import resize
 
 # %% auto #0
 __all__ = ['SMALL_IMAGE', 'PACKAGED', 'WEIGHT_SUFFIXES', 'ModelSpec', 'Preprocess', 'Units', 'SmallMaps', 'VisionModel', 'build',
-           'check_size', 'packaged_state', 'read_weights', 'create_model', 'save_model', 'fit_to_shapes', 'load_model',
-           'load_classifier', 'predict_logits', 'predict_proba', 'digest_weights', 'features', 'count_macs',
-           'count_params', 'embedder', 'embed']
+           'check_size', 'unseen_border', 'packaged_state', 'read_weights', 'create_model', 'save_model',
+           'fit_to_shapes', 'load_model', 'load_classifier', 'predict_logits', 'predict_proba', 'digest_weights',
+           'features', 'count_macs', 'count_params', 'embedder', 'embed']
 
 # %% ../nbs/03_models.ipynb #cell-5
 @dataclass(frozen=True)
@@ -271,16 +271,22 @@ def check_size(
     "Raise `UsageError` if a network cannot see images of a size."
     spec, was_training = replace(model.spec, image_size=size or model.spec.image_size), model.training
     blank = torch.zeros(2, 3, spec.image_size, spec.image_size, device=next(model.parameters()).device)
-    for patches in (m for m in model.net.modules() if isinstance(m, PatchEmbed) and not m.dynamic_img_pad):
-        if left := spec.image_size % patches.patch_size[0]:
-            nearer = [side for side in (spec.image_size - left, spec.image_size - left + patches.patch_size[0]) if side]
-            raise UsageError(f"{spec.backbone} cuts images into patches of {patches.patch_size[0]} pixels, and {spec.image_size} leave {left} unseen",
-                             f"Set train.image_size={' or '.join(map(str, nearer))}.")
     try:
         with torch.inference_mode(): outputs = model.eval().net(blank)
         if outputs.shape != (2, len(spec.classes)): raise ValueError(f"its outputs have the shape {tuple(outputs.shape)}")
     except (RuntimeError, AssertionError, ValueError, AttributeError, IndexError) as e: raise _no_size(spec, e) from None
     finally: model.train(was_training)
+
+# %% ../nbs/03_models.ipynb #unseen-border
+def unseen_border(
+    model: VisionModel,   # any
+) -> list[str]:           # at most one sentence
+    "Say what a network that cuts images into patches does not see of them."
+    size = model.spec.image_size
+    cut = next((m.patch_size[0] for m in model.net.modules() if isinstance(m, PatchEmbed) and not m.dynamic_img_pad), 1)
+    if not (left := size % cut): return []
+    whole = " or ".join(str(side) for side in (size - left, size - left + cut) if side)
+    return [f"{model.spec.backbone} cuts images into patches of {cut} pixels and does not see the last {left} of {size}: {whole} leave none"]
 
 # %% ../nbs/03_models.ipynb #cell-26
 PACKAGED = "tf_efficientnet_lite0"

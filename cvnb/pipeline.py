@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import subprocess
@@ -205,13 +206,17 @@ class Values:
             self.origins.setdefault(stage, {}).update(dict.fromkeys(values, origin))
         return self
 
-    def instead(self,
+    def untyped(self,
         stage: str,       # stage name
-        other: Values,    # values of another time
-    ) -> Values:          # a copy in which the stage has what it had then
-        "Take one stage's values from elsewhere."
-        take = lambda own, theirs: {s: v for s, v in own.items() if s != stage} | ({stage: theirs[stage]} if stage in theirs else {})
-        return Values(take(self.given, other.given), take(self.origins, other.origins))
+        before: Values,   # values of another time
+    ) -> Values:          # a copy
+        "Take back what was typed for one stage; what a recipe says stays."
+        given, origins = copy.deepcopy((self.given, self.origins))
+        for name in [name for name, origin in origins.get(stage, {}).items() if origin == "--set"]:
+            del given[stage][name], origins[stage][name]
+            if name in before.given.get(stage, {}):
+                given[stage][name], origins[stage][name] = before.given[stage][name], before.origins[stage][name]
+        return Values(given, origins)
 
     def of(self,
         contract: Contract,   # a stage's contract
@@ -466,7 +471,8 @@ def run_pipeline(
         check_files(known[s], params[s], root)
     prepare_run(run)
     with locked(run):
-        new, before = not (run/"run.json").exists(), recorded_values(run)
+        new = not (run/"run.json").exists()
+        before = Values() if new else Values().add(read_json(run/"run.json").get("given", {}), "run.json")
         write_run(run, root, values, params, 0)
         for s in order:
             start, parts = time.perf_counter(), key_parts(known[s], params[s], root)
@@ -476,8 +482,8 @@ def run_pipeline(
             if why: start_forks([known[s] for s in order])
             if forced: _clear(run/s)
             try: record = execute(known[s], params[s], parts, root, report) if why else finished(run, s)
-            except UsageError:   # a value that cannot be is not remembered; what the stages before it were made of is
-                kept = values.instead(s, before)
+            except UsageError:   # a typed value that cannot be is not remembered; what the stages before it were made of is
+                kept = values.untyped(s, before)
                 if new and not outcomes: (run/"run.json").unlink()
                 else: write_run(run, root, kept, params | {s: kept.of(known[s], run)}, time.perf_counter() - begin)
                 raise

@@ -139,7 +139,7 @@ class Tracker(WandbLogger):
         runs: list[str],   # ids of the runs in which this training began
     ) -> None:
         "Name the runs that this one goes on from."
-        self.earlier[:0] = [name for name in runs if name not in self.earlier]
+        self.earlier[:0] = [name for name in runs if name not in (*self.earlier, self._experiment.id)]
 
     def end(self) -> None:
         "End the run; say what a server did not take in time, and what could not be ended."
@@ -278,14 +278,16 @@ class TrackSteps(pl.Callback):
 
     def state_dict(self) -> dict: return dict(runs=self.runs)
 
-    def load_state_dict(self, state: dict) -> None: self.runs = list(state["runs"])
+    def load_state_dict(self, state: dict) -> None: self.runs = [*state["runs"], *(name for name in self.runs if name not in state["runs"])]
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         for logger in (own for own in trainer.loggers if isinstance(own, Tracker)):
             logger.follow(self.runs)
-            self.runs = [*self.runs, logger.experiment.id]
+            self.runs = [*self.runs, *({logger.experiment.id} - set(self.runs))]
 
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None: self._begin = time.perf_counter()
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.on_fit_start(trainer, module)   # with fsdp checkpoints are read in between
+        self._begin = time.perf_counter()
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Any) -> None:
         begin, number = time.perf_counter(), trainer.global_step

@@ -31,7 +31,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from .augment import augmentation
 from .core import CvnbError, UsageError, atomic_path, digest, read_json, write_json
 from .loaders import Labelled, TrainLoader, check_classes, mix_seed
-from .models import ModelSpec, VisionModel, check_size, digest_weights, predict_logits
+from .models import ModelSpec, VisionModel, check_size, digest_weights, predict_logits, unseen_border
 from .optim import averaging, make_optimizer, schedule
 from .probe import fit_head
 from .processes import FORK_REMEDY, FORKS, error_of, nodes, note_errors, out_of_memory, relayed, way_of
@@ -634,7 +634,7 @@ def _notes(
     size, devices = options.batch_size, options.devices
     if size < 2 * devices: raise UsageError(f"batch_size {size} is too small", "Give 2 images per device at least.")
     if size % devices: raise UsageError(f"batch_size {size} cannot be shared by {devices} devices", f"Use batch_size={size // devices * devices}.")
-    notes += _check_fork(options) + _unused(options)
+    notes += _check_fork(options) + _unused(options) + unseen_border(model)
     _trainer(Path(), options, [], False)   # Lightning refuses what it does not know
     if options.resolution < 1 and options.tune != "probe": _check_growth(model, options)
     if size > len(train): notes.append(f"the batch of {size} is larger than the {len(train)} training images and becomes one of them all")

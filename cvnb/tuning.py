@@ -87,13 +87,16 @@ def find_lr(
     steps: int = 100,      # of the trial
 ) -> tuple[float, pd.DataFrame]:   # the peak learning rate; lr and loss of each step
     "Find a learning rate; batches that are too large for the memory are halved, as in `fit`."
-    try: found = _lr_trial(model, train, options, steps)
-    except Exception as e:
-        if not (out_of_memory(e) and can_halve(options)): raise
-        return find_lr(model, train, halve(options), steps)
+    found = None
+    while found is None:
+        try: found = _lr_trial(model, train, options, steps)
+        except Exception as e:
+            if not (out_of_memory(e) and can_halve(options)): raise
+        if found is None: options = halve(options)   # the error, and what it holds, is gone by now
+        if torch.cuda.is_available(): torch.cuda.empty_cache()
     curve = pd.DataFrame(dict(lr=found.results["lr"], loss=found.results["loss"])).iloc[10:-1]   # Lightning's average of the first losses is too low
     curve = curve[np.isfinite(curve.loss)]   # the trial ends where the rate is too high for anything
-    if len(curve) < 10: raise CvnbError("no learning rate could be picked: the loss is not finite after a few steps of a trial", "Give one (lr).")
+    if len(curve) < 5: raise CvnbError(f"no learning rate could be picked: {len(curve)} steps of a trial had a loss to compare", "Give one (lr).")
     lowest, steepest = float(curve.lr[curve.loss.idxmin()]), found.suggestion()
     return float(f"{math.sqrt((steepest or lowest / 100) * lowest / 10):.2g}"), curve
 

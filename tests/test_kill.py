@@ -130,6 +130,19 @@ def test_a_failing_cell_is_shown(tmp_path):
     assert read_json(run/"two/stage.json")["status"] == "failed"
 
 
+def test_a_value_that_a_late_stage_refuses(tmp_path):
+    "It is forgotten, and what the stage before it was given is not: the next call begins where this one stopped."
+    where = project(tmp_path, one=FIRST, two='from cvnb.core import UsageError\nif seed == 13: raise UsageError("13 is unlucky", "Take another.")')
+    run, values = where/"runs/x", lambda: read_json(where/"runs/x/run.json")["given"]
+    for call in ["--set", "one.seed=5"], []:   # a new run, and one that is there
+        end = cvnb("run", "--run", run, *call, "--set", "two.seed=13", cwd=where)
+        assert end.returncode == 2 and "13 is unlucky" in end.stderr and values()["one"] == dict(seed=5) and not values().get("two")
+    end = cvnb("run", "--run", run, "--json", cwd=where)
+    assert {s: o["state"] for s, o in json.loads(end.stdout)["stages"].items()} == dict(one="fresh", two="done"), end.stderr
+    end = cvnb("run", "--run", run, "--set", "two.seed=4", cwd=where)
+    assert cvnb("run", "--run", run, "--set", "two.seed=13", cwd=where).returncode == 2 and values()["two"] == dict(seed=4)
+
+
 def test_a_kernel_that_dies(tmp_path):
     project(tmp_path, one=FIRST, two="import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
     run = fails(tmp_path, "the kernel of two died, perhaps for lack of memory")

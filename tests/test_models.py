@@ -17,7 +17,19 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from cvnb.core import CvnbError, UsageError
-from cvnb.models import ModelSpec, SmallMaps, VisionModel, build, check_size, create_model, features, load_model, predict_logits, save_model
+from cvnb.models import (
+    ModelSpec,
+    SmallMaps,
+    VisionModel,
+    build,
+    check_size,
+    create_model,
+    features,
+    load_model,
+    predict_logits,
+    save_model,
+    unseen_border,
+)
 
 CLASSES = ["a", "b", "c"]
 SIZES = [32, 64]
@@ -76,10 +88,12 @@ def test_stem_that_a_backbone_cannot_have_is_refused() -> None:
 
 
 def test_what_a_backbone_cannot_be_is_said() -> None:
-    "Weights that it does not have, a stem where its first layer is none, and a border that its patches would leave out."
+    "Weights that it does not have, a stem where its first layer is none, and a border that its patches leave out."
+    note, = unseen_border(create_model("vit_tiny_patch16_224", CLASSES, 100))
+    assert "patches of 16 pixels and does not see the last 4 of 100: 96 or 112 leave none" in note
+    assert not unseen_border(create_model("vit_tiny_patch16_224", CLASSES, 96)) and not unseen_border(create_model("resnet10t", CLASSES, 33))
     said = {("resnet18.a1_in1kk", 64, "auto"): "'resnet18.a1_in1kk' names weights that timm does not know.*resnet18.a1_in1k",
-            ("naflexvit_base_patch16_gap", 64, "small"): "no first layer that could keep more.*train.stem=full",
-            ("vit_tiny_patch16_224", 100, "auto"): "patches of 16 pixels, and 100 leave 4 unseen.*image_size=96 or 112"}
+            ("naflexvit_base_patch16_gap", 64, "small"): "no first layer that could keep more.*train.stem=full"}
     for (backbone, size, stem), text in said.items():
         with pytest.raises(UsageError, match=text): create_model(backbone, CLASSES, size, stem)
 

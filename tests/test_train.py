@@ -23,7 +23,7 @@ import pytorch_lightning as pl
 import torch
 from train_job import CLASSES, digits, fresh
 
-from cvnb import tuning
+from cvnb import folds, tuning
 from cvnb.core import CvnbError, UsageError, read_json, sha256_file
 from cvnb.folds import cross_validate
 from cvnb.loaders import Labelled
@@ -275,15 +275,15 @@ def test_a_fold_that_is_gone_on_with_is_as_if_left_alone(data, tmp_path):
     "Whether the folds before it were trained or looked up, it begins with the same network."
     rows = pd.DataFrame(dict(path=data[0].names, split="train", label=data[0].labels.astype(str), pixel_sha256=data[0].names))
     make = lambda: create_model(BATCHNORM, CLASSES, 16)   # another one each time
-    folds = lambda name, report=None: cross_validate(make, rows, data[0], PLAIN, tmp_path/name, 3, report)
+    crossed = lambda name, report=None: cross_validate(make, rows, data[0], PLAIN, tmp_path/name, 3, report)
 
     def cut(done: float, text: str, **_: object) -> None:
         if text.startswith("fold 2/3") and done > 0.5: raise SystemExit("killed")   # in its second epoch
 
-    expected, told = folds("whole"), []
-    with pytest.raises(SystemExit): folds("cut", cut)
+    expected, told = crossed("whole"), []
+    with pytest.raises(SystemExit): crossed("cut", cut)
     torch.rand(7)
-    found = folds("cut", lambda done, text, **_: told.append(done))
+    found = crossed("cut", lambda done, text, **_: told.append(done))
     assert min(told) > 0.45, "it began anew"
     pd.testing.assert_frame_equal(found.predictions, expected.predictions)
     assert found.table.equals(expected.table) and list(found.predictions.pixel_sha256) == data[0].names
@@ -295,6 +295,16 @@ def test_a_fold_that_is_gone_on_with_is_as_if_left_alone(data, tmp_path):
     begun: list[float] = []
     cross_validate(others, rows, data[0], PLAIN, tmp_path/"cut", 3, lambda done, text, **_: begun.append(done))
     assert min(begun) < 0.3, "folds of other starting weights answered"
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_folds_hold_images_back_whatever_their_groups(data, seed):
+    "One group is as large as all others; copies count once, and too few images are said."
+    rows = pd.DataFrame(dict(path=[f"{i}.png" for i in range(60)], label="a", ok=True, pixel_sha256=[str(i) for i in range(60)],
+                             group=["large"] * 30 + [f"small {i}" for i in range(30)]))
+    asked = replace(PLAIN, keep="best", seed=seed)
+    assert folds._choosing(rows, PLAIN) is None and 3 <= folds._choosing(rows, asked).sum() <= 12
+    with pytest.raises(UsageError, match="too few|so few"): folds._choosing(rows.assign(pixel_sha256=[str(i % 9) for i in range(60)], group=None), asked)
 
 
 def test_what_was_picked_stays(data, tmp_path):
@@ -511,8 +521,8 @@ def test_other_tasks_are_trained_and_cross_validated(data, tmp_path, name):
     history = fit(make(), train, val, replace(PLAIN, epochs=6), tmp_path/"one")
     assert history[f"val_{kind.metric}"].iloc[-1] > 0.6, history
     rows = pd.DataFrame(dict(path=train.names, split="train", label=labels["t"], pixel_sha256=train.names))
-    folds = cross_validate(make, rows, train, PLAIN, tmp_path/"folds", 3)
-    assert folds.table.n_val.max() - folds.table.n_val.min() < 30 and len(folds.predictions) == len(rows)
+    crossed = cross_validate(make, rows, train, PLAIN, tmp_path/"folds", 3)
+    assert crossed.table.n_val.max() - crossed.table.n_val.min() < 30 and len(crossed.predictions) == len(rows)
 
 
 # Guards
@@ -586,7 +596,7 @@ def test_a_trial_of_rates_ends_where_they_are_too_high(data, tmp_path, monkeypat
     lr, curve = find_lr(fresh(NO_BATCHNORM), data[0], replace(PLAIN, accumulate=40), steps=60)
     assert 1e-5 < lr < 0.1 and curve.lr.max() <= 0.12 and len(curve) > 30
     monkeypatch.setattr(tuning._Trial, "training_step", lambda module, *batch: tuning.Classifier.training_step(module, *batch) * torch.nan)
-    with pytest.raises(CvnbError, match="no learning rate could be picked.*Give one"): find_lr(fresh(NO_BATCHNORM), data[0], PLAIN, steps=20)
+    with pytest.raises(CvnbError, match="no learning rate could be picked.*Give one"): find_lr(fresh(NO_BATCHNORM), data[0], PLAIN, steps=60)
 
 
 def test_a_head_that_is_not_all_is_refused(data, tmp_path):
