@@ -54,9 +54,9 @@ def notebooks() -> tuple[bool, str]:
 
 
 def pytest() -> tuple[bool, str]:
-    "Run pytest, two processes of one thread each, and return its last words and what failed too."
+    "Run pytest, processes of one thread each, and return its last words and what failed too."
     color = "yes" if sys.stdout.isatty() else "no"
-    parallel = ("-n", "2", "--dist", "loadfile", "--maxprocesses", str(os.cpu_count()))
+    parallel = ("-n", str(min(3, 1 + (os.cpu_count() or 1))), "--dist", "loadfile")   # one more than two cores: tests wait a quarter of their time
     ok, text = call(sys.executable, "-m", "pytest", *parallel, "--durations=8", f"--color={color}", keep=True, OMP_NUM_THREADS="1")
     words = [m[-1].group() for m in (list(SUMMARY.finditer(text)), list(LEFT_OUT.finditer(text))) if m]
     return ok, "\n".join([*FAILED_TEST.findall(text), *(words or ["pytest did not come to an end"])])

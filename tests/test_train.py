@@ -304,7 +304,8 @@ def test_folds_hold_images_back_whatever_their_groups(data, seed):
                              group=["large"] * 30 + [f"small {i}" for i in range(30)]))
     asked = replace(PLAIN, keep="best", seed=seed)
     assert folds._choosing(rows, PLAIN) is None and 3 <= folds._choosing(rows, asked).sum() <= 12
-    with pytest.raises(UsageError, match="too few|so few"): folds._choosing(rows.assign(pixel_sha256=[str(i % 9) for i in range(60)], group=None), asked)
+    copies = rows.assign(pixel_sha256=[str(i % 9) for i in range(60)], group=None)
+    with pytest.raises(UsageError, match="so few"): folds._choosing(copies, asked)
 
 
 def test_what_was_picked_stays(data, tmp_path):
