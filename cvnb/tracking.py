@@ -46,7 +46,7 @@ def _settings(
     import wandb
     return wandb.Settings(
         init_timeout=timeout, login_timeout=timeout, finish_timeout=4 * timeout, finish_timeout_raises=True, silent=True, console="off",
-        save_code=False, label_disable=True, x_save_requirements=False)
+        save_code=False, label_disable=True, x_save_requirements=False, reinit="create_new")
 
 # %% ../nbs/06a_tracking.ipynb #cell-6
 def _open_online(

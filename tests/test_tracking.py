@@ -327,7 +327,7 @@ def test_a_server_that_is_lost_while_training_costs_seconds_at_the_end(
 
 
 def service() -> psutil.Process:
-    found = [p for p in psutil.Process().children(recursive=True) if "wandb" in p.name()]
+    found = [p for p in psutil.Process().children(recursive=True) if p.name() == "wandb-core"]
     return max(found, key=psutil.Process.create_time)   # one whose server fell silent may still be there
 
 
