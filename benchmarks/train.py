@@ -91,10 +91,10 @@ def run_side(side: str, task: dict, folder: Path, cores: list[int] | None = None
 
 
 def said(values: list[float], digits: int = 0, most: float = np.inf) -> str:   # "212 [208, 216]"
-    "Write the mean of several runs with its interval, which ends where the values must."
+    "Write the mean of several runs with its interval, which begins and ends where the values must."
     if len(values) < 2: return f"{values[0]:.{digits}f}"
     figure = mean(values)
-    return f"{figure.value:.{digits}f} [{figure.low:.{digits}f}, {min(figure.high, most):.{digits}f}]"
+    return f"{figure.value:.{digits}f} [{max(0, figure.low):.{digits}f}, {min(figure.high, most):.{digits}f}]"
 
 
 def ratio(a: list[float], b: list[float]) -> str:
