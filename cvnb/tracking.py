@@ -109,8 +109,8 @@ class Tracker(WandbLogger):
         self._record("offline", why)
         if why: self._say(f"{why}. The run is tracked offline")
 
-    def _say(self, what: str) -> None:
-        print(f"W&B: {what}; `wandb sync {Path(self.stage.run.name, self._folder())}` uploads it.")
+    def _say(self, what: str) -> None:   # of the run that `stage.json` will name
+        print(f"W&B: {what}; `wandb sync {Path(self.stage.run.name, self.stage.environment['wandb']['folder'])}` uploads it.")
 
     def _folder(self) -> str: return Path(self._experiment.dir).parent.relative_to(self.stage.run).as_posix()
 
@@ -143,12 +143,11 @@ class Tracker(WandbLogger):
 
     def end(self) -> None:
         "End the run; say what a server did not take in time, and what could not be ended."
-        folder = self._folder()
         try: self._experiment.finish()
         except Exception as e:
             why = "the server has not taken everything in time" if isinstance(e, TimeoutError) else _reason(e)
             self.stage.environment["wandb"]["why"] = why
-            print(f"W&B: {why}; `wandb sync {Path(self.stage.run.name, folder)}` uploads what is here.")
+            self._say(why)
         _end_service()   # which waits until the file is written; `finish` does not
 
 # %% ../nbs/06a_tracking.ipynb #cell-9
