@@ -111,7 +111,7 @@ def _bilinear(
     "Warp images, sampling between their pixels."
     s = images.shape[1]
     grid = _sources(matrices * (2 / s), s).permute(1, 2, 3, 0)             # (B, S, S, 2), -1 … 1
-    pixels = images.permute(0, 3, 1, 2).contiguous().float()
+    pixels = images.float().permute(0, 3, 1, 2)                            # a view: sampling reads any order as fast
     return torch.stack(_bytes(F.grid_sample(pixels, grid, align_corners=False).round_()).unbind(1), -1)
 
 # %% ../nbs/03a_augment.ipynb #cell-20
@@ -364,18 +364,20 @@ class Augmentation:
         generator: torch.Generator,   # on the CPU
     ) -> Tensor:                      # the same; `images` themselves where nothing is to be done
         images, (n, size) = images.contiguous(), images.shape[:2]
-        if self.flip or self.shift: images = self._moved(images, generator)
-        if self.name == "light": images = _in_pieces(_bilinear, images, _to(_light(n, size, generator), images))
+        moves = self._moves(n, size, generator)
+        warp = _light(n, size, generator) if self.name == "light" else None
+        if warp is not None and not self.shift: warp[:, 0] *= 1 - 2 * moves[:, :1]     # mirrors on the way
+        elif self.flip or self.shift: images = _in_pieces(partial(_flip_shift, by=self.shift), images, moves)
+        if warp is not None: images = _in_pieces(_bilinear, images, _to(warp, images))
         for _ in range(dict(trivial=1, randaugment=_POLICIES["randaugment"].num_ops).get(self.name, 0)):
             images = _change(images, self.name, *_draw_changes(self.name, n, size, generator))
         return self._erased(images, generator) if self.erasing else images
 
-    def _moved(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        n, size = images.shape[:2]
+    def _moves(self, n: int, size: int, generator: torch.Generator) -> Tensor:   # int64 (B, 3): 1 to mirror; pixels down; pixels right
+        if not self.flip and not self.shift: return torch.zeros(n, 3, dtype=torch.int64)
         if self.shift >= size: raise UsageError(f"a shift of {self.shift} pixels reaches beyond images of {size}", "Set a smaller shift.")
         flipped = torch.rand(n, 1, generator=generator) < (0.5 if self.flip else 0)
-        draws = torch.cat([flipped, torch.randint(-self.shift, self.shift + 1, (n, 2), generator=generator)], 1)
-        return _in_pieces(partial(_flip_shift, by=self.shift), images, draws)
+        return torch.cat([flipped, torch.randint(-self.shift, self.shift + 1, (n, 2), generator=generator)], 1)
 
     def _erased(self, images: Tensor, generator: torch.Generator) -> Tensor:
         chosen, boxes = _boxes(*images.shape[:2], self.erasing, generator)

@@ -192,8 +192,8 @@ class TrainLoader:
         return images, labels, index
 
     def _fetch(self, index: Tensor) -> Tensor:
-        if self.images.device.type == self.device.type: return self.images[index.to(self.device, non_blocking=True)]
-        return self.images[index].pin_memory().to(self.device, non_blocking=True)
+        if self.images.device.type == self.device.type: return self.images.index_select(0, index.to(self.device, non_blocking=True))
+        return self.images.index_select(0, index).pin_memory().to(self.device, non_blocking=True)
 
 # %% ../nbs/05b_loaders.ipynb #cell-19
 def _place(
