@@ -25,7 +25,7 @@ import cvnb
 # %% auto #0
 __all__ = ['READY', 'BEGUN', 'LOOKS', 'CvnbError', 'UsageError', 'nearest', 'atomic_path', 'write_json', 'read_json',
            'sha256_file', 'digest', 'project_root', 'assets', 'resolve_run', 'n_cores', 'machine', 'seed_everything',
-           'now', 'file_record', 'Stage', 'finished', 'looks', 'part', 'show_figure', 'stage_key']
+           'now', 'locked', 'file_record', 'Stage', 'finished', 'looks', 'part', 'show_figure', 'stage_key']
 
 # %% ../nbs/00_core.ipynb #cell-5
 class CvnbError(Exception):
@@ -193,6 +193,27 @@ BEGUN = ".stage"             # says that a folder is a stage's, though it may ne
 def now() -> str:   # ISO 8601, UTC, seconds
     "Tell the time in one format."
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+# %% ../nbs/00_core.ipynb #held
+@contextlib.contextmanager
+def locked(
+    run: Path,   # run directory
+    option: str = "--run",   # how another one is given
+) -> Iterator[None]:
+    "Hold a run directory; raise `CvnbError` that names the process which holds it already."
+    from filelock import FileLock, Timeout
+    lock, note = FileLock(run/".lock", timeout=0), run/".lock.json"
+    try: lock.acquire()
+    except Timeout:
+        owner = read_json(note) if note.exists() else {}
+        raise CvnbError(f"{run} is in use by process {owner.get('pid', '?')} since {owner.get('since', '?')}",
+                        f"Wait for it, or give another {option}.") from None
+    try:
+        write_json(note, dict(pid=os.getpid(), since=now()))
+        yield
+    finally:
+        note.unlink(missing_ok=True)
+        lock.release()
 
 # %% ../nbs/00_core.ipynb #cell-39
 def file_record(

@@ -8,9 +8,11 @@ from __future__ import annotations
 import ast
 import io
 import json
+import os
 import re
 import tokenize
 import typing
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.util import find_spec
@@ -19,7 +21,7 @@ from textwrap import shorten
 from typing import Any, Literal, Optional
 
 import cvnb
-from .core import CvnbError, Stage, UsageError, assets, finished, nearest, seed_everything
+from .core import CvnbError, Stage, UsageError, assets, finished, locked, nearest, resolve_run, seed_everything
 
 # %% auto #0
 __all__ = ['SHARED', 'Param', 'parse_parameters', 'Contract', 'read_cells', 'read_contract', 'model_of', 'timm_names', 'check',
@@ -415,10 +417,11 @@ def open_stage(
     name: str,                # stage name
     namespace: dict[str, Any] # the notebook's `globals()`
 ) -> Stage:                   # the stage, with checked parameters
-    "Open a stage: check its parameters, seed, and run what it needs where that was never run."
+    "Open a stage: check its parameters, seed, and run what it needs where that was never run; raise `CvnbError` where a call of cvnb is at work."
     contract = read_contract(assets("stages")/f"{name}.ipynb")
     params = contract.defaults() | check(contract, {n: namespace[n] for n in contract.names if n in namespace}, "the notebook")
-    stage = Stage(name, params["run"], params)
+    with locked(resolve_run(params["run"]), "`run`") if "CVNB_KEY_PARTS" not in os.environ else nullcontext():   # not by hand: its caller holds it
+        stage = Stage(name, params["run"], params)
     for need in contract.needs: _ensure(stage, need)
     seed_everything(params.get("seed", 0))
     return stage

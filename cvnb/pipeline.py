@@ -31,6 +31,7 @@ from cvnb.core import (
     atomic_path,
     digest,
     finished,
+    locked,
     looks,
     machine,
     nearest,
@@ -49,8 +50,8 @@ from .sources import open_data
 
 # %% auto #0
 __all__ = ['Report', 'lock_digest', 'named_files', 'check_files', 'key_parts', 'lost_outputs', 'input_digest', 'reasons',
-           'in_short', 'Values', 'select_stages', 'prepare_run', 'locked', 'write_run', 'run_stage', 'Outcome',
-           'run_pipeline', 'start_forks', 'headline', 'status', 'recorded_values', 'init_project']
+           'in_short', 'Values', 'select_stages', 'prepare_run', 'write_run', 'run_stage', 'Outcome', 'run_pipeline',
+           'start_forks', 'headline', 'status', 'recorded_values', 'init_project']
 
 # %% ../nbs/13_pipeline.ipynb #cell-5
 @lru_cache
@@ -256,27 +257,6 @@ def prepare_run(
         probe.touch(); probe.unlink()
     except OSError as e:
         raise UsageError(f"run directory {run} cannot be written ({e.strerror})", "Give another one with --run.") from None
-
-# %% ../nbs/13_pipeline.ipynb #cell-29
-@contextlib.contextmanager
-def locked(
-    run: Path,   # run directory
-    option: str = "--run",   # how another one is given
-) -> Iterator[None]:
-    "Hold a run directory; raise `CvnbError` that names the process which holds it already."
-    from filelock import FileLock, Timeout
-    lock, note = FileLock(run/".lock", timeout=0), run/".lock.json"
-    try: lock.acquire()
-    except Timeout:
-        owner = read_json(note) if note.exists() else {}
-        raise CvnbError(f"{run} is in use by process {owner.get('pid', '?')} since {owner.get('since', '?')}",
-                        f"Wait for it, or give another {option}.") from None
-    try:
-        write_json(note, dict(pid=os.getpid(), since=now()))
-        yield
-    finally:
-        note.unlink(missing_ok=True)
-        lock.release()
 
 # %% ../nbs/13_pipeline.ipynb #cell-32
 def _git(

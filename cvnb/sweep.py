@@ -29,9 +29,9 @@ from textwrap import shorten
 from typing import Any
 
 import cvnb
-from .core import CvnbError, UsageError, digest, finished, n_cores, nearest, now, project_root, read_json, stage_key, write_json
+from .core import CvnbError, UsageError, digest, finished, locked, n_cores, nearest, now, project_root, read_json, stage_key, write_json
 from .params import Contract, check, contracts, parse_set, read_cells
-from .pipeline import Report, Values, input_digest, key_parts, locked, lost_outputs, reasons, run_pipeline, run_stage, select_stages, start_forks
+from .pipeline import Report, Values, input_digest, key_parts, lost_outputs, reasons, run_pipeline, run_stage, select_stages, start_forks
 
 # %% auto #0
 __all__ = ['SEARCHES', 'Watch', 'Axis', 'parse_axis', 'Trial', 'Sweep', 'make_sweep', 'figures_of', 'chain_keys', 'read_sweep',

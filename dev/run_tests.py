@@ -25,6 +25,7 @@ def call(
 ) -> tuple[bool, str]:      # whether it ended well, and what it printed
     "Run a command in the project's folder, its output shown as it comes."
     env = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONUNBUFFERED": "1"} | variables
+    env.pop("PYTHONDONTWRITEBYTECODE", None)   # hundreds of processes would compile cvnb anew
     pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") if keep else {}
     with subprocess.Popen([str(c) for c in command], cwd=ROOT, env=env, **pipe) as process:
         lines = []

@@ -101,7 +101,7 @@ def test_clean_keeps_the_parameters_tag(project: Path) -> None:
 
 @pytest.mark.slow
 def test_processed_pages(project: Path) -> None:
-    code = "from nbdev.serve import proc_nbs\nif __name__ == '__main__': proc_nbs(n_workers=2)"
+    code = "from nbdev.serve import proc_nbs\nif __name__ == '__main__': proc_nbs(n_workers=0)"
     (project/"proc.py").write_text(code)
     env = os.environ | {"PYTHONPATH": str(project)}
     done = subprocess.run([sys.executable, "proc.py"], cwd=project, env=env, capture_output=True, text=True)

@@ -185,7 +185,7 @@ def functions(module: Path) -> dict[str, str]:
     found = {}
     for node in ast.parse(module.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef):
-            patched = any(ast.unparse(d) == "patch" for d in node.decorator_list)
+            patched = any(ast.unparse(d).split("(")[0] == "patch" for d in node.decorator_list)
             found[node.name] = ast.unparse(node.args.args[0].annotation) if patched else node.name
         elif isinstance(node, ast.ClassDef): found |= {f"{node.name}.{f.name}": node.name for f in node.body if isinstance(f, ast.FunctionDef)}
     return found

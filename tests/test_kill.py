@@ -184,6 +184,9 @@ def test_a_second_call_is_told_who_holds_the_run(tmp_path):
     assert wait(first, lambda: (run/"two/notebook.ipynb").exists())
     second = cvnb("run", cwd=tmp_path)
     assert second.returncode == 1 and f"in use by process {first.pid}" in second.stderr and len(second.stderr.splitlines()) == 1
+    opened = [sys.executable, "-c", "from cvnb.params import open_stage; open_stage('one', dict(run='runs/smoke'))"]
+    by_hand = subprocess.run(opened, cwd=tmp_path, capture_output=True, text=True)
+    assert f"in use by process {first.pid}" in by_hand.stderr and (run/"one/stage.json").exists()
     first.send_signal(signal.SIGKILL)
     first.wait()
     (tmp_path/"nbs/stages/two.ipynb").write_text((tmp_path/"nbs/stages/two.ipynb").read_text().replace("time.sleep(60)", "time.sleep(0)"))

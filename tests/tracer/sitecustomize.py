@@ -1,17 +1,36 @@
-"""Python reads this at its start where PYTHONPATH names this folder: note which functions of cvnb a stage calls."""
+"""Python reads this at its start where PYTHONPATH names this folder: note which functions of cvnb a stage calls.
+
+Every function and method of cvnb gets a first statement that notes its name; a profiler, which is asked about each call of every library, would
+make a stage take several times as long. Nothing of it is written to disk.
+"""
+import ast
 import atexit
+import builtins
 import json
 import os
 import sys
-import threading
+from importlib.machinery import SourceFileLoader
 
 _package, _out = os.environ.get("CVNB_TRACED", ""), os.environ.get("CVNB_TRACE", "")
-_seen = set()
+_seen, _code = set(), SourceFileLoader.get_code
 
 
-def _look(frame, event, arg):
-    code = frame.f_code
-    if event == "call" and code.co_filename.startswith(_package): _seen.add((os.path.basename(code.co_filename)[:-3], code.co_qualname))
+def _mark(body, module, outer=""):
+    for node in body:
+        if isinstance(node, ast.ClassDef): _mark(node.body, module, f"{outer}{node.name}.")
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)): continue
+        at = int(ast.get_docstring(node, clean=False) is not None)
+        note = ast.parse(f"__cvnb_seen__(({module!r}, {outer + node.name!r}))").body[0]
+        for part in ast.walk(note): ast.copy_location(part, node.body[min(at, len(node.body) - 1)])   # lines stay as they are
+        node.body.insert(at, note)
+
+
+def _marked(loader, name):
+    path = loader.get_filename(name)
+    if not path.startswith(_package): return _code(loader, name)
+    tree = ast.parse(loader.get_data(path))
+    _mark(tree.body, os.path.basename(path)[:-3])
+    return compile(tree, path, "exec", dont_inherit=True)
 
 
 def _leave():
@@ -20,11 +39,14 @@ def _leave():
 
 
 def _start():
+    _seen.clear()   # what the server imported is no stage's call
     atexit.register(_leave)
-    sys.setprofile(_look)
-    threading.setprofile(_look)
 
 
 _argv = " ".join(sys.orig_argv)
-if _package and _out and "serve_forks" in _argv: os.register_at_fork(after_in_child=_start)   # what the server imports is no stage's call
-elif _package and _out and "CVNB_PROGRESS" in os.environ and "keep_database" not in _argv: _start()   # the database's keeper belongs to no stage
+_server = "serve_forks" in _argv
+_stage = "CVNB_PROGRESS" in os.environ and "keep_database" not in _argv   # the database's keeper belongs to no stage
+if _package and _out and (_server or _stage):
+    builtins.__cvnb_seen__, SourceFileLoader.get_code = _seen.add, _marked
+    if _server: os.register_at_fork(after_in_child=_start)
+    else: _start()
