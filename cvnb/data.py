@@ -293,7 +293,8 @@ def assign_folds(
     rows = table[table.ok].assign(unit=together(table[table.ok])).sort_values("path").drop_duplicates("pixel_sha256")
     sizes = rows.groupby("label").unit.nunique()
     if k < 2 or sizes.min() < k:
-        raise UsageError(f"{k} folds are not possible: '{sizes.idxmin()}' has {sizes.min()} images or groups", f"Give 2 to {max(2, sizes.min())}.")
+        remedy = f"Give 2 to {sizes.min()}." if sizes.min() > 1 else "Add images, or leave it out of the data."
+        raise UsageError(f"{k} folds are not possible: '{sizes.idxmin()}' has {sizes.min()} images or groups", remedy)
     units = rows.groupby("unit").agg(label=("label", lambda x: x.value_counts().sort_index().idxmax()), n=("label", "size")).reset_index()
     units["rank"] = [digest([seed, "fold", unit]) for unit in units.unit]
     fold: dict[str, int] = {}

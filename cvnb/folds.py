@@ -31,7 +31,7 @@ class Folds:
     "What a cross-validation gave."
     table: pd.DataFrame         # a row per fold: fold, n_train, n_val, and the task's figures
     predictions: pd.DataFrame   # the task's table with pixel_sha256 and fold, in the order of the rows given
-    figures: dict[str, Figure]  # mean over the folds with Student's interval
+    figures: dict[str, Figure]  # mean over the folds, with an interval for trainings that share images
     notes: list[str]            # sentences about what was done otherwise than asked
 
 # %% ../nbs/06c_folds.ipynb #cell-6
@@ -45,16 +45,46 @@ def cross_validate(
     report: Callable[..., None] | None = None,   # told the fraction that is done, and a text
 ) -> Folds:                 # table, predictions, figures, notes
     "Train on all folds but one, k times; raise `UsageError` if a class has fewer images than folds."
-    sorts = with_strata(task_of(make().spec), rows.assign(ok=True), max(1, min(10, len(rows) // (2 * k))))   # each in every fold
+    kind = task_of(make().spec)
+    sorts = with_strata(kind, rows.assign(ok=True), max(1, min(10, len(rows) // (2 * k))))   # each in every fold
+    if kind.name != "classification": sorts = _joined(sorts, k)   # a class that is not in every fold is refused
     fold = assign_folds(sorts, k, options.seed).to_numpy()
     choosing = [_choosing(sorts[fold != i], options) for i in range(k)]
     parts = [_one(make, rows, data, options, Path(folder)/f"fold_{i}", fold, i, choosing[i], _part(report, i, k)) for i in range(k)]
     table = pd.DataFrame([row for row, _, _ in parts])
     predictions = pd.concat([p for _, p, _ in parts]).set_index("row").sort_index().reset_index(drop=True)
-    figures = {name: mean(table[name].to_list()) for name in table.columns.drop(["fold", "n_train", "n_val"])}
+    measured = table.columns.drop(["fold", "n_train", "n_val"])
+    figures = {name: mean(table[name].to_list(), 1 / (k - 1), _limits(name)) for name in measured}
     notes = ["in each fold about a tenth of the training images, which it does not learn from, choose the model"] * (choosing[0] is not None)
     notes += [note for _, _, said in parts for note in said]
     return Folds(table, predictions.assign(pixel_sha256=rows.pixel_sha256.to_numpy()), figures, notes)
+
+# %% ../nbs/06c_folds.ipynb #joined
+def _joined(
+    sorts: pd.DataFrame,   # rows with groups in the place of labels
+    k: int,                # folds
+) -> pd.DataFrame:         # a copy in which every group can be in every fold, if there are enough images
+    "Join groups that are too rare with each other, and with the next larger one if that is not enough."
+    units = _units(sorts).sort_values(kind="stable")
+    if units.empty or units.iloc[0] >= k: return sorts
+    n = max(int((units < k).sum()), int((units.cumsum() < k).sum()) + 1)
+    return sorts.assign(label=sorts.label.where(~sorts.label.isin(units.index[:n]), units.index[0]))
+
+# %% ../nbs/06c_folds.ipynb #units
+def _units(
+    sorts: pd.DataFrame,   # rows with groups in the place of labels
+) -> pd.Series:            # group -> how many images or what must stay together
+    "Count what can be spread over folds."
+    seen = sorts.sort_values("path").drop_duplicates("pixel_sha256")
+    return seen.assign(unit=together(seen)).groupby("label").unit.nunique()
+
+# %% ../nbs/06c_folds.ipynb #limits
+def _limits(
+    name: str,   # of a figure
+) -> tuple[float, float]:   # lowest and highest value
+    "Say between what a figure lies."
+    if name.startswith(("mae", "rmse")): return 0, np.inf
+    return -np.inf if name == "r2" else 0, 1
 
 # %% ../nbs/06c_folds.ipynb #cell-7
 def _part(
@@ -72,9 +102,7 @@ def _choosing(
 ) -> np.ndarray | None:    # bool (N,): which of them are held back; None where nothing is chosen
     "Hold about a tenth of the images back to choose epochs or a head; raise `UsageError` if there are too few."
     if options.keep == "last" and not options.patience and options.tune == "full": return None
-    seen = sorts.sort_values("path").drop_duplicates("pixel_sha256")
-    units = seen.assign(unit=together(seen)).groupby("label").unit.nunique()
-    common = sorts[sorts.label.map(units).fillna(0) >= 10]   # what is rarer is all learned from
+    common = sorts[sorts.label.map(_units(sorts)).fillna(0) >= 10]   # what is rarer is all learned from
     if common.empty:
         raise UsageError("folds of so few images cannot choose an epoch or a head too", "Use keep=last, patience=0 and tune=full, or folds=0.")
     tenths = assign_folds(common, 10, options.seed)

@@ -52,13 +52,15 @@ def accuracy(
 
 # %% ../nbs/04_metrics.ipynb #cell-9
 def mean(
-    values: list[float],   # one per run, two at least
-) -> Figure:               # their mean
-    "Estimate a mean with Student's t interval."
+    values: list[float],    # one per run, two at least
+    overlap: float = 0.0,   # of runs that share their training images: tested images ÷ training images
+    limits: tuple[float, float] = (-np.inf, np.inf),   # which no value is beyond
+) -> Figure:                # their mean
+    "Estimate a mean with Student's t interval, which is wider where runs share images (Nadeau and Bengio, Machine Learning 52, 2003)."
     n, value = len(values), float(np.mean(values))
     if n < 2: raise ValueError("one run has no spread; an interval takes two")
-    half = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
-    return Figure(value, value - half, value + half, n)
+    half = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) * np.sqrt(1 / n + overlap))
+    return Figure(value, max(value - half, limits[0]), min(value + half, limits[1]), n)
 
 # %% ../nbs/04_metrics.ipynb #cell-12
 def bootstrap(

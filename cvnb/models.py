@@ -9,6 +9,7 @@ import hashlib
 import pickle
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -268,14 +269,17 @@ def check_size(
     model: VisionModel,      # any; unchanged
     size: int | None = None, # side in pixels at which the network would see images; its own if None
 ) -> None:
-    "Raise `UsageError` if a network cannot see images of a size."
+    "Raise `UsageError` if a network cannot see images of a size, or does not answer with a number for each class."
     spec, was_training = replace(model.spec, image_size=size or model.spec.image_size), model.training
     blank = torch.zeros(2, 3, spec.image_size, spec.image_size, device=next(model.parameters()).device)
     try:
         with torch.inference_mode(): outputs = model.eval().net(blank)
-        if outputs.shape != (2, len(spec.classes)): raise ValueError(f"its outputs have the shape {tuple(outputs.shape)}")
     except (RuntimeError, AssertionError, ValueError, AttributeError, IndexError) as e: raise _no_size(spec, e) from None
     finally: model.train(was_training)
+    if (shape := getattr(outputs, "shape", None)) != (2, len(spec.classes)):
+        said = f"outputs of the shape {tuple(shape[1:])}" if shape else f"a {type(outputs).__name__}"
+        raise UsageError(f"{spec.backbone} is no classifier: for an image of {spec.image_size} pixels it gives {said}",
+                         "Choose another backbone; one whose name ends in _enc has none.")
 
 # %% ../nbs/03_models.ipynb #unseen-border
 def unseen_border(
@@ -318,7 +322,11 @@ def _fetched(
         return timm.create_model(name, pretrained=True)
     except CvnbError: raise
     except Exception as e:   # hub clients raise dozens of types when offline
-        what = spec.backbone if name == "imagenet" else name
+        what, made_for = spec.backbone if name == "imagenet" else name, _config(spec.backbone).input_size[-1]
+        if "size mismatch" in str(e):
+            raise UsageError(f"the weights of {what} do not fit a network for {spec.image_size} pixels",
+                             f"Set train.image_size={made_for}, for which they were made, or train.weights=''.") from None
+        if "No pretrained weights exist" in str(e): raise UsageError(f"timm has no trained weights for {what}", "Use train.weights=''.") from None
         raise CvnbError(f"the weights of {what} could not be fetched ({type(e).__name__})",
                         f"Use train.weights='', a file of weights, or backbone {PACKAGED}, whose weights are installed.") from e
 
@@ -391,19 +399,27 @@ def _load_matching(
     fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
     missing, left = [k for k in must if k not in fitting], [k for k in state if k not in own and not k.startswith(free)]
     if missing or len(left) > len(state) / 10:
+        shapes = missing and all(k in state for k in missing)
+        if shapes and not left:
+            raise CvnbError(f"the weights of {where} are for a network whose layers have other sizes: {missing[0]} is "
+                            f"{tuple(state[missing[0]].shape)}, not {tuple(own[missing[0]].shape)}",
+                            "Set the image_size for which they were trained; weights of a pruned network fit no other.")
         why = f"the first that does not is {missing[0]}" if missing else f"{len(left)} others have no place, such as {left[0]}"
         raise CvnbError(f"the weights of {where} belong to another architecture: {len(must) - len(missing)} of {len(must)} tensors fit, {why}",
                         "Name the backbone that they were trained with.")
     net.load_state_dict(fitting, strict=False)
+    if lost := [k for k in own if k.startswith(tuple(f"{name}." for name in _first_convs(net))) and k not in fitting]:
+        warnings.warn(f"{lost[0]} has another shape in the weights of {where} and begins at random", stacklevel=3)
 
 # %% ../nbs/03_models.ipynb #cell-35
-def _run_of(
+def _run_folder(
     weights: str,          # as `create_model` takes it
-) -> ModelSpec | None:     # of the model that a run wrote; None for weights from anywhere else
-    "Describe the model in a run's folder; raise `UsageError` for a name that is nothing to take weights from."
+) -> Path | None:          # a folder with a model and its description; None for weights from anywhere else
+    "Find a run's model; raise `UsageError` for a name that is nothing to take weights from."
     if weights in ("", "imagenet") or weights.startswith("hf-hub:"): return None
     path = Path(weights).expanduser()
-    if (path/"model.json").is_file(): return ModelSpec(**read_json(path/"model.json"))
+    folder = path.parent if path.name == "model.safetensors" else path   # either names it
+    if (folder/"model.json").is_file(): return folder
     if path.is_file() and path.suffix in WEIGHT_SUFFIXES: return None
     raise UsageError(f"train.weights = {weights!r} is neither a folder with a model nor a file of weights ({', '.join(WEIGHT_SUFFIXES)})",
                      "Use '', 'imagenet', 'hf-hub:owner/name', the train folder of a run, or a file.")
@@ -435,7 +451,8 @@ def create_model(
     target_std: Sequence[float] = (),    # regression: spread of each training label
 ) -> VisionModel:         # ready to train
     "Build a model and load weights."
-    run = _run_of(weights)
+    folder = _run_folder(weights)
+    run = ModelSpec(**read_json(folder/"model.json")) if folder else None
     if not timm.is_model(backbone): build(ModelSpec(backbone, classes, image_size, [0], [1]))   # raises with the nearest name
     config = _config(backbone)
     norm = _PACKAGED_NORM if backbone == PACKAGED else dict(mean=list(config.mean), std=list(config.std))
@@ -445,7 +462,7 @@ def create_model(
     model = _with_stem(spec, [stem] if stem != "auto" else [run.stem] if run else ["small", "full"] if small else ["full"])
     if not weights: return model
     if run:
-        state, meaning = load_model(Path(weights).expanduser()).net.state_dict(), lambda s: (s.task, s.classes, s.target_mean, s.target_std)
+        state, meaning = load_model(folder).net.state_dict(), lambda s: (s.task, s.classes, s.target_mean, s.target_std)
         if meaning(run) != meaning(model.spec): state = {k: v for k, v in state.items() if not k.startswith(_head(model.net))}   # of other classes
     elif weights == "imagenet" and backbone == PACKAGED: state = packaged_state(timm.create_model(backbone).state_dict())
     elif weights == "imagenet" or weights.startswith("hf-hub:"):

@@ -22,18 +22,30 @@ import torch
 from .core import CvnbError, UsageError, read_json, write_json
 
 # %% auto #0
-__all__ = ['FORKS', 'FORK_REMEDY', 'nodes', 'way_of', 'out_of_memory', 'explained', 'note_errors', 'error_of', 'relayed']
+__all__ = ['FORKS', 'FORK_REMEDY', 'nodes', 'started_outside', 'own_gpu', 'way_of', 'out_of_memory', 'explained', 'note_errors',
+           'error_of', 'interruptible', 'relayed']
 
 # %% ../nbs/05e_processes.ipynb #dist-156
 FORKS = ("ddp_notebook", "ddp_fork", "ddp_notebook_find_unused_parameters_true", "ddp_notebook_find_unused_parameters_false",
          "ddp_fork_find_unused_parameters_true", "ddp_fork_find_unused_parameters_false")
-FORK_REMEDY = "Restart it, and give batch_size, lr, precision and workers, which are picked by trying; or use a script with torchrun."
+FORK_REMEDY = "Restart it, and give batch_size, lr, precision and workers, which are picked by trying; or give them to a script with torchrun."
 
 # %% ../nbs/05e_processes.ipynb #dist-157
 def nodes() -> int:   # machines that share this training
     "Count the machines on which torchrun or Slurm started this program."
     if "TORCHELASTIC_RUN_ID" in os.environ: return int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
     return int(os.environ["SLURM_NNODES"]) if int(os.environ.get("SLURM_NTASKS", 1)) > 1 else 1
+
+# %% ../nbs/05e_processes.ipynb #outside
+def started_outside() -> bool:
+    "Tell whether torchrun or Slurm started several processes of this program."
+    return int(os.environ.get("WORLD_SIZE", 1) if "TORCHELASTIC_RUN_ID" in os.environ else os.environ.get("SLURM_NTASKS", 1)) > 1
+
+# %% ../nbs/05e_processes.ipynb #own-gpu
+def own_gpu() -> str:   # "cuda", or "cuda:1" where each process has one of several
+    "Name the GPU of this process."
+    number = os.environ.get("LOCAL_RANK" if "TORCHELASTIC_RUN_ID" in os.environ else "SLURM_LOCALID", "0")
+    return f"cuda:{int(number) % max(1, torch.cuda.device_count())}" if started_outside() else "cuda"
 
 # %% ../nbs/05e_processes.ipynb #dist-158
 def way_of(
@@ -124,6 +136,18 @@ def error_of(
     if noted["kind"] == "none": return explained(error)
     return RuntimeError(f"a forked process failed\n{noted['remedy']}")
 
+# %% ../nbs/05e_processes.ipynb #interruptible
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    "Let Ctrl-C raise `KeyboardInterrupt`, now and later, though Lightning would end the program."
+    before = signal.getsignal(signal.SIGINT) if threading.current_thread() is threading.main_thread() else None
+    try: yield
+    except SystemExit as e:
+        if not isinstance(e.__context__, KeyboardInterrupt): raise
+        raise KeyboardInterrupt("call again to go on from the last checkpoint") from None
+    finally:
+        if before is not None: signal.signal(signal.SIGINT, before)
+
 # %% ../nbs/05e_processes.ipynb #dist-170
 @contextlib.contextmanager
 def relayed(
@@ -135,12 +159,14 @@ def relayed(
         yield report
         return
     ours, theirs = multiprocessing.Pipe(duplex=False)
-    listener = threading.Thread(target=_listen, args=(ours, report), daemon=True)
+    failed: list[Exception] = []
+    listener = threading.Thread(target=_listen, args=(ours, report, failed), daemon=True)
     listener.start()
     try: yield partial(_send, theirs)
     finally:
         theirs.close()
         listener.join()
+    if failed: raise failed[0]
 
 # %% ../nbs/05e_processes.ipynb #dist-171
 def _send(
@@ -156,9 +182,12 @@ def _send(
 def _listen(
     pipe: Any,                     # a connection's end that reads
     report: Callable[..., None],   # told what comes
+    failed: list[Exception],       # gets the first error of `report`
 ) -> None:
-    "Report what another process says until it has ended."
+    "Report what another process says until it has ended; after an error read on, or that process would wait."
     with contextlib.suppress(EOFError):
         while True:
             done, text, curves = pipe.recv()
-            report(done, text, **curves)
+            try:
+                if not failed: report(done, text, **curves)
+            except Exception as e: failed.append(e)

@@ -31,7 +31,7 @@ from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.strategies import FSDPStrategy
 from pytorch_lightning.utilities import rank_zero_only
 
-from .core import CvnbError, Stage, sha256_file
+from .core import CvnbError, Stage, UsageError, project_root, sha256_file
 from .train import History, batches_of_step
 
 # %% auto #0
@@ -55,11 +55,14 @@ def _open_online(
     "Open a run on W&B's server, if it answers in time and knows the key."
     import wandb
     try:
-        if not wandb.login(prompt=False, verify=False): return None, "no key is known: set WANDB_API_KEY or call `wandb login`"
+        if wandb.run is None and not wandb.login(prompt=False, verify=False):   # a run of the caller's has a key
+            if (mode := os.environ.get("WANDB_MODE", "")) not in ("", "online", "shared"): return None, f"WANDB_MODE is {mode}"
+            return None, "no key is known: set WANDB_API_KEY or call `wandb login`"
         return wandb.init(mode="online", **arguments), ""
-    except (wandb.errors.Error, OSError) as e:
+    except Exception as e:
+        if not _of_wandb(e) and not isinstance(e, ValueError): raise   # which is said of addresses and keys
         _end_service()   # what waits for the server ends with it
-        return None, str(e).splitlines()[0]
+        return None, (str(e).splitlines() or [type(e).__name__])[0]
 
 # %% ../nbs/06a_tracking.ipynb #cell-7
 def _of_wandb(
@@ -77,9 +80,14 @@ def _reason(
     return f"it failed ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
 
 # %% ../nbs/06a_tracking.ipynb #end-service
-def _end_service() -> None:
-    "End W&B's process, which may have ended already."
+def _end_service(
+    own: Any = None,     # a run that needs it no longer
+    gone: bool = False,  # whether it has ended by itself
+) -> None:
+    "End W&B's process, but not where other runs need it."
     import wandb
+    from wandb.sdk import wandb_setup
+    if not gone and wandb_setup.singleton().most_recent_active_run not in (None, own): return
     try: wandb.teardown()
     except Exception as e:
         if not _of_wandb(e): raise
@@ -110,7 +118,8 @@ class Tracker(WandbLogger):
         if why: self._say(f"{why}. The run is tracked offline")
 
     def _say(self, what: str) -> None:   # of the run that `stage.json` will name
-        print(f"W&B: {what}; `wandb sync {Path(self.stage.run.name, self.stage.environment['wandb']['folder'])}` uploads it.")
+        folder, root = self.stage.run/self.stage.environment["wandb"]["folder"], project_root()
+        print(f"W&B: {what}; `wandb sync {folder.relative_to(root) if folder.is_relative_to(root) else folder}` uploads it.")
 
     def _folder(self) -> str: return Path(self._experiment.dir).parent.relative_to(self.stage.run).as_posix()
 
@@ -125,7 +134,7 @@ class Tracker(WandbLogger):
         try: return act(self.experiment)
         except Exception as e:   # whatever it is: if it is ours, the second try says so
             self.earlier.append(self._experiment.id)
-            _end_service()
+            _end_service(self._experiment, _of_wandb(e))
             self._go_offline(_reason(e))
             for metrics, step in self._epochs: WandbLogger.log_metrics(self, metrics, step)
             return act(self._experiment)
@@ -134,6 +143,11 @@ class Tracker(WandbLogger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         self.tell(lambda run: WandbLogger.log_metrics(self, metrics, step))
         if "epoch" in metrics: self._epochs.append((dict(metrics), step))
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any]) -> None:
+        self.arguments["config"] |= params   # also of a run that takes this one's place
+        self.tell(lambda run: WandbLogger.log_hyperparams(self, params))
 
     def follow(self,
         runs: list[str],   # ids of the runs in which this training began
@@ -148,7 +162,7 @@ class Tracker(WandbLogger):
             why = "the server has not taken everything in time" if isinstance(e, TimeoutError) else _reason(e)
             self.stage.environment["wandb"]["why"] = why
             self._say(why)
-        _end_service()   # which waits until the file is written; `finish` does not
+        _end_service(self._experiment)   # which waits until the file is written; `finish` does not
 
 # %% ../nbs/06a_tracking.ipynb #cell-9
 def open_tracker(
@@ -161,7 +175,11 @@ def open_tracker(
     os.environ["WANDB_SILENT"], os.environ["WANDB_ERROR_REPORTING"] = "true", "false"
     os.environ["WANDB_DATA_DIR"] = str(stage.dir/"wandb")   # staged files stay with the run
     os.environ["WANDB_NOTEBOOK_NAME"] = str(stage.dir)   # or W&B asks every Jupyter server for it, and complains; any path that exists will do
-    return Tracker(stage, mode, timeout)
+    try: return Tracker(stage, mode, timeout)
+    except ValueError as e:
+        if not type(e).__module__.startswith("pydantic"): raise
+        reason = next((line.strip() for line in str(e).splitlines()[2:]), str(e)).partition(" [")[0]
+        raise UsageError(f"W&B refuses its settings ({reason})", "Correct the variables that begin with WANDB_, or use tracking=disabled.") from None
 
 # %% ../nbs/06a_tracking.ipynb #cell-10
 def _plain_figures(
@@ -271,9 +289,12 @@ class TrackSteps(pl.Callback):
         every: int = 20,        # optimizer steps from one that is logged to the next, at least
         share: float = 0.01,    # of the training's time that logging steps may take, 0 … 1
     ):
-        self.every, self.share, self.spent, self._begin, self._told = every, share, 0.0, 0.0, 0
-        self._step, self._waiting = None, None   # the step that is being tracked; the one whose values are on their way
+        self.every, self.share = every, share
         self.runs: list[str] = []   # ids of the runs that this training has been tracked in
+
+    def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:   # also of a training that begins anew
+        self.spent, self._begin, self._told = 0.0, 0.0, 0
+        self._step, self._waiting = None, None   # the step that is being tracked; the one whose values are on their way
 
     def state_dict(self) -> dict: return dict(runs=self.runs)
 

@@ -30,11 +30,12 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from .augment import augmentation
 from .core import CvnbError, UsageError, atomic_path, digest, read_json, write_json
+from .fingerprint import code_of
 from .loaders import Labelled, TrainLoader, check_classes, mix_seed
 from .models import ModelSpec, VisionModel, check_size, digest_weights, predict_logits, unseen_border
 from .optim import averaging, make_optimizer, schedule
 from .probe import fit_head
-from .processes import FORK_REMEDY, FORKS, error_of, nodes, note_errors, out_of_memory, relayed, way_of
+from .processes import FORK_REMEDY, FORKS, error_of, interruptible, nodes, note_errors, out_of_memory, own_gpu, relayed, way_of
 from .tasks import class_weights, sampling_weights, task_of
 
 # %% auto #0
@@ -300,7 +301,9 @@ class History(pl.Callback):
         epoch, self._ended = len(self.rows) if done >= 1 else trainer.current_epoch + 1, done >= 1
         self.report(done, f"epoch {epoch}/{trainer.max_epochs}{more}", **{name: [r[key] for r in self.rows] for name, key in curves.items()})
 
-    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: Classifier) -> None: self._begin -= time.perf_counter()
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: Classifier) -> None:
+        pl_module.read_losses()   # which a GPU may not have come to yet
+        self._begin -= time.perf_counter()
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Classifier) -> None:
         self._figures = pl_module.validation_figures()
@@ -391,6 +394,8 @@ class EarlyStop(EarlyStopping):
         self._trainer.should_stop = self.wait_count >= self.patience
 
 # %% ../nbs/06_train.ipynb #cell-22
+_TRAINS = "from cvnb.train import fit\nfrom cvnb.models import create_model\nfrom cvnb.tasks import task_of\nfit, create_model, task_of"
+
 def identity_of(
     model: VisionModel,     # with its starting weights
     train: Labelled,        # training data
@@ -400,7 +405,9 @@ def identity_of(
 ) -> str:                   # 64 hexadecimal digits
     "Digest what a training run depends on."
     loss = "" if criterion is None else getattr(criterion, "identity", "") or getattr(criterion, "__qualname__", type(criterion).__qualname__)
-    return digest([asdict(replace(options, workers=0)), asdict(model.spec), digest_weights(model), train.identity, val.identity if val else "", loss])
+    code = code_of(_TRAINS, "torch", "torchvision", "timm", "pytorch-lightning")
+    data = [train.identity, val.identity if val else ""]
+    return digest([asdict(replace(options, workers=0)), asdict(model.spec), digest_weights(model), *data, loss, code])
 
 # %% ../nbs/06_train.ipynb #dist-04
 def _is_whole(
@@ -469,9 +476,9 @@ def accelerator_for(
 # %% ../nbs/06_train.ipynb #cell-28
 def _where(
     options: FitOptions,   # how to train
-) -> str:                  # "cpu" or "cuda"
+) -> str:                  # "cpu", or the GPU
     "Say where one process computes."
-    return "cuda" if accelerator_for(options) != "cpu" and torch.cuda.is_available() else "cpu"
+    return own_gpu() if accelerator_for(options) != "cpu" and torch.cuda.is_available() else "cpu"
 
 # %% ../nbs/06_train.ipynb #dist-55
 def _check_fork(
@@ -529,8 +536,11 @@ def fit(
     report: Callable[..., None] | None = None,   # told the fraction that is done, a text, and the curves so far
     logger: Any = False,      # a Lightning logger
     callbacks: Sequence[pl.Callback] = (),   # more of them
-) -> pd.DataFrame:            # one row per epoch: epoch, train_loss, val_loss, val_<metric>, lr, images_per_s; attrs["notes"]: sentences
-    "Train a model; an interrupted call with the same arguments goes on from its last checkpoint."
+) -> pd.DataFrame:            # one row per epoch: epoch, train_loss, val_loss, val_<metric>, lr, images_per_s; attrs: notes and changed
+    """Train a model; an interrupted call with the same arguments goes on from its last checkpoint.
+
+    The table's `attrs` have `notes`, sentences about what was done otherwise than asked, and `changed`, options that became others, as `settle` says.
+    """
     quiet()
     if criterion is not None and options.tune == "probe": raise UsageError("a linear probe has the task's own loss, no criterion", "Use tune=full.")
     folder, notes = Path(folder), _notes(model, train, val, options)
@@ -557,6 +567,8 @@ def fit(
     history = pd.DataFrame(read_json(folder/"checkpoints/history.json"))
     if torch.distributed.is_initialized(): torch.distributed.barrier()   # the first process may clear the checkpoints now
     history.attrs["notes"] = notes + ([_said_halved(now)] if halved else []) + _said_stopped(now, history)
+    history.attrs["changed"] = [dict(option=k, picked=getattr(now, k), why="out of memory") for k in ("batch_size", "accumulate") if halved]
+    if halved and logger: logger.log_hyperparams({c["option"]: c["picked"] for c in history.attrs["changed"]})
     return history
 
 # %% ../nbs/06_train.ipynb #begin-with
@@ -615,7 +627,7 @@ def _as_history(
     _write_curves(folder, history)
     if logger: _log_epochs(logger, history.drop(columns="images_per_s").to_dict("records"), 1)
     if report: report(1.0, "the head is fitted")
-    history.attrs["notes"] = notes
+    history.attrs.update(notes=notes, changed=[])
     return history.reset_index(drop=True)
 
 # %% ../nbs/06_train.ipynb #cell-35
@@ -722,7 +734,8 @@ def _fit(
         failed = folder/"checkpoints/failed.json"
         failed.unlink(missing_ok=True)
         if way in FORKS: note_errors(trainer.strategy.launcher, failed)
-        try: trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+        try:
+            with interruptible(): trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
         except Exception as e:
             if (clear := error_of(e, failed, trainer.strategy.launcher)) is e: raise
             raise clear from e

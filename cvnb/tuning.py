@@ -22,10 +22,11 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.tuner import Tuner
 
-from .core import CvnbError, digest, read_json, write_json
+from .core import CvnbError, UsageError, digest, read_json, write_json
 from .loaders import Labelled, TrainLoader
 from .models import VisionModel
 from .optim import make_optimizer
+from .processes import started_outside
 from .tasks import task_of
 from .train import Classifier, DataModule, FitOptions, accelerator_for, can_halve, halve, loss_weights, out_of_memory, quiet
 
@@ -147,6 +148,9 @@ def settle(
 ) -> tuple[FitOptions, pd.DataFrame]:   # options without questions; option, picked, why
     "Pick what was left open; raise `CvnbError` if the device is not there, before anything is tried on another."
     accelerator_for(options)
+    if options.devices > 1 and started_outside() and not (options.batch_size and options.lr):
+        raise UsageError("processes that torchrun or Slurm started would each pick a batch_size and a lr of their own",
+                         "Give both, or let one process pick them before.")
     note, key = Path(folder)/"checkpoints/picked.json", digest([asdict(options), asdict(model.spec), train.identity])
     if note.exists() and (known := read_json(note))["key"] == key: picked = known["picked"]
     else: write_json(note, dict(key=key, picked=(picked := _pick(options, model, train, report))))
@@ -185,8 +189,10 @@ def _precision(
     gpu: bool,   # whether there is one
 ) -> tuple[str, str]:   # Lightning's precision, why
     "Pick a precision."
-    if gpu and torch.cuda.is_bf16_supported(): return "bf16-mixed", "this GPU multiplies bfloat16 several times as fast"
-    return "32-true", "a GPU that is older has no bfloat16" if gpu else "a CPU's results repeat to the bit"
+    if not gpu: return "32-true", "a CPU's results repeat to the bit"
+    if torch.cuda.is_bf16_supported(including_emulation=False): return "bf16-mixed", "this GPU multiplies bfloat16 several times as fast"
+    if torch.cuda.get_device_capability() >= (7, 0): return "16-mixed", "this GPU multiplies float16 several times as fast, and has no bfloat16"
+    return "32-true", "this GPU has neither bfloat16 nor fast float16"
 
 # %% ../nbs/06b_tuning.ipynb #cell-14
 def _workers(

@@ -105,7 +105,7 @@ def test_limits_and_corrections_decide_what_is_trained_on(small_photos, tmp_path
 
 
 @pytest.mark.slow
-def test_numbers_are_split_over_their_range_and_audited(small_photos, tmp_path):
+def test_numbers_are_split_over_their_range_audited_and_learned(small_photos, tmp_path):
     "What compares classes compares ranges, and numbers are not checked as if they were classes; what a person dropped needs no number."
     files = sorted(small_photos.glob("*/*"))
     ink = [f"{np.asarray(Image.open(file).convert('L')).mean() // 5 * 5:.0f}" for file in files]
@@ -113,13 +113,19 @@ def test_numbers_are_split_over_their_range_and_audited(small_photos, tmp_path):
     (tmp_path/"none.png").write_bytes(b"")
     pd.DataFrame(dict(path=[*map(str, files), str(tmp_path/"none.png")], label=[*ink, "n/a"])).to_csv(tmp_path/"ink.csv", index=False)
     (tmp_path/"ink.yaml").write_text(f"data: {tmp_path/'ink.csv'}\ntask: regression\n")
-    command = [Path(sys.executable).with_name("cvnb"), "run", "audit", "--config", tmp_path/"ink.yaml", "--run", tmp_path/"run"]
+    small = dict(backbone="test_mambaout", epochs=1, image_size=16, folds=2, tta="flip")
+    command = [Path(sys.executable).with_name("cvnb"), "run", "train", "--config", tmp_path/"ink.yaml", "--run", tmp_path/"run",
+               *(word for name, value in small.items() for word in ("--set", f"train.{name}={value}"))]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     manifest, audit = pd.read_parquet(tmp_path/"run/audit/manifest.parquet"), read_json(tmp_path/"run/audit/audit.json")
     assert audit["task"] == "regression" and audit["checks"]["label_error"]["n_checked"] == 0
     middle = manifest.label[manifest.ok].astype(float).median()
     for split in "train", "val", "test": assert 0.25 < (manifest.label[manifest.split == split].astype(float) >= middle).mean() < 0.85, split
+    pool, figures = manifest[manifest.split.isin(["train", "val"])], read_json(tmp_path/"run/train/stage.json")["metrics"]
+    crossed = pd.read_parquet(tmp_path/"run/train/out_of_fold.parquet")
+    assert set(crossed.path) == set(pool.path) and sorted(crossed.fold.unique()) == [0, 1]
+    assert figures["r2_folds"]["n"] == 2 and figures["r2_folds"]["high"] <= 1 and figures["mae_test_tta"]["n"] == (manifest.split == "test").sum()
 
 
 def test_wrong_labels_are_found_with_networks_answers():

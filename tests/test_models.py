@@ -187,6 +187,33 @@ def test_weights_of_a_run_bring_their_stem_and_scaling(tmp_path: Path) -> None:
     assert torch.equal(again.net.conv1[0].weight, load_model(tmp_path).net.conv1[0].weight)
 
 
+def test_a_runs_model_can_be_named_by_its_file(tmp_path):
+    "It keeps its stem and its scaling, as by its folder; a first layer that does not fit is named."
+    model = create_model("resnet18", CLASSES, 32)
+    model = VisionModel(replace(model.spec, mean=[0.3] * 3), model.net)
+    save_model(model, tmp_path)
+    again = create_model("resnet18", CLASSES, 48, weights=str(tmp_path/"model.safetensors"))
+    assert again.spec.stem == model.spec.stem == "small" and again.spec.mean == [0.3] * 3
+    for a, b in zip(again.net.state_dict().values(), model.net.state_dict().values(), strict=True): assert torch.equal(a, b)
+    with pytest.warns(UserWarning, match="conv1.*weight has another shape in the weights of .* and begins at random"):
+        create_model("resnet18", CLASSES, 48, "full", weights=str(tmp_path))
+
+
+def test_weights_of_another_size_or_of_a_pruned_network(tmp_path):
+    "What fits by name and not by shape is no other architecture."
+    save_file(timm.create_model("levit_128s", num_classes=3).state_dict(), tmp_path/"w.safetensors")
+    with pytest.raises(CvnbError, match="layers have other sizes: .*attention_biases.* Set the image_size for which they were trained"):
+        create_model("levit_128s", CLASSES, 64, weights=str(tmp_path/"w.safetensors"))
+
+
+def test_an_encoder_is_told_from_a_network_that_cannot_see_a_size():
+    "timm's are large; this one is small, and gives its features in the same way."
+    model = create_model("test_resnet", CLASSES, 64)
+    model.net.reset_classifier(0, "")
+    with pytest.raises(UsageError, match=r"test_resnet is no classifier: for an image of 64 pixels it gives outputs of the shape \(\d+, \d, \d\)"):
+        check_size(model)
+
+
 def test_the_head_of_a_run_stays_with_its_classes(tmp_path: Path) -> None:
     torch.manual_seed(1)
     save_model(trained := create_model("test_efficientnet", CLASSES, 32), tmp_path)

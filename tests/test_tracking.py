@@ -27,7 +27,7 @@ import torch
 import wandb
 from nbclient import NotebookClient
 
-from cvnb.core import Stage, finished, read_json, sha256_file
+from cvnb.core import Stage, UsageError, finished, read_json, sha256_file
 from cvnb.metrics import accuracy
 from cvnb.tracking import (
     TrackSteps,
@@ -302,7 +302,7 @@ def test_a_server_that_cannot_be_reached_makes_the_run_an_offline_one(
     assert opened < 10 and time.perf_counter() - begin < 4
     record, said = stage.environment["wandb"], capfd.readouterr()
     assert record | dict(id=name, asked="online", mode="offline") == record and record["why"]
-    assert (said.out + said.err).count("W&B") == 1 and "wandb sync run/train/wandb/offline-run-" in said.out
+    assert (said.out + said.err).count("W&B") == 1 and f"wandb sync {stage.dir}/wandb/offline-run-" in said.out
     assert tracked(stage)["summary"]["answer"] == 42 and len(tracked(stage)["history"]) == 6
 
 
@@ -348,6 +348,36 @@ def test_a_run_goes_on_when_wandb_itself_is_killed(stage: Stage, capfd: pytest.C
     assert capfd.readouterr().out.count("W&B: its process has ended") == 1
 
 
+def test_a_run_of_the_callers_own_goes_on(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in dict(WANDB_SILENT="true", WANDB_ERROR_REPORTING="false").items(): monkeypatch.setenv(name, value)
+    own = wandb.init(mode="offline", dir=tmp_path, project="theirs")
+    logger = open_tracker(stage)
+    close_tracker(logger, dict(accuracy=0.9))
+    own.log(dict(after=1.0))
+    folder = Path(own.dir).parent
+    own.finish()
+    wandb.teardown()
+    assert {"after": 1.0}.items() <= read_tracked(folder)["history"][-1].items() and tracked(stage)["summary"]["accuracy"] == 0.9
+
+
+@pytest.mark.parametrize(("variables", "why"), [(dict(WANDB_MODE="offline"), "WANDB_MODE is offline"), ({}, "no key is known")])
+def test_why_a_run_is_not_online_is_said(stage: Stage, monkeypatch: pytest.MonkeyPatch, variables: dict, why: str) -> None:
+    for name, value in variables.items(): monkeypatch.setenv(name, value)
+    wandb.teardown()   # so that it reads them
+    close_tracker(open_tracker(stage, "online", 2.0))
+    assert why in stage.environment["wandb"]["why"] and tracked(stage)["id"] == stage.environment["wandb"]["id"]
+
+
+def test_settings_that_wandb_refuses(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.ai")
+    wandb.teardown()
+    with pytest.raises(UsageError, match=r"W&B refuses its settings \(.*https://wandb.ai is not a valid server address.*use tracking=disabled"):
+        open_tracker(stage, "online", 2.0)
+    monkeypatch.delenv("WANDB_BASE_URL")
+    wandb.teardown()
+    assert close_tracker(open_tracker(stage))
+
+
 def test_a_run_that_cannot_be_ended_is_kept(stage: Stage, capfd: pytest.CaptureFixture) -> None:
     logger = open_tracker(stage)
     logger.log_metrics(dict(x=1.0))
@@ -356,7 +386,7 @@ def test_a_run_that_cannot_be_ended_is_kept(stage: Stage, capfd: pytest.CaptureF
     first = stage.environment["wandb"]["id"]
     logger.end()
     assert stage.environment["wandb"]["id"] == first and "its process has ended" in stage.environment["wandb"]["why"]
-    assert "wandb sync run/train/wandb/offline-run-" in capfd.readouterr().out and list(folder(stage).glob("*.wandb"))
+    assert f"wandb sync {stage.dir}/wandb/offline-run-" in capfd.readouterr().out and list(folder(stage).glob("*.wandb"))
 
 
 class Hesitant(Server):

@@ -24,12 +24,14 @@ import torch
 from train_job import CLASSES, digits, fresh
 
 from cvnb import folds, tuning
-from cvnb.core import CvnbError, UsageError, read_json, sha256_file
+from cvnb import train as training
+from cvnb.core import CvnbError, Stage, UsageError, read_json, sha256_file
+from cvnb.data import assign_folds
 from cvnb.folds import cross_validate
 from cvnb.loaders import Labelled
 from cvnb.models import VisionModel, create_model, predict_logits
 from cvnb.tasks import task as task_named
-from cvnb.tracking import TrackSteps
+from cvnb.tracking import TrackSteps, close_tracker, open_tracker, read_tracked
 from cvnb.train import DataModule, FitOptions, History, fit
 from cvnb.tuning import find_batch_size, find_lr, settle
 
@@ -526,6 +528,19 @@ def test_other_tasks_are_trained_and_cross_validated(data, tmp_path, name):
     assert crossed.table.n_val.max() - crossed.table.n_val.min() < 30 and len(crossed.predictions) == len(rows)
 
 
+def test_rare_labels_are_spread_over_folds_together(data, tmp_path):
+    "Three images have a label of their own, and a hundred the one beside it."
+    labels = pd.Series(["any|rare" if i < 3 else "any" if i < 100 else "any|even" if i % 2 else "other" for i in range(300)])
+    kind = task_named("multilabel")
+    classes = kind.classes(labels)
+    train = replace(data[0], labels=kind.encode(labels, classes))
+    rows = pd.DataFrame(dict(path=train.names, split="train", label=labels, pixel_sha256=train.names))
+    crossed = cross_validate(lambda: create_model(NO_BATCHNORM, classes, 16, task="multilabel"), rows, train, replace(PLAIN, epochs=1), tmp_path, 5)
+    assert crossed.table.n_val.tolist() == [60] * 5 and len(crossed.predictions) == 300
+    with pytest.raises(UsageError, match="5 folds are not possible: 'rare' has 1 images.*Add images, or leave it out"):
+        assign_folds(rows.assign(label=np.where(rows.index == 0, "rare", "b"), ok=True), 5)
+
+
 # Guards
 
 def test_one_bad_image_is_named(data, tmp_path):
@@ -559,10 +574,57 @@ def test_memory_that_is_too_small_while_images_grow(data, tmp_path):
     assert model.preprocess.size == 16 and right == pytest.approx(history.val_accuracy.iloc[-1])
 
 
+def test_what_a_training_that_begins_anew_tells_wandb(data, tmp_path):
+    "Memory that is too small once images have grown: its epochs are told from the first one on, and what the batch has become."
+    seen = []
+
+    def hungry(logits, labels, images):
+        seen.append(len(images))
+        if len(images) == 50 and seen.count(50) > 2 * 6: raise torch.OutOfMemoryError("CUDA out of memory")   # in the third epoch
+        return torch.nn.functional.cross_entropy(logits, labels)
+    stage = Stage("train", tmp_path/"run", dict(batch_size=50))
+    logger, options = open_tracker(stage), replace(PLAIN, epochs=3, resolution=0.5)
+    with pytest.warns(UserWarning, match="2 batches of 25"):
+        history = fit(fresh(NO_BATCHNORM), *data, options, stage.dir, hungry, logger=logger, callbacks=[TrackSteps()])
+    close_tracker(logger)
+    found = read_tracked(stage.run/stage.environment["wandb"]["folder"])
+    told = [row["epoch/val_loss"] for row in found["history"] if "epoch/val_loss" in row]
+    assert told[-3:] == history.val_loss.to_list() and len(told) > 3    # before them those of the first attempt
+    assert found["config"]["batch_size"] == 25 and history.attrs["changed"][0] == dict(option="batch_size", picked=25, why="out of memory")
+
+
 def test_images_that_begin_too_small(data, tmp_path):
     model = create_model("vit_tiny_patch16_224", CLASSES, 32, "full")   # made for one size, whichever that is
     with pytest.raises(UsageError, match=r"resolution=0.5: vit_tiny_patch16_224 cannot see images of 16 pixels.*Use resolution=1"):
         fit(model, *(replace(d, images=d.images.repeat(2, 1).repeat(2, 2)) for d in data), replace(PLAIN, resolution=0.5), tmp_path)
+
+
+class PressesCtrlC(pl.Callback):
+    def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if trainer.current_epoch == 1: signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_interrupts_a_call_and_not_the_program(data, tmp_path):
+    "Nor does it keep a second one out; the same call goes on."
+    whole, model = fresh(NO_BATCHNORM), fresh(NO_BATCHNORM)
+    fit(whole, *data, PLAIN, tmp_path/"whole")
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt, match="call again to go on"): fit(model, *data, PLAIN, tmp_path/"cut", callbacks=[PressesCtrlC()])
+    seen = []
+    fit(model, *data, PLAIN, tmp_path/"cut", report=lambda done, *_, **__: seen.append(done))
+    assert min(seen) >= 0.5 and same(model, whole)
+
+
+def test_other_code_is_another_training(data, tmp_path, monkeypatch):
+    "A checkpoint of a training with a fault that has been mended since is not gone on with."
+    def begins():
+        seen = []
+        with pytest.raises(KeyboardInterrupt):
+            fit(fresh(NO_BATCHNORM), *data, PLAIN, tmp_path, report=lambda done, *_, **__: seen.append(done), callbacks=[PressesCtrlC()])
+        return seen
+    assert begins() and not begins()     # it stops where it went on
+    monkeypatch.setattr(training, "code_of", lambda *_: "mended")
+    assert begins()
 
 
 def test_a_label_of_several_that_is_not_in_the_training_images(data, tmp_path):
@@ -570,6 +632,22 @@ def test_a_label_of_several_that_is_not_in_the_training_images(data, tmp_path):
     none = tagged[0].take(np.flatnonzero(data[0].labels != 7))
     with pytest.raises(CvnbError, match="no training image has the class 7"):
         fit(create_model(NO_BATCHNORM, CLASSES, 16, task="multilabel"), none, tagged[1], PLAIN, tmp_path)
+
+
+def test_processes_from_outside_do_not_pick_each_for_itself(data, tmp_path, monkeypatch):
+    for name, value in dict(TORCHELASTIC_RUN_ID="1", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2").items(): monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match="would each pick a batch_size and a lr of their own. Give both"):
+        settle(replace(PLAIN, devices=2, lr=0), fresh(NO_BATCHNORM), data[0], tmp_path)
+    assert not settle(replace(PLAIN, devices=2), fresh(NO_BATCHNORM), data[0], tmp_path)[1].option.to_list()
+
+
+@pytest.mark.parametrize(("bfloat16", "capability", "picked"), [(True, (8, 0), "bf16-mixed"), (False, (7, 5), "16-mixed"),
+                                                                (False, (6, 1), "32-true")])
+def test_the_precision_is_one_that_a_gpu_has(monkeypatch, bfloat16, capability, picked):
+    "A GPU that is older computes in bfloat16 too, in software."
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert tuning._precision(True)[0] == picked and tuning._precision(False)[0] == "32-true"
 
 
 def test_what_is_picked_can_be_shared_and_fits(data, tmp_path, monkeypatch):
