@@ -252,5 +252,7 @@ def test_a_whole_audit_of_people_s_data(tmp_path):
     assert set(manifest[~manifest.ok].path) == {f"images/cat/{name}" for name in UNREADABLE} and len(manifest) == 89
     ok = read_manifest(tmp_path/"run/audit/manifest.parquet")
     assert ok.groupby("group").split.nunique().max() == 1 and set(ok.split) == {"train", "val", "test"} and set(ok.meta_camera) == {"a", "b"}
-    assert read_json(tmp_path/"run/audit/stage.json")["metrics"]["n_unreadable"]["value"] == 4
+    audit = read_json(tmp_path/"run/audit/audit.json")
+    assert audit["n_unreadable"] == read_json(tmp_path/"run/audit/stage.json")["metrics"]["n_unreadable"]["value"] == 4
+    assert {u["path"] for u in audit["unreadable"]} == {f"images/cat/{name}" for name in UNREADABLE} and all(u["error"] for u in audit["unreadable"])
     assert json.loads(subprocess.run([CVNB, "status", tmp_path/"run", "--json"], capture_output=True, text=True).stdout)[0]["state"] == "fresh"

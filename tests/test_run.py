@@ -145,15 +145,6 @@ def test_predict(smoke_run, tmp_path):
         assert done.returncode == 2 and str(bad) in done.stderr and len(done.stderr.splitlines()) == 1 and not done.stdout
 
 
-def test_a_truncated_image_is_counted_listed_and_left_out(tmp_path, small_photos):
-    whole = next((small_photos/"1").iterdir())
-    (small_photos/"1/cut.png").write_bytes(whole.read_bytes()[:-200])
-    done = cvnb("run", "audit", "--data", small_photos, "--run", tmp_path/"run", "--json")
-    assert done.returncode == 0, done.stderr
-    audit = read_json(tmp_path/"run/audit/audit.json")
-    assert audit["n_unreadable"] == 1 and audit["unreadable"][0]["path"] == "1/cut.png" and audit["unreadable"][0]["error"]
-
-
 def test_a_failing_stage_says_where_and_keeps_the_rest(copy):
     done = cvnb("run", "train", "--run", copy, "--set", "train.weights=elsewhere")
     assert done.returncode == 2 and "Traceback" not in done.stderr
