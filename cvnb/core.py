@@ -199,10 +199,11 @@ def now() -> str:   # ISO 8601, UTC, seconds
 def locked(
     run: Path,   # run directory
     option: str = "--run",   # how another one is given
+    wait: float = 0,         # seconds to wait for it
 ) -> Iterator[None]:
     "Hold a run directory; raise `CvnbError` that names the process which holds it already."
     from filelock import FileLock, Timeout
-    lock, note = FileLock(run/".lock", timeout=0), run/".lock.json"
+    lock, note = FileLock(run/".lock", timeout=wait), run/".lock.json"
     try: lock.acquire()
     except Timeout:
         owner = read_json(note) if note.exists() else {}

@@ -15,7 +15,7 @@ import torch
 
 from .core import UsageError, digest, read_json, write_json
 from .data import assign_folds, together, write_table
-from .loaders import Labelled
+from .loaders import Labelled, missing_classes
 from .metrics import Figure, mean
 from .models import VisionModel
 from .processes import FORKS, way_of
@@ -44,12 +44,13 @@ def cross_validate(
     k: int = 5,             # folds
     report: Callable[..., None] | None = None,   # told the fraction that is done, and a text
 ) -> Folds:                 # table, predictions, figures, notes
-    "Train on all folds but one, k times; raise `UsageError` if a class has fewer images than folds."
+    "Train on all folds but one, k times; raise `UsageError` if a fold would learn a class of which it has no image."
     kind = task_of(make().spec)
     sorts = with_strata(kind, rows.assign(ok=True), max(1, min(10, len(rows) // (2 * k))))   # each in every fold
-    if kind.name != "classification": sorts = _joined(sorts, k)   # a class that is not in every fold is refused
-    fold = assign_folds(sorts, k, options.seed).to_numpy()
+    joined = sorts if kind.name == "classification" else _joined(sorts, k)   # a class that is not in every fold is refused
+    fold = assign_folds(joined, k, options.seed).to_numpy()
     choosing = [_choosing(sorts[fold != i], options) for i in range(k)]
+    for i, held_back in enumerate(choosing): _check_labels(data.take(_learned(fold, i, held_back)), kind.name, make().spec.classes, i)
     parts = [_one(make, rows, data, options, Path(folder)/f"fold_{i}", fold, i, choosing[i], _part(report, i, k)) for i in range(k)]
     table = pd.DataFrame([row for row, _, _ in parts])
     predictions = pd.concat([p for _, p, _ in parts]).set_index("row").sort_index().reset_index(drop=True)
@@ -86,6 +87,28 @@ def _limits(
     if name.startswith(("mae", "rmse")): return 0, np.inf
     return -np.inf if name == "r2" else 0, 1
 
+# %% ../nbs/06c_folds.ipynb #learned
+def _learned(
+    fold: np.ndarray,             # of each row
+    i: int,                       # fold that is held out
+    choosing: np.ndarray | None,  # bool: which of the others are held back
+) -> np.ndarray:                  # positions of the rows that are learned from
+    "Say what a fold's model is trained on."
+    inside = np.flatnonzero(fold != i)
+    return inside if choosing is None else inside[~choosing]
+
+# %% ../nbs/06c_folds.ipynb #check-labels
+def _check_labels(
+    data: Labelled,        # what a fold learns from
+    task: str,             # what is learned
+    classes: list[str],    # class names
+    i: int,                # fold
+) -> None:
+    "Raise `UsageError` if a class would be learned without an image of it."
+    if task != "regression" and (gone := missing_classes(data, classes)):
+        raise UsageError(f"fold {i + 1} would have to learn {', '.join(gone)} without an image of it",
+                         "Add images, leave it out of the data, or do without folds.")
+
 # %% ../nbs/06c_folds.ipynb #cell-7
 def _part(
     report: Callable[..., None] | None,   # of the whole
@@ -115,8 +138,8 @@ def _one(
     choosing: np.ndarray | None, report: Callable[..., None] | None,
 ) -> tuple[dict, pd.DataFrame, list[str]]:   # the fold's row, its predictions with the place of each in `rows`, notes
     "Train and answer one fold, unless that was done."
-    inside, outside = np.flatnonzero(fold != i), np.flatnonzero(fold == i)
-    learned, judges = (inside, outside) if choosing is None else (inside[~choosing], inside[choosing])   # what chooses nothing draws curves
+    outside, learned = np.flatnonzero(fold == i), _learned(fold, i, choosing)
+    judges = outside if choosing is None else np.flatnonzero(fold != i)[choosing]   # what chooses nothing draws curves
     torch.manual_seed(options.seed)   # the same model, whether the folds before were trained or looked up
     model = make()
     key = digest([identity_of(model, data, options), learned.tolist(), outside.tolist()])

@@ -65,7 +65,7 @@ class Preprocess(nn.Module):
         return (x - self.mean) / self.std
 
 # %% ../nbs/03_models.ipynb #cell-8
-SMALL_IMAGE = 96   # pixels; below it `stem="auto"` means the small stem
+SMALL_IMAGE = 96   # pixels; below it, and without weights, `stem="auto"` means the small stem
 
 # %% ../nbs/03_models.ipynb #cell-9
 def _first_convs(
@@ -409,7 +409,8 @@ def _load_matching(
                         "Name the backbone that they were trained with.")
     net.load_state_dict(fitting, strict=False)
     if lost := [k for k in own if k.startswith(tuple(f"{name}." for name in _first_convs(net))) and k not in fitting]:
-        warnings.warn(f"{lost[0]} has another shape in the weights of {where} and begins at random", stacklevel=3)
+        what = "has another shape" if lost[0] in state else "is missing"
+        warnings.warn(f"{lost[0]} {what} in the weights of {where} and begins at random", stacklevel=3)
 
 # %% ../nbs/03_models.ipynb #cell-35
 def _run_folder(

@@ -420,7 +420,7 @@ def open_stage(
     "Open a stage: check its parameters, seed, and run what it needs where that was never run; raise `CvnbError` where a call of cvnb is at work."
     contract = read_contract(assets("stages")/f"{name}.ipynb")
     params = contract.defaults() | check(contract, {n: namespace[n] for n in contract.names if n in namespace}, "the notebook")
-    with locked(resolve_run(params["run"]), "`run`") if "CVNB_KEY_PARTS" not in os.environ else nullcontext():   # not by hand: its caller holds it
+    with locked(resolve_run(params["run"]), "`run`", 5) if "CVNB_KEY_PARTS" not in os.environ else nullcontext():   # not by hand: its caller holds it
         stage = Stage(name, params["run"], params)
     for need in contract.needs: _ensure(stage, need)
     seed_everything(params.get("seed", 0))

@@ -93,6 +93,8 @@ def named_files(
         file = os.path.join(root, os.path.expanduser(text))
         found = next((f for f in (file, os.path.join(file, "model.safetensors")) if os.path.isfile(f)), None)   # False for what can be no name
         if found: files[name] = Path(found)
+        about = found and os.path.join(os.path.dirname(found), "model.json")
+        if found and found.endswith("model.safetensors") and os.path.isfile(about): files[f"{name} (model.json)"] = Path(about)
     return files
 
 # %% ../nbs/13_pipeline.ipynb #cell-9

@@ -22,7 +22,7 @@ import torch
 from .core import CvnbError, UsageError, read_json, write_json
 
 # %% auto #0
-__all__ = ['FORKS', 'FORK_REMEDY', 'nodes', 'started_outside', 'own_gpu', 'way_of', 'out_of_memory', 'explained', 'note_errors',
+__all__ = ['FORKS', 'FORK_REMEDY', 'started_outside', 'nodes', 'own_gpu', 'way_of', 'out_of_memory', 'explained', 'note_errors',
            'error_of', 'interruptible', 'relayed']
 
 # %% ../nbs/05e_processes.ipynb #dist-156
@@ -30,16 +30,17 @@ FORKS = ("ddp_notebook", "ddp_fork", "ddp_notebook_find_unused_parameters_true",
          "ddp_fork_find_unused_parameters_true", "ddp_fork_find_unused_parameters_false")
 FORK_REMEDY = "Restart it, and give batch_size, lr, precision and workers, which are picked by trying; or give them to a script with torchrun."
 
+# %% ../nbs/05e_processes.ipynb #outside
+def started_outside() -> bool:
+    "Tell whether torchrun or Slurm started several processes of this program."
+    if "TORCHELASTIC_RUN_ID" in os.environ: return int(os.environ["WORLD_SIZE"]) > 1
+    return int(os.environ.get("SLURM_NTASKS", 1)) > 1 and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")   # as for Lightning
+
 # %% ../nbs/05e_processes.ipynb #dist-157
 def nodes() -> int:   # machines that share this training
     "Count the machines on which torchrun or Slurm started this program."
     if "TORCHELASTIC_RUN_ID" in os.environ: return int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
-    return int(os.environ["SLURM_NNODES"]) if int(os.environ.get("SLURM_NTASKS", 1)) > 1 else 1
-
-# %% ../nbs/05e_processes.ipynb #outside
-def started_outside() -> bool:
-    "Tell whether torchrun or Slurm started several processes of this program."
-    return int(os.environ.get("WORLD_SIZE", 1) if "TORCHELASTIC_RUN_ID" in os.environ else os.environ.get("SLURM_NTASKS", 1)) > 1
+    return int(os.environ["SLURM_NNODES"]) if started_outside() else 1
 
 # %% ../nbs/05e_processes.ipynb #own-gpu
 def own_gpu() -> str:   # "cuda", or "cuda:1" where each process has one of several
@@ -138,13 +139,15 @@ def error_of(
 
 # %% ../nbs/05e_processes.ipynb #interruptible
 @contextlib.contextmanager
-def interruptible() -> Iterator[None]:
+def interruptible(
+    what: str,   # what the interruption means
+) -> Iterator[None]:
     "Let Ctrl-C raise `KeyboardInterrupt`, now and later, though Lightning would end the program."
     before = signal.getsignal(signal.SIGINT) if threading.current_thread() is threading.main_thread() else None
     try: yield
     except SystemExit as e:
         if not isinstance(e.__context__, KeyboardInterrupt): raise
-        raise KeyboardInterrupt("call again to go on from the last checkpoint") from None
+        raise KeyboardInterrupt(what) from None
     finally:
         if before is not None: signal.signal(signal.SIGINT, before)
 

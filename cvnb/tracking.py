@@ -55,7 +55,8 @@ def _open_online(
     "Open a run on W&B's server, if it answers in time and knows the key."
     import wandb
     try:
-        if wandb.run is None and not wandb.login(prompt=False, verify=False):   # a run of the caller's has a key
+        if wandb.run is not None and wandb.run.offline: return None, "the W&B run that is open in this program is offline"   # without a key, perhaps
+        if wandb.run is None and not wandb.login(prompt=False, verify=False):
             if (mode := os.environ.get("WANDB_MODE", "")) not in ("", "online", "shared"): return None, f"WANDB_MODE is {mode}"
             return None, "no key is known: set WANDB_API_KEY or call `wandb login`"
         return wandb.init(mode="online", **arguments), ""
@@ -81,16 +82,27 @@ def _reason(
 
 # %% ../nbs/06a_tracking.ipynb #end-service
 def _end_service(
-    own: Any = None,     # a run that needs it no longer
     gone: bool = False,  # whether it has ended by itself
 ) -> None:
     "End W&B's process, but not where other runs need it."
     import wandb
     from wandb.sdk import wandb_setup
-    if not gone and wandb_setup.singleton().most_recent_active_run not in (None, own): return
+    if not gone and wandb_setup.singleton().most_recent_active_run is not None: return
     try: wandb.teardown()
     except Exception as e:
         if not _of_wandb(e): raise
+
+# %% ../nbs/06a_tracking.ipynb #end-run
+def _end_run(
+    run: Any,            # of W&B
+    exit_code: int = 0,  # 1 for one that is given up
+) -> Exception | None:   # why it did not end in order
+    "End a run, and W&B's process with it, which waits until the file is written; `finish` does not."
+    error = None
+    try: run.finish(exit_code)
+    except Exception as e: error = e
+    _end_service(gone=error is not None and not isinstance(error, TimeoutError))
+    return error
 
 # %% ../nbs/06a_tracking.ipynb #cell-8
 class Tracker(WandbLogger):
@@ -134,7 +146,7 @@ class Tracker(WandbLogger):
         try: return act(self.experiment)
         except Exception as e:   # whatever it is: if it is ours, the second try says so
             self.earlier.append(self._experiment.id)
-            _end_service(self._experiment, _of_wandb(e))
+            _end_run(self._experiment, 1)
             self._go_offline(_reason(e))
             for metrics, step in self._epochs: WandbLogger.log_metrics(self, metrics, step)
             return act(self._experiment)
@@ -157,14 +169,14 @@ class Tracker(WandbLogger):
 
     def end(self) -> None:
         "End the run; say what a server did not take in time, and what could not be ended."
-        try: self._experiment.finish()
-        except Exception as e:
-            why = "the server has not taken everything in time" if isinstance(e, TimeoutError) else _reason(e)
+        if error := _end_run(self._experiment):
+            why = "the server has not taken everything in time" if isinstance(error, TimeoutError) else _reason(error)
             self.stage.environment["wandb"]["why"] = why
             self._say(why)
-        _end_service(self._experiment)   # which waits until the file is written; `finish` does not
 
 # %% ../nbs/06a_tracking.ipynb #cell-9
+_OPEN: dict[Path, Tracker] = {}   # by the folder of their stage
+
 def open_tracker(
     stage: Stage,          # whose folder gets wandb/
     mode: str = "offline", # "offline", "online" or "disabled"
@@ -175,7 +187,8 @@ def open_tracker(
     os.environ["WANDB_SILENT"], os.environ["WANDB_ERROR_REPORTING"] = "true", "false"
     os.environ["WANDB_DATA_DIR"] = str(stage.dir/"wandb")   # staged files stay with the run
     os.environ["WANDB_NOTEBOOK_NAME"] = str(stage.dir)   # or W&B asks every Jupyter server for it, and complains; any path that exists will do
-    try: return Tracker(stage, mode, timeout)
+    if left := _OPEN.pop(stage.dir, None): _end_run(left.experiment, 1)   # by a cell that was interrupted
+    try: return _OPEN.setdefault(stage.dir, Tracker(stage, mode, timeout))
     except ValueError as e:
         if not type(e).__module__.startswith("pydantic"): raise
         reason = next((line.strip() for line in str(e).splitlines()[2:]), str(e)).partition(" [")[0]
@@ -229,6 +242,7 @@ def close_tracker(
     logger.tell(lambda run: run.summary.update(_plain_figures(figures or {})))
     _wait_for_uploads(logger)
     logger.end()
+    _OPEN.pop(logger.stage.dir, None)
     return logger.stage.environment["wandb"]["id"]
 
 # %% ../nbs/06a_tracking.ipynb #cell-15

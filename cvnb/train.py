@@ -539,7 +539,7 @@ def fit(
 ) -> pd.DataFrame:            # one row per epoch: epoch, train_loss, val_loss, val_<metric>, lr, images_per_s; attrs: notes and changed
     """Train a model; an interrupted call with the same arguments goes on from its last checkpoint.
 
-    The table's `attrs` have `notes`, sentences about what was done otherwise than asked, and `changed`, options that became others, as `settle` says.
+    The table's `attrs` have `notes`, sentences about what was done otherwise than asked, and `changed`, options that became others.
     """
     quiet()
     if criterion is not None and options.tune == "probe": raise UsageError("a linear probe has the task's own loss, no criterion", "Use tune=full.")
@@ -568,7 +568,7 @@ def fit(
     if torch.distributed.is_initialized(): torch.distributed.barrier()   # the first process may clear the checkpoints now
     history.attrs["notes"] = notes + ([_said_halved(now)] if halved else []) + _said_stopped(now, history)
     history.attrs["changed"] = [dict(option=k, picked=getattr(now, k), why="out of memory") for k in ("batch_size", "accumulate") if halved]
-    if halved and logger: logger.log_hyperparams({c["option"]: c["picked"] for c in history.attrs["changed"]})
+    if halved and hasattr(logger, "log_hyperparams"): logger.log_hyperparams({c["option"]: c["picked"] for c in history.attrs["changed"]})
     return history
 
 # %% ../nbs/06_train.ipynb #begin-with
@@ -735,7 +735,8 @@ def _fit(
         failed.unlink(missing_ok=True)
         if way in FORKS: note_errors(trainer.strategy.launcher, failed)
         try:
-            with interruptible(): trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+            with interruptible("call again to go on from the last checkpoint"):
+                trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
         except Exception as e:
             if (clear := error_of(e, failed, trainer.strategy.launcher)) is e: raise
             raise clear from e

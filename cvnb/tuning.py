@@ -26,7 +26,7 @@ from .core import CvnbError, UsageError, digest, read_json, write_json
 from .loaders import Labelled, TrainLoader
 from .models import VisionModel
 from .optim import make_optimizer
-from .processes import started_outside
+from .processes import interruptible, started_outside
 from .tasks import task_of
 from .train import Classifier, DataModule, FitOptions, accelerator_for, can_halve, halve, loss_weights, out_of_memory, quiet
 
@@ -122,7 +122,8 @@ def _lr_trial(
                              gradient_clip_val=o.clip or None, accumulate_grad_batches=min(o.accumulate, data.n_batches),
                              enable_progress_bar=False, enable_checkpointing=False, enable_model_summary=False, default_root_dir=folder,
                              limit_val_batches=0)
-        return Tuner(trainer).lr_find(module, datamodule=data, min_lr=1e-6, max_lr=1.0, num_training=steps, update_attr=False)
+        with interruptible("the learning rate is not picked"):
+            return Tuner(trainer).lr_find(module, datamodule=data, min_lr=1e-6, max_lr=1.0, num_training=steps, update_attr=False)
 
 # %% ../nbs/06b_tuning.ipynb #cell-9
 def plot_lr(
@@ -148,11 +149,11 @@ def settle(
 ) -> tuple[FitOptions, pd.DataFrame]:   # options without questions; option, picked, why
     "Pick what was left open; raise `CvnbError` if the device is not there, before anything is tried on another."
     accelerator_for(options)
-    if options.devices > 1 and started_outside() and not (options.batch_size and options.lr):
-        raise UsageError("processes that torchrun or Slurm started would each pick a batch_size and a lr of their own",
-                         "Give both, or let one process pick them before.")
     note, key = Path(folder)/"checkpoints/picked.json", digest([asdict(options), asdict(model.spec), train.identity])
     if note.exists() and (known := read_json(note))["key"] == key: picked = known["picked"]
+    elif options.devices > 1 and started_outside() and not (options.batch_size and options.lr):
+        raise UsageError("processes that torchrun or Slurm started would each pick a batch_size and a lr of their own",
+                         "Give both, or let one process make this call before.")
     else: write_json(note, dict(key=key, picked=(picked := _pick(options, model, train, report))))
     return replace(options, **{p["option"]: p["picked"] for p in picked}), pd.DataFrame(picked, columns=["option", "picked", "why"], dtype=object)
 

@@ -26,6 +26,7 @@ import pytorch_lightning as pl
 import torch
 import wandb
 from nbclient import NotebookClient
+from wandb.sdk import wandb_setup
 
 from cvnb.core import Stage, UsageError, finished, read_json, sha256_file
 from cvnb.metrics import accuracy
@@ -351,8 +352,15 @@ def test_a_run_goes_on_when_wandb_itself_is_killed(stage: Stage, capfd: pytest.C
 def test_a_run_of_the_callers_own_goes_on(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in dict(WANDB_SILENT="true", WANDB_ERROR_REPORTING="false").items(): monkeypatch.setenv(name, value)
     own = wandb.init(mode="offline", dir=tmp_path, project="theirs")
-    logger = open_tracker(stage)
+    open_tracker(stage)              # of a cell that was interrupted and is run again
+    logger, told = open_tracker(stage), []
+
+    def fails_once(run: object) -> None:
+        told.append(run.id)
+        if len(told) == 1: raise TypeError("which is not W&B's fault")
+    logger.tell(fails_once)
     close_tracker(logger, dict(accuracy=0.9))
+    assert told[0] != told[1] == stage.environment["wandb"]["id"] and wandb_setup.singleton().most_recent_active_run is own
     own.log(dict(after=1.0))
     folder = Path(own.dir).parent
     own.finish()

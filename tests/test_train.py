@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -537,6 +538,10 @@ def test_rare_labels_are_spread_over_folds_together(data, tmp_path):
     rows = pd.DataFrame(dict(path=train.names, split="train", label=labels, pixel_sha256=train.names))
     crossed = cross_validate(lambda: create_model(NO_BATCHNORM, classes, 16, task="multilabel"), rows, train, replace(PLAIN, epochs=1), tmp_path, 5)
     assert crossed.table.n_val.tolist() == [60] * 5 and len(crossed.predictions) == 300
+    alone = replace(train, labels=np.where(np.arange(300)[:, None] > 0, train.labels * (np.array(classes) != "rare"), train.labels))
+    with pytest.raises(UsageError, match=r"fold \d would have to learn rare without an image of it"):
+        cross_validate(lambda: create_model(NO_BATCHNORM, classes, 16, task="multilabel"),
+                       rows.assign(label=[x if i == 0 else x.removesuffix("|rare") for i, x in enumerate(labels)]), alone, PLAIN, tmp_path/"one", 5)
     with pytest.raises(UsageError, match="5 folds are not possible: 'rare' has 1 images.*Add images, or leave it out"):
         assign_folds(rows.assign(label=np.where(rows.index == 0, "rare", "b"), ok=True), 5)
 
@@ -599,12 +604,20 @@ def test_images_that_begin_too_small(data, tmp_path):
         fit(model, *(replace(d, images=d.images.repeat(2, 1).repeat(2, 2)) for d in data), replace(PLAIN, resolution=0.5), tmp_path)
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    "What started the tests may have let SIGINT be ignored."
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class PressesCtrlC(pl.Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.current_epoch == 1: signal.raise_signal(signal.SIGINT)
 
 
-def test_ctrl_c_interrupts_a_call_and_not_the_program(data, tmp_path):
+def test_ctrl_c_interrupts_a_call_and_not_the_program(data, tmp_path, ctrl_c):
     "Nor does it keep a second one out; the same call goes on."
     whole, model = fresh(NO_BATCHNORM), fresh(NO_BATCHNORM)
     fit(whole, *data, PLAIN, tmp_path/"whole")
@@ -615,7 +628,7 @@ def test_ctrl_c_interrupts_a_call_and_not_the_program(data, tmp_path):
     assert min(seen) >= 0.5 and same(model, whole)
 
 
-def test_other_code_is_another_training(data, tmp_path, monkeypatch):
+def test_other_code_is_another_training(data, tmp_path, monkeypatch, ctrl_c):
     "A checkpoint of a training with a fault that has been mended since is not gone on with."
     def begins():
         seen = []
