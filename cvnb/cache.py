@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 # %% auto #0
-__all__ = ['LIMIT', 'RowCache', 'trim']
+__all__ = ['LIMIT', 'RowCache', 'take_rows', 'trim']
 
 # %% ../nbs/01b_cache.ipynb #cell-5
 LIMIT = "CVNB_CACHE_GB"   # how large all rows together may become, in gigabytes; 20 by default
@@ -46,15 +46,16 @@ class RowCache:
         import numpy as np
         known, first = self._known(), {key: i for i, key in reversed(list(enumerate(keys)))}
         missing = [i for i, key in enumerate(keys) if key not in known and first[key] == i]
+        there = {known[key][0] for key in first if key in known}
+        try: files = {path: np.load(path, mmap_mode="c") for path in there}   # before new ones push them out
+        except FileNotFoundError: return self.rows(keys, make, chunk)   # another process has thrown it away meanwhile
+        for path in files:
+            with contextlib.suppress(OSError): os.utime(path)   # what was used last is thrown away last
         made: dict[str, tuple[np.ndarray, int]] = {}
         for begin in range(0, len(missing), chunk or len(missing) or 1):
             block = missing[begin:begin + (chunk or len(missing))]
             new = self._write([keys[i] for i in block], lambda out, block=block: make(block, out))
             made |= {keys[i]: (new, row) for row, i in enumerate(block)}
-        try: files = {path: np.load(path, mmap_mode="c") for path in {known[key][0] for key in first if key in known}}
-        except FileNotFoundError: return self.rows(keys, make, chunk)   # another process has thrown it away meanwhile
-        for path in files:
-            with contextlib.suppress(OSError): os.utime(path)   # what was used last is thrown away last
         place = [made.get(key) or (files[known[key][0]], known[key][1]) for key in keys]
         return _gather(place, self.shape, self.dtype, self.folder)
 
@@ -89,11 +90,12 @@ class RowCache:
         try:
             fill(out)
             out.flush()
+            new = np.load(temp, mmap_mode="c")   # stays readable, whoever throws the file away
             path.with_suffix(".keys").write_bytes(bytes.fromhex("".join(keys)))
             os.replace(temp, path)
         finally: temp.unlink(missing_ok=True)
         trim(keep=path)
-        return np.load(path, mmap_mode="c")
+        return new
 
 # %% ../nbs/01b_cache.ipynb #cell-7
 def _reserve(
@@ -155,6 +157,14 @@ def _gather(
             part = positions[i:i + block]
             out[part] = source[[place[p][1] for p in part]]
     return out
+
+# %% ../nbs/01b_cache.ipynb #take-rows
+def take_rows(
+    rows: np.ndarray,    # (N, …), in memory or mapped
+    index: np.ndarray,   # positions (M,)
+) -> np.ndarray:         # (M, …), not to be written to
+    "Choose rows; they are mapped to a file where they are large compared with the memory, and not copied where they follow each other."
+    return _gather([(rows, i) for i in index.tolist()], rows.shape[1:], rows.dtype.str, cache_dir()/"rows"/"taken")
 
 # %% ../nbs/01b_cache.ipynb #cell-9
 def trim(

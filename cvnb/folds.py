@@ -19,7 +19,7 @@ from .loaders import Labelled, missing_classes
 from .metrics import Figure, mean
 from .models import VisionModel
 from .processes import FORKS, way_of
-from .tasks import task_of, with_strata
+from .tasks import Task, task_of, with_strata
 from .train import FitOptions, answer, clear_checkpoints, fit, identity_of
 
 # %% auto #0
@@ -45,12 +45,13 @@ def cross_validate(
     report: Callable[..., None] | None = None,   # told the fraction that is done, and a text
 ) -> Folds:                 # table, predictions, figures, notes
     "Train on all folds but one, k times; raise `UsageError` if a fold would learn a class of which it has no image."
-    kind = task_of(make().spec)
+    spec = make().spec
+    kind = task_of(spec)
     sorts = with_strata(kind, rows.assign(ok=True), max(1, min(10, len(rows) // (2 * k))))   # each in every fold
     joined = sorts if kind.name == "classification" else _joined(sorts, k)   # a class that is not in every fold is refused
     fold = assign_folds(joined, k, options.seed).to_numpy()
     choosing = [_choosing(sorts[fold != i], options) for i in range(k)]
-    for i, held_back in enumerate(choosing): _check_labels(data.take(_learned(fold, i, held_back)), kind.name, make().spec.classes, i)
+    for i, held_back in enumerate(choosing): _check_labels(data.labels[_learned(fold, i, held_back)], kind, spec.classes, i)
     parts = [_one(make, rows, data, options, Path(folder)/f"fold_{i}", fold, i, choosing[i], _part(report, i, k)) for i in range(k)]
     table = pd.DataFrame([row for row, _, _ in parts])
     predictions = pd.concat([p for _, p, _ in parts]).set_index("row").sort_index().reset_index(drop=True)
@@ -99,13 +100,13 @@ def _learned(
 
 # %% ../nbs/06c_folds.ipynb #check-labels
 def _check_labels(
-    data: Labelled,        # what a fold learns from
-    task: str,             # what is learned
+    labels: np.ndarray,    # that a fold learns
+    kind: Task,            # what they are
     classes: list[str],    # class names
     i: int,                # fold
 ) -> None:
     "Raise `UsageError` if a class would be learned without an image of it."
-    if task != "regression" and (gone := missing_classes(data, classes)):
+    if kind.name != "regression" and (gone := missing_classes(labels, classes)):
         raise UsageError(f"fold {i + 1} would have to learn {', '.join(gone)} without an image of it",
                          "Add images, leave it out of the data, or do without folds.")
 
@@ -139,14 +140,13 @@ def _one(
 ) -> tuple[dict, pd.DataFrame, list[str]]:   # the fold's row, its predictions with the place of each in `rows`, notes
     "Train and answer one fold, unless that was done."
     outside, learned = np.flatnonzero(fold == i), _learned(fold, i, choosing)
-    judges = outside if choosing is None else np.flatnonzero(fold != i)[choosing]   # what chooses nothing draws curves
     torch.manual_seed(options.seed)   # the same model, whether the folds before were trained or looked up
     model = make()
     key = digest([identity_of(model, data, options), learned.tolist(), outside.tolist()])
     if (folder/"fold.json").exists() and (known := read_json(folder/"fold.json"))["key"] == key:
         return known["row"], pd.read_parquet(folder/"predictions.parquet"), known["notes"]
     train, held_out = data.take(learned), data.take(outside)
-    history = fit(model, train, data.take(judges), options, folder, report=report)
+    history = fit(model, train, held_out if choosing is None else data.take(np.flatnonzero(fold != i)[choosing]), options, folder, report=report)
     said = [note for note in history.attrs["notes"] if choosing is None or not note.startswith("no image in the split val")]   # the fold has them
     notes = [f"fold {i + 1}: {note}" for note in said]
     where = "cpu" if way_of(options.devices, options.strategy) in FORKS else options.device   # a process that has used a GPU cannot be forked

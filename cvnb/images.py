@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import struct
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -89,25 +92,42 @@ def _unreadable(
     if isinstance(error, PermissionError): return Unreadable("forbidden", said)
     if isinstance(error, UnidentifiedImageError):
         return Unreadable("no_image", "its bytes are no image") if os.path.getsize(path) else Unreadable("empty", "it is empty")
-    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)): return Unreadable("too_large", said)
+    if isinstance(error, Image.DecompressionBombError): return Unreadable("too_large", said)
     return Unreadable("truncated", "it is cut off") if "runcated" in said else Unreadable("broken", said)
+
+# %% ../nbs/01c_images.ipynb #no-bomb-warnings
+@lru_cache(1)
+def _no_bomb_warnings() -> None:
+    "Silence Pillow about large images, once for all threads: they are refused."
+    import warnings
+
+    from PIL import Image
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+# %% ../nbs/01c_images.ipynb #upright
+def _upright(
+    image: Image.Image,   # loaded
+) -> Image.Image:         # turned as its metadata says, if they can be read
+    "Turn an image upright."
+    from PIL import ImageOps
+    try: return ImageOps.exif_transpose(image)
+    except Exception: return image   # what people wrote there raises dozens of types; the pixels are whole
 
 # %% ../nbs/01c_images.ipynb #cell-10
 def _decode(
     path: Path | str,   # an image file
 ) -> tuple[Image.Image, dict]:   # RGB, turned upright; format, mode and frames as they are in the file
     "Decode an image completely; raise `Unreadable` where that is not possible."
-    import warnings
-
-    from PIL import Image, ImageOps
+    from PIL import Image
+    _no_bomb_warnings()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                image.load()
-                facts = dict(format=image.format, mode=image.mode, frames=image.n_frames if getattr(image, "is_animated", False) else 1)
-                return _rgb(ImageOps.exif_transpose(image)), facts
-    except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
+        with Image.open(path) as image:
+            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):   # Pillow only warns up to twice as many
+                raise Image.DecompressionBombError(f"{image.width} × {image.height} pixels could be a decompression bomb")
+            image.load()
+            facts = dict(format=image.format, mode=image.mode, frames=image.n_frames if getattr(image, "is_animated", False) else 1)
+            return _rgb(_upright(image)), facts
+    except (OSError, EOFError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as e:
         raise _unreadable(path, e) from None
 
 # %% ../nbs/01c_images.ipynb #cell-11
@@ -142,7 +162,7 @@ def _at_size(
     return resize(torch.from_numpy(np.array(open_image(path)))[None], size)[0].numpy()
 
 # %% ../nbs/01c_images.ipynb #cell-20
-DECODING = "1"   # changes with what `open_image` and `resize` make of a file
+DECODING = "2"   # changes with what `open_image` and `resize` make of a file
 
 def load_images(
     root: Path | str,        # the data folder

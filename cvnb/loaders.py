@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .augment import Augmentation, augmentation, mix
+from .cache import take_rows
 from .core import CvnbError, digest
 from .images import load_images
 from .tasks import task as task_named
@@ -50,7 +51,7 @@ class Labelled:
     ) -> Labelled:           # those images
         "Choose images."
         names = [self.names[i] for i in index] if len(self.names) else ()
-        return Labelled(self.images[index], self.labels[index], names, self.digest and digest([self.digest, index.tolist()]))
+        return Labelled(take_rows(self.images, np.asarray(index)), self.labels[index], names, self.digest and digest([self.digest, index.tolist()]))
 
 # %% ../nbs/05b_loaders.ipynb #cell-6
 def labelled(
@@ -68,11 +69,11 @@ def labelled(
 
 # %% ../nbs/05b_loaders.ipynb #cell-9
 def missing_classes(
-    data: Labelled,        # with one class per image, or several
+    labels: np.ndarray,    # class indices (N,), or shares (N, C)
     classes: list[str],    # class names
 ) -> list[str]:            # those that have no image
     "Find classes without images."
-    counts = data.labels.sum(0) if data.labels.ndim == 2 else np.bincount(data.labels, minlength=len(classes))
+    counts = labels.sum(0) if labels.ndim == 2 else np.bincount(labels, minlength=len(classes))
     return [c for c, n in zip(classes, counts) if not n]
 
 # %% ../nbs/05b_loaders.ipynb #cell-10
@@ -86,7 +87,7 @@ def check_classes(
         if not len(data):
             raise CvnbError(f"no image is in the split {split}",
                             "Give larger val_share or test_share, more images, or audit.task where labels are not one class each.")
-        if not classes or not (missing := missing_classes(data, classes)): continue
+        if not classes or not (missing := missing_classes(data.labels, classes)): continue
         if split == "train": raise CvnbError(f"no training image has the class {', '.join(missing)}", "Add some, or leave the class out of the data.")
         notes.append(f"no image in the split {split} has the class {', '.join(missing)}: it is not measured there")
     return notes
@@ -218,7 +219,7 @@ def show_batch(
     images, labels, _ = next(iter(TrainLoader(data, n, augment, n_classes=len(classes), mixup=mixup, cutmix=cutmix)))
     figure, axes = plt.subplots(1, len(images), figsize=(len(images), 1.3), squeeze=False)
     for ax, image, label in zip(axes[0], images, labels):
-        ax.imshow(image.numpy()); ax.set_title(_title(label, classes), fontsize=8); ax.axis("off")
+        ax.imshow(image.numpy()); ax.set_title(_title(label, classes), fontsize=8, parse_math=False); ax.axis("off")
     plt.close(figure)
     return figure
 

@@ -60,6 +60,7 @@ def schedule(
 ) -> Callable[[int], float]:   # step -> share of the peak learning rate
     "Make a schedule; raise `UsageError` for one that is not known."
     if name not in SCHEDULES: raise UsageError(f"no schedule '{name}'", nearest(name, list(SCHEDULES)))
+    if total < 2: warmup = 0.0   # the only step is no warm-up
     rise = max(1.0, warmup * total)
     half_cosine = lambda x: (1 - math.cos(math.pi * x)) / 2   # 0 … 1 -> 0 … 1
 

@@ -169,11 +169,12 @@ class Regression(Task):
             raise CvnbError(f"the label '{labels.iloc[i]}' of {_at(i, paths)} has {len(p)} parts where {len(classes)} were expected",
                             f"Give every image as many numbers, joined by '{SEPARATOR}'.")
         values = pd.to_numeric(pd.Series([v.strip() for p in parts for v in p], dtype=object), errors="coerce").to_numpy(float)
-        values = values.reshape(len(parts), len(classes))
+        with np.errstate(over="ignore"): values = values.reshape(len(parts), len(classes)).astype(np.float32)
         if (bad := ~np.isfinite(values).all(1)).any():
             i = int(bad.argmax())
-            raise CvnbError(f"the label '{labels.iloc[i]}' of {_at(i, paths)} is not a number", "Mend it, or train another task.")
-        return values.astype(np.float32)
+            raise CvnbError(f"the label '{labels.iloc[i]}' of {_at(i, paths)} is not a number, or too large for 32 bits",
+                            "Mend it, or train another task.")
+        return values
 
     def scale(self, targets: np.ndarray) -> dict[str, list[float]]:
         spread = np.std(targets.astype(float), axis=0)

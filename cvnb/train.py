@@ -378,6 +378,10 @@ class Best(pl.Callback):
 # %% ../nbs/06_train.ipynb #average
 class Average(WeightAveraging):
     "Average the weights, and give them to the model in the end."
+    def setup(self, trainer: pl.Trainer, pl_module: Classifier, stage: str) -> None:
+        self._device = trainer.strategy.root_device   # the model is not there yet
+        super().setup(trainer, pl_module, stage)
+
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Classifier) -> None: self.on_train_end(trainer, pl_module)
 
 # %% ../nbs/06_train.ipynb #early-stop

@@ -24,7 +24,7 @@ from pytorch_lightning.tuner import Tuner
 
 from .core import CvnbError, UsageError, digest, read_json, write_json
 from .loaders import Labelled, TrainLoader
-from .models import VisionModel
+from .models import VisionModel, digest_weights
 from .optim import make_optimizer
 from .processes import interruptible, started_outside
 from .tasks import task_of
@@ -121,7 +121,7 @@ def _lr_trial(
         trainer = pl.Trainer(max_epochs=-1, accelerator=accelerator_for(o), devices=1, precision=o.precision, logger=False,
                              gradient_clip_val=o.clip or None, accumulate_grad_batches=min(o.accumulate, data.n_batches),
                              enable_progress_bar=False, enable_checkpointing=False, enable_model_summary=False, default_root_dir=folder,
-                             limit_val_batches=0)
+                             check_val_every_n_epoch=steps + 1)   # never; Lightning's finder overrides a limit of batches
         with interruptible("the learning rate is not picked"):
             return Tuner(trainer).lr_find(module, datamodule=data, min_lr=1e-6, max_lr=1.0, num_training=steps, update_attr=False)
 
@@ -149,7 +149,8 @@ def settle(
 ) -> tuple[FitOptions, pd.DataFrame]:   # options without questions; option, picked, why
     "Pick what was left open; raise `CvnbError` if the device is not there, before anything is tried on another."
     accelerator_for(options)
-    note, key = Path(folder)/"checkpoints/picked.json", digest([asdict(options), asdict(model.spec), train.identity])
+    note, key = Path(folder)/"checkpoints/picked.json", digest(
+        [asdict(options), asdict(model.spec), digest_weights(model), train.identity, torch.cuda.is_available()])
     if note.exists() and (known := read_json(note))["key"] == key: picked = known["picked"]
     elif options.devices > 1 and started_outside() and not (options.batch_size and options.lr):
         raise UsageError("processes that torchrun or Slurm started would each pick a batch_size and a lr of their own",

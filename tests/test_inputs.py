@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,23 @@ def test_what_cannot_be_read_is_noted_with_its_reason(name, tmp_path):
     with pytest.raises(ValueError, match=reason): open_image(tmp_path/name)
     found = inspect_image(tmp_path/name)
     assert not found["ok"] and reason in found["error"] and str(tmp_path) not in found["error"]
+
+
+@pytest.mark.parametrize("info", [b"II*\0", b"junkjunk", b""], ids=repr)
+def test_metadata_that_nobody_can_read_turns_nothing(tmp_path, info):
+    "The pixels are whole."
+    content = saved("png", PHOTO)
+    chunk = struct.pack(">I", len(info)) + b"eXIf" + info + struct.pack(">I", zlib.crc32(b"eXIf" + info))
+    (tmp_path/"x.png").write_bytes(content[:33] + chunk + content[33:])   # after the header
+    assert inspect_image(tmp_path/"x.png")["ok"] and np.array_equal(pixels(tmp_path/"x.png"), np.asarray(PHOTO))
+
+
+def test_too_many_pixels_are_too_many_in_every_thread(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)
+    PHOTO.save(tmp_path/"large.png")      # 64 × 64
+    PHOTO.crop((0, 0, 8, 8)).save(tmp_path/"small.png")
+    with ThreadPoolExecutor(8) as pool: found = list(pool.map(inspect_image, [tmp_path/f"{name}.png" for name in ("large", "small")] * 100))
+    assert {(f["ok"], f["kind"]) for f in found[::2]} == {(False, "too_large")} and all(f["ok"] for f in found[1::2])
 
 
 def pixels(path: Path) -> np.ndarray: return np.asarray(open_image(path)).astype(int)

@@ -20,8 +20,8 @@ from cvnb.distill import LOSSES, distillation_criterion
 from cvnb.loaders import Labelled, TrainLoader
 from cvnb.metrics import mean
 from cvnb.models import predict_logits
-from cvnb.optim import averaging, make_optimizer, schedule
-from cvnb.train import answer, batches_of_step, fit
+from cvnb.optim import SCHEDULES, averaging, make_optimizer, schedule
+from cvnb.train import Average, Classifier, answer, batches_of_step, fit
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -84,7 +84,7 @@ def test_a_clipped_step_is_as_long_as_was_asked_for(data, tmp_path):
 
 
 def test_the_training_loss_is_that_of_the_images(data, tmp_path):
-    history = fit(fresh(NO_BATCHNORM), *data, replace(STEP, lr=0.0), tmp_path)
+    history = fit(fresh(NO_BATCHNORM), *data, replace(STEP, lr=0.0, batch_size=100), tmp_path)
     logits = torch.tensor(predict_logits(fresh(NO_BATCHNORM), data[0].images))
     assert history.train_loss[0] == pytest.approx(float(F.cross_entropy(logits, torch.tensor(data[0].labels))), rel=1e-4)
 
@@ -112,6 +112,14 @@ def test_an_average_is_what_its_decay_says(data, tmp_path):
     for name, value in model.named_parameters(): assert torch.allclose(value, expected[name], atol=1e-5), name
 
 
+def test_the_average_lies_where_the_model_will(data):
+    "Lightning asks the model, which is still on the CPU then."
+    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("meta")))
+    average = Average(multi_avg_fn=averaging(0.9))
+    average.setup(trainer, Classifier(fresh(NO_BATCHNORM), PLAIN), "fit")
+    assert {p.device.type for p in average._average_model.parameters()} == {"meta"}
+
+
 def test_the_best_average_is_what_was_judged(data, tmp_path):
     model = fresh(NO_BATCHNORM)
     history = fit(model, *data, replace(PLAIN, epochs=3, ema=0.3, keep="best"), tmp_path)
@@ -119,7 +127,8 @@ def test_the_best_average_is_what_was_judged(data, tmp_path):
     assert float(loss) == pytest.approx(history.val_loss[history.val_accuracy.idxmax()], rel=1e-4)
 
 
-def test_a_training_that_goes_on_remembers_its_best_epoch(data, tmp_path):
+def test_a_training_that_goes_on_remembers_its_best_epoch(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("CVNB_SAVE_EVERY", "0")
     options = replace(PLAIN, epochs=3, keep="best")
     with pytest.raises(SystemExit): fit(fresh(BATCHNORM), *data, options, tmp_path, callbacks=[Interrupts(2)])
     model = fresh(BATCHNORM)
@@ -180,6 +189,33 @@ def test_the_smallest_batch_that_is_nearly_as_fast_is_picked(data, monkeypatch, 
     many = Labelled(np.zeros((12000, 1, 1, 3), np.uint8), np.zeros(12000, np.int64), ["x"] * 12000, "")
     table = tuning.find_batch_size(fresh(NO_BATCHNORM), many, PLAIN)
     assert table.batch_size.to_list() == tried and table.batch_size[table.chosen].to_list() == [chosen]
+
+
+def test_what_was_picked_is_for_the_same_weights(data, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(tuning, "_pick", lambda *_: asked.append(1) or [])
+    other = fresh(NO_BATCHNORM)
+    with torch.no_grad(): next(other.net.parameters()).add_(1)
+    for model in fresh(NO_BATCHNORM), fresh(NO_BATCHNORM), other: tuning.settle(replace(PLAIN, lr=0), model, data[0], tmp_path)
+    assert len(asked) == 2
+
+
+def test_a_trial_of_rates_answers_nothing(data, monkeypatch):
+    monkeypatch.setattr(Classifier, "validation_step", lambda *_: pytest.fail("it validates"))
+    lr, curve = tuning.find_lr(fresh(NO_BATCHNORM), data[0].take(np.arange(60)), replace(PLAIN, batch_size=30), steps=40)
+    assert 1e-6 < lr < 1 and len(curve) > 10
+
+
+def test_folds_take_their_images_once(data, tmp_path, monkeypatch):
+    taken, take = [], Labelled.take
+    monkeypatch.setattr(Labelled, "take", lambda self, index: taken.append(len(index)) or take(self, index))
+    rows = pd.DataFrame(dict(path=data[0].names, split="train", label=[str(n) for n in data[0].labels], pixel_sha256=data[0].names))
+    folds.cross_validate(lambda: fresh(NO_BATCHNORM), rows, data[0], replace(PLAIN, epochs=1), tmp_path, 3)
+    assert len(taken) == 6 and sum(taken) == 900
+
+
+def test_a_single_step_is_no_warm_up():
+    for name in SCHEDULES: assert schedule(name, 1, 0.25)(0) == 1 and schedule(name, 2, 0.5)(0) < 1 or name == "constant"
 
 
 def test_the_optimizers_options_reach_it():

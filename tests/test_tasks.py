@@ -115,7 +115,7 @@ def test_loss_of_numbers_is_measured_in_their_spread() -> None:
 @pytest.mark.parametrize("name, label, said", [
     ("classification", "cow", "'cow' of 1.png is not among the 3 classes"), ("multilabel", "red|cow", "'cow' of 1.png"),
     ("multilabel", "red||big", "of 1.png has an empty part"), ("multilabel", "red|", "empty part"),
-    ("regression", "heavy", "'heavy' of 1.png is not a number"),
+    ("regression", "heavy", "'heavy' of 1.png is not a number"), ("regression", "1e39", "'1e39' of 1.png is not a number, or too large for 32 bits"),
     ("regression", "inf", "not a number"), ("regression", "nan", "not a number"), ("regression", "1,5", "not a number"),
     ("regression", "1_000", "not a number"), ("regression", "1|2", "of 1.png has 2 parts where 1 were expected")])
 def test_label_is_refused_with_its_image(name: str, label: str, said: str) -> None:
