@@ -13,6 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 SUMMARY = re.compile(r"^(\x1b\[\d+m)*=+ .* in [\d.]+s.* =+(\x1b\[\d+m)*$", re.M)
+PLAIN = dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")   # one thread each, or as many processes as cores would wait; a GPU repeats no bits
 LEFT_OUT = re.compile(r"^left out: .*", re.M)
 FAILED_NOTEBOOK = re.compile(r"^FAILED \S+\.ipynb.*", re.M)
 FAILED_TEST = re.compile(r"^(?:\x1b\[\d+m)*(?:FAILED|ERROR)(?:\x1b\[\d+m)* .*", re.M)
@@ -49,8 +50,7 @@ def style() -> bool:
 
 def notebooks() -> tuple[bool, str]:
     "Run every notebook, as many at a time as there are cores, and return a line for each that failed."
-    # One thread each: as many processes with as many threads would wait for each other.
-    ok, text = call(sys.executable, "dev/run_notebooks.py", keep=True, OMP_NUM_THREADS="1")
+    ok, text = call(sys.executable, "dev/run_notebooks.py", keep=True, **PLAIN)
     return ok, "\n".join(dict.fromkeys(FAILED_NOTEBOOK.findall(text))) or ("" if ok else "the notebooks did not come to an end")
 
 
@@ -58,7 +58,7 @@ def pytest() -> tuple[bool, str]:
     "Run pytest, processes of one thread each, and return its last words and what failed too."
     color = "yes" if sys.stdout.isatty() else "no"
     parallel = ("-n", str(min(3, 1 + (os.cpu_count() or 1))), "--dist", "loadfile")   # one more than two cores: tests wait a quarter of their time
-    ok, text = call(sys.executable, "-m", "pytest", *parallel, "--durations=8", f"--color={color}", keep=True, OMP_NUM_THREADS="1")
+    ok, text = call(sys.executable, "-m", "pytest", *parallel, "--durations=8", f"--color={color}", keep=True, **PLAIN)
     words = [m[-1].group() for m in (list(SUMMARY.finditer(text)), list(LEFT_OUT.finditer(text))) if m]
     return ok, "\n".join([*FAILED_TEST.findall(text), *(words or ["pytest did not come to an end"])])
 

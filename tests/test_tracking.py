@@ -51,7 +51,9 @@ def settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     "W&B's settings of a person who never used it; what a test changes in them is taken back."
     for name in "WANDB_SILENT", "WANDB_ERROR_REPORTING", "WANDB_DATA_DIR", "WANDB_NOTEBOOK_NAME": monkeypatch.setenv(name, "")
     monkeypatch.delenv("WANDB_NOTEBOOK_NAME")
-    for name in "WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_MODE", "CVNB_PROGRESS": monkeypatch.delenv(name, raising=False)
+    for name in "WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_MODE", "WANDB_DIR", "WANDB_ENTITY", "WANDB_PROJECT", "CVNB_PROGRESS":
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("NETRC", str(tmp_path/"netrc"))
 
 

@@ -50,7 +50,9 @@ def _one_thread():
     "Two processes on two cores: as many threads as processes would wait for each other."
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")   # of the processes that tests start: bits depend on it
+        yield
     torch.set_num_threads(before)
 
 
@@ -134,7 +136,8 @@ def torchrun(folder: Path, options: FitOptions, backbone: str, job: Path = JOB) 
 
 def kill_all(process: subprocess.Popen) -> None:
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for p in family: p.kill()
+    for p in family:
+        with contextlib.suppress(psutil.NoSuchProcess): p.kill()
     psutil.wait_procs(family, 20)
     process.wait()
 
