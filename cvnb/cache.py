@@ -161,10 +161,11 @@ def _gather(
 # %% ../nbs/01b_cache.ipynb #take-rows
 def take_rows(
     rows: np.ndarray,    # (N, …), in memory or mapped
-    index: np.ndarray,   # positions (M,)
+    index: np.ndarray,   # positions (M,), from the end if negative, or which of them, bool (N,)
 ) -> np.ndarray:         # (M, …), not to be written to
     "Choose rows; they are mapped to a file where they are large compared with the memory, and not copied where they follow each other."
-    return _gather([(rows, i) for i in index.tolist()], rows.shape[1:], rows.dtype.str, cache_dir()/"rows"/"taken")
+    import numpy as np
+    return _gather([(rows, i) for i in np.arange(len(rows))[index].tolist()], rows.shape[1:], rows.dtype.str, cache_dir()/"rows"/"taken")
 
 # %% ../nbs/01b_cache.ipynb #cell-9
 def trim(

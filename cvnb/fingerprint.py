@@ -305,7 +305,7 @@ def _in_cells(
     return used.union(*(_names(tree, known, package) for tree in trees))
 
 # %% ../nbs/01d_fingerprint.ipynb #code-of
-@lru_cache   # what runs is what was there at first
+@lru_cache   # what runs is what was there at first; a module that is loaded anew is not noticed
 def code_of(
     cell: str,         # the source of a code cell
     *packages: str,    # installed ones that it stands on, such as "torch"

@@ -92,7 +92,7 @@ def _unreadable(
     if isinstance(error, PermissionError): return Unreadable("forbidden", said)
     if isinstance(error, UnidentifiedImageError):
         return Unreadable("no_image", "its bytes are no image") if os.path.getsize(path) else Unreadable("empty", "it is empty")
-    if isinstance(error, Image.DecompressionBombError): return Unreadable("too_large", said)
+    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)): return Unreadable("too_large", said)
     return Unreadable("truncated", "it is cut off") if "runcated" in said else Unreadable("broken", said)
 
 # %% ../nbs/01c_images.ipynb #no-bomb-warnings
@@ -104,14 +104,25 @@ def _no_bomb_warnings() -> None:
     from PIL import Image
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
+# %% ../nbs/01c_images.ipynb #check-pixels
+def _check_pixels(
+    image: Image.Image,   # opened
+) -> None:
+    "Raise Pillow's error for an image with too many pixels; it only warns up to twice as many."
+    from PIL import Image
+    if image.width * image.height <= (Image.MAX_IMAGE_PIXELS or math.inf): return
+    raise Image.DecompressionBombError(f"{image.width} × {image.height} pixels could be a decompression bomb")
+
 # %% ../nbs/01c_images.ipynb #upright
 def _upright(
     image: Image.Image,   # loaded
-) -> Image.Image:         # turned as its metadata says, if they can be read
-    "Turn an image upright."
-    from PIL import ImageOps
-    try: return ImageOps.exif_transpose(image)
-    except Exception: return image   # what people wrote there raises dozens of types; the pixels are whole
+) -> Image.Image:         # turned as its metadata says, if that can be read
+    "Turn an image upright; its metadata are not written anew, for what people wrote there raises dozens of types."
+    from PIL.Image import Transpose as T
+    try: orientation = image.getexif().get(0x0112)
+    except Exception: return image   # the pixels are whole
+    turns = {2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRANSPOSE, 6: T.ROTATE_270, 7: T.TRANSVERSE, 8: T.ROTATE_90}
+    return image.transpose(turns[orientation]) if orientation in turns else image
 
 # %% ../nbs/01c_images.ipynb #cell-10
 def _decode(
@@ -122,12 +133,12 @@ def _decode(
     _no_bomb_warnings()
     try:
         with Image.open(path) as image:
-            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):   # Pillow only warns up to twice as many
-                raise Image.DecompressionBombError(f"{image.width} × {image.height} pixels could be a decompression bomb")
+            _check_pixels(image)
             image.load()
+            _check_pixels(image)   # an icon says only now how large it is
             facts = dict(format=image.format, mode=image.mode, frames=image.n_frames if getattr(image, "is_animated", False) else 1)
             return _rgb(_upright(image)), facts
-    except (OSError, EOFError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as e:
+    except (OSError, EOFError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
         raise _unreadable(path, e) from None
 
 # %% ../nbs/01c_images.ipynb #cell-11

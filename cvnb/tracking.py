@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
@@ -55,8 +56,8 @@ def _open_online(
     "Open a run on W&B's server, if it answers in time and knows the key."
     import wandb
     try:
-        if wandb.run is not None and wandb.run.offline: return None, "the W&B run that is open in this program is offline"   # without a key, perhaps
-        if wandb.run is None and not wandb.login(prompt=False, verify=False):
+        known = _has_key() if wandb.run is not None else wandb.login(prompt=False, verify=False)   # which says no beside a run
+        if not known:
             if (mode := os.environ.get("WANDB_MODE", "")) not in ("", "online", "shared"): return None, f"WANDB_MODE is {mode}"
             return None, "no key is known: set WANDB_API_KEY or call `wandb login`"
         return wandb.init(mode="online", **arguments), ""
@@ -64,6 +65,17 @@ def _open_online(
         if not _of_wandb(e) and not isinstance(e, ValueError): raise   # which is said of addresses and keys
         _end_service()   # what waits for the server ends with it
         return None, (str(e).splitlines() or [type(e).__name__])[0]
+
+# %% ../nbs/06a_tracking.ipynb #has-key
+def _has_key() -> bool:
+    "Say whether W&B would find a key without asking for one."
+    import netrc
+
+    import wandb
+    if os.environ.get("WANDB_API_KEY") or not wandb.run.offline: return True
+    file, host = Path(os.environ.get("NETRC", "~/.netrc")).expanduser(), urllib.parse.urlparse(wandb.run.settings.base_url).hostname
+    try: return netrc.netrc(str(file)).authenticators(host or "") is not None
+    except (OSError, netrc.NetrcParseError): return False
 
 # %% ../nbs/06a_tracking.ipynb #cell-7
 def _of_wandb(
@@ -101,7 +113,7 @@ def _end_run(
     error = None
     try: run.finish(exit_code)
     except Exception as e: error = e
-    _end_service(gone=error is not None and not isinstance(error, TimeoutError))
+    _end_service(gone=error is not None and _of_wandb(error) and not isinstance(error, TimeoutError))
     return error
 
 # %% ../nbs/06a_tracking.ipynb #cell-8
@@ -183,11 +195,11 @@ def open_tracker(
     timeout: float = 3.0,  # seconds to wait for a server that does not answer; four times as long at the end
 ) -> Any:                  # a Lightning logger, or False
     "Open a W&B run for a stage, with its parameters; a server that does not answer makes it an offline one."
+    if left := _OPEN.pop(stage.dir, None): _end_run(left.experiment, 1)   # by a cell that was interrupted
     if mode == "disabled" or rank_zero_only.rank: return False   # other processes of a distributed run have nothing to add
     os.environ["WANDB_SILENT"], os.environ["WANDB_ERROR_REPORTING"] = "true", "false"
     os.environ["WANDB_DATA_DIR"] = str(stage.dir/"wandb")   # staged files stay with the run
     os.environ["WANDB_NOTEBOOK_NAME"] = str(stage.dir)   # or W&B asks every Jupyter server for it, and complains; any path that exists will do
-    if left := _OPEN.pop(stage.dir, None): _end_run(left.experiment, 1)   # by a cell that was interrupted
     try: return _OPEN.setdefault(stage.dir, Tracker(stage, mode, timeout))
     except ValueError as e:
         if not type(e).__module__.startswith("pydantic"): raise

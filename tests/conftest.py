@@ -81,15 +81,19 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
     return Scheduling(config, log)
 
 
+LONG = ("test_review", "test_dashboard", "test_tracking", "test_database", "test_sweep", "test_audit")   # files whose few tests take minutes
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    "In a parallel run begin with the run that many tests wait for; beside it what is slow, and at the end the many small ones."
+    "In a parallel run begin with the run that many tests wait for; beside it what is slow, then long files, and at the end the many small ones."
     if not hasattr(config, "workerinput"): return
     alone, sizes = apart(ROOT/"tests"), Counter(item.path for item in items)
 
     def turn(item: pytest.Item) -> tuple[int, int]:
         waits = "traced_run" in item.fixturenames
         if item.path.name == "test_run.py": return 0, 0
-        return (1 + waits, 0) if item.nodeid.partition("[")[0] in alone else (4 - waits, -sizes[item.path])
+        if item.nodeid.partition("[")[0] in alone: return 1 + waits, 0
+        return (3, LONG.index(item.path.stem)) if item.path.stem in LONG else (5 - waits, -sizes[item.path])
     items.sort(key=turn)
 
 

@@ -68,6 +68,14 @@ def test_metadata_that_nobody_can_read_turns_nothing(tmp_path, info):
     assert inspect_image(tmp_path/"x.png")["ok"] and np.array_equal(pixels(tmp_path/"x.png"), np.asarray(PHOTO))
 
 
+def test_an_image_is_turned_whatever_else_its_metadata_say(tmp_path):
+    "A resolution written as text can be read and not be written anew."
+    entries = struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0) + struct.pack(">HHI", 0x011A, 2, 3) + b"72\0\0"
+    exif = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 2) + entries + b"\0" * 4
+    (tmp_path/"x.jpg").write_bytes(saved("jpeg", PHOTO.crop((0, 0, 64, 16)), exif=exif))
+    assert pixels(tmp_path/"x.jpg").shape == (64, 16, 3)
+
+
 def test_too_many_pixels_are_too_many_in_every_thread(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)
     PHOTO.save(tmp_path/"large.png")      # 64 × 64

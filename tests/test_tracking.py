@@ -378,6 +378,16 @@ def test_why_a_run_is_not_online_is_said(stage: Stage, monkeypatch: pytest.Monke
     assert why in stage.environment["wandb"]["why"] and tracked(stage)["id"] == stage.environment["wandb"]["id"]
 
 
+def test_nobody_is_asked_for_a_key_beside_an_offline_run(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "`wandb.login` says nothing then, and `wandb.init` would ask."
+    for name, value in dict(WANDB_SILENT="true", WANDB_ERROR_REPORTING="false").items(): monkeypatch.setenv(name, value)
+    own = wandb.init(mode="offline", dir=tmp_path, project="theirs")
+    close_tracker(open_tracker(stage, "online", 2.0))
+    assert "no key is known" in stage.environment["wandb"]["why"] and wandb.run is own
+    own.finish()
+    wandb.teardown()
+
+
 def test_settings_that_wandb_refuses(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.ai")
     wandb.teardown()
