@@ -17,7 +17,6 @@ import sys
 import threading
 import time
 import urllib.error
-import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
@@ -68,14 +67,10 @@ def _open_online(
 
 # %% ../nbs/06a_tracking.ipynb #has-key
 def _has_key() -> bool:
-    "Say whether W&B would find a key without asking for one."
-    import netrc
-
+    "Say whether W&B would find a key beside the run that is open, without asking for one."
     import wandb
-    if os.environ.get("WANDB_API_KEY") or not wandb.run.offline: return True
-    file, host = Path(os.environ.get("NETRC", "~/.netrc")).expanduser(), urllib.parse.urlparse(wandb.run.settings.base_url).hostname
-    try: return netrc.netrc(str(file)).authenticators(host or "") is not None
-    except (OSError, netrc.NetrcParseError): return False
+    from wandb.sdk.lib import wbauth
+    return wbauth.authenticate_session(host=wandb.run.settings.base_url, source="cvnb", prompt=False, update_session=False) is not None
 
 # %% ../nbs/06a_tracking.ipynb #cell-7
 def _of_wandb(

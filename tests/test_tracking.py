@@ -28,6 +28,7 @@ import wandb
 from nbclient import NotebookClient
 from wandb.sdk import wandb_setup
 
+from cvnb import tracking
 from cvnb.core import Stage, UsageError, finished, read_json, sha256_file
 from cvnb.metrics import accuracy
 from cvnb.tracking import (
@@ -384,6 +385,9 @@ def test_nobody_is_asked_for_a_key_beside_an_offline_run(stage: Stage, tmp_path:
     own = wandb.init(mode="offline", dir=tmp_path, project="theirs")
     close_tracker(open_tracker(stage, "online", 2.0))
     assert "no key is known" in stage.environment["wandb"]["why"] and wandb.run is own
+    assert not tracking._has_key()
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    assert tracking._has_key()
     own.finish()
     wandb.teardown()
 
