@@ -348,7 +348,7 @@ def dataset_digest(
     old, new = (read_json(index) if index.exists() else {}), {}
     names = list_images(folder) if folder == data else [data.name, *sorted(set(read_table(data).path))]
     for name in names:
-        try: stat = os.stat(f"{folder}/{name}")
+        try: stat = os.stat(os.path.join(folder, name))
         except (FileNotFoundError, NotADirectoryError): continue   # it is found missing when images are opened
         known = old.get(name)
         stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]   # the last one cannot be set back

@@ -115,10 +115,11 @@ def _check_pixels(
 
 # %% ../nbs/01c_images.ipynb #upright
 def _upright(
-    image: Image.Image,   # loaded
+    image: Image.Image,   # opened
 ) -> Image.Image:         # turned as its metadata says, if that can be read
     "Turn an image upright; its metadata are not written anew, for what people wrote there raises dozens of types."
     from PIL.Image import Transpose as T
+    image.load()   # a TIFF is turned here, and counting its frames has gone back to the file
     try: orientation = image.getexif().get(0x0112)
     except Exception: return image   # the pixels are whole
     turns = {2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRANSPOSE, 6: T.ROTATE_270, 7: T.TRANSVERSE, 8: T.ROTATE_90}
@@ -138,7 +139,7 @@ def _decode(
             _check_pixels(image)   # an icon says only now how large it is
             facts = dict(format=image.format, mode=image.mode, frames=image.n_frames if getattr(image, "is_animated", False) else 1)
             return _rgb(_upright(image)), facts
-    except (OSError, EOFError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
+    except (OSError, EOFError, SyntaxError, TypeError, ValueError, struct.error, Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
         raise _unreadable(path, e) from None
 
 # %% ../nbs/01c_images.ipynb #cell-11
@@ -173,7 +174,7 @@ def _at_size(
     return resize(torch.from_numpy(np.array(open_image(path)))[None], size)[0].numpy()
 
 # %% ../nbs/01c_images.ipynb #cell-20
-DECODING = "2"   # changes with what `open_image` and `resize` make of a file
+DECODING = "3"   # changes with what `open_image` and `resize` make of a file
 
 def load_images(
     root: Path | str,        # the data folder

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageOps, TiffImagePlugin
 
 from cvnb.core import UsageError, read_json
 from cvnb.data import data_root, dataset_digest, describe, list_images, locate, read_manifest, scan
@@ -74,6 +74,27 @@ def test_an_image_is_turned_whatever_else_its_metadata_say(tmp_path):
     exif = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 2) + entries + b"\0" * 4
     (tmp_path/"x.jpg").write_bytes(saved("jpeg", PHOTO.crop((0, 0, 64, 16)), exif=exif))
     assert pixels(tmp_path/"x.jpg").shape == (64, 16, 3)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("pages", [1, 2])
+def test_a_tiff_is_turned_once(tmp_path, orientation, pages):
+    "Pillow turns it while loading, and forgets that it did where it counts several pages."
+    wide, exif = PHOTO.crop((0, 0, 64, 16)), Image.Exif()
+    exif[0x0112] = orientation
+    wide.save(tmp_path/"x.tif", tiffinfo={0x0112: orientation}, save_all=True, append_images=[wide] * (pages - 1))
+    wide.save(tmp_path/"x.png", exif=exif)
+    with Image.open(tmp_path/"x.png") as image: expected = np.asarray(ImageOps.exif_transpose(image))
+    for name in "x.tif", "x.png": assert np.array_equal(pixels(tmp_path/name), expected), name
+
+
+def test_a_description_of_the_wrong_type_ends_no_audit(tmp_path):
+    "Pillow looks in it for an orientation while it loads the pixels."
+    entries = TiffImagePlugin.ImageFileDirectory_v2()
+    entries.tagtype[700], entries[700] = 2, "<x:xmpmeta/>"   # text where bytes belong
+    PHOTO.save(tmp_path/"x.tif", tiffinfo=entries)
+    found = inspect_image(tmp_path/"x.tif")
+    assert not found["ok"] and found["kind"] == "broken"
 
 
 def test_too_many_pixels_are_too_many_in_every_thread(tmp_path, monkeypatch):
@@ -233,6 +254,16 @@ def test_files_that_are_no_tables(name, content, tmp_path):
     (tmp_path/name).write_bytes(content)
     done = subprocess.run([CVNB, "data", "check", tmp_path/name], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith(f"cvnb: {tmp_path/name} ") and "Traceback" not in done.stderr
+
+
+def test_images_that_a_table_names_with_whole_paths_are_part_of_its_digest(tmp_path):
+    folder = classes(tmp_path/"photos", a=3, b=3)
+    (tmp_path/"tables").mkdir()
+    table = tmp_path/"tables/photos.csv"
+    table.write_text("path,label\n" + "".join(f"{p},{p.parent.name}\n" for p in sorted(folder.rglob("*.png"))))
+    before = dataset_digest(table)
+    PHOTO.rotate(90).save(next(folder.rglob("*.png")))
+    assert dataset_digest(table) != before
 
 
 def test_a_million_rows(tmp_path):
