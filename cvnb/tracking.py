@@ -54,11 +54,12 @@ def _open_online(
 ) -> tuple[Any, str]:  # the run, or None and why there is none
     "Open a run on W&B's server, if it answers in time and knows the key."
     import wandb
+    from wandb.sdk import wandb_setup
     try:
+        own = wandb_setup.singleton().settings
+        if own._offline or own._noop: return None, f"W&B is set to {own.mode}, by WANDB_MODE or `wandb offline`"
         known = _has_key() if wandb.run is not None else wandb.login(prompt=False, verify=False)   # which says no beside a run
-        if not known:
-            if (mode := os.environ.get("WANDB_MODE", "")) not in ("", "online", "shared"): return None, f"WANDB_MODE is {mode}"
-            return None, "no key is known: set WANDB_API_KEY or call `wandb login`"
+        if not known: return None, "no key is known: set WANDB_API_KEY or call `wandb login`"
         return wandb.init(mode="online", **arguments), ""
     except Exception as e:
         if not _of_wandb(e) and not isinstance(e, ValueError): raise   # which is said of addresses and keys
@@ -68,9 +69,9 @@ def _open_online(
 # %% ../nbs/06a_tracking.ipynb #has-key
 def _has_key() -> bool:
     "Say whether W&B would find a key beside the run that is open, without asking for one."
-    import wandb
+    from wandb.sdk import wandb_setup
     from wandb.sdk.lib import wbauth
-    return wbauth.authenticate_session(host=wandb.run.settings.base_url, source="cvnb", prompt=False, update_session=False) is not None
+    return wbauth.authenticate_session(host=wandb_setup.singleton().settings.base_url, source="cvnb", prompt=False, update_session=False) is not None
 
 # %% ../nbs/06a_tracking.ipynb #cell-7
 def _of_wandb(

@@ -54,7 +54,7 @@ def settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("WANDB_NOTEBOOK_NAME")
     for name in "WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_MODE", "WANDB_DIR", "WANDB_ENTITY", "WANDB_PROJECT", "CVNB_PROGRESS":
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    for name in "NO_PROXY", "no_proxy": monkeypatch.setenv(name, "127.0.0.1")
     monkeypatch.setenv("NETRC", str(tmp_path/"netrc"))
 
 
@@ -371,7 +371,7 @@ def test_a_run_of_the_callers_own_goes_on(stage: Stage, tmp_path: Path, monkeypa
     assert {"after": 1.0}.items() <= read_tracked(folder)["history"][-1].items() and tracked(stage)["summary"]["accuracy"] == 0.9
 
 
-@pytest.mark.parametrize(("variables", "why"), [(dict(WANDB_MODE="offline"), "WANDB_MODE is offline"), ({}, "no key is known")])
+@pytest.mark.parametrize(("variables", "why"), [(dict(WANDB_MODE="offline"), "W&B is set to offline, by WANDB_MODE"), ({}, "no key is known")])
 def test_why_a_run_is_not_online_is_said(stage: Stage, monkeypatch: pytest.MonkeyPatch, variables: dict, why: str) -> None:
     for name, value in variables.items(): monkeypatch.setenv(name, value)
     wandb.teardown()   # so that it reads them
@@ -388,6 +388,19 @@ def test_nobody_is_asked_for_a_key_beside_an_offline_run(stage: Stage, tmp_path:
     assert not tracking._has_key()
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     assert tracking._has_key()
+    own.finish()
+    wandb.teardown()
+
+
+def test_a_person_s_own_run_changes_neither_mode_nor_server(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "W&B would open ours online although it is set to offline, and where there is no key for its server it would ask for one."
+    for name, value in dict(WANDB_SILENT="true", WANDB_ERROR_REPORTING="false", WANDB_MODE="offline").items(): monkeypatch.setenv(name, value)
+    (tmp_path/"netrc").write_text(f"machine theirs.example login user password {'k' * 40}\n")
+    wandb.teardown()
+    own = wandb.init(dir=tmp_path, project="theirs", settings=wandb.Settings(base_url="https://theirs.example"))
+    close_tracker(open_tracker(stage, "online", 2.0))
+    assert "W&B is set to offline" in stage.environment["wandb"]["why"] and wandb.run is own
+    assert not tracking._has_key(), "of another server"
     own.finish()
     wandb.teardown()
 
