@@ -14,13 +14,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import cvnb
 from .core import atomic_path, digest
 
 # %% auto #0
-__all__ = ['Name', 'code_digest', 'Node', 'reached', 'packages', 'code_of']
+__all__ = ['Name', 'code_digest', 'Node', 'reached', 'packages', 'own_modules', 'code_of']
 
 # %% ../nbs/01d_fingerprint.ipynb #6fae2d59
 def _all(
@@ -292,6 +293,34 @@ def packages(
     "List the packages that cells import, themselves or through what they reach."
     own = {p for source in cells if (tree := _tree(source)) for p in _packages(_all(tree))}
     return own.union(*(node.packages for node in _walk(cells, package).values()))
+
+# %% ../nbs/01d_fingerprint.ipynb #is-package
+def _is_package(
+    folder: Path,   # named like an import
+) -> bool:          # whether Python would import it: W&B, for one, leaves folders that are named like it
+    "Tell a package from a folder that has its name by chance."
+    if (folder/"__init__.py").is_file(): return True
+    if not folder.is_dir(): return False
+    spec = find_spec(folder.name)
+    return spec is None or spec.origin is None
+
+# %% ../nbs/01d_fingerprint.ipynb #own-modules
+def own_modules(
+    cells: list[str],   # the sources of a notebook's code cells
+    root: Path,         # the project, where a stage's imports are looked for first
+) -> dict[str, str]:    # path in the project -> source
+    "Read the project's own modules that cells import, packages with all their files, and what those import in turn."
+    found: dict[str, str] = {}
+    todo = list(cells)
+    while todo:
+        source = todo.pop()
+        names = _packages(_all(tree)) if (tree := _tree(source)) else set(re.findall(r"^\s*(?:from|import)\s+(\w+)", source, re.M)) - {"cvnb"}
+        for name in names:
+            for file in (root/f"{name}.py", *(sorted((root/name).rglob("*.py")) if _is_package(root/name) else ())):
+                if (known := file.relative_to(root).as_posix()) in found or not file.is_file(): continue
+                found[known] = file.read_text(encoding="utf-8", errors="replace")
+                todo.append(found[known])
+    return found
 
 # %% ../nbs/01d_fingerprint.ipynb #cell-32
 def _in_cells(
