@@ -9,6 +9,7 @@ import contextlib
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -44,7 +45,7 @@ from cvnb.core import (
     write_json,
 )
 from .data import dataset_digest
-from .fingerprint import code_digest, packages, reached
+from .fingerprint import code_digest, own_modules, packages, reached
 from .params import Contract, check, contracts, read_cells
 from .sources import open_data
 
@@ -119,9 +120,10 @@ def key_parts(
     files = {name: sha256_file(f) if f.is_file() else None for name, f in named_files(contract, params, root).items()}
     if like and like["params"].get("data") == plain.get("data"): return like | dict(params=plain, files=files)
     code = _sources(contract)
+    own = own_modules(code, root)
+    functions = reached([*code, *own.values()]) | {name: code_digest(source)[:16] for name, source in own.items()}
     data = dataset_digest(open_data(params["data"])) if "data" in params else None
-    return dict(code=digest([code_digest(c) for c in code]), functions=reached(code), params=plain, files=files, data=data,
-                lock=lock_digest(root))
+    return dict(code=digest([code_digest(c) for c in code]), functions=functions, params=plain, files=files, data=data, lock=lock_digest(root))
 
 # %% ../nbs/13_pipeline.ipynb #cell-12
 def _changed(
@@ -278,16 +280,22 @@ def write_run(
     root: Path,            # the project
     values: Values,        # given parameters
     params: dict[str, dict],   # stage -> all parameters
-    seconds: float,        # wall time of this call
+    seconds: float | None = None,   # wall time of this call; None as long as no stage of it has run
 ) -> Path:                 # run.json
-    "Write run.json: what was asked for, of which code, where."
+    """Write run.json: what was asked for, of which code, where.
+
+    Commit, packages, machine and the time of all calls together are those of the last call that ran a stage.
+    """
     plain = json.loads(json.dumps(dict(given=values.given, params=params), default=str))
     old = read_json(run/"run.json") if (run/"run.json").exists() else {}
     origins = {s: {name: values.origins.get(s, {}).get(name, "the notebook") for name in p} for s, p in params.items()}
+    made = {k: old[k] for k in ("git", "lock", "machine", "seconds", "cvnb") if k in old}
+    if seconds is not None or len(made) < 5:
+        made = dict(git=_git(root), lock=lock_digest(root), machine=machine(), seconds=round(made.get("seconds", 0) + (seconds or 0), 2),
+                    cvnb=cvnb.__version__)
     return write_json(run/"run.json", dict(
-        run=run.name, created=old.get("created", now()), updated=now(), **plain, origins=origins, git=_git(root),
-        lock=lock_digest(root), machine=machine(), seeds={s: p["seed"] for s, p in params.items() if "seed" in p},
-        seconds=round(seconds, 2), cvnb=cvnb.__version__, test_looks=looks(run),
+        run=run.name, created=old.get("created", now()), updated=now(), **plain, origins=origins, **made,
+        seeds={s: p["seed"] for s, p in params.items() if "seed" in p}, test_looks=looks(run),
         data=next((r["data"] for s in params if (r := finished(run, s)) and r.get("data")), None)))
 
 # %% ../nbs/13_pipeline.ipynb #cell-35
@@ -362,7 +370,8 @@ def _execute(
     papermill_io.register("/", _atomic_files())
     papermill_engines.register("cvnb", ForkEngine)
     plain = {k: str(v) if isinstance(v, Path) else v for k, v in params.items()}
-    papermill.execute_notebook(str(contract.path), str(output), plain, "cvnb", cwd=str(cwd), progress_bar=False, kernel_name="python3",
+    whole = lambda path: str(path).replace("{", "{{").replace("}", "}}")   # papermill puts parameters into paths
+    papermill.execute_notebook(whole(contract.path), whole(output), plain, "cvnb", cwd=str(cwd), progress_bar=False, kernel_name="python3",
                                language="python", extra_arguments=["--IPKernelApp.log_level=50"])
 
 # %% ../nbs/13_pipeline.ipynb #cell-40
@@ -407,11 +416,20 @@ def run_stage(
     root: Path,           # the project
     report: Report,       # told about progress
 ) -> dict:                # the stage's manifest
-    "Run one stage; raise `CvnbError` with the place and the kept notebook if it fails."
-    folder = Path(params["run"])/contract.stage
+    """Run one stage; raise `CvnbError` with the place and the kept notebook if it fails.
+
+    A value that the stage refuses leaves the manifest and the notebook of what had finished before.
+    """
+    run, folder = Path(params["run"]), Path(params["run"])/contract.stage
     folder.mkdir(parents=True, exist_ok=True)
-    for old in (folder/"stage.json", folder/READY, *folder.rglob(".*.tmp")): old.unlink(missing_ok=True)   # also what a kill left half-written
+    for old in folder.rglob(".*.tmp"):   # what a kill left half-written
+        if old.is_dir(): shutil.rmtree(old, ignore_errors=True)
+        else: old.unlink(missing_ok=True)
     notebook = folder/"notebook.ipynb"
+    kept = {path: path.with_name(f".{path.name}.before.tmp") for path in (folder/"stage.json", notebook) if finished(run, contract.stage)}
+    for path, aside in kept.items():
+        if path.exists(): os.replace(path, aside)
+    for old in folder/"stage.json", folder/READY: old.unlink(missing_ok=True)
     try:
         with _watched(contract.stage, folder, report) as progress, \
              _environment(CVNB_PROGRESS=progress, CVNB_KEY_PARTS=json.dumps(parts), PYDEVD_DISABLE_FILE_VALIDATION="1"):
@@ -419,8 +437,13 @@ def run_stage(
         if not (folder/READY).exists(): raise CvnbError(f"{contract.path.name} ended without `stage.finish()`", "Make it the last cell.")
     except Exception as e:
         error = e if isinstance(e, CvnbError) else _failure(contract, e, notebook)
-        _record_failure(folder, contract, params, parts, error)
+        if kept and isinstance(error, UsageError):
+            for path, aside in kept.items():
+                if aside.exists(): os.replace(aside, path)
+        else: _record_failure(folder, contract, params, parts, error)
         raise error from None
+    finally:
+        for aside in kept.values(): aside.unlink(missing_ok=True)
     os.replace(folder/READY, folder/"stage.json")
     return read_json(folder/"stage.json")
 
@@ -455,23 +478,28 @@ def run_pipeline(
     with locked(run):
         new = not (run/"run.json").exists()
         before = Values() if new else Values().add(read_json(run/"run.json").get("given", {}), "run.json")
-        write_run(run, root, values, params, 0)
+        write_run(run, root, values, params)
+        took = lambda: time.perf_counter() - begin if any(o.state == "done" for o in outcomes) else None
         for s in order:
             start, parts = time.perf_counter(), key_parts(known[s], params[s], root)
             forced = force and s in (stages or order)
             why = "--force" if forced else in_short(reasons(run, known[s], parts))
             report(s, "start" if why else "fresh", 0, why)
             if why: start_forks([known[s] for s in order])
-            if forced: _clear(run/s)
-            try: record = execute(known[s], params[s], parts, root, report) if why else finished(run, s)
+            try:
+                with _anew(run/s) if forced else contextlib.nullcontext():
+                    record = execute(known[s], params[s], parts, root, report) if why else finished(run, s)
             except UsageError:   # a typed value that cannot be is not remembered; what the stages before it were made of is
                 kept = values.untyped(s, before)
                 if new and not outcomes: (run/"run.json").unlink()
-                else: write_run(run, root, kept, params | {s: kept.of(known[s], run)}, time.perf_counter() - begin)
+                else: write_run(run, root, kept, params | {s: kept.of(known[s], run)}, took())
+                raise
+            except CvnbError:
+                with contextlib.suppress(OSError): write_run(run, root, values, params, took())   # a full disk must not hide the error itself
                 raise
             outcomes.append(Outcome(s, "done" if why else "fresh", why, time.perf_counter() - start, record))
             report(s, "done" if why else "skipped", 1, headline(record))
-        if any(o.state == "done" for o in outcomes): write_run(run, root, values, params, time.perf_counter() - begin)
+        if took() is not None: write_run(run, root, values, params, took())
     return outcomes
 
 # %% ../nbs/13_pipeline.ipynb #cell-46
@@ -483,12 +511,21 @@ def start_forks(
     if ADDRESS not in os.environ: os.environ[ADDRESS] = start_fork_server(set().union(*(packages(_sources(s)) for s in stages)))
 
 # %% ../nbs/13_pipeline.ipynb #cell-47
-def _clear(
+@contextlib.contextmanager
+def _anew(
     folder: Path,   # a stage's folder
-) -> None:
-    "Empty a stage's folder, so that a forced stage begins anew and continues no checkpoint."
-    import shutil
-    shutil.rmtree(folder, ignore_errors=True)
+) -> Iterator[None]:
+    "Empty a stage's folder, so that a forced stage begins anew and continues no checkpoint; a value that it refuses brings all back."
+    aside = folder.with_name(f".{folder.name}.before")
+    shutil.rmtree(aside, ignore_errors=True)   # what a kill left
+    if folder.exists(): os.replace(folder, aside)
+    try: yield
+    except UsageError:
+        if aside.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(aside, folder)
+        raise
+    finally: shutil.rmtree(aside, ignore_errors=True)
 
 # %% ../nbs/13_pipeline.ipynb #cell-48
 def headline(

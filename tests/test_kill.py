@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -139,8 +140,45 @@ def test_a_value_that_a_late_stage_refuses(tmp_path):
         assert end.returncode == 2 and "13 is unlucky" in end.stderr and values()["one"] == dict(seed=5) and not values().get("two")
     end = cvnb("run", "--run", run, "--json", cwd=where)
     assert {s: o["state"] for s, o in json.loads(end.stdout)["stages"].items()} == dict(one="fresh", two="done"), end.stderr
-    end = cvnb("run", "--run", run, "--set", "two.seed=4", cwd=where)
-    assert cvnb("run", "--run", run, "--set", "two.seed=13", cwd=where).returncode == 2 and values()["two"] == dict(seed=4)
+    assert cvnb("run", "--run", run, "--set", "two.seed=4", cwd=where).returncode == 0
+    before = read_json(run/"run.json")
+    for force in [], ["two", "--force"]:   # what had finished stays
+        assert cvnb("run", *force, "--run", run, "--set", "two.seed=13", cwd=where).returncode == 2 and values()["two"] == dict(seed=4)
+        end = cvnb("run", "--run", run, "--json", cwd=where)
+        assert {s: o["state"] for s, o in json.loads(end.stdout)["stages"].items()} == dict(one="fresh", two="fresh")
+        assert sorted(p.name for p in (run/"two").iterdir()) == [".stage", "notebook.ipynb", "stage.json"] and not list(run.glob(".*.before"))
+    after = read_json(run/"run.json")
+    assert all(before[k] == after[k] for k in ("seconds", "git", "machine")) and before["seconds"] > 0, "no stage has run"
+
+
+def test_a_module_of_the_project_is_part_of_its_stages(tmp_path):
+    where = project(tmp_path, one="from mine import text\nstage.path('a.txt').write_text(text)", two=FIRST)
+    for text, states in ("a", dict(one="done", two="done")), ("b", dict(one="done", two="fresh")), ("b", dict(one="fresh", two="fresh")):
+        (where/"mine.py").write_text(f"text = {text!r}   # nobody reads this")
+        end = cvnb("run", "--run", "runs/x", "--json", cwd=where)
+        assert {s: o["state"] for s, o in json.loads(end.stdout)["stages"].items()} == states, end.stderr
+        assert (where/"runs/x/one/a.txt").read_text() == text
+
+
+def test_what_was_half_written_is_cleared_even_a_folder(tmp_path):
+    where = project(tmp_path, one=FIRST)
+    (where/"runs/x/one/.bundle.1.tmp").mkdir(parents=True)
+    for name in ".bundle.1.tmp/model.onnx", ".stage": (where/"runs/x/one"/name).touch()
+    assert cvnb("run", "--run", "runs/x", cwd=where).returncode == 0
+    assert sorted(p.name for p in (where/"runs/x/one").iterdir()) == [".stage", "a.txt", "notebook.ipynb", "stage.json"]
+
+
+def test_odd_paths(tmp_path):
+    where = project(tmp_path/"a {b} c", one=FIRST)
+    end = cvnb("run", "--run", "runs/{seed} {x}", cwd=where)
+    assert end.returncode == 0 and (where/"runs/{seed} {x}/one/notebook.ipynb").exists(), end.stderr
+    for call in ["run", "--run", "x" * 300], ["status", "x" * 300]:
+        end = cvnb(*call, cwd=where)
+        assert end.returncode in (1, 2) and len(end.stderr.splitlines()) == 1 and "Give a shorter path" in end.stderr, end.stderr
+    deep = tmp_path/("t" * 80)
+    deep.mkdir()
+    end = cvnb("run", "--run", "runs/x", cwd=where, env=os.environ | dict(TMPDIR=str(deep)))   # too long for a socket's path
+    assert end.returncode == 0 and end.stderr == "" and not list(deep.glob("cvnb-*")), end.stderr
 
 
 def test_a_kernel_that_dies(tmp_path):
@@ -197,12 +235,18 @@ def test_a_second_call_is_told_who_holds_the_run(tmp_path):
 
 def test_kernels_end_with_the_call_that_started_them(tmp_path):
     project(tmp_path, one=f'import os\nopen({str(tmp_path/"pid")!r}, "w").write(str(os.getpid()))\nimport time\ntime.sleep(60)')
-    call = subprocess.Popen([CVNB, "run"], cwd=tmp_path, start_new_session=True, **SILENT)
+    temp = Path(tempfile.mkdtemp())   # short enough for a socket's path
+    call = subprocess.Popen([CVNB, "run"], cwd=tmp_path, start_new_session=True, env=os.environ | dict(TMPDIR=str(temp)), **SILENT)
     assert wait(call, lambda: (tmp_path/"pid").exists() and (tmp_path/"pid").read_text().isdigit())
     kernel = psutil.Process(int((tmp_path/"pid").read_text()))
+    assert list(temp.glob("cvnb-*"))
     os.kill(call.pid, signal.SIGKILL)
     call.wait()
     kernel.wait(10)
+    end = time.time() + 20
+    while list(temp.glob("cvnb-*")) and time.time() < end: time.sleep(0.05)
+    assert not list(temp.glob("cvnb-*")), "their folders too"
+    shutil.rmtree(temp)
 
 
 SLOW = """

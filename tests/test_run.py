@@ -149,5 +149,7 @@ def test_a_failing_stage_says_where_and_keeps_the_rest(copy):
     done = cvnb("run", "train", "--run", copy, "--set", "train.weights=elsewhere")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "train.weights = 'elsewhere' is neither a folder with a model nor a file of weights" in done.stderr
-    assert read_json(copy/"train/stage.json")["status"] == "failed" and read_json(copy/"audit/stage.json")["status"] == "done"
-    assert states(copy)["train"] == "failed"
+    assert set(states(copy).values()) == {"fresh"}, "what was trained before is still there"
+    (copy/"train/stage.json").unlink()
+    assert cvnb("run", "train", "--run", copy, "--set", "train.weights=elsewhere").returncode == 2
+    assert read_json(copy/"train/stage.json")["status"] == "failed" and states(copy)["train"] == "failed"
