@@ -219,6 +219,7 @@ def serve_forks(
     os.rename(address + ".new", address)   # who sees it can connect
     if request := _ForkServer(listener, socket.socket(fileno=lease)).serve(): _become(request)
     if media := _media_folder(): media.cleanup()
+    shutil.rmtree(os.path.dirname(address), ignore_errors=True)   # whoever started it may have been killed
     os._exit(0)   # taking torch apart would take a second, and triton reports on standard error what gc.freeze kept
 
 # %% ../nbs/12a_engine.ipynb #cell-14
@@ -275,6 +276,11 @@ class ForkedProcess:
 ADDRESS = "CVNB_FORK_SERVER"   # where a server of a parent process is
 _started: dict[str, Any] = {}   # this process's own server: address, process, lease
 
+# %% ../nbs/12a_engine.ipynb #short-sockets
+def _short_sockets() -> bool:   # whether Unix sockets can be made in the folder of temporary files
+    "Ask whether this is Linux with room in a socket's path, which may have 107 characters."
+    return sys.platform == "linux" and len(tempfile.gettempdir()) <= 70
+
 # %% ../nbs/12a_engine.ipynb #cell-17
 def start_fork_server(
     wanted: set[str] | None = None,   # packages that will be needed, such as "torch"; by default all that stages use
@@ -283,7 +289,7 @@ def start_fork_server(
     inherited = os.environ.get(ADDRESS, "")
     if os.path.isdir(os.path.dirname(inherited)): return inherited   # not that of a process that has ended
     if _started: return _started["address"]
-    if not hasattr(os, "fork") or sys.platform != "linux": return ""
+    if not hasattr(os, "fork") or not _short_sockets(): return ""
     folder = tempfile.mkdtemp(prefix="cvnb-")
     address, (lease, theirs) = os.path.join(folder, "fork"), socket.socketpair()
     names = f"{KERNEL} " + " ".join(p for p in PACKAGES.split() if wanted is None or p.split(".")[0] in wanted)
@@ -349,8 +355,9 @@ class ForkKernelManager(AsyncKernelManager):
     "A kernel manager whose kernels are forked."
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
-        if sys.platform != "linux" or len(tempfile.gettempdir()) > 70: return   # a socket's path may have 107 characters
-        self._folder = tempfile.mkdtemp(prefix="cvnb-kernel-")
+        if not _short_sockets(): return
+        server = os.path.dirname(os.environ.get(ADDRESS, ""))   # its folder goes when the server ends, however that comes about
+        self._folder = tempfile.mkdtemp(prefix="cvnb-k-", dir=server if os.path.isdir(server) else None)
         self.transport, self.ip = "ipc", os.path.join(self._folder, "k")
 
     def cleanup_connection_file(self) -> None:
