@@ -280,9 +280,13 @@ def _recorded(
         if other: raise UsageError(f"{sweep.folder} is not a sweep, it holds {other}", "Give a new or empty folder with --out.")
         trials = [t for run in sorted(sweep.folder.glob("trials/*/run.json")) if (t := _rebuilt(run))]
     else:
-        try: trials = [Trial(**t) for t in read_json(path)["trials"]]
+        try:
+            record = read_json(path)
+            trials = [Trial(**t) for t in record["trials"]]
         except (CvnbError, KeyError, TypeError) as e:
             raise UsageError(f"{path} is damaged ({type(e).__name__})", "Delete it; trials are found again by their folders.") from None
+        if (record["metric"], record["minimize"]) != (sweep.metric, sweep.minimize):   # what fell behind by another figure has to be tried
+            for t in trials: t.state, t.curve = "to do" if t.state == "pruned" else t.state, []
     if odd := next((t for t in trials if set(t.values) != names), None):
         raise UsageError(f"{sweep.folder} varies {', '.join(odd.values) or 'nothing'}, and this sweep {', '.join(sorted(names)) or 'nothing'}",
                          "Give another folder with --out.")
@@ -663,7 +667,7 @@ def run_sweep(
     root, known = root or project_root(), contracts()
     _make_folder(sweep.folder)
     with locked(sweep.folder, "--out"):
-        refresh(sweep, known, root)
+        refresh(read_sweep(sweep), known, root)   # another call may have drawn and finished trials meanwhile
         _save(sweep)
         if not work_left(sweep): return sweep
         if engine is None or isinstance(engine, Processes): start_forks([known[s] for s in sweep.stages])

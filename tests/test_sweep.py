@@ -15,6 +15,9 @@ import psutil
 import pytest
 
 from cvnb.core import read_json
+from cvnb.params import contracts
+from cvnb.pipeline import Values
+from cvnb.sweep import make_sweep, run_sweep
 
 CVNB = Path(sys.executable).with_name("cvnb")
 DATA = 'text = "x" * size\nstage.path("n.txt").write_text(text)'
@@ -196,6 +199,28 @@ def test_a_hopeless_trial_is_stopped_for_all_its_seeds_and_for_a_figure_that_sho
     assert found["train.lr=0.1"]["figure"]["value"] == pytest.approx(0)
     assert [t["values"]["train.lr"] for t in found.values() if not t["seed"]].index(0.45) == 3, "after three finished ones"
     assert [found["train.lr=0.45"]["state"], found["train.lr=0.45,seed=1"]["state"]] == ["pruned", "pruned"]
+
+
+def test_what_fell_behind_by_another_figure_is_tried_again(project):
+    args = ("--set", "train.lr=0.05,0.1")
+    sweep(project, *args)
+    path = project/"sweeps/x/sweep.json"
+    record = read_json(path)
+    record["trials"][0] |= dict(state="pruned", figure=None, curve=[0.1])
+    path.write_text(json.dumps(record))
+    for run in (project/"sweeps/x/trials").glob("*/train/stage.json"): run.unlink()
+    sweep(project, *args)
+    assert [t["state"] for t in trials(project).values()] == ["pruned", "done"] and calls(project)["train"] == 3
+    sweep(project, *args, "--metric", "train.loss_val", "--minimize")
+    assert [t["state"] for t in trials(project).values()] == ["done", "done"] and calls(project)["train"] == 4
+
+
+def test_a_call_that_waited_knows_what_the_other_one_drew(project, monkeypatch):
+    monkeypatch.chdir(project)
+    late = make_sweep(project/"sweeps/x", ["train.lr=0.01..0.4"], Values(), search="random", n=2, known=contracts())   # now the other one draws
+    sweep(project, "--set", "train.lr=0.01..0.4", "--search", "random", "--trials", "2")
+    before = trials(project)
+    assert len(before) == 2 and run_sweep(late).trials and trials(project) == before and calls(project)["train"] == 2
 
 
 TWO = "--set train.lr=0.1,0.2 "
