@@ -22,7 +22,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from fastcore.basics import patch
 
-from .core import CvnbError, project_root, read_json
+from .core import CvnbError, finished, project_root, read_json
 from .images import open_image
 from .errors import answers, check_run, mixed_up, slices
 from .metrics import Figure, accuracy, calibration_error, calibration_table, confusion
@@ -45,9 +45,10 @@ class Results:
 # %% ../nbs/15_dashboard.ipynb #cell-6
 def _pictures(
     run: Path,   # a run directory
-) -> dict[str, Path]:   # image path -> saliency picture; empty without an errors stage
+) -> dict[str, Path]:   # image path -> saliency picture; empty unless the errors stage explained this very model
     "Find the saliency pictures that the errors stage made."
-    if not (run/"errors"/"stage.json").exists(): return {}
+    made, trained, name = finished(run, "errors"), finished(run, "train"), "model.safetensors"
+    if not made or made["inputs"].get(f"train/{name}") != trained["outputs"].get(name, {}).get("sha256"): return {}
     rows = read_json(run/"errors"/"errors.json")["mistakes"]
     return {row["path"]: run/"errors"/"saliency"/Path(row["saliency"]).name for row in rows if row["saliency"]}
 
@@ -71,7 +72,7 @@ def newest_run(
 ) -> Path:                      # the run whose training finished last
     "Find the newest run that can be shown, or raise `CvnbError`."
     runs = runs or project_root()/"runs"
-    done = [p for p in runs.glob("*/train/stage.json") if (p.parent.parent/"audit"/"stage.json").exists()]
+    done = [p for p in runs.glob("*/train/stage.json") if all(finished(p.parent.parent, stage) for stage in ("audit", "train"))]
     if not done: raise CvnbError(f"no run in {runs} has finished its training", "Run `cvnb run` first.")
     return max(done, key=lambda p: p.stat().st_mtime).parent.parent
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from .core import CvnbError, UsageError, assets, resolve_run, write_json
+from .core import CvnbError, UsageError, assets, finished, resolve_run, write_json
 from .images import load_images, open_image
 from .metrics import accuracy, calibration_error, calibration_table, confusion, per_class, proportion
 
@@ -125,8 +125,10 @@ def thirds(
     part = pd.qcut(values, 3, duplicates="drop")
     groups = {p: (part == p).values for p in part.cat.categories}
     if len(groups) < 2: return {}
-    show = lambda v: f"{v:.0f}" if values.abs().max() >= 10 else f"{v:.2g}"
-    return {f"{show(values[m].min())} … {show(values[m].max())}": m for m in groups.values() if m.any()}
+    for form in [".0f" if values.abs().max() >= 10 else ".2g", *(f".{digits}g" for digits in range(3, 18))]:   # the first that tells them apart
+        names = [f"{values[m].min():{form}} … {values[m].max():{form}}" for m in groups.values()]
+        if len(set(names)) == len(names): break
+    return dict(zip(names, groups.values()))
 
 # %% ../nbs/07_errors.ipynb #cell-27
 def _parts(
@@ -307,7 +309,7 @@ def check_run(
     if not any((folder/name).exists() for name in ("run.json", "audit/stage.json", "train/stage.json")):
         raise UsageError(f"{run} is not a run directory", "`cvnb run` makes one.")
     for stage in "audit", "train":
-        if not (folder/stage/"stage.json").exists():
+        if not finished(folder, stage):
             raise CvnbError(f"run {folder.name} has no finished {stage} stage", f"Run `cvnb run errors --run {run}` first.")
     return folder
 

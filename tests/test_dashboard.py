@@ -20,7 +20,8 @@ import psutil
 import pytest
 from PIL import Image
 
-from cvnb.core import Stage, assets, read_json, write_json
+from cvnb.core import CvnbError, Stage, assets, read_json, write_json
+from cvnb.dashboard import read_results
 from cvnb.data import write_table
 from cvnb.errors import _voila, free_port
 from cvnb.metrics import accuracy, confusion
@@ -117,6 +118,21 @@ def test_stage_without_mistakes(tmp_path: Path) -> None:
     assert "No mistakes to show." in text and "No mistakes to explain." in text
     assert read_json(run/"errors"/"stage.json")["status"] == "done"
     assert read_json(run/"errors"/"errors.json")["mistakes"] == []
+
+
+def test_pictures_are_those_of_the_model_whose_answers_are_shown(tmp_path: Path) -> None:
+    run = make_run(tmp_path, weights=True)
+    errors = Stage("errors", run)
+    errors.input("train", "model.safetensors")
+    write_json(errors.path("errors.json"), dict(mistakes=[dict(path="cat/002.png", saliency="saliency/0.png")]))
+    errors.finish()
+    assert list(read_results(run).pictures) == ["cat/002.png"]
+    record = read_json(run/"train/stage.json")
+    record["outputs"]["model.safetensors"]["sha256"] = "0" * 64   # trained anew
+    write_json(run/"train/stage.json", record)
+    assert read_results(run).pictures == {}
+    write_json(run/"train/stage.json", record | dict(status="failed"))
+    with pytest.raises(CvnbError, match="no finished train stage"): read_results(run)
 
 
 # The page
