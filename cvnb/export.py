@@ -9,7 +9,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -22,7 +22,7 @@ from fastcore.basics import patch
 import cvnb
 from .core import CvnbError, UsageError, atomic_path, digest, file_record, n_cores, read_json, resolve_run, sha256_file, write_json
 from .images import open_image
-from .quantize import open_session, run_images
+from .quantize import BATCH_BYTES, open_session, run_images
 
 if TYPE_CHECKING:
     import onnx
@@ -170,6 +170,20 @@ def run_mixed(
     parts = [predict(np.stack([images[i] for i in rows])) for rows in shapes.values()]
     return np.concatenate(parts)[np.argsort(order)]
 
+# %% ../nbs/11_export.ipynb #packs
+def _packs(
+    images: Iterable[np.ndarray],   # each uint8 (H, W, 3)
+    batch_size: int,                # of them at a time; fewer where they are large
+) -> Iterator[list[np.ndarray]]:
+    "Put images together until they are as many as wanted or fill the memory that they may take."
+    pack: list[np.ndarray] = []
+    for image in images:
+        pack.append(image)
+        if len(pack) == batch_size or sum(p.nbytes for p in pack) >= BATCH_BYTES:
+            yield pack
+            pack = []
+    if pack: yield pack
+
 # %% ../nbs/11_export.ipynb #cell-24
 def run_files(
     predict: Predict,              # images of one size to probabilities
@@ -179,8 +193,8 @@ def run_files(
     "Compute the probabilities of image files, decoding in parallel."
     paths = list(paths)
     with ThreadPoolExecutor(n_cores()) as pool:
-        chunks = (list(pool.map(read_pixels, paths[i:i + batch_size])) for i in range(0, len(paths), batch_size))
-        return np.concatenate([run_mixed(predict, chunk) for chunk in chunks])
+        images = (image for i in range(0, len(paths), 16) for image in pool.map(read_pixels, paths[i:i + 16]))   # not all ahead of time
+        return np.concatenate([run_mixed(predict, pack) for pack in _packs(images, batch_size)])
 
 # %% ../nbs/11_export.ipynb #cell-29
 RUNTIMES = ("torch eager", "onnx fp32", "onnx int8")
@@ -306,13 +320,15 @@ def write_bundle(
     temp = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temp, ignore_errors=True)
     temp.mkdir(parents=True)
-    for source, name in (fp32, "model.onnx"), (int8, "model_int8.onnx"): shutil.copyfile(source, temp/name)
-    (temp/"labels.txt").write_text("".join(f"{c}\n" for c in spec.classes), encoding="utf-8")
-    answers = {name: run_mixed(predictor(temp/f"{name}.onnx", threads=1), images) for name in ("model", "model_int8")}
-    np.savez_compressed(temp/"reference.npz", **answers, **{f"image_{i}": image for i, image in enumerate(images)})
-    write_json(temp/"bundle.json", _description(temp, spec, about))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temp, folder)
+    try:
+        for source, name in (fp32, "model.onnx"), (int8, "model_int8.onnx"): shutil.copyfile(source, temp/name)
+        (temp/"labels.txt").write_text("".join(f"{c}\n" for c in spec.classes), encoding="utf-8")
+        answers = {name: run_mixed(predictor(temp/f"{name}.onnx", threads=1), images) for name in ("model", "model_int8")}
+        np.savez_compressed(temp/"reference.npz", **answers, **{f"image_{i}": image for i, image in enumerate(images)})
+        write_json(temp/"bundle.json", _description(temp, spec, about))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temp, folder)
+    finally: shutil.rmtree(temp, ignore_errors=True)   # what a full disk leaves
     return folder
 
 # %% ../nbs/11_export.ipynb #cell-50
@@ -385,9 +401,8 @@ def predict(self: Bundle,
     "Classify images; raise `UsageError` that names one that is missing or cannot be read."
     single = isinstance(images, (str, Path)) or (isinstance(images, np.ndarray) and images.ndim == 3)
     images, answers = [images] if single else list(images), []
-    for i in range(0, len(images), batch_size):
-        chunk = images[i:i + batch_size]
-        for image, p in zip(chunk, run_mixed(partial(run_images, self.session), [as_pixels(image) for image in chunk])):
+    for pack in _packs(map(as_pixels, images), batch_size):
+        for image, p in zip(images[len(answers):], run_mixed(partial(run_images, self.session), pack)):
             answers.append(dict(path=None if isinstance(image, np.ndarray) else str(image), label=self.labels[int(p.argmax())],
                                 confidence=float(p.max()), probabilities=dict(zip(self.labels, p.tolist()))))
     return answers

@@ -31,9 +31,9 @@ from .images import resize
 
 # %% auto #0
 __all__ = ['SMALL_IMAGE', 'PACKAGED', 'WEIGHT_SUFFIXES', 'ModelSpec', 'Preprocess', 'Units', 'SmallMaps', 'VisionModel', 'build',
-           'check_size', 'unseen_border', 'packaged_state', 'read_weights', 'create_model', 'save_model',
-           'fit_to_shapes', 'load_model', 'load_classifier', 'predict_logits', 'predict_proba', 'digest_weights',
-           'features', 'count_macs', 'count_params', 'embedder', 'embed']
+           'check_size', 'unseen_border', 'packaged_state', 'read_weights', 'run_folder', 'create_model', 'save_model',
+           'fit_to_shapes', 'load_model', 'load_classifier', 'torch_device', 'predict_logits', 'predict_proba',
+           'digest_weights', 'features', 'count_macs', 'count_params', 'embedder', 'embed']
 
 # %% ../nbs/03_models.ipynb #cell-5
 @dataclass(frozen=True)
@@ -413,7 +413,7 @@ def _load_matching(
         warnings.warn(f"{lost[0]} {what} in the weights of {where} and begins at random", stacklevel=3)
 
 # %% ../nbs/03_models.ipynb #cell-35
-def _run_folder(
+def run_folder(
     weights: str,          # as `create_model` takes it
 ) -> Path | None:          # a folder with a model and its description; None for weights from anywhere else
     "Find a run's model; raise `UsageError` for a name that is nothing to take weights from."
@@ -452,7 +452,7 @@ def create_model(
     target_std: Sequence[float] = (),    # regression: spread of each training label
 ) -> VisionModel:         # ready to train
     "Build a model and load weights."
-    folder = _run_folder(weights)
+    folder = run_folder(weights)
     run = ModelSpec(**read_json(folder/"model.json")) if folder else None
     if not timm.is_model(backbone): build(ModelSpec(backbone, classes, image_size, [0], [1]))   # raises with the nearest name
     config = _config(backbone)
@@ -533,6 +533,13 @@ def load_classifier(
     if kind == "classification": return load_model(folder)
     raise CvnbError(f"{stage} is made for classification, and the model in {folder} was trained for {kind}",
                     "Its predictions and figures are in the train folder; train with task=classification to go on.")
+
+# %% ../nbs/03_models.ipynb #torch-device
+def torch_device(
+    device: str,   # "auto", "cpu" or "gpu", as recipes say it
+) -> str:          # as torch says it
+    "Say where one process computes: on the GPU if there is one and it is not to be left alone."
+    return "cuda" if torch.cuda.is_available() and device != "cpu" else "cpu"
 
 # %% ../nbs/03_models.ipynb #by-batches
 def _by_batches(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .core import CvnbError, UsageError
 from .metrics import accuracy
-from .models import VisionModel, count_macs, count_params, predict_logits
+from .models import VisionModel, count_macs, count_params, predict_logits, torch_device
 
 # %% auto #0
 __all__ = ['CUTTABLE', 'check_prunable', 'sensitivity', 'Slice', 'prune_path', 'prune', 'recalibrate', 'layer_table', 'tradeoff',
@@ -34,7 +34,7 @@ def check_prunable(
     "Raise `CvnbError` if a network has layers whose channels cannot be cut."
     own = {type(m).__name__ for m in model.net.modules() if list(m.parameters(recurse=False)) and not isinstance(m, CUTTABLE)}
     if own: raise CvnbError(f"{model.spec.backbone} cannot be pruned: it has {', '.join(sorted(own))} layers",
-                            "Train a convolutional backbone with batch norm, such as resnet18.")
+                            "Keep it whole with compress.macs_fraction=1, or train a convolutional backbone with batch norm, such as resnet18.")
 
 # %% ../nbs/08_prune.ipynb #cell-12
 def sensitivity(
@@ -208,12 +208,15 @@ def prune_path(
     report: Callable[[float, str], None] | None = None,   # told the fraction that is done
 ) -> Iterator[VisionModel]:   # a pruned copy per fraction, the largest first
     "Prune a copy step by step to each of `fractions`; raise `CvnbError` for one that cannot be reached."
+    if odd := [f for f in fractions if not 0 < f <= 1]: raise UsageError(f"a fraction of the MACs has to lie between 0 and 1, and {odd[0]} does not")
+    if min(fractions) >= 1:   # nothing is removed, so any network will do
+        yield from (copy.deepcopy(model).eval() for _ in fractions)
+        return
     check_prunable(model)
     surgery = _prepare(copy.deepcopy(model), round_to, keep)
     sample = torch.from_numpy(images[np.random.default_rng(seed).permutation(len(images))[:n_images]])
     full = _macs(surgery.area)
     for goal in sorted(fractions, reverse=True):
-        if not 0 < goal <= 1: raise UsageError(f"a fraction of the MACs has to lie between 0 and 1, and {goal} does not")
         while (now := _macs(surgery.area)) > goal * full:
             if report: report((1 - now / full) / (1 - goal), f"pruning: {now / full:.0%} of the MACs left")
             if not _step(surgery, sample, now - max(goal * full, 0.8 * now), seed): raise _unreachable(model, goal, now / full)
@@ -242,6 +245,7 @@ def recalibrate(
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     momenta = [m.momentum for m in norms]
     model.eval()
+    if not norms: return model
     for m in norms: m.reset_running_stats(); m.momentum = None; m.train()   # None: plain average over batches
     order = np.random.default_rng(seed).permutation(len(images))[:n_images]
     for batch in np.array_split(order, max(1, round(len(order) / batch_size))): model(torch.from_numpy(images[batch]))
@@ -268,9 +272,11 @@ def tradeoff(
     model: VisionModel,   # any model
     images: np.ndarray,   # validation images, uint8 (N, H, W, 3)
     labels: np.ndarray,   # class indices (N,)
+    device: str = "auto", # "cpu" leaves a GPU alone
 ) -> dict[str, Any]:      # step, macs, params, accuracy, low, high, n
     "Measure one point of the trade-off between accuracy and cost."
-    figure = accuracy(predict_logits(model, images).argmax(1) == labels)
+    figure = accuracy(predict_logits(model, images, device=torch_device(device)).argmax(1) == labels)
+    model.to("cpu")
     return dict(step=step, macs=count_macs(model), params=count_params(model), accuracy=figure.value, low=figure.low, high=figure.high, n=figure.n)
 
 # %% ../nbs/08_prune.ipynb #cell-50

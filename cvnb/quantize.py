@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['LAYERS', 'BETWEEN', 'open_session', 'run_images', 'layers', 'network_nodes', 'ImageReader', 'calibrate',
-           'quantize_nodes', 'divergence', 'sensitivity', 'Quantized', 'quantize']
+__all__ = ['BATCH_BYTES', 'LAYERS', 'BETWEEN', 'open_session', 'run_images', 'layers', 'network_nodes', 'ImageReader',
+           'calibrate', 'quantize_nodes', 'divergence', 'sensitivity', 'Quantized', 'quantize']
 
 # %% ../nbs/10_quantize.ipynb #cell-7
 def open_session(
@@ -42,13 +42,17 @@ def open_session(
         reason = str(e).splitlines()[0][:160]
         raise CvnbError(f"{path} cannot be opened ({reason})", "Run the export stage again.") from None
 
+# %% ../nbs/10_quantize.ipynb #batch-bytes
+BATCH_BYTES = 2**26   # of raw images that are in memory at a time
+
 # %% ../nbs/10_quantize.ipynb #cell-8
 def run_images(
     session: ort.InferenceSession,   # raw images in, probabilities out
     images: np.ndarray,              # uint8 (N, H, W, 3)
-    batch_size: int = 64,            # images at a time
+    batch_size: int = 64,            # images at a time; fewer where they are large
 ) -> np.ndarray:                     # float32 (N, C)
     "Compute the probabilities of images of one size."
+    batch_size = max(1, min(batch_size, BATCH_BYTES // max(1, images[:1].nbytes)))   # the graph holds them in floating point too
     name = session.get_inputs()[0].name
     batches = [images[i:i + batch_size] for i in range(0, len(images), batch_size)]
     return np.concatenate([session.run(None, {name: batch})[0] for batch in batches])

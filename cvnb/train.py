@@ -32,7 +32,7 @@ from .augment import augmentation
 from .core import CvnbError, UsageError, atomic_path, digest, read_json, write_json
 from .fingerprint import code_of
 from .loaders import Labelled, TrainLoader, check_classes, mix_seed
-from .models import ModelSpec, VisionModel, check_size, digest_weights, predict_logits, unseen_border
+from .models import ModelSpec, VisionModel, check_size, digest_weights, predict_logits, torch_device, unseen_border
 from .optim import averaging, make_optimizer, schedule
 from .probe import fit_head
 from .processes import FORK_REMEDY, FORKS, error_of, interruptible, nodes, note_errors, out_of_memory, own_gpu, relayed, way_of
@@ -758,7 +758,7 @@ def answer(
     report: Callable[[float, str], None] | None = None,   # told the fraction that is done
 ) -> np.ndarray:           # logits float32 (N, C), or numbers for regression
     "Let a model answer images, on the GPU if there is one."
-    where = "cuda" if torch.cuda.is_available() and device != "cpu" else "cpu"
+    where = torch_device(device)
     told = lambda fraction, text: report(fraction, f"answering {text}")
     ask = lambda images: predict_logits(model, images, device=where, report=report and told)
     logits = ask(data.images)
@@ -772,6 +772,7 @@ def predictions(
     rows: pd.DataFrame,    # manifest rows: path, split, label
     data: Labelled,        # their images, same order
     tta: str = "none",     # "flip" also asks for the mirror images
+    device: str = "auto",  # "cpu" leaves a GPU alone
 ) -> pd.DataFrame:         # path, split, label, predicted, confidence, correct, probabilities, or what the task has
     "Predict images and put the answers beside the truth."
-    return task_of(model.spec).table(model, rows, answer(model, data, tta))
+    return task_of(model.spec).table(model, rows, answer(model, data, tta, device))

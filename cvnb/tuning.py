@@ -24,7 +24,7 @@ from pytorch_lightning.tuner import Tuner
 
 from .core import CvnbError, UsageError, digest, read_json, write_json
 from .loaders import Labelled, TrainLoader
-from .models import VisionModel, digest_weights
+from .models import VisionModel, digest_weights, torch_device
 from .optim import make_optimizer
 from .processes import interruptible, started_outside
 from .tasks import task_of
@@ -41,7 +41,7 @@ def find_batch_size(
     most: int = 1024,      # largest batch tried
 ) -> pd.DataFrame:         # batch_size, images_per_s of one process; the chosen one has chosen = True
     "Time training steps with batches of growing size, each process's share of them, and choose one."
-    device, rows = torch.device("cuda" if torch.cuda.is_available() and options.device != "cpu" else "cpu"), []
+    device, rows = torch.device(torch_device(options.device)), []
     share, most = 16, max(16, min(most, len(train) // 20) // options.devices)
     trial = copy.deepcopy(model).to(device, memory_format=torch.channels_last).train()
     while share <= most:

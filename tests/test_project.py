@@ -99,6 +99,9 @@ def test_a_whole_run_from_the_wheel(wheel, small_photos, tmp_path):
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
     assert call(bin/"python", "-c", "import cvnb, torch; print(cvnb.__file__)", cwd=tmp_path, env=env).stdout.strip() == str(site/"cvnb/__init__.py")
     sets = ("train.backbone=resnet10t", "train.weights=", "train.epochs=1", "compress.epochs=1", "benchmark.n_calls=20", "benchmark.rounds=3")
-    done = call(bin/"cvnb", "run", "--data", small_photos, *(arg for s in sets for arg in ("--set", s)), cwd=tmp_path, env=env)
+    table = "path,label\n" + "".join(f"{p},{p.parent.name}\n" for p in sorted(small_photos.rglob("*.png")))
+    (tmp_path/"whole.csv").write_text(table)   # with whole paths, so that its folder is another one than the images'
+    done = call(bin/"cvnb", "run", "--data", tmp_path/"whole.csv", *(arg for s in sets for arg in ("--set", s)), cwd=tmp_path, env=env)
     assert "speedup" in done.stdout or "faster" in done.stdout
-    assert (tmp_path/"runs/photos/benchmark/report.html").exists()
+    assert (tmp_path/"runs/whole.csv/benchmark/report.html").exists()
+    assert str(small_photos) in done.stdout.splitlines()[-2], "the example names an image of the data"
