@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -236,12 +236,18 @@ def calibration_error(
     correct: np.ndarray,      # bool (N,)
     bins: int = 10,           # of equally many images
 ) -> Figure:                  # expected calibration error, 0 … 1
-    "Estimate the expected calibration error with a bootstrap interval."
+    """Estimate the expected calibration error with a bootstrap interval.
+
+    Chance makes gaps in every bin, so the figure is too large on average, and in a resample by that much again: the interval is
+    turned round the figure ("basic bootstrap": Davison and Hinkley, Bootstrap Methods and their Application, 1997, 5.2).
+    """
     def error(conf: np.ndarray, right: np.ndarray) -> float:
         order = np.argsort(conf, kind="stable")
         gaps = [(len(p), abs(conf[p].mean() - right[p].mean())) for p in np.array_split(order, min(bins, len(order)))]
         return sum(n * gap for n, gap in gaps) / len(order)
-    return bootstrap(error, np.asarray(confidence, float), np.asarray(correct, float), n_resamples=200)
+    found = bootstrap(error, np.asarray(confidence, float), np.asarray(correct, float), n_resamples=200)
+    value = found.value
+    return replace(found, low=max(0.0, min(value, 2 * value - found.high)), high=min(1.0, max(value, 2 * value - found.low)))
 
 # %% ../nbs/04_metrics.ipynb #cell-43
 @dataclass(frozen=True)
