@@ -33,7 +33,8 @@ __all__ = ['app', 'audit_app', 'data_app', 'main', 'run', 'Lines', 'status', 'in
 app = typer.Typer(name="cvnb", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown",
                   help="From a folder of labelled images to a small, fast, verified model.")
 _REFUSED = {errno.ENOSPC: "Free some space.", errno.EDQUOT: "Free some space.", errno.EROFS: "Give another folder.",
-            errno.EACCES: "Give another folder, or make this one yours.", errno.EPERM: "Give another folder, or make this one yours."}
+            errno.EACCES: "Give another folder, or make this one yours.", errno.EPERM: "Give another folder, or make this one yours.",
+            errno.ENAMETOOLONG: "Give a shorter path."}
 _DATA = "A name that `cvnb data` lists, a folder with one sub-folder per class, a table, or torchvision:…, hf:…, fiftyone:…"
 
 # %% ../nbs/14_cli.ipynb #e5fdcf81
@@ -269,6 +270,15 @@ def _accepted(
                                              "(compress.epochs) or less pruning (compress.macs_fraction) can change that")
     return f"accuracy {points(v['difference'])} points [{points(v['low'])}, {points(v['high'])}] on {v['n']:,} test images; {said}."
 
+# %% ../nbs/14_cli.ipynb #example
+def _example(
+    folder: Path,   # run directory
+) -> Path:          # an image file
+    "Find an image of a run's data set: the first that could be read."
+    from pyarrow.parquet import read_table
+    rows = read_table(folder/"audit/manifest.parquet", columns=["path", "ok"])
+    return Path(read_json(folder/"audit/audit.json")["root"])/rows["path"].filter(rows["ok"])[0].as_py()
+
 # %% ../nbs/14_cli.ipynb #cell-23
 def _show(
     folder: Path,              # run directory
@@ -276,16 +286,17 @@ def _show(
 ) -> None:
     "Print a run's models and the next commands, if the benchmark is up to date."
     if not any(o.stage == "benchmark" for o in outcomes): return
+    times = lambda ratio: f"{ratio:.1f}×" if ratio else "–"
     rows = [(r["model"], r["runtime"], f"{r['accuracy']:.4f} [{r['accuracy_low']:.4f}, {r['accuracy_high']:.4f}]", f"{r['p50_ms']:.2f}",
-             f"{r['size_mb']:.2f}", f"{r['speedup']:.1f}×") for r in _models(folder)]
+             f"{r['size_mb']:.2f}", times(r["speedup"]), times(r["vs_peer"])) for r in _models(folder)]
     if rows:
         verdict = read_json(folder/"benchmark/benchmark.json")["control"]["verdict"]
-        _table("", dict(model="left", runtime="left", **{"accuracy [95 %]": "left", "ms p50": "right", "MB": "right", "faster": "right"}), rows)
+        right = dict.fromkeys(("ms p50", "MB", "faster", "than peer"), "right")
+        _table("", {"model": "left", "runtime": "left", "accuracy [95 %]": "left", **right}, rows)
         print(f"\nControl: {verdict}\nCompression: {_accepted(read_json(folder/'compress/verdict.json'))}")
-        audit = read_json(folder/"audit/audit.json")
-        image = next(iter(sorted(p for p in Path(audit["root"]).rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))), "IMAGE")
         where = quote(str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder))
-        print(f"\nNext:\n  cvnb dashboard {where}\n  cvnb predict {where} {quote(str(image))}\n  jupyter lab {where}/errors/notebook.ipynb")
+        image = quote(str(_example(folder)))
+        print(f"\nNext:\n  cvnb dashboard {where}\n  cvnb predict {where} {image}\n  jupyter lab {where}/errors/notebook.ipynb")
 
 # %% ../nbs/14_cli.ipynb #cell-25
 def _existing(
@@ -330,7 +341,7 @@ def init(
     from cvnb.sources import absolute, open_data
     if data not in NAMED: open_data(data)
     written = init_project(folder, absolute(data))
-    print(f"{folder}: {len(written)} files. Next:\n  cd {folder}\n  cvnb run --config {folder.resolve().name}")
+    print(f"{folder}: {len(written)} files. Next:\n  cd {quote(str(folder))}\n  cvnb run --config {quote(folder.resolve().name)}")
 
 # %% ../nbs/14_cli.ipynb #cell-30
 @app.command()
@@ -399,12 +410,12 @@ def _run_sweep(
     from cvnb.core import project_root
     from cvnb.sources import open_data
     from cvnb.sweep import Processes, RayTasks, plot_sweep, ranking, refresh, run_sweep, work_left
-    refresh(sweep, contracts(), project_root())
-    where = RayTasks(address or "auto", jobs) if engine == "ray" and work_left(sweep) else Processes(jobs or 1)
     with Lines(sys.stderr if as_json else sys.stdout, max([len(t.name) for t in sweep.trials] + [24])) as lines:
         for contract in contracts().values():
             if "data" in contract.names: open_data(sweep.base.of(contract, sweep.folder)["data"], lambda f, t: lines("data", "progress", f, t))
         lines.drop("data")
+        refresh(sweep, contracts(), project_root())
+        where = RayTasks(address or "auto", jobs) if engine == "ray" and work_left(sweep) else Processes(jobs or 1)
         lines.note(f"{sweep.folder} · {' × '.join(map(str, sweep.axes)) or 'no parameter varies'}")
         watch = lambda t, event, fraction, text: lines(
             t.name, event, fraction, f"{sweep.metric} {show_figure(t.figure)}" if event == "done" else shorten(text, 150))

@@ -39,6 +39,7 @@ from cvnb.tuning import find_batch_size, find_lr, settle
 JOB = Path(__file__).with_name("train_job.py")
 CVNB = Path(sys.executable).with_name("cvnb")
 NO_BATCHNORM, BATCHNORM = "test_mambaout", "test_efficientnet"   # timm's smallest networks
+ONE_THREAD = dict(OMP_NUM_THREADS="1")   # for jobs that are compared with what this process computes: bits depend on it
 PLAIN = FitOptions(epochs=2, batch_size=50, lr=5e-3, augment="none", device="cpu")
 TWO = replace(PLAIN, devices=2, strategy="ddp_fork")
 RICH = FitOptions(epochs=3, batch_size=30, lr=5e-3, device="cpu", tune="head_first", optimizer="muon", ema=0.9, mixup=0.2, cutmix=0.5, erasing=0.3,
@@ -50,9 +51,7 @@ def _one_thread():
     "Two processes on two cores: as many threads as processes would wait for each other."
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")   # of the processes that tests start: bits depend on it
-        yield
+    yield
     torch.set_num_threads(before)
 
 
@@ -131,7 +130,8 @@ def test_a_process_of_two_is_killed(data, tmp_path, rank):
 def torchrun(folder: Path, options: FitOptions, backbone: str, job: Path = JOB) -> subprocess.Popen:
     asked = {k: v for k, v in asdict(options).items() if v != getattr(FitOptions(), k)}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", job, folder, json.dumps(asked), backbone]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True)
+    how = dict(stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=os.environ | ONE_THREAD)
+    return subprocess.Popen(command, start_new_session=True, **how)
 
 
 def kill_all(process: subprocess.Popen) -> None:
@@ -168,7 +168,7 @@ def test_tasks_of_slurm(data, tmp_path):
     job = dict(SLURM_JOB_ID="4321", SLURM_JOB_NAME="digits", SLURM_NTASKS="2", SLURM_NTASKS_PER_NODE="2", SLURM_NNODES="1", SLURM_NODEID="0",
                SLURM_NODELIST="localhost")
     tasks = [subprocess.Popen([sys.executable, JOB, tmp_path/"run", asked, NO_BATCHNORM], stderr=subprocess.PIPE, text=True,
-                              env=os.environ | job | dict(SLURM_PROCID=str(i), SLURM_LOCALID=str(i))) for i in range(2)]
+                              env=os.environ | ONE_THREAD | job | dict(SLURM_PROCID=str(i), SLURM_LOCALID=str(i))) for i in range(2)]
     for task in tasks: assert task.wait(200) == 0, task.stderr.read()
     for folder in tmp_path/"run", tmp_path/"run/other":
         found = torch.load(folder/"weights.pt", weights_only=True)
@@ -193,7 +193,7 @@ def test_spawned_processes(data, tmp_path):
     options, forked = replace(TWO, ema=0.9), fresh(BATCHNORM)
     fit(forked, *data, options, tmp_path/"forked")
     asked = dict(epochs=2, batch_size=50, lr=5e-3, augment="none", device="cpu", devices=2, strategy="ddp_spawn", ema=0.9)
-    subprocess.run([sys.executable, JOB, tmp_path/"spawned", json.dumps(asked), BATCHNORM], check=True, timeout=200)
+    subprocess.run([sys.executable, JOB, tmp_path/"spawned", json.dumps(asked), BATCHNORM], check=True, timeout=200, env=os.environ | ONE_THREAD)
     found = torch.load(tmp_path/"spawned/weights.pt", weights_only=True)
     assert all(torch.equal(found[k], v) for k, v in forked.state_dict().items())
 
