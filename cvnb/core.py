@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import random
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
@@ -62,7 +63,7 @@ def atomic_path(
     "Give a temporary path that becomes `path` if the block ends well and vanishes if it does not."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temp = path.with_name(f".{path.name}.{os.urandom(6).hex()}.tmp")   # two containers on one disk can have the same process numbers
     try:
         yield temp
         with open(temp, "rb+") as f: os.fsync(f.fileno())
@@ -238,8 +239,9 @@ class Stage:
         self.started, self._begin = now(), time.perf_counter()
         self.dir.mkdir(parents=True, exist_ok=True)
         (self.dir/BEGUN).touch()
-        linked = [p for p in self.dir.rglob("*") if p.is_file() and p.stat().st_nlink > 1]   # a sweep shares files between runs
-        for old in self.dir/"stage.json", self.dir/READY, *linked: old.unlink(missing_ok=True)
+        for old in self.dir/"stage.json", self.dir/READY: old.unlink(missing_ok=True)
+        for path in [p for p in self.dir.rglob("[!.]*") if p.is_file() and p.stat().st_nlink > 1]:   # a sweep shares files between runs
+            with atomic_path(path) as own: shutil.copy2(path, own)
 
     def __repr__(self) -> str: return f"stage {self.name} of {self.run.name}"
 

@@ -304,6 +304,15 @@ def _is_package(
     spec = find_spec(folder.name)
     return spec is None or spec.origin is None
 
+# %% ../nbs/01d_fingerprint.ipynb #imported
+def _imported(
+    source: str,   # a cell or a module
+) -> set[str]:     # names of packages
+    "List what a piece of code imports, behind a magic too."
+    plain = re.sub(r"^\s*[%!].*$", "", source, flags=re.M)
+    found = _packages(_all(tree)) if (tree := _tree(plain)) else set()
+    return found | set(re.findall(r"^\s*(?:%+\w+\s+)?(?:from|import)\s+(\w+)", source, re.M)) - {"cvnb"}
+
 # %% ../nbs/01d_fingerprint.ipynb #own-modules
 def own_modules(
     cells: list[str],   # the sources of a notebook's code cells
@@ -314,10 +323,10 @@ def own_modules(
     todo = list(cells)
     while todo:
         source = todo.pop()
-        names = _packages(_all(tree)) if (tree := _tree(source)) else set(re.findall(r"^\s*(?:from|import)\s+(\w+)", source, re.M)) - {"cvnb"}
-        for name in names:
+        for name in _imported(source):
             for file in (root/f"{name}.py", *(sorted((root/name).rglob("*.py")) if _is_package(root/name) else ())):
-                if (known := file.relative_to(root).as_posix()) in found or not file.is_file(): continue
+                known = file.relative_to(root).as_posix()
+                if known in found or not file.is_file() or re.search(r"(^|/)\.", known): continue   # such as .ipynb_checkpoints
                 found[known] = file.read_text(encoding="utf-8", errors="replace")
                 todo.append(found[known])
     return found

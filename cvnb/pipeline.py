@@ -121,7 +121,8 @@ def key_parts(
     if like and like["params"].get("data") == plain.get("data"): return like | dict(params=plain, files=files)
     code = _sources(contract)
     own = own_modules(code, root)
-    functions = reached([*code, *own.values()]) | {name: code_digest(source)[:16] for name, source in own.items()}
+    functions = {k: v for part in (code, *([s] for s in own.values())) for k, v in reached(part).items()}   # each imports for itself
+    functions |= {name: code_digest(source)[:16] for name, source in own.items()}
     data = dataset_digest(open_data(params["data"])) if "data" in params else None
     return dict(code=digest([code_digest(c) for c in code]), functions=functions, params=plain, files=files, data=data, lock=lock_digest(root))
 
@@ -280,21 +281,21 @@ def write_run(
     root: Path,            # the project
     values: Values,        # given parameters
     params: dict[str, dict],   # stage -> all parameters
-    seconds: float | None = None,   # wall time of this call; None as long as no stage of it has run
+    seconds: float | None = None,   # wall time of a stage that has just run; None if none has
 ) -> Path:                 # run.json
     """Write run.json: what was asked for, of which code, where.
 
-    Commit, packages, machine and the time of all calls together are those of the last call that ran a stage.
+    Commit, packages, machine and date are those of the last stage that ran; the time is that of all that have run here.
     """
     plain = json.loads(json.dumps(dict(given=values.given, params=params), default=str))
     old = read_json(run/"run.json") if (run/"run.json").exists() else {}
     origins = {s: {name: values.origins.get(s, {}).get(name, "the notebook") for name in p} for s, p in params.items()}
-    made = {k: old[k] for k in ("git", "lock", "machine", "seconds", "cvnb") if k in old}
-    if seconds is not None or len(made) < 5:
-        made = dict(git=_git(root), lock=lock_digest(root), machine=machine(), seconds=round(made.get("seconds", 0) + (seconds or 0), 2),
-                    cvnb=cvnb.__version__)
+    made = {k: old[k] for k in ("updated", "git", "lock", "machine", "seconds", "cvnb") if k in old}
+    if seconds is not None or len(made) < 6:
+        made = dict(updated=now(), git=_git(root), lock=lock_digest(root), machine=machine(), cvnb=cvnb.__version__,
+                    seconds=round(made.get("seconds", 0) + (seconds or 0), 2))
     return write_json(run/"run.json", dict(
-        run=run.name, created=old.get("created", now()), updated=now(), **plain, origins=origins, **made,
+        run=run.name, created=old.get("created", now()), **plain, origins=origins, **made,
         seeds={s: p["seed"] for s, p in params.items() if "seed" in p}, test_looks=looks(run),
         data=next((r["data"] for s in params if (r := finished(run, s)) and r.get("data")), None)))
 
@@ -351,6 +352,18 @@ def _atomic_files() -> Any:   # a papermill handler
             with atomic_path(path) as temp: super().write(buf, str(temp))
     return AtomicFiles()
 
+# %% ../nbs/13_pipeline.ipynb #without
+@contextlib.contextmanager
+def _without(
+    *names: str,   # of packages that others do without
+) -> Iterator[None]:
+    "Let packages seem missing to what is imported meanwhile."
+    hidden = dict.fromkeys(name for name in names if name not in sys.modules)   # None is Python's own mark of a package that is not there
+    sys.modules.update(hidden)
+    try: yield
+    finally:
+        for name in hidden: del sys.modules[name]
+
 # %% ../nbs/13_pipeline.ipynb #cell-39
 def _execute(
     contract: Contract,   # the stage
@@ -361,9 +374,10 @@ def _execute(
     "Run a stage notebook through papermill."
     import logging
 
-    import papermill
-    from papermill.engines import papermill_engines
-    from papermill.iorw import papermill_io
+    with _without("rfc3987_syntax", "pyarrow"):   # a grammar of addresses that takes a second to read, and Hadoop: neither is needed here
+        import papermill
+        from papermill.engines import papermill_engines
+        from papermill.iorw import papermill_io
 
     from cvnb.engine import ForkEngine
     logging.getLogger("papermill").setLevel(logging.ERROR)
@@ -422,13 +436,13 @@ def run_stage(
     """
     run, folder = Path(params["run"]), Path(params["run"])/contract.stage
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.rglob(".*.tmp"):   # what a kill left half-written
+    for old in list(folder.rglob(".*.tmp")):   # what a kill left half-written
         if old.is_dir(): shutil.rmtree(old, ignore_errors=True)
         else: old.unlink(missing_ok=True)
     notebook = folder/"notebook.ipynb"
-    kept = {path: path.with_name(f".{path.name}.before.tmp") for path in (folder/"stage.json", notebook) if finished(run, contract.stage)}
-    for path, aside in kept.items():
-        if path.exists(): os.replace(path, aside)
+    before = [path for path in (folder/"stage.json", notebook) if path.exists()] if finished(run, contract.stage) else []
+    kept = {path: path.with_name(f".{path.name}.before.tmp") for path in before}
+    for path, aside in kept.items(): os.replace(path, aside)
     for old in folder/"stage.json", folder/READY: old.unlink(missing_ok=True)
     try:
         with _watched(contract.stage, folder, report) as progress, \
@@ -437,9 +451,8 @@ def run_stage(
         if not (folder/READY).exists(): raise CvnbError(f"{contract.path.name} ended without `stage.finish()`", "Make it the last cell.")
     except Exception as e:
         error = e if isinstance(e, CvnbError) else _failure(contract, e, notebook)
-        if kept and isinstance(error, UsageError):
-            for path, aside in kept.items():
-                if aside.exists(): os.replace(aside, path)
+        if isinstance(error, UsageError) and kept and all(aside.exists() for aside in kept.values()):
+            for path, aside in kept.items(): os.replace(aside, path)
         else: _record_failure(folder, contract, params, parts, error)
         raise error from None
     finally:
@@ -469,7 +482,7 @@ def run_pipeline(
 ) -> list[Outcome]:                       # one per stage, in order
     "Bring a run up to date: run what is stale, skip what is fresh, and stop at the first failure with everything before it kept."
     root, known = root or project_root(), contracts()
-    order, begin, outcomes = select_stages(stages, known), time.perf_counter(), []
+    order, outcomes = select_stages(stages, known), []
     params = {s: values.of(c, run) for s, c in known.items()}
     for s in order:
         check(known[s], params[s], "the notebook")   # the given ones were checked before, its own defaults were not
@@ -479,7 +492,6 @@ def run_pipeline(
         new = not (run/"run.json").exists()
         before = Values() if new else Values().add(read_json(run/"run.json").get("given", {}), "run.json")
         write_run(run, root, values, params)
-        took = lambda: time.perf_counter() - begin if any(o.state == "done" for o in outcomes) else None
         for s in order:
             start, parts = time.perf_counter(), key_parts(known[s], params[s], root)
             forced = force and s in (stages or order)
@@ -487,19 +499,17 @@ def run_pipeline(
             report(s, "start" if why else "fresh", 0, why)
             if why: start_forks([known[s] for s in order])
             try:
+                shutil.rmtree(run/f".{s}.before", ignore_errors=True)   # what a kill left
                 with _anew(run/s) if forced else contextlib.nullcontext():
                     record = execute(known[s], params[s], parts, root, report) if why else finished(run, s)
             except UsageError:   # a typed value that cannot be is not remembered; what the stages before it were made of is
                 kept = values.untyped(s, before)
                 if new and not outcomes: (run/"run.json").unlink()
-                else: write_run(run, root, kept, params | {s: kept.of(known[s], run)}, took())
+                else: write_run(run, root, kept, params | {s: kept.of(known[s], run)})
                 raise
-            except CvnbError:
-                with contextlib.suppress(OSError): write_run(run, root, values, params, took())   # a full disk must not hide the error itself
-                raise
+            if why: write_run(run, root, values, params, time.perf_counter() - start)
             outcomes.append(Outcome(s, "done" if why else "fresh", why, time.perf_counter() - start, record))
             report(s, "done" if why else "skipped", 1, headline(record))
-        if took() is not None: write_run(run, root, values, params, took())
     return outcomes
 
 # %% ../nbs/13_pipeline.ipynb #cell-46
@@ -517,7 +527,6 @@ def _anew(
 ) -> Iterator[None]:
     "Empty a stage's folder, so that a forced stage begins anew and continues no checkpoint; a value that it refuses brings all back."
     aside = folder.with_name(f".{folder.name}.before")
-    shutil.rmtree(aside, ignore_errors=True)   # what a kill left
     if folder.exists(): os.replace(folder, aside)
     try: yield
     except UsageError:

@@ -141,14 +141,18 @@ def test_a_value_that_a_late_stage_refuses(tmp_path):
     end = cvnb("run", "--run", run, "--json", cwd=where)
     assert {s: o["state"] for s, o in json.loads(end.stdout)["stages"].items()} == dict(one="fresh", two="done"), end.stderr
     assert cvnb("run", "--run", run, "--set", "two.seed=4", cwd=where).returncode == 0
-    before = read_json(run/"run.json")
+    before = read_json(run/"run.json") | dict(git=dict(commit="0" * 40, dirty=False), machine=dict(cores=3), updated="2026-01-01T00:00:00+00:00")
+    (run/"run.json").write_text(json.dumps(before))   # another commit, elsewhere, made what is there
     for force in [], ["two", "--force"]:   # what had finished stays
         assert cvnb("run", *force, "--run", run, "--set", "two.seed=13", cwd=where).returncode == 2 and values()["two"] == dict(seed=4)
         end = cvnb("run", "--run", run, "--json", cwd=where)
         assert {s: o["state"] for s, o in json.loads(end.stdout)["stages"].items()} == dict(one="fresh", two="fresh")
         assert sorted(p.name for p in (run/"two").iterdir()) == [".stage", "notebook.ipynb", "stage.json"] and not list(run.glob(".*.before"))
     after = read_json(run/"run.json")
-    assert all(before[k] == after[k] for k in ("seconds", "git", "machine")) and before["seconds"] > 0, "no stage has run"
+    assert all(before[k] == after[k] for k in ("updated", "seconds", "git", "machine")) and before["seconds"] > 0, "no stage has run"
+    assert cvnb("run", "two", "--force", "--run", run, cwd=where).returncode == 0
+    last = read_json(run/"run.json")
+    assert last["seconds"] > before["seconds"] and all(last[k] != before[k] for k in ("updated", "git", "machine"))
 
 
 def test_a_module_of_the_project_is_part_of_its_stages(tmp_path):
