@@ -23,7 +23,7 @@ from .core import CvnbError, UsageError, atomic_path, digest, project_root, reso
 from .data import SPLITS
 from .database import explained, fiftyone
 from .duplicates import originals
-from .images import open_image, resize
+from .images import decoding, open_image, resize
 from .report import AuditReport
 
 # %% auto #0
@@ -48,7 +48,7 @@ def embeddings(
         out[:] = embed(images[places], images.shape[1], report=report and told)
         done.extend(places)
 
-    cache = RowCache(f"embeddings-{PACKAGED}-{torch.__version__}-{images.shape[1]}", (1280,), "float32")
+    cache = RowCache(f"embeddings-{PACKAGED}-{torch.__version__}-{decoding()}-{images.shape[1]}", (1280,), "float32")
     new |= cache.missing(list(digests))
     return cache.rows(list(digests), make, chunk=2048)
 
@@ -76,7 +76,7 @@ def edges(
         out[:] = _unit(out)
 
     if digests is not None:
-        cache = RowCache(f"edges-{skimage.__version__}-{images.shape[1]}", (800,), "float32")
+        cache = RowCache(f"edges-{skimage.__version__}-{decoding()}-{images.shape[1]}", (800,), "float32")
         return cache.rows(list(digests), make, chunk=2048)
     make(list(range(len(images))), out := np.empty((len(images), 800), np.float32))
     return out

@@ -263,12 +263,13 @@ def _together(
     labels: np.ndarray,       # class indices (N,)
     seed: int,                # of the folds and the forest
     n: int = 5000,            # images at most
-) -> tuple[Figure, float]:    # balanced accuracy of all features together, and chance
+) -> tuple[Figure, float] | None:   # balanced accuracy of all features together, and chance; None without two classes of three images
     "Predict the label by all features at once."
     from sklearn.ensemble import RandomForestClassifier
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
     some = np.random.default_rng(seed).permutation(len(labels))[:n]
     some = some[np.isin(labels[some], np.flatnonzero(np.bincount(labels[some]) >= 3))]
+    if len(set(labels[some])) < 2: return None
     x, y = np.stack([_bins(features[c])[some] for c in features], axis=1), labels[some]
     forest = RandomForestClassifier(40, max_depth=8, min_samples_leaf=3, class_weight="balanced", random_state=seed)
     right = cross_val_predict(forest, x, y, cv=StratifiedKFold(3, shuffle=True, random_state=seed)) == y
@@ -300,9 +301,7 @@ def shortcuts(
                   len(table), proof=_prove_shortcuts(table, features, labels, classes, folds, rows, seed))
     best = pd.DataFrame(rows, columns=["feature", "label", "auc", "limit", "flagged"])
     best = best.iloc[np.argsort([-f.low for f in best.auc], kind="stable")].drop_duplicates("feature").reset_index(drop=True)
-    if len(features.columns):
-        together, chance = _together(features, labels, seed)
-        best.attrs.update(together=together, chance=chance)
+    if len(features.columns) and (found := _together(features, labels, seed)): best.attrs.update(zip(("together", "chance"), found))
     return check, best
 
 # %% ../nbs/04g_coverage.ipynb #cell-32
@@ -343,7 +342,9 @@ def _compare(
     "Compare one feature of two splits."
     from scipy import stats
     if pd.api.types.is_numeric_dtype(values):
-        ks = stats.ks_2samp(values[~other], values[other], method="asymp")
+        one, two = values[~other].dropna(), values[other].dropna()
+        if not len(one) or not len(two): return 0.0, 1.0
+        ks = stats.ks_2samp(one, two, method="asymp")
         return float(ks.statistic), float(ks.pvalue)
     kept = values.where(values.map(values.value_counts()) * other.mean() >= 5, "other")   # enough of each for χ²
     cross = pd.crosstab(kept, other)
@@ -415,13 +416,16 @@ def _drifted(
     if feature == "embedding":
         scores, _ = domain_scores(x[np.r_[train, here]], np.arange(len(train) + len(here)) >= len(train), seed)
         chance = 1 / (1 + np.exp(-scores[len(train):]))
-        return here[chance >= 0.8], chance[chance >= 0.8]
+        far = chance >= min(0.8, chance.max())   # one at least, because there was an alarm
+        return here[far], chance[far]
     values = table.label.astype(str) if feature == "label" else simple_features(table)[feature]
     if pd.api.types.is_numeric_dtype(values):
         v = values.to_numpy()
+        train, here = train[~np.isnan(v[train])], here[~np.isnan(v[here])]
         rank = np.searchsorted(np.sort(v[train]), v[here]) / len(train)
         rank = 1 - rank if np.median(rank) < 0.5 else rank
-        return here[rank >= 0.95], rank[rank >= 0.95]
+        far = rank >= min(0.95, rank.max())
+        return here[far], rank[far]
     shares = [values.iloc[rows].value_counts(normalize=True) for rows in (train, here)]
     gain = values.iloc[here].map(shares[1].sub(shares[0], fill_value=0)).to_numpy(float)
     return here[gain >= gain.max()], np.full((gain >= gain.max()).sum(), 0.5 + gain.max() / 2)

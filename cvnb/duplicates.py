@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ['SIDE', 'EVIDENCE', 'KINDS', 'mark_duplicates', 'originals', 'prove_exact', 'thumbnails', 'vectors', 'build_index',
            'search', 'candidates', 'own_pairs', 'compare', 'change', 'Planted', 'plant', 'Weights', 'weigh', 'Tail',
            'fit_tails', 'pick_threshold', 'predict_precision', 'NearDuplicates', 'near_duplicates', 'name_pairs',
-           'exact_pairs', 'across', 'duplicate_checks']
+           'exact_pairs', 'across', 'leaking', 'duplicate_checks']
 
 # %% ../nbs/04d_duplicates.ipynb #cell-7
 def mark_duplicates(
@@ -339,9 +339,9 @@ def plant(
     source = rng.permutation(len(paths))[:n]
     kind = np.array([list(KINDS)[i % len(KINDS)] for i in range(len(source))])
     strength = np.array([KINDS[k][i // len(KINDS) % len(KINDS[k])] for i, k in enumerate(kind)], float)
-    copies = [np.array(change(open_image(Path(root)/paths[s]), k, by, rng)) for s, k, by in zip(source, kind, strength)]
-    images = np.concatenate([resize(torch.from_numpy(x)[None], size).numpy() for x in copies])
-    return Planted(images, source, kind, strength, np.arange(len(source)) // 20 % 2 == 0)
+    small = lambda image: resize(torch.from_numpy(np.array(image))[None], size).numpy()   # at once: photographs would fill the memory
+    copies = [small(change(open_image(Path(root)/paths[s]), k, by, rng)) for s, k, by in zip(source, kind, strength)]
+    return Planted(np.concatenate(copies), source, kind, strength, np.arange(len(source)) // 20 % 2 == 0)
 
 # %% ../nbs/04d_duplicates.ipynb #cell-45
 @dataclass(frozen=True)
@@ -588,9 +588,34 @@ def _pair_findings(
     rows = pd.concat([turned[keep_first], pairs[~keep_first]])   # the copy is `path`
     where = [f" in {r.other_split}" * (r.split != r.other_split) + f", labelled {r.other_label} there and {r.label} here" * (r.label != r.other_label)
              for r in rows.itertuples()]
-    reasons = [f"{'an exact' if r.kind == 'exact' else f'a {r.kind}' if r.kind != 'brightness' else 'a brighter or darker'} copy of an image{at}"
-               for r, at in zip(rows.itertuples(), where)]
+    named = dict(exact="an exact copy of an image", brightness="a brighter or darker copy of an image", group="of one group with an image")
+    reasons = [f"{named.get(r.kind, f'a {r.kind} copy of an image')}{at}" for r, at in zip(rows.itertuples(), where)]
     return findings(rows.path, rows.similarity, reasons, rows.other)
+
+# %% ../nbs/04d_duplicates.ipynb #leaking
+def leaking(
+    table: pd.DataFrame,   # from `mark_duplicates`, with splits, perhaps with group
+    near: pd.DataFrame,    # from `name_pairs`
+) -> pd.DataFrame:         # as `name_pairs`: each file that has a copy in a better split, test before val before train, with one of them
+    "Find what would be learned and asked again: near copies count for all exact copies of both images."
+    held, rank = table[table.ok], {"test": 0, "val": 1, "train": 2}
+    image = held.duplicate_of.where(held.duplicate_of != "", held.path)
+    often = image[image.duplicated(keep=False) | image.isin([*near.path, *near.other])]
+    files = {name: sorted((rank[held.split[i]], i) for i in rows if held.split[i] in rank) for name, rows in often.groupby(often).groups.items()}
+    meet = [(own, own, 1.0, "exact") for own in files.values()]
+    meet += [(files[a], files[b], s, k) for r in zip(near.path, near.other, near.similarity, near.kind) for a, b, s, k in (r, (r[1], r[0], *r[2:]))]
+    if "group" in held:
+        named = held[held.group.fillna("").astype(str) != ""]
+        groups = [sorted((rank[held.split[i]], i) for i in rows if held.split[i] in rank) for rows in named.groupby("group").groups.values()]
+        meet += [(own, own, 1.0, "group") for own in groups]
+    rows = {}
+    for own, others, similarity, kind in meet:
+        if not others: continue
+        for at, i in own:
+            if others[0][0] < at: rows.setdefault(i, (others[0][1], similarity, kind))   # exact ones come first
+    one, two = held.loc[list(rows)].reset_index(drop=True), held.loc[[r[0] for r in rows.values()]].reset_index(drop=True)
+    return pd.DataFrame(dict(path=one.path, label=one.label, split=one.split, other=two.path, other_label=two.label, other_split=two.split,
+                             similarity=[r[1] for r in rows.values()], kind=[r[2] for r in rows.values()]))
 
 # %% ../nbs/04d_duplicates.ipynb #cell-74
 def duplicate_checks(
@@ -598,6 +623,7 @@ def duplicate_checks(
     near: pd.DataFrame,       # from `name_pairs`
     result: NearDuplicates,   # from `near_duplicates`
     exact_proof: Proof | None = None,   # from `prove_exact`
+    classes: bool = True,     # whether labels are classes; numbers of images that are nearly the same differ a little
 ) -> list[Check]:             # exact_duplicate, near_duplicate, leak, two_labels
     "Put what was found into the words of an audit."
     exact, n, found = exact_pairs(table), int(table.ok.sum()), _pair_findings
@@ -606,5 +632,7 @@ def duplicate_checks(
         Check("exact_duplicate", "The same pixels under another name.", found(exact), n, proof=exact_proof),
         Check("near_duplicate", "Nearly the same image: resized, recompressed, cropped a little, brighter, darker or mirrored.",
               found(near), result.n_images, *measured),
-        Check("leak", "Copies in different splits: what was seen in training is asked again.", found(across(both, "split")), n, *measured),
-        Check("two_labels", "Copies with different labels: one of them is wrong.", found(across(both, "label")), n, *measured)]
+        Check("leak", "Copies in different splits, and images of one group: what was seen in training is asked again.",
+              found(leaking(table, near)), n, *measured),
+        Check("two_labels", "Copies with different labels: one of them is wrong.", found(across(both if classes else exact, "label")), n,
+              *(measured if classes else (1.0, exact_proof)))]

@@ -148,6 +148,7 @@ def _joined(
     if not old: return "new", new
     if new["action"] == "keep": new = new | dict(findings=" ".join(sorted({*old["findings"].split(), *new["findings"].split()})))
     told = ("was", "label", "findings", "pixel_sha256")
+    if new["action"] == "drop" and old["pixel_sha256"] != new["pixel_sha256"]: return "replaces one of other pixels", new
     if new["action"] == "drop" or [old[k] for k in told] == [new[k] for k in told]: return "as before", old
     return (f"replaces {old['label']}" if new["action"] == "relabel" else "more findings"), new
 
@@ -190,14 +191,21 @@ def corrections_file(
 # %% ../nbs/05a_review.ipynb #cell-30
 def _known(
     table: pd.DataFrame,    # corrections
-    classes: list[str],     # of the run
+    classes: list[str],     # of the run; for several labels per image all combinations
+    task: str = "classification",   # what labels are
 ) -> None:
     "Raise `UsageError` for a label that is no class."
-    wrong = table[(table.action == "relabel") & ~table.label.isin(classes)]
+    from cvnb.tasks import SEPARATOR
+    from cvnb.tasks import task as task_named
+    parts = lambda label: task_named(task).plain(pd.Series([label]))[0].split(SEPARATOR) if task == "multilabel" else [label]
+    names = sorted({p for c in classes for p in parts(c)})
+    number = lambda label: task == "regression" and pd.to_numeric(pd.Series(label.split(SEPARATOR)), errors="coerce").notna().all()
+    wrong = table[(table.action == "relabel") & table.label.map(lambda label: not number(label) and not {*parts(label)} <= {*names}).astype(bool)]
     if wrong.empty: return
     more = f" ({len(wrong) - 1} more images have such labels)" if len(wrong) > 1 else ""
-    raise UsageError(f"{wrong.path.iloc[0]}: '{wrong.label.iloc[0]}' is none of the {len(classes)} classes{more}",
-                     f"{nearest(wrong.label.iloc[0], classes)} Correct it in the App, or give --new-class for a class that is new.")
+    odd = next(p for p in parts(wrong.label.iloc[0]) if p not in names)
+    raise UsageError(f"{wrong.path.iloc[0]}: '{odd}' is none of the {len(names)} classes{more}",
+                     f"{nearest(odd, names)} Correct it in the App, or give --new-class for a class that is new.")
 
 # %% ../nbs/05a_review.ipynb #cell-31
 def accept(
@@ -216,7 +224,7 @@ def accept(
     fits = edits.pixel_sha256.to_numpy() == edits.path.map(dict(zip(manifest.path, manifest.pixel_sha256))).to_numpy()
     source = {p: label for p, label in zip(manifest.path, manifest.get("label_was", [])) if label}
     new = decisions(edits[fits], folder.name, now(), source)
-    if not new_class: _known(new, audit["classes"])
+    if not new_class: _known(new, audit["classes"], audit.get("task", "classification"))
     merged, states = merge(old, new)
     if not dry_run and set(states) - set(IDLE): write_corrections(file, merged)
     stale = decisions(edits[~fits], folder.name, now()).to_dict("records") + [dict(path=e["path"], was=e["was"], label=e["label"]) for e in lost]

@@ -35,6 +35,8 @@ class Task(ABC):
     name: ClassVar[str]
     metric: ClassVar[str]            # headline figure; larger is better
 
+    def plain(self, labels: pd.Series) -> pd.Series: return labels   # what means the same, written in the same way
+
     def scale(self, targets: np.ndarray) -> dict[str, list[float]]: return {}   # what `ModelSpec` gets from the training targets
 
     @abstractmethod
@@ -121,6 +123,9 @@ class Multilabel(Task):
             raise CvnbError(f"the label '{labels.iloc[i]}' of {_at(i, paths)} has an empty part", f"Join names by one '{SEPARATOR}' each.")
         return parts
 
+    def plain(self, labels: pd.Series) -> pd.Series:
+        return labels.map(lambda label: SEPARATOR.join(sorted({p.strip() for p in str(label).split(SEPARATOR)})))
+
     def classes(self, labels: pd.Series, paths: Sequence[str] | None = None) -> list[str]:
         return sorted({p for parts in self.split(labels, paths) for p in parts})
 
@@ -157,6 +162,12 @@ class Multilabel(Task):
 class Regression(Task):
     "Numbers."
     name, metric = "regression", "r2"
+
+    def plain(self, labels: pd.Series) -> pd.Series:
+        def short(text: str) -> str:
+            try: return f"{float(text):.15g}"
+            except ValueError: return text   # `encode` says whose it is
+        return labels.map(lambda label: SEPARATOR.join(short(p.strip()) for p in str(label).split(SEPARATOR)))
 
     def classes(self, labels: pd.Series, paths: Sequence[str] | None = None) -> list[str]:
         k = str(labels.iloc[0]).count(SEPARATOR) + 1
