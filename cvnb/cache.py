@@ -80,7 +80,7 @@ class RowCache:
     ) -> np.ndarray:       # the rows
         "Compute rows into a new file, or into memory where that is not possible."
         import numpy as np
-        path = self.folder/f"{hashlib.sha256(''.join(keys).encode()).hexdigest()[:24]}-{os.getpid()}.npy"
+        path = self.folder/f"{hashlib.sha256(''.join(keys).encode()).hexdigest()[:24]}-{uuid.uuid4().hex[:12]}.npy"
         temp = path.with_suffix(".tmp")
         try: out = _reserve(temp, (len(keys), *self.shape), self.dtype)
         except OSError:

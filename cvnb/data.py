@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'TABLE_SUFFIXES', 'SPLITS', 'list_images', 'data_root', 'scan', 'check_folder', 'read_table',
-           'describe', 'together', 'assign_splits', 'assign_folds', 'write_table', 'read_manifest', 'auto_image_size',
-           'dataset_digest', 'data_revision', 'locate']
+           'describe', 'together', 'check_shares', 'assign_splits', 'assign_folds', 'write_table', 'read_manifest',
+           'auto_image_size', 'dataset_digest', 'data_revision', 'locate']
 
 # %% ../nbs/02_data.ipynb #cell-5
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
@@ -115,7 +115,8 @@ def _read_columns(
     text = dict.fromkeys(("path", "label", "split", "group"), str)
     try:
         if path.suffix.lower() == ".parquet": return pd.read_parquet(path)
-        return pd.read_csv(path, sep="\t" if path.suffix.lower() == ".tsv" else ",", encoding="utf-8-sig", dtype=text, keep_default_na=False)
+        return pd.read_csv(path, sep="\t" if path.suffix.lower() == ".tsv" else ",", encoding="utf-8-sig", dtype=text, keep_default_na=False,
+                           low_memory=False)   # or one column can hold numbers and text
     except (ValueError, OSError) as e:   # pandas' and pyarrow's own errors are ValueErrors
         kind = "Parquet" if path.suffix.lower() == ".parquet" else "a table in UTF-8 with a line of column names"
         raise UsageError(f"{path} is not {kind} ({shorten(' '.join(str(e).split()), 160)})",
@@ -128,6 +129,18 @@ def read_table(
     "Read a table of images; raise `UsageError` that names the column or the row at fault."
     stat = os.stat(path)
     return _parsed(Path(path), (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)).copy()
+
+# %% ../nbs/02_data.ipynb #plain-column
+def _plain(
+    values: pd.Series,   # of a column that is passed on
+) -> pd.Series:          # numbers, or text
+    "Read numbers with gaps as numbers, and write lists and the like as text, so that they can be compared and counted."
+    import pandas as pd
+    if not (pd.api.types.is_object_dtype(values) or pd.api.types.is_string_dtype(values)): return values
+    there = values.notna() & (values.astype(str).str.strip() != "")
+    if any(not isinstance(v, str) for v in values[there].head(1)) and not pd.api.types.is_scalar(values[there].iloc[0]): return values.astype(str)
+    numbers = pd.to_numeric(values.where(there), errors="coerce")
+    return numbers if there.any() and numbers.notna().equals(there) else values
 
 # %% ../nbs/02_data.ipynb #cell-19
 @lru_cache(maxsize=2)
@@ -143,9 +156,12 @@ def _parsed(
     if table.empty: raise UsageError(f"{path} has no rows", "One per image is needed.")
     own = [c for c in ("path", "label", "split", "group") if c in table]
     rest = [c for c in table.columns if c not in own]
-    for c in own: table[c] = table[c].fillna("").astype(str).str.strip() if c != "path" else table[c].fillna("").astype(str)
+    for c in own:
+        table[c] = table[c].astype(object).where(table[c].notna(), "").astype(str)   # whatever type it has
+        if c != "path": table[c] = table[c].str.strip()
     for c in "path", "label":
         if (empty := table[c] == "").any(): raise UsageError(f"{path}: row {_line(empty)} has no {c}", "Fill it in, or drop the row.")
+    for c in rest: table[c] = _plain(table[c])
     table["split"] = _split_column(table, path)
     table["path"] = table.path.map(os.path.normpath)
     table = table.rename(columns={c: f"meta_{c}" for c in rest}).drop_duplicates(["path", "label"], ignore_index=True)
@@ -252,6 +268,15 @@ def together(
         parent[high] = low
     return table.pixel_sha256.map(top)
 
+# %% ../nbs/02_data.ipynb #check-shares
+def check_shares(
+    *shares: float,   # of validation and test, 0 … 1
+) -> None:
+    "Raise `UsageError` for shares that leave nothing to learn from."
+    if sum(shares) <= 0.9: return
+    said = " and ".join(f"{s:g}" for s in shares)
+    raise UsageError(f"shares of {said} for validation and test leave next to nothing for training", "Give smaller ones.")
+
 # %% ../nbs/02_data.ipynb #cell-30
 def assign_splits(
     table: pd.DataFrame,   # path, label, split, ok, pixel_sha256
@@ -263,8 +288,10 @@ def assign_splits(
     "Split each class by hash; what the folder already splits is kept."
     table, given = table.copy(), set(table.split) - {""}
     shares = {s: share for s, share in (("test", test), ("val", val)) if s not in given}
-    if sum(shares.values()) > 0.9:
-        raise UsageError(f"val_share {val:g} and test_share {test:g} leave next to nothing for training", "Give smaller ones.")
+    check_shares(*shares.values())
+    if (left := table.ok & (table.split == "")).any() and given - {"train"}:   # what belongs to images whose split is given goes with them
+        units, there = together(table[table.ok], pairs), table.split[table.ok]
+        table.loc[left, "split"] = units[left[table.ok]].map({u: s for s in ("val", "test") for u in units[there == s]}).astype(object).fillna("")
     todo = table.ok & table.split.isin({"", "train"})
     unit = together(table[todo], pairs)
     order = table[todo].assign(unit=unit).sort_values("path").drop_duplicates("pixel_sha256")
@@ -272,12 +299,15 @@ def assign_splits(
     units["n"], units["rank"] = units.unit.map(order.unit.value_counts()), [digest([seed, u]) for u in units.unit]
     assigned: dict[str, str] = {}
     for _, rows in units.sort_values("rank").groupby("label"):
-        left = list(zip(rows.unit, rows.n))
+        left, taken = list(zip(rows.unit, rows.n)), {}
         for split, share in shares.items():
             n = max(1, round(share * rows.n.sum())) if share and len(rows) > 2 else 0
             while n > 0 and len(left) > 1:
-                name, size = left.pop(0)
-                assigned[name], n = split, n - size
+                at = next((k for k, (_, size) in enumerate(left) if size <= n), None)   # a large unit waits for what has room
+                if at is None and split in taken.values(): break
+                name, size = left.pop(at if at is not None else min(range(len(left)), key=lambda k: left[k][1]))
+                taken[name], n = split, n - size
+        assigned |= taken
     table.loc[todo, "split"] = unit.map(assigned).astype(object).fillna("train")
     table.loc[~table.ok, "split"] = ""
     return table
@@ -345,16 +375,19 @@ def dataset_digest(
     data = Path(data).resolve()
     folder = data_root(data)
     index = cache_dir()/"digests-2"/f"{digest(str(data))[:32]}.json"   # 2: the format of its rows
-    old, new = (read_json(index) if index.exists() else {}), {}
+    old, new, closed = (read_json(index) if index.exists() else {}), {}, []
     names = list_images(folder) if folder == data else [data.name, *sorted(set(read_table(data).path))]
     for name in names:
         try: stat = os.stat(os.path.join(folder, name))
         except (FileNotFoundError, NotADirectoryError): continue   # it is found missing when images are opened
         known = old.get(name)
         stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]   # the last one cannot be set back
-        new[name] = known if known and known[:3] == stamp else [*stamp, sha256_file(folder/name)]
+        if known and known[:3] == stamp: new[name] = known
+        else:
+            try: new[name] = [*stamp, sha256_file(folder/name)]
+            except OSError: closed.append(name)   # the audit says why it cannot be read
     if new != old: write_json(index, new)
-    return digest({name: row[-1] for name, row in new.items()})
+    return digest({name: row[-1] for name, row in new.items()} | dict.fromkeys(closed, ""))
 
 # %% ../nbs/02_data.ipynb #cell-49
 def data_revision(

@@ -315,8 +315,7 @@ def prepare(
     if target.is_dir(): return target
     for old in target.parent.glob(f".{data.name}.*.tmp"):   # a killed process could not tidy up
         if time.time() - old.stat().st_mtime > 86_400: shutil.rmtree(old, ignore_errors=True)
-    temp = target.with_name(f".{data.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temp, ignore_errors=True)
+    temp = target.with_name(f".{data.name}.{os.urandom(6).hex()}.tmp")
     try:
         temp.mkdir(parents=True)
         data.make(temp, report)

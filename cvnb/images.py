@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 # %% auto #0
-__all__ = ['DECODING', 'Unreadable', 'open_image', 'resize', 'load_images', 'inspect_image', 'inspect']
+__all__ = ['Unreadable', 'open_image', 'resize', 'decoding', 'load_images', 'inspect_image', 'inspect']
 
 # %% ../nbs/01c_images.ipynb #cell-5
 def _rgb(
@@ -139,7 +139,8 @@ def _decode(
             _check_pixels(image)   # an icon says only now how large it is
             facts = dict(format=image.format, mode=image.mode, frames=image.n_frames if getattr(image, "is_animated", False) else 1)
             return _rgb(_upright(image)), facts
-    except (OSError, EOFError, SyntaxError, TypeError, ValueError, struct.error, Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
+    except (OSError, EOFError, SyntaxError, TypeError, ValueError, LookupError, ArithmeticError, struct.error,
+            Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
         raise _unreadable(path, e) from None
 
 # %% ../nbs/01c_images.ipynb #cell-11
@@ -173,9 +174,13 @@ def _at_size(
     if digest and sha256_file(path) != digest: raise CvnbError(f"{path} has changed since it was looked at", "Run again from the audit on.")
     return resize(torch.from_numpy(np.array(open_image(path)))[None], size)[0].numpy()
 
-# %% ../nbs/01c_images.ipynb #cell-20
-DECODING = "3"   # changes with what `open_image` and `resize` make of a file
+# %% ../nbs/01c_images.ipynb #decoding
+def decoding() -> str:   # part of the names of caches
+    "Name the way in which files become pixels: the number changes with what `open_image` and `resize` make of a file."
+    import PIL
+    return f"3-{PIL.__version__}"
 
+# %% ../nbs/01c_images.ipynb #cell-20
 def load_images(
     root: Path | str,        # the data folder
     paths: Iterable[str],    # paths relative to it
@@ -185,7 +190,6 @@ def load_images(
 ) -> np.ndarray:             # uint8 (N, size, size, 3), RGB
     "Decode and resize images in parallel, in the order of `paths`."
     import numpy as np
-    import PIL
     root, paths = Path(root), list(paths)
     known = list(digests) if digests is not None else [""] * len(paths)
 
@@ -195,7 +199,7 @@ def load_images(
             for i, _ in enumerate(pool.map(one, range(len(places)))):
                 if report and i % 500 == 0: report(i / len(places), f"decoding {i}/{len(places)}")
 
-    if digests is not None: return RowCache(f"images-{DECODING}-{PIL.__version__}-{size}", (size, size, 3), "uint8").rows(known, make)
+    if digests is not None: return RowCache(f"images-{decoding()}-{size}", (size, size, 3), "uint8").rows(known, make)
     make(list(range(len(paths))), out := np.empty((len(paths), size, size, 3), np.uint8))
     return out
 
@@ -235,11 +239,10 @@ def _facts_cache(
     look: Callable | None,   # what is noted besides
 ) -> RowCache | None:        # None where nobody can say whether `look` has changed
     "Find the cache of what a look tells."
-    import PIL
     code = getattr(sys.modules[look.__module__], "__file__", None) if look else None
     if look and not code: return None
     kind = f"{look.__name__}-{sha256_file(code)[:16]}" if look else "plain"
-    return RowCache(f"facts-{DECODING}-{PIL.__version__}-{kind}", (), "S4096")
+    return RowCache(f"facts-{decoding()}-{kind}", (), "S4096")
 
 # %% ../nbs/01c_images.ipynb #cell-29
 def inspect(
@@ -264,6 +267,8 @@ def inspect(
 
         known = [i for i, d in enumerate(digests) if d and cache]
         rows = dict(zip(known, map(json.loads, cache.rows([digests[i] for i in known], make, chunk=4096)))) if known else {}
+        again = [i for i in known if rows[i]["kind"] in ("missing", "forbidden", "broken") or rows[i]["ok"] and rows[i]["file_sha256"] != digests[i]]
+        rows |= zip(again, pool.map(one, (paths[i] for i in again)))   # it could not be read for a moment, or is another file by now
         rows |= zip(rest := [i for i in range(len(paths)) if i not in rows], pool.map(one, (paths[i] for i in rest)))
     seen = pd.concat([table.reset_index(drop=True), pd.DataFrame([rows[i] for i in range(len(paths))])], axis=1)
     if seen[seen.ok].label.nunique() < 2:

@@ -17,8 +17,9 @@ import pandas as pd
 import pytest
 from PIL import Image, ImageCms, ImageOps, TiffImagePlugin
 
+from cvnb import images
 from cvnb.core import UsageError, read_json
-from cvnb.data import data_root, dataset_digest, describe, list_images, locate, read_manifest, scan
+from cvnb.data import data_root, dataset_digest, describe, list_images, locate, read_manifest, read_table, scan
 from cvnb.images import inspect, inspect_image, open_image
 
 CVNB = Path(sys.executable).with_name("cvnb")
@@ -254,6 +255,43 @@ def test_files_that_are_no_tables(name, content, tmp_path):
     (tmp_path/name).write_bytes(content)
     done = subprocess.run([CVNB, "data", "check", tmp_path/name], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith(f"cvnb: {tmp_path/name} ") and "Traceback" not in done.stderr
+
+
+def test_columns_of_any_type(tmp_path):
+    "Lists become text, numbers with gaps stay numbers, and a split or group may have a type of its own."
+    folder = classes(tmp_path/"photos", a=3, b=3)
+    names = [str(p) for p in sorted(folder.rglob("*.png"))]
+    table = pd.DataFrame(dict(path=names, label=[Path(p).parent.name for p in names], box=[[1, 2]] * 6, group=pd.array([1, None] * 3, "Int64"),
+                              split=pd.Categorical(["train", None] * 3)))
+    table.to_parquet(tmp_path/"x.parquet")
+    seen = read_table(tmp_path/"x.parquet")
+    assert seen.group.tolist() == ["1", ""] * 3 and seen.split.tolist() == ["train", ""] * 3 and seen.meta_box.nunique() == 1
+    table[["path", "label"]].assign(age=["1", "", "3.5", "4", "", "6"], note=["1", "x", "", "", "", ""]).to_csv(tmp_path/"x.csv", index=False)
+    seen = read_table(tmp_path/"x.csv")
+    assert seen.meta_age.isna().sum() == 2 and seen.meta_age.max() == 6 and seen.meta_note.tolist() == ["1", "x", "", "", "", ""]
+
+
+def test_a_row_that_cannot_be_read_is_no_end(tmp_path):
+    folder = classes(tmp_path/"photos", a=3, b=3)
+    rows = "".join(f"photos/{p.relative_to(folder)},{p.parent.name}\n" for p in folder.rglob("*.png"))
+    (tmp_path/"x.csv").write_text("path,label\nphotos/a,a\n" + rows)
+    before = dataset_digest(tmp_path/"x.csv")   # the first row is a folder
+    assert before == dataset_digest(tmp_path/"x.csv")
+    seen = inspect(tmp_path, scan(tmp_path/"x.csv"))
+    assert seen.ok.tolist().count(False) == 1
+
+
+def test_a_file_that_was_away_for_a_moment_is_not_remembered_as_missing(tmp_path, monkeypatch):
+    monkeypatch.setenv("CVNB_CACHE", str(tmp_path/"cache"))
+    folder, look = classes(tmp_path/"photos", a=3, b=3), images.inspect_image
+    table, away = scan(folder), []
+
+    def flaky(path: Path, *more: object) -> dict:
+        if path.stem == "0-0" and len(away) < 2: return away.append(path) or look(path.with_suffix(".gone"), *more)
+        return look(path, *more)
+    monkeypatch.setattr(images, "inspect_image", flaky)
+    first = inspect(folder, table)
+    assert len(away) == 2 and not first.ok.all() and inspect(folder, table).ok.all()
 
 
 def test_images_that_a_table_names_with_whole_paths_are_part_of_its_digest(tmp_path):
