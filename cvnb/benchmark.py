@@ -24,7 +24,8 @@ import numpy as np
 from fastcore.basics import patch
 
 from .core import CvnbError, atomic_path, machine, now
-from .export import Predict, predictor, read_pixels, run_files
+from .export import Predict, read_pixels, run_files
+from .quantize import open_session
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -89,9 +90,19 @@ def _openvino(
         return requests[shape].infer({0: images}, share_inputs=True, share_outputs=True)[0].copy()
     return predict
 
+# %% ../nbs/12_benchmark.ipynb #one-call
+def _onnx(
+    path: str,      # an ONNX file
+    threads: int,   # of the runtime
+) -> Predict:       # raw images to probabilities
+    "Open a file with ONNX Runtime; a batch is one call, however large."
+    session = open_session(path, threads)
+    name = session.get_inputs()[0].name
+    return lambda images: session.run(None, {name: images})[0]
+
 # %% ../nbs/12_benchmark.ipynb #cell-11
 LOADERS: dict[str, Callable[[str, int], Predict]] = {
-    "torch eager": _torch, "onnx fp32": predictor, "onnx int8": predictor, "openvino fp32": _openvino, "openvino int8": _openvino}
+    "torch eager": _torch, "onnx fp32": _onnx, "onnx int8": _onnx, "openvino fp32": _openvino, "openvino int8": _openvino}
 
 # %% ../nbs/12_benchmark.ipynb #cell-13
 def peak_memory_mb() -> float:   # megabytes; NaN where the system does not tell

@@ -597,20 +597,22 @@ def data_split(
         = "classification",
 ) -> None:
     "Fix a data set's splits in a table: by content, so that copies stay on one side and added images move hardly any others."
-    from cvnb.data import assign_folds, assign_splits, data_root, scan
+    from cvnb.data import assign_folds, assign_splits, check_shares, data_root, scan
     from cvnb.images import inspect
     from cvnb.sources import open_data
     if out.suffix.lower() != ".csv": raise UsageError(f"--out {out} does not end in .csv", "Give a CSV file.")
     if out.exists(): raise UsageError(f"{out} exists already", "Give another file; nothing was written.")
+    check_shares(val, test)
+    kind = None
+    if task != "classification":   # which needs no torch
+        from cvnb.tasks import task as task_named
+        from cvnb.tasks import with_strata
+        kind = task_named(task)
     with Lines(sys.stderr) as lines:
         where = open_data(data, lambda fraction, text: lines("data", "progress", fraction, text))
         root = data_root(where)
         table = inspect(root, scan(where), lambda fraction, text: lines("data", "progress", fraction, text))
-    sorts = table
-    if task != "classification":   # which needs no torch
-        from cvnb.tasks import task as task_named
-        from cvnb.tasks import with_strata
-        sorts = with_strata(task_named(task), table)
+    sorts = with_strata(kind, table) if kind else table
     table["split"] = assign_splits(sorts, val, test, seed).split
     if folds: table["meta_fold"] = assign_folds(sorts, folds, seed)
     out.parent.mkdir(parents=True, exist_ok=True)

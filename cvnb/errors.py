@@ -123,7 +123,7 @@ def thirds(
     "Cut images into three parts of about equal size by a measured value."
     if values.nunique() < 2: return {}
     part = pd.qcut(values, 3, duplicates="drop")
-    groups = {p: (part == p).values for p in part.cat.categories}
+    groups = {p: m for p in part.cat.categories if (m := (part == p).values).any()}
     if len(groups) < 2: return {}
     for form in [".0f" if values.abs().max() >= 10 else ".2g", *(f".{digits}g" for digits in range(3, 18))]:   # the first that tells them apart
         names = [f"{values[m].min():{form}} … {values[m].max():{form}}" for m in groups.values()]

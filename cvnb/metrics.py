@@ -133,10 +133,13 @@ def balanced_accuracy(
     labels: np.ndarray,    # true class indices (N,)
     correct: np.ndarray,   # bool (N,)
 ) -> Figure:               # mean recall of the classes that are there
-    "Estimate balanced accuracy with a bootstrap interval."
-    labels, correct = np.asarray(labels), np.asarray(correct, float)
-    recall = lambda counts: ratio(np.bincount(labels, counts * correct), np.bincount(labels, counts))
-    return weighted_bootstrap(lambda counts: float(np.nanmean(recall(counts))), len(labels))
+    "Estimate balanced accuracy; the classes' Wilson intervals are put together by the squares of their halves (Zou and Donner, 2008)."
+    labels, correct = np.asarray(labels), np.asarray(correct, bool)
+    classes = [proportion(int(correct[labels == c].sum()), int((labels == c).sum())) for c in np.unique(labels)]
+    if not classes: return proportion(0, 0)
+    value = float(np.mean([p.value for p in classes]))
+    low, high = (np.sqrt(sum((getattr(p, end) - p.value)**2 for p in classes)) / len(classes) for end in ("low", "high"))
+    return Figure(value, float(max(0, value - low)), float(min(1, value + high)), len(labels))
 
 # %% ../nbs/04_metrics.ipynb #cell-27
 def f1(

@@ -306,7 +306,7 @@ def _loader() -> type:   # a yaml.SafeLoader subclass
 
     class Loader(yaml.SafeLoader):
         def construct_mapping(self, node, deep=False):
-            keys = [self.construct_object(k, deep=True) for k, _ in node.value]
+            keys = [self.construct_object(k, deep=True) for k, _ in node.value if k.tag != "tag:yaml.org,2002:merge"]   # `<<: *common`
             twice = next((k for k in keys if keys.count(k) > 1), None)
             if twice is not None: raise UsageError(f"key '{twice}' is given twice", "Keep one of them.")
             return super().construct_mapping(node, deep)

@@ -282,11 +282,10 @@ def _recorded(
     else:
         try:
             record = read_json(path)
-            trials = [Trial(**t) for t in record["trials"]]
+            trials, same = [Trial(**t) for t in record["trials"]], (record["metric"], record["minimize"]) == (sweep.metric, sweep.minimize)
         except (CvnbError, KeyError, TypeError) as e:
             raise UsageError(f"{path} is damaged ({type(e).__name__})", "Delete it; trials are found again by their folders.") from None
-        if (record["metric"], record["minimize"]) != (sweep.metric, sweep.minimize):   # what fell behind by another figure has to be tried
-            for t in trials: t.state, t.curve = "to do" if t.state == "pruned" else t.state, []
+        for t in [] if same else trials: t.state, t.curve = "to do" if t.state == "pruned" else t.state, []   # it fell behind by another figure
     if odd := next((t for t in trials if set(t.values) != names), None):
         raise UsageError(f"{sweep.folder} varies {', '.join(odd.values) or 'nothing'}, and this sweep {', '.join(sorted(names)) or 'nothing'}",
                          "Give another folder with --out.")

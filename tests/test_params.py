@@ -213,7 +213,7 @@ def test_every_network_of_timm_is_known(monkeypatch):
 def test_layers_and_where_each_value_came_from(monkeypatch, capsys, tmp_path):
     notebook(tmp_path, ('run: str = "runs/x"\na: int = 1\nb: int = 1\nc: int = 1', ["parameters"]), ("from cvnb.params import open_stage", []),
              ('stage = open_stage("one", globals())', []), ("stage.finish()", []))
-    (tmp_path/"r.yaml").write_text("one: {b: 2, c: 2}")
+    (tmp_path/"r.yaml").write_text("one: {<<: {b: 2}, c: 2}")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["cvnb", "run", "--config", "r.yaml", "--set", "one.c=3", "--json"])
     with pytest.raises(SystemExit) as end: cli.main()
