@@ -221,6 +221,8 @@ def accept(
     dataset = load_dataset(folder)
     with explained(f"FiftyOne's dataset of {run} cannot be read"): edits, lost = edited(dataset), dataset.info.get("lost", [])
     manifest = pd.read_parquet(folder/"audit/manifest.parquet")
+    if len(old) and not {*old.pixel_sha256} & {*manifest.pixel_sha256}:   # two data sets can have one name
+        raise UsageError(f"{file} holds corrections of other images, none of this data", "Give another file with --out.")
     fits = edits.pixel_sha256.to_numpy() == edits.path.map(dict(zip(manifest.path, manifest.pixel_sha256))).to_numpy()
     source = {p: label for p, label in zip(manifest.path, manifest.get("label_was", [])) if label}
     new = decisions(edits[fits], folder.name, now(), source)
