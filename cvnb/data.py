@@ -139,8 +139,9 @@ def _plain(
     if not (pd.api.types.is_object_dtype(values) or pd.api.types.is_string_dtype(values)): return values
     there = values.notna() & (values.astype(str).str.strip() != "")
     if any(not isinstance(v, str) for v in values[there].head(1)) and not pd.api.types.is_scalar(values[there].iloc[0]): return values.astype(str)
-    numbers = pd.to_numeric(values.where(there), errors="coerce")
-    return numbers if there.any() and numbers.notna().equals(there) else values
+    number = r"-?(0|[1-9]\d{0,14})(\.\d+)?([eE][-+]?\d+)?"   # not what a number would change: 007, or one of twenty digits
+    if not there.any() or not values[there].astype(str).str.strip().str.fullmatch(number).all(): return values
+    return pd.to_numeric(values.where(there))
 
 # %% ../nbs/02_data.ipynb #cell-19
 @lru_cache(maxsize=2)
@@ -277,6 +278,23 @@ def check_shares(
     said = " and ".join(f"{s:g}" for s in shares)
     raise UsageError(f"shares of {said} for validation and test leave next to nothing for training", "Give smaller ones.")
 
+# %% ../nbs/02_data.ipynb #share-out
+def _share_out(
+    units: list[tuple[str, int]],   # of one class, in random order: name, images
+    shares: dict[str, float],       # split -> its share; the rest is for training
+) -> dict[str, str]:                # unit -> split
+    "Deal units out; a large one waits for what has room, and each split gets one where there are enough."
+    left, taken, total = list(units), {}, sum(size for _, size in units)
+    for k, (split, share) in enumerate(shares.items(), 1):
+        later = sum(s > 0 for s in [*shares.values()][k:])
+        n = max(1, round(share * total)) if share and len(units) > 2 else 0
+        while n > 0 and len(left) > 1 + later:
+            at = next((j for j, (_, size) in enumerate(left) if size <= n), None)
+            if at is None and split in taken.values(): break
+            name, size = left.pop(at if at is not None else min(range(len(left)), key=lambda j: left[j][1]))
+            taken[name], n = split, n - size
+    return taken
+
 # %% ../nbs/02_data.ipynb #cell-30
 def assign_splits(
     table: pd.DataFrame,   # path, label, split, ok, pixel_sha256
@@ -289,25 +307,17 @@ def assign_splits(
     table, given = table.copy(), set(table.split) - {""}
     shares = {s: share for s, share in (("test", test), ("val", val)) if s not in given}
     check_shares(*shares.values())
-    if (left := table.ok & (table.split == "")).any() and given - {"train"}:   # what belongs to images whose split is given goes with them
+    if (free := table.ok & (table.split == "")).any() and given - {"train"}:   # what belongs to images whose split is given goes with them
         units, there = together(table[table.ok], pairs), table.split[table.ok]
-        table.loc[left, "split"] = units[left[table.ok]].map({u: s for s in ("val", "test") for u in units[there == s]}).astype(object).fillna("")
+        taken = {u: s for s in ("val", "test") for u in units[there == s]}
+        table.loc[free, "split"] = units[free[table.ok]].map(taken).astype(object).fillna("")
     todo = table.ok & table.split.isin({"", "train"})
     unit = together(table[todo], pairs)
     order = table[todo].assign(unit=unit).sort_values("path").drop_duplicates("pixel_sha256")
     units = order.value_counts(["unit", "label"]).rename("n").reset_index().drop_duplicates("unit")   # a unit counts for its commonest class
     units["n"], units["rank"] = units.unit.map(order.unit.value_counts()), [digest([seed, u]) for u in units.unit]
     assigned: dict[str, str] = {}
-    for _, rows in units.sort_values("rank").groupby("label"):
-        left, taken = list(zip(rows.unit, rows.n)), {}
-        for split, share in shares.items():
-            n = max(1, round(share * rows.n.sum())) if share and len(rows) > 2 else 0
-            while n > 0 and len(left) > 1:
-                at = next((k for k, (_, size) in enumerate(left) if size <= n), None)   # a large unit waits for what has room
-                if at is None and split in taken.values(): break
-                name, size = left.pop(at if at is not None else min(range(len(left)), key=lambda k: left[k][1]))
-                taken[name], n = split, n - size
-        assigned |= taken
+    for _, rows in units.sort_values("rank").groupby("label"): assigned |= _share_out(list(zip(rows.unit, rows.n)), shares)
     table.loc[todo, "split"] = unit.map(assigned).astype(object).fillna("train")
     table.loc[~table.ok, "split"] = ""
     return table
@@ -380,6 +390,7 @@ def dataset_digest(
     for name in names:
         try: stat = os.stat(os.path.join(folder, name))
         except (FileNotFoundError, NotADirectoryError): continue   # it is found missing when images are opened
+        except OSError: closed.append(name); continue
         known = old.get(name)
         stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]   # the last one cannot be set back
         if known and known[:3] == stamp: new[name] = known

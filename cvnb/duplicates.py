@@ -600,19 +600,19 @@ def leaking(
     "Find what would be learned and asked again: near copies count for all exact copies of both images."
     held, rank = table[table.ok], {"test": 0, "val": 1, "train": 2}
     image = held.duplicate_of.where(held.duplicate_of != "", held.path)
+    at = held.split.map(rank).dropna().astype(int).to_dict()
     often = image[image.duplicated(keep=False) | image.isin([*near.path, *near.other])]
-    files = {name: sorted((rank[held.split[i]], i) for i in rows if held.split[i] in rank) for name, rows in often.groupby(often).groups.items()}
+    files = {name: sorted((at[i], i) for i in rows if i in at) for name, rows in often.groupby(often).groups.items()}
     meet = [(own, own, 1.0, "exact") for own in files.values()]
     meet += [(files[a], files[b], s, k) for r in zip(near.path, near.other, near.similarity, near.kind) for a, b, s, k in (r, (r[1], r[0], *r[2:]))]
     if "group" in held:
         named = held[held.group.fillna("").astype(str) != ""]
-        groups = [sorted((rank[held.split[i]], i) for i in rows if held.split[i] in rank) for rows in named.groupby("group").groups.values()]
-        meet += [(own, own, 1.0, "group") for own in groups]
+        meet += [(own := sorted((at[i], i) for i in rows if i in at), own, 1.0, "group") for rows in named.groupby("group").groups.values()]
     rows = {}
     for own, others, similarity, kind in meet:
         if not others: continue
-        for at, i in own:
-            if others[0][0] < at: rows.setdefault(i, (others[0][1], similarity, kind))   # exact ones come first
+        for place, i in own:
+            if others[0][0] < place: rows.setdefault(i, (others[0][1], similarity, kind))   # exact ones come first
     one, two = held.loc[list(rows)].reset_index(drop=True), held.loc[[r[0] for r in rows.values()]].reset_index(drop=True)
     return pd.DataFrame(dict(path=one.path, label=one.label, split=one.split, other=two.path, other_label=two.label, other_split=two.split,
                              similarity=[r[1] for r in rows.values()], kind=[r[2] for r in rows.values()]))

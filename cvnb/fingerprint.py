@@ -309,8 +309,8 @@ def _imported(
     source: str,   # a cell or a module
 ) -> set[str]:     # names of packages
     "List what a piece of code imports, behind a magic too."
-    plain = re.sub(r"^\s*[%!].*$", "", source, flags=re.M)
-    found = _packages(_all(tree)) if (tree := _tree(plain)) else set()
+    tree = _tree(source) or _tree(re.sub(r"^\s*[%!].*$", "", source, flags=re.M))
+    found = _packages(_all(tree)) if tree else set()
     return found | set(re.findall(r"^\s*(?:%+\w+\s+)?(?:from|import)\s+(\w+)", source, re.M)) - {"cvnb"}
 
 # %% ../nbs/01d_fingerprint.ipynb #own-modules

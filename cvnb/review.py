@@ -195,11 +195,9 @@ def _known(
     task: str = "classification",   # what labels are
 ) -> None:
     "Raise `UsageError` for a label that is no class."
-    from cvnb.tasks import SEPARATOR
-    from cvnb.tasks import task as task_named
-    parts = lambda label: task_named(task).plain(pd.Series([label]))[0].split(SEPARATOR) if task == "multilabel" else [label]
+    parts = lambda label: sorted({p.strip() for p in label.split("|")}) if task == "multilabel" else [label]
     names = sorted({p for c in classes for p in parts(c)})
-    number = lambda label: task == "regression" and pd.to_numeric(pd.Series(label.split(SEPARATOR)), errors="coerce").notna().all()
+    number = lambda label: task == "regression" and pd.to_numeric(pd.Series(label.split("|")), errors="coerce").notna().all()
     wrong = table[(table.action == "relabel") & table.label.map(lambda label: not number(label) and not {*parts(label)} <= {*names}).astype(bool)]
     if wrong.empty: return
     more = f" ({len(wrong) - 1} more images have such labels)" if len(wrong) > 1 else ""

@@ -165,8 +165,8 @@ class Regression(Task):
 
     def plain(self, labels: pd.Series) -> pd.Series:
         def short(text: str) -> str:
-            try: return f"{float(text):.15g}"
-            except ValueError: return text   # `encode` says whose it is
+            try: return text if "_" in text else f"{float(text):.15g}"
+            except ValueError: return text   # `encode` says whose it is, also of 12_5, which is a number to Python alone
         return labels.map(lambda label: SEPARATOR.join(short(p.strip()) for p in str(label).split(SEPARATOR)))
 
     def classes(self, labels: pd.Series, paths: Sequence[str] | None = None) -> list[str]:

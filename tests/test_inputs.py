@@ -266,9 +266,11 @@ def test_columns_of_any_type(tmp_path):
     table.to_parquet(tmp_path/"x.parquet")
     seen = read_table(tmp_path/"x.parquet")
     assert seen.group.tolist() == ["1", ""] * 3 and seen.split.tolist() == ["train", ""] * 3 and seen.meta_box.nunique() == 1
-    table[["path", "label"]].assign(age=["1", "", "3.5", "4", "", "6"], note=["1", "x", "", "", "", ""]).to_csv(tmp_path/"x.csv", index=False)
+    columns = dict(age=["1", "", "3.5", "4", "", "6"], note=["1", "x", "", "", "", ""], patient=["007"] + ["12"] * 4 + [""])
+    table[["path", "label"]].assign(**columns).to_csv(tmp_path/"x.csv", index=False)
     seen = read_table(tmp_path/"x.csv")
     assert seen.meta_age.isna().sum() == 2 and seen.meta_age.max() == 6 and seen.meta_note.tolist() == ["1", "x", "", "", "", ""]
+    assert seen.meta_patient.tolist() == ["007"] + ["12"] * 4 + [""], "a name is no number"
 
 
 def test_a_row_that_cannot_be_read_is_no_end(tmp_path):

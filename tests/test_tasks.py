@@ -36,8 +36,8 @@ def model_for(name: str, classes: list[str], **units: list[float]):
 
 
 def test_names() -> None:
-    labels = pd.Series([" b|a", "a|b", "a", "1.0", "1", "x"])
-    assert task("multilabel").plain(labels).nunique() == 5 and task("regression").plain(labels[3:]).tolist() == ["1", "1", "x"]
+    labels = pd.Series([" b|a", "a|b", "a", "1.0", "1", "x", "12_5"])
+    assert task("multilabel").plain(labels).nunique() == 6 and task("regression").plain(labels[3:]).tolist() == ["1", "1", "x", "12_5"]
     assert TASKS == ("classification", "multilabel", "regression")
     with pytest.raises(UsageError, match="Did you mean 'multilabel'"): task("multilable")
 
