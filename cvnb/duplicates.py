@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ['SIDE', 'EVIDENCE', 'KINDS', 'mark_duplicates', 'originals', 'prove_exact', 'thumbnails', 'vectors', 'build_index',
            'search', 'candidates', 'own_pairs', 'compare', 'change', 'Planted', 'plant', 'Weights', 'weigh', 'Tail',
            'fit_tails', 'pick_threshold', 'predict_precision', 'NearDuplicates', 'near_duplicates', 'name_pairs',
-           'exact_pairs', 'across', 'leaking', 'duplicate_checks']
+           'exact_pairs', 'leaking', 'duplicate_checks']
 
 # %% ../nbs/04d_duplicates.ipynb #cell-7
 def mark_duplicates(
@@ -568,14 +568,6 @@ def exact_pairs(
     pairs = pd.DataFrame(dict(i=copied.duplicate_of.map(place), j=copied.path.map(place), similarity=1.0, kind="exact"))
     return name_pairs(pairs.reset_index(drop=True), table)
 
-# %% ../nbs/04d_duplicates.ipynb #cell-70
-def across(
-    pairs: pd.DataFrame,   # from `name_pairs`
-    what: str,             # "split" for leaks, "label" for one image under two labels
-) -> pd.DataFrame:         # the pairs whose images differ in it
-    "Keep the pairs that lie in different splits, or in different classes."
-    return pairs[pairs[what] != pairs[f"other_{what}"]].reset_index(drop=True)
-
 # %% ../nbs/04d_duplicates.ipynb #cell-73
 def _pair_findings(
     pairs: pd.DataFrame,   # from `name_pairs`
@@ -627,12 +619,12 @@ def duplicate_checks(
 ) -> list[Check]:             # exact_duplicate, near_duplicate, leak, two_labels
     "Put what was found into the words of an audit."
     exact, n, found = exact_pairs(table), int(table.ok.sum()), _pair_findings
-    both, measured = pd.concat([exact, near], ignore_index=True), (result.threshold, result.proof)
+    copies, measured = pd.concat([exact, near], ignore_index=True) if classes else exact, (result.threshold, result.proof)
     return [
         Check("exact_duplicate", "The same pixels under another name.", found(exact), n, proof=exact_proof),
         Check("near_duplicate", "Nearly the same image: resized, recompressed, cropped a little, brighter, darker or mirrored.",
               found(near), result.n_images, *measured),
         Check("leak", "Copies in different splits, and images of one group: what was seen in training is asked again.",
               found(leaking(table, near)), n, *measured),
-        Check("two_labels", "Copies with different labels: one of them is wrong.", found(across(both if classes else exact, "label")), n,
+        Check("two_labels", "Copies with different labels: one of them is wrong.", found(copies[copies.label != copies.other_label]), n,
               *(measured if classes else (1.0, exact_proof)))]

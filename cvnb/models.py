@@ -32,8 +32,8 @@ from .images import resize
 # %% auto #0
 __all__ = ['SMALL_IMAGE', 'PACKAGED', 'WEIGHT_SUFFIXES', 'ModelSpec', 'Preprocess', 'Units', 'SmallMaps', 'VisionModel', 'build',
            'check_size', 'unseen_border', 'packaged_state', 'read_weights', 'run_folder', 'create_model', 'save_model',
-           'fit_to_shapes', 'load_model', 'load_classifier', 'torch_device', 'predict_logits', 'predict_proba',
-           'digest_weights', 'features', 'count_macs', 'count_params', 'embedder', 'embed']
+           'fit_to_shapes', 'load_model', 'load_classifier', 'predict_logits', 'predict_proba', 'digest_weights',
+           'features', 'count_macs', 'count_params', 'embedder', 'embed']
 
 # %% ../nbs/03_models.ipynb #cell-5
 @dataclass(frozen=True)
@@ -533,13 +533,6 @@ def load_classifier(
     if kind == "classification": return load_model(folder)
     raise CvnbError(f"{stage} is made for classification, and the model in {folder} was trained for {kind}",
                     "Its predictions and figures are in the train folder; train with task=classification to go on.")
-
-# %% ../nbs/03_models.ipynb #torch-device
-def torch_device(
-    device: str,   # "auto", "cpu" or "gpu", as recipes say it
-) -> str:          # as torch says it
-    "Say where one process computes: on the GPU if there is one and it is not to be left alone."
-    return "cuda" if torch.cuda.is_available() and device != "cpu" else "cpu"
 
 # %% ../nbs/03_models.ipynb #by-batches
 def _by_batches(

@@ -22,8 +22,8 @@ import torch
 from .core import CvnbError, UsageError, read_json, write_json
 
 # %% auto #0
-__all__ = ['FORKS', 'FORK_REMEDY', 'started_outside', 'nodes', 'own_gpu', 'way_of', 'out_of_memory', 'explained', 'note_errors',
-           'error_of', 'interruptible', 'relayed']
+__all__ = ['FORKS', 'FORK_REMEDY', 'started_outside', 'nodes', 'own_gpu', 'torch_device', 'way_of', 'out_of_memory', 'explained',
+           'note_errors', 'error_of', 'interruptible', 'relayed']
 
 # %% ../nbs/05e_processes.ipynb #dist-156
 FORKS = ("ddp_notebook", "ddp_fork", "ddp_notebook_find_unused_parameters_true", "ddp_notebook_find_unused_parameters_false",
@@ -47,6 +47,13 @@ def own_gpu() -> str:   # "cuda", or "cuda:1" where each process has one of seve
     "Name the GPU of this process."
     number = os.environ.get("LOCAL_RANK" if "TORCHELASTIC_RUN_ID" in os.environ else "SLURM_LOCALID", "0")
     return f"cuda:{int(number) % max(1, torch.cuda.device_count())}" if started_outside() else "cuda"
+
+# %% ../nbs/05e_processes.ipynb #torch-device
+def torch_device(
+    device: str,   # "auto", "cpu" or "gpu", as recipes say it
+) -> str:          # as torch says it
+    "Say where one process computes: on the GPU if there is one and it is not to be left alone."
+    return "cuda" if torch.cuda.is_available() and device != "cpu" else "cpu"
 
 # %% ../nbs/05e_processes.ipynb #dist-158
 def way_of(

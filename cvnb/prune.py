@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from .core import CvnbError, UsageError
 from .metrics import accuracy
-from .models import VisionModel, count_macs, count_params, predict_logits, torch_device
+from .models import VisionModel, count_macs, count_params, predict_logits
+from .processes import torch_device
 
 # %% auto #0
 __all__ = ['CUTTABLE', 'check_prunable', 'sensitivity', 'Slice', 'prune_path', 'prune', 'recalibrate', 'layer_table', 'tradeoff',

@@ -32,10 +32,10 @@ from .augment import augmentation
 from .core import CvnbError, UsageError, atomic_path, digest, read_json, write_json
 from .fingerprint import code_of
 from .loaders import Labelled, TrainLoader, check_classes, mix_seed
-from .models import ModelSpec, VisionModel, check_size, digest_weights, predict_logits, torch_device, unseen_border
+from .models import ModelSpec, VisionModel, check_size, digest_weights, predict_logits, unseen_border
 from .optim import averaging, make_optimizer, schedule
 from .probe import fit_head
-from .processes import FORK_REMEDY, FORKS, error_of, interruptible, nodes, note_errors, out_of_memory, own_gpu, relayed, way_of
+from .processes import FORK_REMEDY, FORKS, error_of, interruptible, nodes, note_errors, out_of_memory, own_gpu, relayed, torch_device, way_of
 from .tasks import class_weights, sampling_weights, task_of
 
 # %% auto #0

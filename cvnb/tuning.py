@@ -24,9 +24,9 @@ from pytorch_lightning.tuner import Tuner
 
 from .core import CvnbError, UsageError, digest, read_json, write_json
 from .loaders import Labelled, TrainLoader
-from .models import VisionModel, digest_weights, torch_device
+from .models import VisionModel, digest_weights
 from .optim import make_optimizer
-from .processes import interruptible, started_outside
+from .processes import interruptible, started_outside, torch_device
 from .tasks import task_of
 from .train import Classifier, DataModule, FitOptions, accelerator_for, can_halve, halve, loss_weights, out_of_memory, quiet
 
