@@ -138,9 +138,10 @@ def _plain(
     import pandas as pd
     if not (pd.api.types.is_object_dtype(values) or pd.api.types.is_string_dtype(values)): return values
     there = values.notna() & (values.astype(str).str.strip() != "")
-    if any(not isinstance(v, str) for v in values[there].head(1)) and not pd.api.types.is_scalar(values[there].iloc[0]): return values.astype(str)
+    if not there.any(): return values
+    if not pd.api.types.is_scalar(values[there].iloc[0]): return values.astype(str)
     number = r"-?(0|[1-9]\d{0,14})(\.\d+)?([eE][-+]?\d+)?"   # not what a number would change: 007, or one of twenty digits
-    if not there.any() or not values[there].astype(str).str.strip().str.fullmatch(number).all(): return values
+    if not values[there].astype(str).str.strip().str.fullmatch(number).all(): return values
     return pd.to_numeric(values.where(there))
 
 # %% ../nbs/02_data.ipynb #cell-19

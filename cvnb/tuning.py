@@ -170,7 +170,7 @@ def _pick(
         picked.append(dict(option=option, picked=value, why=why))
         options = replace(options, **{option: value})
 
-    gpu = torch.cuda.is_available() and options.device != "cpu"
+    gpu = torch_device(options.device) == "cuda"
     if options.precision == "auto": pick("precision", *_precision(gpu))
     if options.workers < 0: pick("workers", *_workers(gpu, train))
     if options.batch_size == 0:
