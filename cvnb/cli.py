@@ -293,7 +293,8 @@ def _show(
         verdict = read_json(folder/"benchmark/benchmark.json")["control"]["verdict"]
         right = dict.fromkeys(("ms p50", "MB", "faster", "than peer"), "right")
         _table("", {"model": "left", "runtime": "left", "accuracy [95 %]": "left", **right}, rows)
-        print(f"\nControl: {verdict}\nCompression: {_accepted(read_json(folder/'compress/verdict.json'))}")
+        print("\nfaster: than the trained model in eager torch; than peer: than the trained model in OpenVINO INT8, where that is installed")
+        print(f"Control: {verdict}\nCompression: {_accepted(read_json(folder/'compress/verdict.json'))}")
         where = quote(str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder))
         image = quote(str(_example(folder)))
         print(f"\nNext:\n  cvnb dashboard {where}\n  cvnb predict {where} {image}\n  jupyter lab {where}/errors/notebook.ipynb")
