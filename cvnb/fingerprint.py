@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import cvnb
-from .core import atomic_path, digest
+from .core import CvnbError, atomic_path, digest, nearest
 
 # %% auto #0
 __all__ = ['Name', 'code_digest', 'Node', 'reached', 'packages', 'own_modules', 'code_of']
@@ -65,28 +65,60 @@ def code_digest(
     return digest(ast.dump(tree) if (tree := _tree(source)) else source)
 
 # %% ../nbs/01d_fingerprint.ipynb #cell-10
-Name = tuple[str, str]   # module, and the name in it; "*" is the whole module
+Name = tuple[str, str]   # module ("audit.duplicates"), and the name in it; "*" is the whole module
 _ON_IMPORT = ""          # the name of what a module does when it is imported
 
+def _folders(
+    package: frozenset[str],   # the package's modules
+) -> set[str]:                 # "audit" where there is an audit.duplicates
+    "List the sub-packages of the package."
+    return {".".join(m.split(".")[:k]) for m in package for k in range(1, m.count(".") + 1)}
+
+
+def _files(
+    package: Path,       # the package's folder
+) -> dict[str, Path]:    # "audit.duplicates" -> its file; the `__init__.py` of a sub-package is "audit"
+    "List the modules of the package and of its sub-packages."
+    found = {}
+    for path in package.rglob("*.py"):
+        parts = path.relative_to(package).with_suffix("").parts
+        if parts[-1] == "__init__": parts = parts[:-1]
+        if parts and not any(p.startswith((".", "_")) for p in parts): found[".".join(parts)] = path
+    return found
+
 # %% ../nbs/01d_fingerprint.ipynb #cell-11
+def _base(
+    node: ast.ImportFrom,   # an import
+    around: str,            # the sub-package that the code lies in: "audit" for audit.duplicates; "" at the package's top
+) -> str | None:            # "audit.duplicates" for `from cvnb.audit.duplicates import …`; None for another package
+    "Resolve the module that `from … import` names."
+    if not node.level:
+        first, _, rest = (node.module or "").partition(".")
+        return rest if first == "cvnb" else None
+    parents = around.split(".") if around else []
+    parents = parents[:len(parents) - (node.level - 1)] if node.level > 1 else parents
+    return ".".join([*parents, *filter(None, [node.module])])
+
+
 def _imports(
     nodes: list[ast.AST],   # of a piece of code
     package: frozenset[str],# the package's modules
+    around: str = "",       # the sub-package that the code lies in
 ) -> dict[str, Name]:       # local name -> what it stands for
     "List what a piece of code imports from the package, at its top or inside functions."
     found: dict[str, Name] = {}
+    known = package | _folders(package)
     for n in nodes:
         if isinstance(n, ast.Import):
             for a in n.names:
                 first, _, rest = a.name.partition(".")
-                if first == "cvnb": found[a.asname or first] = (rest, "*") if a.asname and rest else ("", "*")
-        elif isinstance(n, ast.ImportFrom):   # nbdev writes `from .core import …` into the modules
-            base = ".".join(filter(None, ["cvnb" if n.level else "", n.module]))
-            if base.split(".")[0] != "cvnb": continue
-            for a in n.names:
-                module = base.partition(".")[2]
-                whole = not module and a.name in package
-                found[a.asname or a.name] = (a.name, "*") if whole else (module, a.name)
+                if first != "cvnb": continue
+                found[a.asname or first] = (rest, "*") if a.asname and rest else ("", "*")
+                if rest and not a.asname: found[f"{first}.{rest}"] = (rest, _ON_IMPORT)   # loaded, and named in full where it is used
+        elif isinstance(n, ast.ImportFrom) and (base := _base(n, around)) is not None:
+            for a in n.names:   # nbdev writes `from ..core.files import …` into the modules
+                inner = f"{base}.{a.name}" if base else a.name
+                found[a.asname or a.name] = (inner, "*") if inner in known else (base, a.name)
     return found
 
 # %% ../nbs/01d_fingerprint.ipynb #cell-12
@@ -119,24 +151,49 @@ def _notes(
     return {id(n) for note in notes if note for n in _all(note)}
 
 # %% ../nbs/01d_fingerprint.ipynb #cell-15
+def _located(
+    module: str,               # "" is the package itself
+    chain: list[str],          # attributes behind it
+    package: frozenset[str],   # the package's modules
+) -> Name:                     # the module that they lead to, and the name in it
+    "Follow attributes from a package down to a module: `cvnb.core.files.digest`."
+    known = package | _folders(package)
+    while chain and (inner := f"{module}.{chain[0]}" if module else chain[0]) in known: module, chain = inner, chain[1:]
+    return module, chain[0] if chain else "*"
+
+
 def _names(
     nodes: list[ast.AST],      # of a piece of code
     known: dict[str, Name],    # what names stand for around it
     package: frozenset[str],   # the package's modules
+    around: str = "",          # the sub-package that the code lies in
 ) -> set[Name]:                # what it uses of the package
     "List the package's names that a piece of code uses."
-    own = _imports(nodes, package)
+    own = _imports(nodes, package, around)
     known, passed = known | own, _notes(nodes)
     used = {(module, "*" if local == "*" else _ON_IMPORT) for local, (module, _) in own.items()}
     for n in nodes:
         if id(n) in passed or not isinstance(n, (ast.Name, ast.Attribute)): continue
         if not (chain := _dotted(n)) or chain[0] not in known: continue
         passed |= {id(m) for m in _all(n)}   # the shorter chains inside this one
-        (module, name), rest = known[chain[0]], chain[1:]
-        if not module and rest: module, *rest = rest   # cvnb.core.digest
-        used.add((module, (rest[0] if rest else "*") if name == "*" else name))
+        module, name = known[chain[0]]
+        used.add(_located(module, chain[1:], package) if name == "*" else (module, name))
     for text in _strings(nodes): used |= _hidden(text, package)
-    return {(module, name) for module, name in used if module in package}
+    return set().union(*(_spread(name, package) for name in used))
+
+
+def _spread(
+    name: Name,                # of a module or a sub-package
+    package: frozenset[str],   # the package's modules
+) -> set[Name]:                # names of modules; none for the package itself
+    "Replace a sub-package that is used as a whole by all its modules, and add what importing a module runs above it."
+    module, what = name
+    if not module: return set()
+    parents = [".".join(module.split(".")[:k]) for k in range(1, module.count(".") + 1)]
+    found = {(p, _ON_IMPORT) for p in parents if p in package}
+    if module in package: found.add(name)
+    if module in _folders(package) and what == "*": found |= {(m, "*") for m in package if m.startswith(f"{module}.")}
+    return found
 
 # %% ../nbs/01d_fingerprint.ipynb #cell-16
 def _hidden(
@@ -146,7 +203,16 @@ def _hidden(
     "Look into a string for code."
     try: used = _names(_all(ast.parse(text)), {}, package)
     except SyntaxError: used = set()
-    return used or {(m, "*") for m in re.findall(r"\bcvnb\.(\w+)", text)}
+    return used or _mentioned(text, package)
+
+
+def _mentioned(
+    text: str,                 # that is no plain Python
+    package: frozenset[str],   # the package's modules
+) -> set[Name]:                # the modules, each as a whole
+    "List the modules that a text names as `cvnb.core.files`."
+    found = {_located("", chain.strip(".").split("."), package)[0] for chain in re.findall(r"\bcvnb((?:\.\w+)+)", text)}
+    return set().union(*(_spread((module, "*"), package) for module in found))
 
 # %% ../nbs/01d_fingerprint.ipynb #cell-19
 @dataclass
@@ -207,8 +273,9 @@ def _packages(
 # %% ../nbs/01d_fingerprint.ipynb #cell-26
 def _graph(
     source: str,              # a module's
-    module: str,              # its name
+    module: str,              # its name, "audit.duplicates"
     package: frozenset[str],  # the package's modules
+    around: str = "",         # the sub-package that it lies in, "audit"
 ) -> dict[str, Node]:         # name -> node
     "Read a module's graph from its source."
     body = [s for s in _bare(ast.parse(source)).body if not _for_types(s)]
@@ -218,14 +285,14 @@ def _graph(
     for s in body:
         if isinstance(s, (ast.Import, ast.ImportFrom)):
             outside |= _outside(s)
-            known |= (imported := _imports([s], package))
-            nodes[_ON_IMPORT].uses |= {(m, _ON_IMPORT) for m, _ in imported.values() if m in package}
+            known |= (imported := _imports([s], package, around))
+            for m, _ in imported.values(): nodes[_ON_IMPORT].uses |= _spread((m, _ON_IMPORT), package)
             nodes[_ON_IMPORT].packages |= _packages([s])
     for s in body:
         if isinstance(s, (ast.Import, ast.ImportFrom)) or (owner := _owner(s)) == ["__all__"]: continue
         inside = _all(s)
         origins = sorted({f"{n.id} = {outside[n.id]}" for n in inside if isinstance(n, ast.Name) and n.id in outside})
-        code, uses, others = [digest(ast.dump(s)), *origins], _names(inside, known, package), _packages(inside)
+        code, uses, others = [digest(ast.dump(s)), *origins], _names(inside, known, package, around), _packages(inside)
         for name in owner:
             node = nodes.setdefault(name, Node())
             node.code += code
@@ -237,22 +304,23 @@ def _graph(
 @lru_cache
 def _reader() -> list[str]:
     "Say what a graph depends on besides its module: this module, and the Python that parses."
-    return [(Path(cvnb.__file__).parent/"fingerprint.py").read_text(encoding="utf-8"), sys.version]
+    return [Path(__file__).read_text(encoding="utf-8") if "__file__" in globals() else "", sys.version]
 
 
 @lru_cache
 def _module(
     path: Path,               # a module's file
     stamp: int,               # its time stamp, so that an edit is seen
+    name: str,                # "audit.duplicates"
     package: frozenset[str],  # the package's modules
 ) -> dict[str, Node]:         # name -> node
     "Give a module's graph: the one kept beside its bytecode if it is of the same source, else a new one, which is kept."
     source, kept = path.read_text(encoding="utf-8"), path.parent/"__pycache__"/f"{path.stem}.graph.json"
-    of = digest([source, path.stem, sorted(package), *_reader()])
+    of = digest([source, name, sorted(package), *_reader()])
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):   # there is none, or it is damaged
         found = json.loads(kept.read_text(encoding="utf-8"))
         if found["of"] == of: return {name: Node(code, set(map(tuple, uses)), set(others)) for name, (code, uses, others) in found["nodes"].items()}
-    nodes = _graph(source, path.stem, package)
+    nodes = _graph(source, name, package, name if path.stem == "__init__" else name.rpartition(".")[0])
     with contextlib.suppress(OSError):   # a folder that cannot be written
         text = json.dumps(dict(of=of, nodes={name: [n.code, sorted(n.uses), sorted(n.packages)] for name, n in nodes.items()}))
         with atomic_path(kept) as temp: temp.write_text(text, encoding="utf-8")
@@ -263,13 +331,13 @@ def _walk(
     cells: list[str],              # the sources of a notebook's code cells
     package: Path | None = None,   # the package's folder
 ) -> dict[str, Node]:              # "module.name" -> node, for all that is reached
-    "Follow the names that cells use through the package."
-    files = {p.stem: p for p in (package or Path(cvnb.__file__).parent).glob("*.py") if not p.stem.startswith("_")}
+    "Follow the names that cells use through the package; raise `CvnbError` for a module that the package does not have."
+    files = _files(package or Path(cvnb.__file__).parent)
     modules, found = frozenset(files), {}
     todo = list(_in_cells(cells, modules))
     while todo:
         module, name = todo.pop()
-        nodes = _module(files[module], files[module].stat().st_mtime_ns, modules)
+        nodes = _module(files[module], files[module].stat().st_mtime_ns, module, modules)
         for n in {_ON_IMPORT, *([name] if name in nodes else nodes)}:   # a name that is defined in no visible way: all of the module
             key = f"{module}.{n}" if n else module
             if key in found: continue
@@ -332,13 +400,27 @@ def own_modules(
     return found
 
 # %% ../nbs/01d_fingerprint.ipynb #cell-32
+def _check_imports(
+    nodes: list[ast.AST],      # of a cell
+    package: frozenset[str],   # the package's modules
+) -> None:
+    "Raise `CvnbError` for an import of a module that the package does not have: what it stands for would be in no key."
+    known = package | _folders(package) | {"", "_modidx"}
+    named = [a.name for n in nodes if isinstance(n, ast.Import) for a in n.names if a.name.split(".")[0] == "cvnb"]
+    named += [n.module for n in nodes if isinstance(n, ast.ImportFrom) and not n.level and (n.module or "").split(".")[0] == "cvnb"]
+    for name in named:
+        if (module := name.partition(".")[2]) in known: continue
+        raise CvnbError(f"a cell imports {name}, which is no module of cvnb", nearest(name, [f"cvnb.{m}" for m in sorted(package)])[:200])
+
+
 def _in_cells(
     cells: list[str],          # sources
     package: frozenset[str],   # the package's modules
 ) -> set[Name]:                # names of the package that they use
     "List what cells use; one imports for all that follow."
     trees = [_all(tree) for source in cells if (tree := _tree(source))]
-    used = {(m, "*") for source in cells if not _tree(source) for m in re.findall(r"\bcvnb\.(\w+)", source) if m in package}   # magics
+    for tree in trees: _check_imports(tree, package)
+    used = set().union(*(_mentioned(source, package) for source in cells if not _tree(source)))   # magics
     known = {k: v for tree in trees for k, v in _imports(tree, package).items()}
     return used.union(*(_names(tree, known, package) for tree in trees))
 
