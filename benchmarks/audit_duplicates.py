@@ -42,9 +42,9 @@ import pandas as pd
 sys.path.insert(0, str(Path(__file__).parent))
 from table import show  # noqa: E402
 
-from cvnb.data import locate, scan  # noqa: E402
-from cvnb.duplicates import KINDS, change, near_duplicates, plant, thumbnails  # noqa: E402
-from cvnb.images import load_images, open_image  # noqa: E402
+from cvnb.data.tables import locate, scan  # noqa: E402
+from cvnb.audit.duplicates import KINDS, change, near_duplicates, plant, thumbnails  # noqa: E402
+from cvnb.data.images import load_images, open_image  # noqa: E402
 
 PEER = ("imagededup==0.3.3.post2", "PyWavelets")   # what it needs beyond what is installed
 FAST = ("cvnb", "imagededup dhash", "cleanvision", "fiftyone-brain")
@@ -109,7 +109,7 @@ def run_cnn(folder: Path, names: list[str], copies: list[str], packaged: bool):
     from imagededup.utils.models import CustomModel, MobilenetV3
     from torchvision import models, transforms
 
-    from cvnb.models import embedder
+    from cvnb.models.embedding import embedder
     if packaged:
         net = embedder(224).net
         scale = transforms.Normalize(mean=[127 / 255] * 3, std=[128 / 255] * 3)
@@ -124,8 +124,8 @@ def run_cnn(folder: Path, names: list[str], copies: list[str], packaged: bool):
 
 
 def run_fiftyone(folder: Path, names: list[str], copies: list[str]):
-    from cvnb.database import fiftyone
-    from cvnb.models import embed
+    from cvnb.data.fiftyone_db import fiftyone
+    from cvnb.models.embedding import embed
     fo = fiftyone()
     import fiftyone.brain as brain
     dataset = fo.Dataset()
@@ -179,7 +179,7 @@ def warm(method: str) -> None:
     if "imagededup" in method: names.append("imagededup.methods")
     if method == "cleanvision": names.append("cleanvision")
     if method == "fiftyone-brain":
-        from cvnb.database import fiftyone
+        from cvnb.data.fiftyone_db import fiftyone
         fiftyone().list_datasets()
         names.append("fiftyone.brain")
     for name in names: importlib.import_module(name)
@@ -275,7 +275,7 @@ def predicted(data: str) -> dict:   # a row of the second table
 
 def million(n: int, size: int, asked: int = 100_000) -> dict:   # a row of the table
     "Index vectors in clusters, and search the neighbours of some."
-    from cvnb.duplicates import build_index, search
+    from cvnb.audit.duplicates import build_index, search
     rng, x = np.random.default_rng(0), np.empty((n, size), np.float32)
     centres = rng.normal(size=(20_000, size)).astype(np.float32)
     for i in range(0, n, 50_000):
@@ -318,7 +318,7 @@ def million_images(n: int) -> dict:   # a row of the table
     "Find the candidates for near duplicates among many images, and look at some of the pairs, as the check does."
     from PIL import Image
 
-    from cvnb.duplicates import Planted, _hits, build_index, compare, own_pairs, vectors
+    from cvnb.audit.duplicates import Planted, _hits, build_index, compare, own_pairs, vectors
     thumbs, rng, names = blends(n), np.random.default_rng(SEED), list(KINDS)
     source = rng.permutation(n)[:600]
     kind = np.array([names[i % len(names)] for i in range(600)])

@@ -30,15 +30,17 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pandas as pd
 
-from cvnb.audit import answers, views
-from cvnb.core import assets
-from cvnb.data import auto_image_size, data_root, locate, scan
-from cvnb.duplicates import mark_duplicates, originals
-from cvnb.images import inspect, load_images
-from cvnb.labels import discriminate, doubt, expand, expect, leave_one_out, pick_chance, prove_labels, reduce, typical
-from cvnb.metrics import accuracy, bootstrap
-from cvnb.models import create_model, embed
-from cvnb.params import contracts, read_recipe
+from cvnb.audit.embeddings import answers, views
+from cvnb.core.project import assets
+from cvnb.data.tables import auto_image_size, data_root, locate, scan
+from cvnb.audit.duplicates import mark_duplicates, originals
+from cvnb.data.images import inspect, load_images
+from cvnb.audit.label_errors import discriminate, doubt, expand, expect, leave_one_out, pick_chance, prove_labels
+from cvnb.audit.label_errors import reduce, typical
+from cvnb.metrics.estimates import accuracy, bootstrap
+from cvnb.models.weights import create_model
+from cvnb.models.embedding import embed
+from cvnb.pipeline.params import contracts, read_recipe
 
 sys.path.insert(0, str(Path(__file__).parent))
 from table import show  # noqa: E402
@@ -132,10 +134,10 @@ def intervals(args: argparse.Namespace) -> list[dict]:
 
 def out_of_fold(name: str, rows: pd.DataFrame, k: int) -> dict[str, np.ndarray]:   # of the pixels -> probabilities
     "Train k times with the data's recipe, and let each network answer what it has not seen."
-    from cvnb.folds import cross_validate
-    from cvnb.loaders import labelled
-    from cvnb.train import FitOptions
-    from cvnb.tuning import settle
+    from cvnb.training.cross_validation import cross_validate
+    from cvnb.training.loaders import labelled
+    from cvnb.training.options import FitOptions
+    from cvnb.training.tuning import settle
     known, file = contracts(), assets("configs")/f"{Path(name).name}.yaml"
     recipe = known["train"].defaults() | read_recipe(file if file.exists() else assets("configs")/"default.yaml", known)["train"]
     classes, size = sorted(set(rows.label)), recipe["image_size"] or auto_image_size(rows.width, rows.height)

@@ -18,7 +18,7 @@ from statistics import median
 import torch
 from torchvision.transforms import v2
 
-from cvnb.augment import augmentation, mix
+from cvnb.training.augment import augmentation, mix
 
 sys.path.insert(0, str(Path(__file__).parent))
 from table import show  # noqa: E402

@@ -69,7 +69,7 @@ def write(folder: Path, steps: int) -> Path:
 def execute(engine: str, notebook: Path, n: int) -> None:
     "Run the notebook n times with one engine, in this process."
     if engine == "cvnb":
-        from cvnb.engine import start_fork_server
+        from cvnb.pipeline.kernels import start_fork_server
         start_fork_server()   # before papermill is imported, as `cvnb run` does
     for i in range(n):
         out, parameters = notebook.parent/f"{engine}-{i}.ipynb", dict(seed=i, out=str(notebook.parent/f"{engine}-{i}.json"))

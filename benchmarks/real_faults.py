@@ -15,11 +15,11 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
-from cvnb.audit import show_findings
-from cvnb.checks import Check
-from cvnb.core import read_json
-from cvnb.metrics import Figure, proportion
-from cvnb.report import OF_SET
+from cvnb.audit.pictures import show_findings
+from cvnb.audit.checks import Check
+from cvnb.core.files import read_json
+from cvnb.metrics.estimates import Figure, proportion
+from cvnb.audit.report import OF_SET
 
 HERE = Path(__file__).parent
 PAGE = HERE/"results"/"real_faults.md"

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import yaml
 
-from cvnb.params import contracts
+from cvnb.pipeline.params import contracts
 
 sys.path.insert(0, str(Path(__file__).parent))
 from table import show  # noqa: E402
@@ -64,8 +64,8 @@ def prose(folder: Path) -> None:
 
 def function(folder: Path) -> None:
     "Change a function that only the errors stage uses."
-    with (folder/"cvnb/errors.py").open("a") as f: f.write("\n")
-    path = folder/"cvnb/errors.py"
+    with (folder/"cvnb/evaluate/errors.py").open("a") as f: f.write("\n")
+    path = folder/"cvnb/evaluate/errors.py"
     text = path.read_text()
     name = re.search(r"^def (confusion\w*|\w*mistakes)\(", text, re.M)[1]
     i = re.search(rf"^def {name}\(.*?^    \"[^\n]*\n", text, re.M | re.S).end()

@@ -5,7 +5,7 @@ import os
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cvnb.core import machine
+from cvnb.core.system import machine
 
 
 def show(

@@ -37,10 +37,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 from table import show  # noqa: E402
 from train_data import folders  # noqa: E402
 
-from cvnb.core import assets, n_cores, read_json, write_json  # noqa: E402
-from cvnb.data import auto_image_size, read_manifest  # noqa: E402
-from cvnb.metrics import Figure, mean, proportion  # noqa: E402
-from cvnb.params import contracts, parse_set, read_recipe  # noqa: E402
+from cvnb.core.files import read_json, write_json
+from cvnb.core.project import assets
+from cvnb.core.system import n_cores  # noqa: E402
+from cvnb.data.tables import auto_image_size, read_manifest  # noqa: E402
+from cvnb.metrics.estimates import Figure, mean, proportion  # noqa: E402
+from cvnb.pipeline.params import contracts, parse_set, read_recipe  # noqa: E402
 
 # The cases of `loader` and `speed`: the model, its images, and how they are changed.
 CASES = {

@@ -5,9 +5,10 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from cvnb.core import n_cores
-from cvnb.data import assign_splits, data_root, locate, scan, write_table
-from cvnb.images import inspect, open_image
+from cvnb.core.system import n_cores
+from cvnb.data.tables import data_root, locate, scan, write_table
+from cvnb.data.splits import assign_splits
+from cvnb.data.images import inspect, open_image
 
 
 def folders(

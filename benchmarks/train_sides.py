@@ -27,12 +27,13 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from cvnb.augment import augmentation
-from cvnb.loaders import Labelled, TrainLoader, labelled
-from cvnb.models import create_model
-from cvnb.optim import make_optimizer, schedule
-from cvnb.train import FitOptions, answer, fit
-from cvnb.tuning import settle
+from cvnb.training.augment import augmentation
+from cvnb.training.loaders import Labelled, TrainLoader, labelled
+from cvnb.models.weights import create_model
+from cvnb.training.optim import make_optimizer, schedule
+from cvnb.training.options import FitOptions
+from cvnb.training.fit import answer, fit
+from cvnb.training.tuning import settle
 
 # What both sides do to an image, besides mirroring it: cvnb's options, and the transforms of the same distribution.
 CHANGES = {

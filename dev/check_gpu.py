@@ -17,8 +17,9 @@ import pytorch_lightning as pl  # noqa: E402
 import torch  # noqa: E402
 from train_job import digits, fresh  # noqa: E402
 
-from cvnb.core import CvnbError  # noqa: E402
-from cvnb.train import FitOptions, fit  # noqa: E402
+from cvnb.core.errors import CvnbError  # noqa: E402
+from cvnb.training.options import FitOptions
+from cvnb.training.fit import fit  # noqa: E402
 
 NET = "test_efficientnet"
 PLAIN = FitOptions(epochs=3, batch_size=50, lr=5e-3, augment="light", device="gpu")

@@ -12,64 +12,108 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 LONGEST_FUNCTION, MOST_CELLS = 60, 80
+# From the lowest to the highest: a module imports from its own package and from those before it.
+PACKAGES = ("core", "metrics", "data", "tasks", "models", "pipeline", "audit", "training", "evaluate", "compress", "export", "benchmark",
+            "serve", "monitor", "cli")
 # Folders that exist on one machine only.
 MACHINE_PATH = re.compile(r"(?<![\w.~/-])/(?:work|root|home|Users|workspace|mnt)/[\w.-]+")
 Definition = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def modules(root: Path = ROOT) -> dict[str, Path]:
-    "List the package's modules in the order of their notebooks."
+    "List the package's modules, as the notebooks name them: packages from the lowest to the highest, modules by their number."
     numbered = {}
-    for notebook in sorted((root/"nbs").glob("[0-9]*.ipynb")):
-        name = re.search(r"#\|\s*default_exp\s+(\w+)", notebook.read_text(encoding="utf-8"))
-        if name: numbered[name[1]] = root/"cvnb"/f"{name[1]}.py"
+    for notebook in sorted((root/"nbs").rglob("[0-9]*.ipynb"), key=lambda p: (_room(p.parent.name), p.name)):
+        name = re.search(r"#\|\s*default_exp\s+([\w.]+)", notebook.read_text(encoding="utf-8"))
+        if name: numbered[name[1]] = root/"cvnb"/f"{name[1].replace('.', '/')}.py"
     return numbered
+
+
+def _room(package: str) -> int: return PACKAGES.index(package) if package in PACKAGES else len(PACKAGES)
 
 
 def imports(
     source: str,             # Python source
     top_only: bool = False,  # only what is imported when the module is, not what a function imports
-) -> list[str]:              # dotted names; those inside the package begin with "cvnb."
+    around: str = "",        # the sub-package that the source lies in, "audit"; from it relative imports count
+) -> list[str]:              # dotted names of modules, or of names in them; those inside the package begin with "cvnb."
     "List what a module of the package imports."
     found, todo = [], list(ast.parse(source).body)
     while todo:
         node = todo.pop()
         if isinstance(node, ast.Import): found += [a.name for a in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(filter(None, ["cvnb" if node.level else "", node.module]))
-            found += [f"cvnb.{a.name}" for a in node.names] if base == "cvnb" else [base]
+            base = _absolute(node, around)
+            found += [f"{base}.{a.name}" for a in node.names] if base.split(".")[0] == "cvnb" else [base]
         elif top_only and (isinstance(node, Definition) or _for_types_only(node)): continue
         else: todo += ast.iter_child_nodes(node)
     return found
+
+
+def _absolute(node: ast.ImportFrom, around: str) -> str:
+    if not node.level: return node.module
+    parents = ["cvnb", *filter(None, around.split("."))]
+    return ".".join([*parents[:len(parents) - node.level + 1], *filter(None, [node.module])])
 
 
 def _for_types_only(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
 
 
-def inner(source: str, top_only: bool = False) -> set[str]:
-    "List the modules of the package that a module imports."
-    return {name.split(".")[1] for name in imports(source, top_only) if name.startswith("cvnb.")}
+def inner(
+    source: str,               # Python source
+    known: Iterable[str],      # modules of the package
+    top_only: bool = False,    # only what is imported when the module is
+    around: str = "",          # the sub-package that the source lies in
+) -> set[str]:                 # modules of the package
+    "List the modules of the package that a piece of code imports."
+    known, found = set(known), set()
+    for name in imports(source, top_only, around):
+        parts = name.split(".")[1:] if name.startswith("cvnb.") else []
+        longest = [m for k in range(len(parts), 0, -1) if (m := ".".join(parts[:k])) in known]
+        found |= set(longest[:1])
+    return found
+
+
+def unknown_imports(
+    sources: dict[str, str],   # module -> source
+) -> list[str]:                # faults
+    "Find imports of modules that the package does not have."
+    return [f"{name} imports {found}, which does not exist" for name, source in sources.items()
+            for found in imports(source, around=_package(name)) if found.startswith("cvnb.")
+            and not inner(f"import {found}", sources) and found.split(".")[1] not in ("__version__", "_modidx")]
+
+
+def _package(module: str) -> str: return module.rpartition(".")[0]
 
 
 def upward_imports(
-    sources: dict[str, str],   # module -> source, in the order of the notebooks
+    sources: dict[str, str],   # module -> source
 ) -> list[str]:                # faults
-    "Find imports of a module with a higher number."
-    order = {name: i for i, name in enumerate(sources)}
-    return [f"{name} imports {other}, which comes after it" for name, source in sources.items()
-            for other in sorted(inner(source) & order.keys()) if order[other] >= order[name]]
+    "Find imports of a module in a package that stands higher."
+    return [f"{name} imports {other}, which stands higher" for name, source in sources.items()
+            for other in sorted(inner(source, sources, around=_package(name))) if _room(other.split(".")[0]) > _room(name.split(".")[0])]
+
+
+def circles(
+    sources: dict[str, str],   # module -> source
+) -> list[str]:                # faults
+    "Find modules that import themselves by way of others."
+    return [f"{name} imports itself by way of {', '.join(sorted(around))}" for name in sources
+            if name in (around := closure(sources, name, first=False))]
 
 
 def closure(
     sources: dict[str, str],   # module -> source
     name: str,                 # where to begin
     top_only: bool = False,    # only what is loaded together with it
+    first: bool = True,        # whether the module itself counts, or only if it is imported
 ) -> set[str]:                 # modules of the package
     "Follow a module's imports through the package."
-    seen, todo = {name}, [name]
+    seen, todo = {name} if first else set(), [name]
     while todo:
-        new = inner(sources[todo.pop()], top_only) & sources.keys() - seen
+        module = todo.pop()
+        new = inner(sources[module], sources, top_only, _package(module)) - seen
         seen |= new
         todo += new
     return seen
@@ -82,7 +126,7 @@ def reached(
 ) -> dict[str, str]:           # package imported from outside -> module that imports it
     "Follow a module's imports through the package and list what they need from outside."
     return {found.split(".")[0]: module for module in sorted(closure(sources, name, top_only))
-            for found in imports(sources[module], top_only) if found.split(".")[0] != "cvnb"}
+            for found in imports(sources[module], top_only, _package(module)) if found.split(".")[0] != "cvnb"}
 
 
 def forbidden_imports(sources: dict[str, str], names: Iterable[str], forbidden: set[str]) -> list[str]:

@@ -12,13 +12,21 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+import house
+
+ROOT = house.ROOT
 
 
 def notebooks() -> list[Path]:   # the longest ones first
     "List the tutorials and the library's notebooks."
     tutorials = sorted(f for f in (ROOT/"nbs"/"tutorials").glob("[!._]*.ipynb") if f.stem != "first_run")
-    return tutorials + sorted((ROOT/"nbs").glob("[!._]*.ipynb"))
+    return [*tutorials, ROOT/"nbs/index.ipynb", *library()]
+
+
+def library() -> list[Path]:   # in the order of the package's rooms
+    "List the notebooks that export a module."
+    found = [f for f in (ROOT/"nbs").rglob("[0-9]*.ipynb") if not any(p.startswith((".", "_")) for p in f.relative_to(ROOT).parts)]
+    return sorted(found, key=lambda f: (house.PACKAGES.index(f.parent.name), f.name))
 
 
 def run(

@@ -60,11 +60,11 @@ def apart(
 ) -> set[str]:      # "tests/test_x.py::test_y"
     "Find the slow tests that may run in a process of any other file."
     found = set()
-    for file in folder.glob("test_*.py"):
+    for file in folder.rglob("test_*.py"):
         functions = [node for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)]
         marks = {f.name: " ".join(map(ast.unparse, f.decorator_list)) for f in functions}
         shared = {name for name, mark in marks.items() if "fixture(scope=" in mark}
-        found |= {f"{folder.name}/{file.name}::{f.name}" for f in functions
+        found |= {f"{folder.name}/{file.relative_to(folder).as_posix()}::{f.name}" for f in functions
                   if "mark.slow" in marks[f.name] and not shared & {a.arg for a in f.args.args}}
     return found
 
@@ -81,7 +81,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
     return Scheduling(config, log)
 
 
-LONG = ("test_review", "test_dashboard", "test_tracking", "test_database", "test_sweep", "test_audit")   # files whose few tests take minutes
+LONG = ("test_review", "test_dashboard", "test_tracking", "test_fiftyone_db", "test_sweep", "test_audit")   # files whose few tests take minutes
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -91,7 +91,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     def turn(item: pytest.Item) -> tuple[int, int]:
         waits = "traced_run" in item.fixturenames
-        if item.path.name == "test_run.py": return 0, 0
+        if item.path.name == "test_runner.py": return 0, 0
         if item.nodeid.partition("[")[0] in alone: return 1 + waits, 0
         return (3, LONG.index(item.path.stem)) if item.path.stem in LONG else (5 - waits, -sizes[item.path])
     items.sort(key=turn)
@@ -147,7 +147,7 @@ def smoke_run(traced_run) -> Path:
 @pytest.fixture
 def small_photos(tmp_path) -> Path:
     "Sixty real images of handwritten digits in two classes."
-    from cvnb.data import locate
+    from cvnb.data.tables import locate
     folder = tmp_path/"photos"
     for label in "1", "7":
         (folder/label).mkdir(parents=True)

@@ -29,7 +29,8 @@ def _marked(loader, name):
     path = loader.get_filename(name)
     if not path.startswith(_package): return _code(loader, name)
     tree = ast.parse(loader.get_data(path))
-    _mark(tree.body, os.path.basename(path)[:-3])
+    module = os.path.relpath(path, _package)[:-3].replace(os.sep, ".")   # audit.duplicates
+    _mark(tree.body, module.removesuffix(".__init__"))
     return compile(tree, path, "exec", dont_inherit=True)
 
 
