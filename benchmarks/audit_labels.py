@@ -31,7 +31,7 @@ import numpy as np
 import pandas as pd
 
 from cvnb.audit.embeddings import answers, views
-from cvnb.core.project import assets
+from cvnb.core.project import asset_folder
 from cvnb.data.tables import auto_image_size, data_root, locate, scan
 from cvnb.audit.duplicates import mark_duplicates, originals
 from cvnb.data.images import inspect, load_images
@@ -138,8 +138,8 @@ def out_of_fold(name: str, rows: pd.DataFrame, k: int) -> dict[str, np.ndarray]:
     from cvnb.training.loaders import labelled
     from cvnb.training.options import FitOptions
     from cvnb.training.tuning import settle
-    known, file = contracts(), assets("configs")/f"{Path(name).name}.yaml"
-    recipe = known["train"].defaults() | read_recipe(file if file.exists() else assets("configs")/"default.yaml", known)["train"]
+    known, file = contracts(), asset_folder("configs")/f"{Path(name).name}.yaml"
+    recipe = known["train"].defaults() | read_recipe(file if file.exists() else asset_folder("configs")/"default.yaml", known)["train"]
     classes, size = sorted(set(rows.label)), recipe["image_size"] or auto_image_size(rows.width, rows.height)
     data = labelled(data_root(locate(name)), rows, classes, size)
 

@@ -18,7 +18,7 @@ from PIL import Image
 from cvnb.audit.pictures import show_findings
 from cvnb.audit.checks import Check
 from cvnb.core.files import read_json
-from cvnb.metrics.estimates import Figure, proportion
+from cvnb.metrics.estimates import Estimate, proportion
 from cvnb.audit.report import OF_SET
 
 HERE = Path(__file__).parent
@@ -49,7 +49,7 @@ def section(name: str, run: Path, audit: dict, check: str, rows: pd.DataFrame, n
     "Show what one check found."
     said = audit["checks"][check]
     given = (said["proof"] or {}).get("precision") or dict(n=0)
-    predicted = Figure(**{k: float("nan") if given.get(k) is None else given[k] for k in ("value", "low", "high", "n")})
+    predicted = Estimate(**{k: float("nan") if given.get(k) is None else given[k] for k in ("value", "low", "high", "n")})
     foretold = f" Predicted precision {predicted}." if predicted.n else ""
     lines = [f"### {check.replace('_', ' ').capitalize()}", "", f"{said['n']:,} of {said['n_checked']:,} images.{foretold} "
              f"Of these, {count(rows.seen)}.", ""]

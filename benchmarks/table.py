@@ -5,7 +5,7 @@ import os
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cvnb.core.system import machine
+from cvnb.core.system import machine_info
 
 
 def show(
@@ -15,7 +15,7 @@ def show(
     write: bool = False, # whether to write benchmarks/results/NAME.md
 ) -> None:
     "Print rows as a Markdown table."
-    here = machine()
+    here = machine_info()
     text = lambda v: f"{v:.3g}" if isinstance(v, float) and v < 10 else f"{v:.1f}" if isinstance(v, float) else str(v)
     lines = [f"# {title}", "", f"{datetime.now(UTC):%Y-%m-%d} · {here['cores']} cores, {here['cpu']['model']} "
              f"({' '.join(here['cpu']['flags'])}), {here['memory_gb']} GB · Python {here['python']} · load at the end {os.getloadavg()[0]:.1f}", "",

@@ -38,10 +38,10 @@ from table import show  # noqa: E402
 from train_data import folders  # noqa: E402
 
 from cvnb.core.files import read_json, write_json
-from cvnb.core.project import assets
+from cvnb.core.project import asset_folder
 from cvnb.core.system import n_cores  # noqa: E402
 from cvnb.data.tables import auto_image_size, read_manifest  # noqa: E402
-from cvnb.metrics.estimates import Figure, mean, proportion  # noqa: E402
+from cvnb.metrics.estimates import Estimate, mean, proportion  # noqa: E402
 from cvnb.pipeline.params import contracts, parse_set, read_recipe  # noqa: E402
 
 # The cases of `loader` and `speed`: the model, its images, and how they are changed.
@@ -198,7 +198,7 @@ def recipe_of(name: str, changes: list[str]) -> dict:   # parameter -> value
     known = contracts()
     given = {key: value for stage, key, value in (parse_set(text, known) for text in changes) if stage == "train"}
     if len(given) < len(changes): raise SystemExit(f"--set changes parameters of train, each once: {' '.join(changes)}")
-    return known["train"].defaults() | read_recipe(assets("configs")/f"{name}.yaml", known).get("train", {}) | given
+    return known["train"].defaults() | read_recipe(asset_folder("configs")/f"{name}.yaml", known).get("train", {}) | given
 
 
 def accuracy_task(name: str, side: str, place: Path, seed: int, args: argparse.Namespace) -> dict:
@@ -218,7 +218,7 @@ def row_of(name: str, side: str, answers: list[dict], changes: list[str]) -> dic
     times = [t / 60 for t in reached if t is not None]
     early = [100 * max((a for s, a in zip(x["cpu_s"], x["accuracy"]) if s <= 60 * SHORT), default=0) for x in answers]
     test = [proportion(x["right"], x["n"]) for x in answers]
-    worst: Figure = min(test, key=lambda f: f.value)
+    worst: Estimate = min(test, key=lambda f: f.value)
     return {"data": name, "side": ", ".join([side, *(c.removeprefix("train.") for c in changes if ours)]),
             "epochs": len(answers[0]["accuracy"]), "target": f"{target:.1%}",
             "seeds that reached it": f"{len(times)} of {len(answers)}",
@@ -268,7 +268,7 @@ def gpu_row(name: str, seed: int, args: argparse.Namespace) -> dict:
     "Run the train notebook with one recipe and one seed."
     import papermill
     known, used, stop = contracts(), [], threading.Event()
-    given = read_recipe(assets("configs")/f"{name}.yaml", known).get("train", {}) | dict(run=str(args.run.resolve()), seed=seed, tracking="disabled")
+    given = read_recipe(asset_folder("configs")/f"{name}.yaml", known).get("train", {}) | dict(run=str(args.run.resolve()), seed=seed, tracking="disabled")
     watch = threading.Thread(target=watch_gpu, args=(stop, used))
     if not args.no_gpu: watch.start()
     begin = time.perf_counter()

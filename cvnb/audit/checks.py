@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..metrics.estimates import Figure, proportion
+from ..metrics.estimates import Estimate, proportion
 
 # %% auto #0
 __all__ = ['COLUMNS', 'findings', 'Proof', 'Check']
@@ -36,9 +36,9 @@ def findings(
 @dataclass(frozen=True)
 class Proof:
     "What a check did with planted faults."
-    recall: Figure                  # share of the planted faults that it flags
-    precision: Figure               # predicted share of its findings that are faults, or an interval alone; n = 0 where nothing could be predicted
-    kinds: dict[str, Figure] = field(default_factory=dict)   # recall by kind of fault
+    recall: Estimate                  # share of the planted faults that it flags
+    precision: Estimate               # predicted share of its findings that are faults, or an interval alone; n = 0 where nothing could be predicted
+    kinds: dict[str, Estimate] = field(default_factory=dict)   # recall by kind of fault
     note: str = ""                  # what was planted, and what that does not show
 
     @property
@@ -64,7 +64,7 @@ class Check:
         return sorted(set(self.findings.path))
 
     @property
-    def share(self) -> Figure:      # flagged ÷ checked
+    def share(self) -> Estimate:      # flagged ÷ checked
         "Give the share of images that it flags."
         return proportion(len(self.paths), self.n_checked)
 

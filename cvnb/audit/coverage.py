@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from .checks import Check, Proof, findings
-from ..metrics.estimates import Figure, accuracy, proportion
+from ..metrics.estimates import Estimate, accuracy, proportion
 
 # %% auto #0
 __all__ = ['CONTENT', 'LIMITS', 'compact', 'distances', 'strangers', 'away', 'outliers', 'group_columns', 'balance',
@@ -189,7 +189,7 @@ def _prove_rare(
 def auc(
     positive: np.ndarray,   # scores of what should score high (M,)
     negative: np.ndarray,   # scores of the rest (N,)
-) -> Figure:                # the area under the ROC curve
+) -> Estimate:                # the area under the ROC curve
     "Estimate an AUC with DeLong's interval (Biometrics 1988)."
     from scipy.stats import rankdata
     m, n = len(positive), len(negative)
@@ -198,7 +198,7 @@ def auc(
     below = 1 - (ranks[m:] - rankdata(negative)) / m
     error = np.sqrt((above.var(ddof=1) if m > 1 else 0.25) / m + (below.var(ddof=1) if n > 1 else 0.25) / n)
     value = float(above.mean())
-    return Figure(value, float(max(value - 1.96 * error, 0)), float(min(value + 1.96 * error, 1)), m + n)
+    return Estimate(value, float(max(value - 1.96 * error, 0)), float(min(value + 1.96 * error, 1)), m + n)
 
 # %% ../../nbs/audit/06_coverage.ipynb #cell-26
 CONTENT = ("brightness", "contrast", "size_bytes")   # depend on what is shown
@@ -263,7 +263,7 @@ def _together(
     labels: np.ndarray,       # class indices (N,)
     seed: int,                # of the folds and the forest
     n: int = 5000,            # images at most
-) -> tuple[Figure, float] | None:   # balanced accuracy of all features together, and chance; None without two classes of three images
+) -> tuple[Estimate, float] | None:   # balanced accuracy of all features together, and chance; None without two classes of three images
     "Predict the label by all features at once."
     from sklearn.ensemble import RandomForestClassifier
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
@@ -275,7 +275,7 @@ def _together(
     right = cross_val_predict(forest, x, y, cv=StratifiedKFold(3, shuffle=True, random_state=seed)) == y
     per = [proportion(right[y == c].sum(), (y == c).sum()) for c in np.unique(y)]
     value, half = np.mean([p.value for p in per]), np.sqrt(np.sum([((p.high - p.low) / 2) ** 2 for p in per])) / len(per)
-    return Figure(float(value), float(max(value - half, 0)), float(min(value + half, 1)), len(y)), 1 / len(per)
+    return Estimate(float(value), float(max(value - half, 0)), float(min(value + half, 1)), len(y)), 1 / len(per)
 
 # %% ../../nbs/audit/06_coverage.ipynb #cell-31
 def shortcuts(
@@ -357,7 +357,7 @@ def domain_scores(
     x: np.ndarray,       # embeddings, float32 (N, D)
     other: np.ndarray,   # bool (N,): the split that is compared with the rest
     seed: int = 0,       # which half an image is in
-) -> tuple[np.ndarray, Figure]:   # log-odds of the other split, each from a model that did not see it (N,); their AUC
+) -> tuple[np.ndarray, Estimate]:   # log-odds of the other split, each from a model that did not see it (N,); their AUC
     "Tell two splits apart by embeddings."
     from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_limits
@@ -372,7 +372,7 @@ def domain_scores(
             scores[half != h] = model.decision_function(z[half != h])
     parts = [auc(scores[(half == h) & other], scores[(half == h) & ~other]) for h in (True, False)]
     value, error = np.mean([p.value for p in parts]), np.mean([(p.high - p.low) / 2 for p in parts])
-    return scores, Figure(float(value), float(max(value - error, 0)), float(min(value + error, 1)), len(x))
+    return scores, Estimate(float(value), float(max(value - error, 0)), float(min(value + error, 1)), len(x))
 
 # %% ../../nbs/audit/06_coverage.ipynb #cell-38
 def drift_tests(

@@ -17,7 +17,7 @@ import pandas as pd
 from .checks import Check, Proof, findings
 from ..core.errors import UsageError
 from ..data.images import inspect_image, open_image, resize
-from ..metrics.estimates import Figure, accuracy, proportion
+from ..metrics.estimates import Estimate, accuracy, proportion
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
@@ -122,13 +122,13 @@ def search(
     k: int = 8,            # neighbours of each
     least: float = -1,     # similarity below which a neighbour is left out, -1 … 1
     n_threads: int = 1,    # of the search
-    report: Callable[[float, str], None] | None = None,   # told the fraction that is done
+    progress: Callable[[float, str], None] | None = None,   # told the fraction that is done
 ) -> pd.DataFrame:         # i (question), j (neighbour), similarity
     "Find the nearest neighbours of vectors."
     from threadpoolctl import threadpool_limits
     parts, n, step = [], len(vectors), 10_000
     for begin in range(0, n, step):
-        if report: report(begin / n, f"comparing {begin}/{n}")
+        if progress: progress(begin / n, f"comparing {begin}/{n}")
         with threadpool_limits(n_threads): similarity, j = index.search(vectors[begin:begin + step], k)
         i = np.repeat(np.arange(begin, begin + len(j)), k)
         keep = (j.ravel() >= 0) & (similarity.ravel() >= least)
@@ -141,12 +141,12 @@ def candidates(
     vectors: np.ndarray,   # of thumbnails (Q, 53)
     k: int = 8,            # neighbours of each image and of its mirror image
     least: float = -1,     # similarity below which a neighbour is left out
-    report: Callable[[float, str], None] | None = None,   # told the fraction that is done
+    progress: Callable[[float, str], None] | None = None,   # told the fraction that is done
 ) -> pd.DataFrame:         # i (question), j (neighbour), mirrored, similarity
     "Find the images that may be copies of others, as they are and mirrored."
-    half = lambda part: report and (lambda fraction, text: report((part + fraction) / 2, text))
-    straight = search(index, vectors, k, least, report=half(0)).assign(mirrored=False)
-    turned = search(index, vectors * _MIRROR, k, least, report=half(1)).assign(mirrored=True)
+    half = lambda part: progress and (lambda fraction, text: progress((part + fraction) / 2, text))
+    straight = search(index, vectors, k, least, progress=half(0)).assign(mirrored=False)
+    turned = search(index, vectors * _MIRROR, k, least, progress=half(1)).assign(mirrored=True)
     return pd.concat([straight, turned], ignore_index=True)
 
 # %% ../../nbs/audit/02_duplicates.ipynb #cell-24
@@ -155,10 +155,10 @@ def own_pairs(
     vectors: np.ndarray,   # of thumbnails (N, 53)
     k: int = 8,            # neighbours of each image and of its mirror image
     least: float = -1,     # similarity below which a pair is left out
-    report: Callable[[float, str], None] | None = None,   # told the fraction that is done
+    progress: Callable[[float, str], None] | None = None,   # told the fraction that is done
 ) -> pd.DataFrame:         # i < j, mirrored, similarity; each pair once, the way in which it is more similar
     "Find the pairs of images that may be copies of each other."
-    pairs = candidates(index, vectors, k + 1, least, report)
+    pairs = candidates(index, vectors, k + 1, least, progress)
     pairs = pairs[pairs.i != pairs.j]
     low, high = np.minimum(pairs.i, pairs.j), np.maximum(pairs.i, pairs.j)
     pairs = pairs.assign(i=low, j=high).sort_values(["i", "j", "similarity", "mirrored"], ascending=[True, True, False, True])
@@ -271,14 +271,14 @@ def compare(
     thumbs: np.ndarray,    # uint8 (N, 32, 32, 3)
     others: np.ndarray,    # uint8 (M, 32, 32, 3)
     pairs: pd.DataFrame,   # i in `thumbs`, j in `others`, mirrored
-    report: Callable[[float, str], None] | None = None,   # told the fraction that is done
+    progress: Callable[[float, str], None] | None = None,   # told the fraction that is done
 ) -> np.ndarray:           # `EVIDENCE`, float32 (P, 5)
     "Look at pairs of thumbnails closely."
     from threadpoolctl import threadpool_limits
     i, j, mirrored, parts = pairs.i.to_numpy(), pairs.j.to_numpy(), pairs.mirrored.to_numpy(bool), []
     with threadpool_limits(1):
         for begin in range(0, len(pairs), 32):   # so few that they stay in the processor's cache
-            if report and begin % 6400 == 0: report(begin / len(pairs), f"comparing pairs {begin}/{len(pairs)}")
+            if progress and begin % 6400 == 0: progress(begin / len(pairs), f"comparing pairs {begin}/{len(pairs)}")
             some = slice(begin, begin + 32)
             a, b = (np.ascontiguousarray(x[k[some]].transpose(0, 3, 1, 2), np.float32) for x, k in ((thumbs, i), (others, j)))
             a[mirrored[some]] = a[mirrored[some], ..., ::-1]
@@ -460,7 +460,7 @@ def predict_precision(
     own: np.ndarray,      # scores of own pairs (M,)
     tails: list[Tail],    # from `fit_tails`
     seed: int = 0,        # of the draws
-) -> Figure:              # share of the pairs that reach the threshold that are copies; n = 0 where there are none
+) -> Estimate:              # share of the pairs that reach the threshold that are copies; n = 0 where there are none
     "Predict how many of the findings are copies."
     flagged = int((own >= threshold).sum())
     if not flagged: return proportion(0, 0)
@@ -468,7 +468,7 @@ def predict_precision(
     false = np.random.default_rng(seed).poisson([[t.above(threshold)] * 20 for t in tails]) + lost
     low, high = np.clip(1 - np.quantile(false, [0.975, 0.025]) / flagged, 0, 1)
     value = float(np.clip(1 - (tails[0].above(threshold) + lost) / flagged, 0, 1))
-    return Figure(value, min(float(low), value), max(float(high), value), flagged)
+    return Estimate(value, min(float(low), value), max(float(high), value), flagged)
 
 # %% ../../nbs/audit/02_duplicates.ipynb #cell-59
 def _kind(
@@ -492,7 +492,7 @@ class NearDuplicates:
 def _prove(
     copies: Planted,      # the planted copies
     found: np.ndarray,    # positions of those that were found
-    precision: Figure,    # from `predict_precision`
+    precision: Estimate,    # from `predict_precision`
 ) -> Proof:               # measured on the half that set nothing
     "Count which of the planted copies were found."
     held, hit = ~copies.fit, np.isin(np.arange(len(copies.fit)), found)
@@ -524,11 +524,11 @@ def near_duplicates(
     precision: float = 0.95,   # share of findings that should be copies, 0 … 1
     threshold: float = 0,      # a given similarity, 0 … 1; 0 picks one
     k: int = 8,                # neighbours of each image and of its mirror image that are looked at
-    report: Callable[[float, str], None] | None = None,   # told the fraction that is done
+    progress: Callable[[float, str], None] | None = None,   # told the fraction that is done
 ) -> NearDuplicates:           # pairs, threshold and proof
     "Find pairs of nearly equal images."
     from scipy.special import expit, logit
-    told = lambda begin, end: report and (lambda fraction, text: report(begin + (end - begin) * fraction, text))
+    told = lambda begin, end: progress and (lambda fraction, text: progress(begin + (end - begin) * fraction, text))
     x = vectors(thumbs)
     index = build_index(x)
     hits, others, least = _hits(index, planted, copies, k)

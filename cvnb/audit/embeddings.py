@@ -26,7 +26,7 @@ __all__ = ['ANSWERED', 'embeddings', 'edges', 'views', 'read_answers', 'answers'
 def embeddings(
     images: np.ndarray,    # uint8 (N, S, S, 3)
     digests: pd.Series,    # SHA-256 of their files (N,)
-    report: Callable[[float, str], None] | None = None,   # told the fraction that is done
+    progress: Callable[[float, str], None] | None = None,   # told the fraction that is done
 ) -> np.ndarray:           # float32 (N, 1280), rows of length 1
     "Embed images that were not embedded before, and look up the others."
     import torch
@@ -36,8 +36,8 @@ def embeddings(
     done, new = [], set()
 
     def make(places: list[int], out: np.ndarray) -> None:
-        told = lambda fraction, text: report((len(done) + fraction * len(places)) / max(len(new), 1), text)
-        out[:] = embed(images[places], images.shape[1], report=report and told)
+        told = lambda fraction, text: progress((len(done) + fraction * len(places)) / max(len(new), 1), text)
+        out[:] = embed(images[places], images.shape[1], progress=progress and told)
         done.extend(places)
 
     cache = RowCache(f"embeddings-{PACKAGED}-{torch.__version__}-{decoding()}-{images.shape[1]}", (1280,), "float32")

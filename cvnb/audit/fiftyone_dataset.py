@@ -185,7 +185,7 @@ def write_dataset(
     manifest: pd.DataFrame,   # from `make_manifest`
     vectors: np.ndarray,      # one row per readable image (N, D)
     findings: pd.DataFrame,   # of the report
-    report: Callable[[float, str], None] | None = None,   # told the fraction that is done
+    progress: Callable[[float, str], None] | None = None,   # told the fraction that is done
 ) -> str:                     # the dataset's name
     "Write a run's persistent FiftyOne dataset in place of an older one, with its unaccepted edits; raise `CvnbError` if the database fails."
     fo, name = fiftyone(), dataset_name(run)
@@ -193,9 +193,9 @@ def write_dataset(
     with explained(f"FiftyOne's dataset of {run} could not be written", "An older one is as it was."):
         _settle(fo, name)
         rows, about, new = manifest[manifest.ok], _fields(findings), fo.Dataset(f"{name}-new-{os.getpid()}", overwrite=True)
-        if report: report(0.2, "writing the FiftyOne dataset")
+        if progress: progress(0.2, "writing the FiftyOne dataset")
         new.add_samples([_sample(fo, Path(root), row, about) for row in rows.itertuples()], progress=False)
-        if report: report(0.8, "indexing the FiftyOne dataset")
+        if progress: progress(0.8, "indexing the FiftyOne dataset")
         with contextlib.redirect_stdout(io.StringIO()):
             brain.compute_similarity(new, embeddings=vectors, brain_key="similarity", backend="sklearn", progress=False)
             if len(vectors) > 2: brain.compute_visualization(new, embeddings=vectors, brain_key="map", method="pca", progress=False)

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from .checks import Check, Proof, findings
-from ..metrics.estimates import Figure, accuracy, proportion
+from ..metrics.estimates import Estimate, accuracy, proportion
 
 # %% auto #0
 __all__ = ['CONFUSED', 'HARD', 'OFF', 'reduce', 'expand', 'leave_one_out', 'truth', 'agree', 'discriminate', 'Belief', 'believe',
@@ -253,7 +253,7 @@ def expect(
     chance: np.ndarray,    # of each flagged label to be wrong (F,)
     rank: np.ndarray,      # how typical their images are of what they show, from `typical` (F,)
     n_checked: int,        # images whose labels were checked
-) -> Figure:               # share of the flagged labels that are wrong; its value is NaN where the interval is wider than `OFF` to each side
+) -> Estimate:               # share of the flagged labels that are wrong; its value is NaN where the interval is wider than `OFF` to each side
     "Predict a precision: the mean chance, within what the share of typical images and a few hard ones allow."
     from scipy.stats import binom
     n = len(chance)
@@ -263,7 +263,7 @@ def expect(
     least, most = binom.ppf((0.025, 0.975), n, mean) / n   # what so many labels may come to
     low, high = min(2 * half.low, counted.low, float(least), max(0.0, mean - hard)), min(2 * half.high, max(counted.high, float(most)))
     low, high = max(0.0, min(low, value - OFF)), min(1.0, max(high, value + OFF))
-    return Figure(value if high - low <= 2 * OFF + 1e-9 else float("nan"), low, high, n)
+    return Estimate(value if high - low <= 2 * OFF + 1e-9 else float("nan"), low, high, n)
 
 # %% ../../nbs/audit/03_label_errors.ipynb #cell-37
 def turn(
@@ -335,7 +335,7 @@ class LabelCheck:
     table: pd.DataFrame      # label_score, suggested, label_error, neighbours: one row per row of the manifest
     pairs: pd.DataFrame      # from `mixed_up`
     tradeoff: pd.DataFrame   # from `tradeoff`
-    accuracy: Figure         # of the classifier, against the labels as they are
+    accuracy: Estimate         # of the classifier, against the labels as they are
 
 # %% ../../nbs/audit/03_label_errors.ipynb #cell-49
 def _image(

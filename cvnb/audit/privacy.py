@@ -262,7 +262,7 @@ def _copy_table(
 def clean_copy(
     data: Path | str,   # a folder of classes, or a table
     out: Path | str,    # a folder that does not exist yet
-    report: Callable[[float, str], None] | None = None,   # told the fraction that is done
+    progress: Callable[[float, str], None] | None = None,   # told the fraction that is done
 ) -> pd.DataFrame:      # path, copy (where it is in `out`), removed (kinds), refused (why there is no copy, or '')
     "Copy a data set without what its files tell beside their pixels; raise `UsageError` if `out` is taken or inside the data."
     data, out = Path(data), Path(out)
@@ -277,7 +277,7 @@ def clean_copy(
         with ThreadPoolExecutor(n_cores()) as pool:
             for i, reason in enumerate(pool.map(lambda p: _clean_file(root/p, temp/where[p]), table.path)):
                 refused.append(reason)
-                if report and i % 500 == 0: report(i / len(table), f"cleaning {i}/{len(table)}")
+                if progress and i % 500 == 0: progress(i / len(table), f"cleaning {i}/{len(table)}")
         if root != data: _copy_table(data, temp/data.name, {os.path.normpath(k): v for k, v in where.items()})
         os.replace(temp, out)
     finally: shutil.rmtree(temp, ignore_errors=True)

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.system import n_cores
-from ..metrics.estimates import Figure, accuracy, proportion
+from ..metrics.estimates import Estimate, accuracy, proportion
 from ..data.images import Unreadable, open_image
 from .checks import Check, Proof, findings
 
@@ -47,7 +47,7 @@ def predicted_precision(
     own: np.ndarray,           # scores of the user's images (N,)
     kinds: list[np.ndarray],   # scores of planted faults, one array per kind
     threshold: float,          # score from which images are flagged
-) -> Figure:                   # share of faults among the flagged, from zero to the most that there is room for; n: flagged images
+) -> Estimate:                   # share of faults among the flagged, from zero to the most that there is room for; n: flagged images
     "Bound the share of findings that have the fault, for the kind that fits them best."
     over = lambda scores, t: len(scores) - np.searchsorted(scores, t)   # how many are at least t
     own, best = np.sort(own), 0.0
@@ -58,7 +58,7 @@ def predicted_precision(
         recall, flagged = over(planted, at) / len(planted), over(own, at)
         keep = recall >= 0.2          # below, a few planted images would decide
         if keep[-1]: best = max(best, float(((flagged + np.sqrt(flagged))[keep] / recall[keep]).min() * recall[-1] / n))
-    return Figure(float("nan"), 0.0, proportion(round(min(best, 1) * n), n).high, n)
+    return Estimate(float("nan"), 0.0, proportion(round(min(best, 1) * n), n).high, n)
 
 # %% ../../nbs/audit/04_quality.ipynb #cell-11
 def prove(

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from ..core.errors import CvnbError, UsageError, nearest
+from ..core.errors import CvnbError, UsageError, did_you_mean
 from ..core.files import atomic_path
 from ..core.html import html_page, html_table
 from ..data.images import open_image
@@ -35,7 +35,7 @@ def parse_limits(
     found = {}
     for given in limits:
         name, _, share = given.partition("=")
-        if name not in known: raise UsageError(f"limit '{given}' is for no check", nearest(name, known))
+        if name not in known: raise UsageError(f"limit '{given}' is for no check", did_you_mean(name, known))
         try: found[name] = float(share)
         except ValueError: found[name] = -1
         if not 0 <= found[name] <= 1: raise UsageError(f"limit '{given}' gives no share from 0 to 1", f"Write it like {name}=0.05.")

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from .fiftyone_dataset import edited, load_dataset
-from ..core.errors import CvnbError, UsageError, nearest
+from ..core.errors import CvnbError, UsageError, did_you_mean
 from ..core.files import atomic_path, read_json
 from ..core.project import project_root, resolve_run
-from ..core.system import now
-from ..core.stage import finished
+from ..core.system import timestamp
+from ..core.stage import read_stage_manifest
 from ..data.fiftyone_db import explained
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ def audited(
     "Find a run's audit; raise `UsageError` where there is no run, `CvnbError` where its audit has not finished."
     folder = resolve_run(run)
     if not folder.is_dir(): raise UsageError(f"{run} is not a run directory", "`cvnb run` makes one.")
-    if not finished(folder, "audit"): raise CvnbError(f"run {folder.name} has no finished audit", f"Run `cvnb run audit --run {run}`.")
+    if not read_stage_manifest(folder, "audit"): raise CvnbError(f"run {folder.name} has no finished audit", f"Run `cvnb run audit --run {run}`.")
     return folder, read_json(folder/"audit/audit.json")
 
 # %% ../../nbs/audit/12_review.ipynb #cell-29
@@ -207,7 +207,7 @@ def _known(
     more = f" ({len(wrong) - 1} more images have such labels)" if len(wrong) > 1 else ""
     odd = next(p for p in parts(wrong.label.iloc[0]) if p not in names)
     raise UsageError(f"{wrong.path.iloc[0]}: '{odd}' is none of the {len(names)} classes{more}",
-                     f"{nearest(odd, names)} Correct it in the App, or give --new-class for a class that is new.")
+                     f"{did_you_mean(odd, names)} Correct it in the App, or give --new-class for a class that is new.")
 
 # %% ../../nbs/audit/12_review.ipynb #cell-31
 def accept(
@@ -227,11 +227,11 @@ def accept(
         raise UsageError(f"{file} holds corrections of other images, none of this data", "Give another file with --out.")
     fits = edits.pixel_sha256.to_numpy() == edits.path.map(dict(zip(manifest.path, manifest.pixel_sha256))).to_numpy()
     source = {p: label for p, label in zip(manifest.path, manifest.get("label_was", [])) if label}
-    new = decisions(edits[fits], folder.name, now(), source)
+    new = decisions(edits[fits], folder.name, timestamp(), source)
     if not new_class: _known(new, audit["classes"], audit.get("task", "classification"))
     merged, states = merge(old, new)
     if not dry_run and set(states) - set(IDLE): write_corrections(file, merged)
-    stale = decisions(edits[~fits], folder.name, now()).to_dict("records") + [dict(path=e["path"], was=e["was"], label=e["label"]) for e in lost]
+    stale = decisions(edits[~fits], folder.name, timestamp()).to_dict("records") + [dict(path=e["path"], was=e["was"], label=e["label"]) for e in lost]
     told = pd.concat([new.assign(state=states), pd.DataFrame(stale, columns=COLUMNS).assign(state="stale")], ignore_index=True)
     return file, told.fillna("")
 
@@ -310,7 +310,7 @@ def browse(
         dataset = load_dataset(folder)
         with explained(f"FiftyOne's dataset of {run} cannot be read"): views = saved_views(dataset)
         slugs = dict(zip(views["view"], views.slug))
-        if view and view not in slugs: raise UsageError(f"run {folder.name} has no view '{view}'", nearest(view, list(slugs)))
+        if view and view not in slugs: raise UsageError(f"run {folder.name} has no view '{view}'", did_you_mean(view, list(slugs)))
         port, token, shown = s.getsockname()[1], secrets.token_urlsafe(16), f"view={slugs[view]}&" if view else ""
         address = f"http://127.0.0.1:{port}/datasets/{quote(dataset.name)}?{shown}token={token}"
         print(f"{len(dataset):,} images. " + " · ".join(f"{v.view} {v.images:,}" for v in views.itertuples()))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.files import atomic_path
-from ..core.system import machine, now
+from ..core.system import machine_info, timestamp
 from ..export.runtimes import read_pixels
 from .workers import Candidate
 from .timing import Measured, over_rounds, ratio
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure as Plot
 
-    from cvnb.metrics.estimates import Figure
+    from cvnb.metrics.estimates import Estimate
 
 # %% auto #0
 __all__ = ['PEER', 'size_mb', 'rows_of', 'table', 'plot', 'report_html', 'summarize', 'load_average', 'write_report',
@@ -42,7 +42,7 @@ def size_mb(
 def _row(
     candidate: Candidate,         # what the row is about
     found: Measured,              # its timings
-    accuracy: Figure,             # on the test images
+    accuracy: Estimate,             # on the test images
     base: np.ndarray,             # seconds of the trained model in eager torch
     peer: np.ndarray | None,      # seconds of the peer, if it was there
     batch_size: int,              # images in the large batch
@@ -65,7 +65,7 @@ PEER = ("trained", "openvino int8")   # the best that an unpruned model gets els
 def rows_of(
     candidates: list[Candidate],   # what was measured
     measured: list[Measured],      # their timings, in the same order
-    accuracies: list[Figure],      # their accuracies, in the same order
+    accuracies: list[Estimate],      # their accuracies, in the same order
     batch_size: int,               # images in the large batch
 ) -> list[dict[str, Any]]:         # the table
     "Make the table; the first candidate is what the others are compared with."
@@ -158,7 +158,7 @@ def summarize(
     "Put together what was measured, on what, and when."
     sizes = Counter(f"{image.shape[1]}×{image.shape[0]}" for image in images).most_common(3)
     about = f"{len(images)} raw test images, most of {' and '.join(size for size, _ in sizes)} pixels"
-    return dict(run=run, rows=rows, control=checked, machine=machine(), load=load, date=now(), images=about,
+    return dict(run=run, rows=rows, control=checked, machine=machine_info(), load=load, date=timestamp(), images=about,
                 shipped=bundle["shipped"]["model"], bundle={name: record["sha256"] for name, record in bundle["files"].items()})
 
 # %% ../../nbs/benchmark/03_report.ipynb #cell-61
@@ -206,10 +206,10 @@ def accuracies_of(
     parity: list[dict[str, Any]],      # from export.json: model, runtime, accuracy
     classes: dict[int, list[int]],     # number of a candidate -> its answers to the test images
     truth: np.ndarray,                 # int (N,), true classes
-) -> list[Figure]:                     # one per candidate
+) -> list[Estimate]:                     # one per candidate
     "Collect the candidates' accuracies over the test images."
-    from cvnb.metrics.estimates import Figure, accuracy
-    known = {(p["model"], p["runtime"]): Figure(**p["accuracy"]) for p in parity}
+    from cvnb.metrics.estimates import Estimate, accuracy
+    known = {(p["model"], p["runtime"]): Estimate(**p["accuracy"]) for p in parity}
     return [accuracy(np.array(classes[i]) == truth) if i in classes else known[c.model, c.runtime] for i, c in enumerate(candidates)]
 
 # %% ../../nbs/benchmark/03_report.ipynb #cell-73

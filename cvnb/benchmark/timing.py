@@ -17,7 +17,7 @@ import numpy as np
 from .workers import Candidate, Worker
 
 if TYPE_CHECKING:
-    from cvnb.metrics.estimates import Figure
+    from cvnb.metrics.estimates import Estimate
 
 # %% auto #0
 __all__ = ['CONTROL', 'Measured', 'measure', 'over_rounds', 'ratio', 'control']
@@ -34,13 +34,13 @@ class Measured:
 def _turns(
     workers: list[Worker],   # loaded
     rounds: int,             # how often everyone gets a turn
-    report: Callable[[float, str], None],   # told the fraction that is done
+    progress: Callable[[float, str], None],   # told the fraction that is done
     **request: Any,          # the same for all
 ) -> list[np.ndarray]:       # per worker: seconds (rounds, calls)
     "Let workers take turns, beginning with another one in every round."
     seconds: dict[int, list] = {i: [] for i in range(len(workers))}
     for r in range(rounds):
-        report(r / rounds, f"round {r + 1} of {rounds}, batch {request['batch_size']}")
+        progress(r / rounds, f"round {r + 1} of {rounds}, batch {request['batch_size']}")
         for i in (*range(r % len(workers), len(workers)), *range(r % len(workers))):
             workers[i].send(**request, turn=r)
             seconds[i].append(workers[i].receive()["seconds"])
@@ -81,15 +81,15 @@ def measure(
     batch_size: int = 32,          # images in the batch that throughput is measured with
     threads: int = 1,              # of each runtime
     classify: dict[int, list[str]] | None = None,   # number of a candidate -> image files to answer
-    report: Callable[[float, str], None] = lambda fraction, text: None,   # told the fraction that is done
+    progress: Callable[[float, str], None] = lambda fraction, text: None,   # told the fraction that is done
 ) -> tuple[list[Measured], dict[int, list[int]]]:   # per candidate, and the classes that were asked for
     "Measure candidates in turns, each in its own process."
-    report(0, f"starting {len(candidates)} processes")
+    progress(0, f"starting {len(candidates)} processes")
     with _started(candidates, images, threads) as workers:
-        single = _turns(workers, rounds, report, time=-(-n_calls // rounds), batch_size=1, warm_up=3)
+        single = _turns(workers, rounds, progress, time=-(-n_calls // rounds), batch_size=1, warm_up=3)
         memory = [a["peak_memory_mb"] for a in _ask_all(workers, memory=True)]
-        batch = _turns(workers, max(3, rounds // 3), report, time=1, batch_size=batch_size, warm_up=1)
-        report(1, "answers for the accuracy column")
+        batch = _turns(workers, max(3, rounds // 3), progress, time=1, batch_size=batch_size, warm_up=1)
+        progress(1, "answers for the accuracy column")
         classes = {i: _ask_all([workers[i]], classify=paths)[0]["classes"] for i, paths in (classify or {}).items()}
     return [Measured(*m) for m in zip(single, batch, memory)], classes
 
@@ -97,17 +97,17 @@ def measure(
 def over_rounds(
     statistic: Callable[..., float],   # of arrays (rounds, calls)
     *seconds: np.ndarray,              # one or more of these, with the same rounds
-) -> Figure:                           # its value with an interval; n counts calls
+) -> Estimate:                           # its value with an interval; n counts calls
     "Estimate a statistic of timings with an interval from resampled rounds."
-    from cvnb.metrics.estimates import Figure, bootstrap
+    from cvnb.metrics.estimates import Estimate, bootstrap
     figure = bootstrap(lambda rows: statistic(*(s[rows.astype(int)] for s in seconds)), np.arange(len(seconds[0])), n_resamples=300)
-    return Figure(figure.value, figure.low, figure.high, seconds[0].size)
+    return Estimate(figure.value, figure.low, figure.high, seconds[0].size)
 
 # %% ../../nbs/benchmark/02_timing.ipynb #cell-37
 def ratio(
     reference: np.ndarray,   # seconds (rounds, calls)
     other: np.ndarray,       # seconds (rounds, calls), from the same rounds
-) -> Figure:                 # how many times faster `other` is
+) -> Estimate:                 # how many times faster `other` is
     "Estimate the ratio of two medians."
     return over_rounds(lambda a, b: float(np.median(a) / np.median(b)), reference, other)
 

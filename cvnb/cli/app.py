@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 import cvnb
-from ..core.errors import CvnbError, UsageError, nearest
+from ..core.errors import CvnbError, UsageError, did_you_mean
 from ..core.files import atomic_path, read_json
-from ..core.project import assets, project_root
-from ..core.stage import finished, looks, show_figure
+from ..core.project import asset_folder, project_root
+from ..core.stage import read_stage_manifest, split_accesses, format_metric
 
 if TYPE_CHECKING:
     from cvnb.pipeline.params import Contract
@@ -105,14 +105,14 @@ def _recipe(
 ) -> Path | None:          # the recipe to use
     "Choose the recipe: the given one, that with the data's name, or `default`."
     if config:
-        named = assets("configs")/f"{config}.yaml"
+        named = asset_folder("configs")/f"{config}.yaml"
         if config.is_file() or named.exists(): return config if config.is_file() else named
-        recipes = [p.stem for p in sorted(assets("configs").glob("*.yaml"))]
+        recipes = [p.stem for p in sorted(asset_folder("configs").glob("*.yaml"))]
         what = "is a folder" if config.is_dir() else "does not exist"
-        raise UsageError(f"recipe {config} {what}", f"{nearest(config.stem, recipes)} Or give a YAML file.")
+        raise UsageError(f"recipe {config} {what}", f"{did_you_mean(config.stem, recipes)} Or give a YAML file.")
     if not data: return None
-    named = assets("configs")/f"{Path(data).name}.yaml"
-    return named if named.exists() else assets("configs")/"default.yaml"
+    named = asset_folder("configs")/f"{Path(data).name}.yaml"
+    return named if named.exists() else asset_folder("configs")/"default.yaml"
 
 # %% ../../nbs/cli/01_app.ipynb #cell-11
 def _target(
@@ -246,7 +246,7 @@ def _models(
     folder: Path,   # run directory
 ) -> list[dict]:    # the benchmark's rows; none before it has run
     "Read the benchmark's table."
-    return read_json(folder/"benchmark/benchmark.json")["rows"] if finished(folder, "benchmark") else []
+    return read_json(folder/"benchmark/benchmark.json")["rows"] if read_stage_manifest(folder, "benchmark") else []
 
 # %% ../../nbs/cli/01_app.ipynb #cell-21
 def _table(
@@ -328,7 +328,7 @@ def status(
     if as_json: return print(json.dumps(rows, indent=1))
     shown = [(r["stage"], r["state"], r["why"] or "–", f"{r['seconds']:.1f}" if r["seconds"] else "", r["headline"]) for r in rows]
     _table(f"{folder}", dict(stage="left", state="left", because="left", seconds="right", figures="left"), shown)
-    if found := looks(folder):
+    if found := split_accesses(folder):
         print(f"\nThe test split was looked at {sum(found.values())} times ({', '.join(f'{s} {n}' for s, n in found.items())}): "
               "what is chosen by its answers needs new images to be judged.")
     for r in rows if why else []:
@@ -357,7 +357,7 @@ def params(
     "List a stage's parameters with types, defaults and ranges; with --json as JSON Schema, without a stage that of a recipe."
     from cvnb.pipeline.params import contracts, model_of, recipe_schema, table
     known = contracts()
-    if stage and stage not in known: raise UsageError(f"no stage '{stage}'", nearest(stage, list(known)))
+    if stage and stage not in known: raise UsageError(f"no stage '{stage}'", did_you_mean(stage, list(known)))
     chosen = [stage] if stage else list(known)
     if as_json: return print(json.dumps(model_of(known[stage]).model_json_schema() if stage else recipe_schema(known), indent=1))
     for s in chosen:
@@ -396,7 +396,7 @@ def sweep(
     folder = (out or project_root()/"sweeps"/name).expanduser().resolve()
     engine = engine or ("ray" if address else "processes")
     if engine == "processes" and address: raise UsageError(f"--address {address} is that of a Ray cluster", "Drop it, or say --engine ray.")
-    if engine not in ("processes", "ray"): raise UsageError(f"no engine '{engine}'", nearest(engine, ["processes", "ray"]))
+    if engine not in ("processes", "ray"): raise UsageError(f"no engine '{engine}'", did_you_mean(engine, ["processes", "ray"]))
     described = make_sweep(folder, set or [], _values(folder, data, recipe, [], known), stages, metric, search, trials, known,
                            minimize=minimize, seeds=seeds, prune=prune)
     if dry_run: _show_plan(described, plan(described, known, project_root()), as_json)
@@ -423,7 +423,7 @@ def _run_sweep(
         where = RayTasks(address or "auto", jobs) if engine == "ray" and work_left(sweep) else Processes(jobs or 1)
         lines.note(f"{sweep.folder} · {' × '.join(map(str, sweep.axes)) or 'no parameter varies'}")
         watch = lambda t, event, fraction, text: lines(
-            t.name, event, fraction, f"{sweep.metric} {show_figure(t.figure)}" if event == "done" else shorten(text, 150))
+            t.name, event, fraction, f"{sweep.metric} {format_metric(t.figure)}" if event == "done" else shorten(text, 150))
         try: run_sweep(sweep, where, watch)
         except KeyboardInterrupt: raise CvnbError("interrupted", "What finished is kept; the same command goes on from there.") from None
     rows = ranking(sweep)
@@ -441,7 +441,7 @@ def _show_sweep(
 ) -> None:
     "Print a sweep's table and the next commands."
     over = f"{sweep.metric} [95 %{', over seeds' if sweep.seeds > 1 else ''}]"
-    shown = [(*r["values"].values(), r["n"], show_figure(r["figure"] | dict(n=None)) if r["figure"] else "–", f"{r['seconds']:.1f}",
+    shown = [(*r["values"].values(), r["n"], format_metric(r["figure"] | dict(n=None)) if r["figure"] else "–", f"{r['seconds']:.1f}",
               r["state"] if r["state"] == "done" else f"{r['state']}: {' '.join(r['why'].split())[:90]}") for r in rows]
     _table("", {a.name: "right" for a in sweep.axes} | {"runs": "right", over: "left", "seconds": "right", "state": "left"}, shown)
     here = lambda p: quote(str(p.relative_to(Path.cwd()) if p.is_relative_to(Path.cwd()) else p))
@@ -460,7 +460,7 @@ def _show_plan(
     states = [dict(trial=t.name, state=t.state, figure=t.figure) for t in sweep.trials]
     if as_json: return print(json.dumps(dict(trials=states, stages={s: runs for s, (runs, _) in work.items()}), indent=1))
     _table(f"{sweep.folder}", dict(trial="left", state="left", **{sweep.metric: "left"}),
-           [(t["trial"], t["state"], show_figure(t["figure"]) if t["figure"] else "") for t in states])
+           [(t["trial"], t["state"], format_metric(t["figure"]) if t["figure"] else "") for t in states])
     count = len({json.dumps(t.values, default=str) for t in sweep.trials})
     if sweep.n > count: print(f"\n{sweep.n - count} more will be drawn ({sweep.search}) from {' × '.join(map(str, sweep.axes))}")
     left = [f"{s} {runs}" + f" (shared by {trials} trials)" * (runs < trials) for s, (runs, trials) in work.items() if runs]
@@ -675,9 +675,9 @@ def diagnose() -> list[dict]:   # per part: part, ok, found, remedy
     import shutil
     from importlib.util import find_spec
 
-    from cvnb.core.system import machine
+    from cvnb.core.system import machine_info
     from cvnb.core.cache import cache_dir
-    rows, here = [], machine()
+    rows, here = [], machine_info()
     rows.append(dict(part="machine", ok=True, found=f"{here['cores']} cores, {here['memory_gb']} GB, Python {here['python']}", remedy=""))
     for part, (modules, remedy) in _PARTS.items():
         missing = [m for m in modules.split() if find_spec(m) is None]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.errors import CvnbError, UsageError, nearest
+from ..core.errors import CvnbError, UsageError, did_you_mean
 from ..core.files import digest
 from ..metrics.paired import NonInferiority, noninferiority
 from ..models.vision_model import VisionModel
@@ -102,7 +102,7 @@ def distillation_criterion(
     soft: float = 0.9,          # share of the teacher in the loss, 0 … 1
 ) -> Distillation:              # for `cvnb.train.fit`
     "Make the criterion of a student; raise `UsageError` for a loss that is not known."
-    if loss not in LOSSES: raise UsageError(f"no distillation loss '{loss}'", nearest(loss, list(LOSSES)))
+    if loss not in LOSSES: raise UsageError(f"no distillation loss '{loss}'", did_you_mean(loss, list(LOSSES)))
     return Distillation(teacher.eval(), loss, temperature, soft)
 
 # %% ../../nbs/compress/02_distill.ipynb #cell-29

@@ -208,7 +208,7 @@ def prune_path(
     keep: float = 0.125,      # share of a layer's channels that always stays, 0 … 1
     n_images: int = 128,      # how many of `images` to measure on
     seed: int = 0,            # choice of images and random directions
-    report: Callable[[float, str], None] | None = None,   # told the fraction that is done
+    progress: Callable[[float, str], None] | None = None,   # told the fraction that is done
 ) -> Iterator[VisionModel]:   # a pruned copy per fraction, the largest first
     "Prune a copy step by step to each of `fractions`; raise `CvnbError` for one that cannot be reached."
     if odd := [f for f in fractions if not 0 < f <= 1]: raise UsageError(f"a fraction of the MACs has to lie between 0 and 1, and {odd[0]} does not")
@@ -221,7 +221,7 @@ def prune_path(
     full = _macs(surgery.area)
     for goal in sorted(fractions, reverse=True):
         while (now := _macs(surgery.area)) > goal * full:
-            if report: report((1 - now / full) / (1 - goal), f"pruning: {now / full:.0%} of the MACs left")
+            if progress: progress((1 - now / full) / (1 - goal), f"pruning: {now / full:.0%} of the MACs left")
             if not _step(surgery, sample, now - max(goal * full, 0.8 * now), seed): raise _unreachable(model, goal, now / full)
         yield copy.deepcopy(surgery.model)
 

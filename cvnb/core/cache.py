@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import CvnbError
-from .system import machine
+from .system import machine_info
 
 if TYPE_CHECKING:
     import numpy as np
 
 # %% auto #0
-__all__ = ['LIMIT', 'cache_dir', 'RowCache', 'take_rows', 'trim']
+__all__ = ['CACHE_LIMIT_VARIABLE', 'cache_dir', 'RowCache', 'take_rows', 'trim_cache']
 
 # %% ../../nbs/core/08_cache.ipynb #cell-4
 def cache_dir() -> Path:   # `CVNB_CACHE`, or the user's cache folder
@@ -31,7 +31,7 @@ def cache_dir() -> Path:   # `CVNB_CACHE`, or the user's cache folder
     return Path(os.environ.get("CVNB_CACHE") or default)
 
 # %% ../../nbs/core/08_cache.ipynb #cell-5
-LIMIT = "CVNB_CACHE_GB"   # how large all rows together may become, in gigabytes; 20 by default
+CACHE_LIMIT_VARIABLE = "CVNB_CACHE_GB"   # how large all rows together may become, in gigabytes; 20 by default
 
 # %% ../../nbs/core/08_cache.ipynb #cell-6
 class RowCache:
@@ -100,7 +100,7 @@ class RowCache:
             path.with_suffix(".keys").write_bytes(bytes.fromhex("".join(keys)))
             os.replace(temp, path)
         finally: temp.unlink(missing_ok=True)
-        trim(keep=path)
+        trim_cache(keep=path)
         return new
 
 # %% ../../nbs/core/08_cache.ipynb #cell-7
@@ -132,7 +132,7 @@ def _room(
 ) -> np.ndarray:              # empty
     "Find room for an array; raise `CvnbError` if there is none."
     import numpy as np
-    size, memory = int(np.prod(shape)) * np.dtype(dtype).itemsize, (machine()["memory_gb"] or 4) * 1e9
+    size, memory = int(np.prod(shape)) * np.dtype(dtype).itemsize, (machine_info()["memory_gb"] or 4) * 1e9
     if size <= share * memory: return np.empty(shape, dtype)
     path = folder/f"gathered-{uuid.uuid4().hex}.tmp"
     try: out = _reserve(path, shape, dtype)
@@ -140,7 +140,7 @@ def _room(
         if size <= 3 * share * memory: return np.empty(shape, dtype)
         raise CvnbError(f"{shape[0]} rows take {size / 1e9:.1f} GB, too much for {memory / 1e9:.0f} GB of memory, and {e}",
                         "Use smaller images (image_size), free some space, or name a larger disk in CVNB_CACHE.") from None
-    with contextlib.suppress(OSError): path.unlink()   # what is mapped stays; where that is not so, `trim` takes it later
+    with contextlib.suppress(OSError): path.unlink()   # what is mapped stays; where that is not so, `trim_cache` takes it later
     return out
 
 # %% ../../nbs/core/08_cache.ipynb #cell-8
@@ -174,12 +174,12 @@ def take_rows(
     return _gather([(rows, i) for i in np.arange(len(rows))[index].tolist()], rows.shape[1:], rows.dtype.str, cache_dir()/"rows"/"taken")
 
 # %% ../../nbs/core/08_cache.ipynb #cell-9
-def trim(
+def trim_cache(
     limit_gb: float | None = None,   # gigabytes; by default what the environment says, or 20
     keep: Path | None = None,        # a file that stays in any case
 ) -> int:                            # files thrown away
     "Throw away the rows that were not used for longest, until the rest is within the limit."
-    limit_gb = float(os.environ.get(LIMIT, 20)) if limit_gb is None else limit_gb
+    limit_gb = float(os.environ.get(CACHE_LIMIT_VARIABLE, 20)) if limit_gb is None else limit_gb
     folder, gone = cache_dir()/"rows", 0
     for old in folder.glob("*/*.tmp"):   # of processes that were killed
         with contextlib.suppress(OSError):

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['CvnbError', 'UsageError', 'nearest']
+__all__ = ['CvnbError', 'UsageError', 'did_you_mean']
 
 # %% ../../nbs/core/01_errors.ipynb #cell-5
 class CvnbError(Exception):
@@ -26,7 +26,7 @@ class UsageError(CvnbError):
     exit_code = 2
 
 # %% ../../nbs/core/01_errors.ipynb #cell-9
-def nearest(
+def did_you_mean(
     name: str,           # what was typed
     valid: list[str],    # what exists
 ) -> str:                # a sentence that names the nearest valid name, or all of them

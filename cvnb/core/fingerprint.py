@@ -18,11 +18,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import cvnb
-from .errors import CvnbError, nearest
+from .errors import CvnbError, did_you_mean
 from .files import atomic_path, digest
 
 # %% auto #0
-__all__ = ['Name', 'code_digest', 'Node', 'reached', 'packages', 'own_modules', 'code_of']
+__all__ = ['SymbolName', 'code_digest', 'Node', 'reached_code', 'imported_packages', 'project_modules', 'code_fingerprint']
 
 # %% ../../nbs/core/07_fingerprint.ipynb #6fae2d59
 def _all(
@@ -66,7 +66,7 @@ def code_digest(
     return digest(ast.dump(tree) if (tree := _tree(source)) else source)
 
 # %% ../../nbs/core/07_fingerprint.ipynb #cell-10
-Name = tuple[str, str]   # module ("audit.duplicates"), and the name in it; "*" is the whole module
+SymbolName = tuple[str, str]   # module ("audit.duplicates"), and the name in it; "*" is the whole module
 _ON_IMPORT = ""          # the name of what a module does when it is imported
 
 def _folders(
@@ -105,9 +105,9 @@ def _imports(
     nodes: list[ast.AST],   # of a piece of code
     package: frozenset[str],# the package's modules
     around: str = "",       # the sub-package that the code lies in
-) -> dict[str, Name]:       # local name -> what it stands for
+) -> dict[str, SymbolName]:       # local name -> what it stands for
     "List what a piece of code imports from the package, at its top or inside functions."
-    found: dict[str, Name] = {}
+    found: dict[str, SymbolName] = {}
     known = package | _folders(package)
     for n in nodes:
         if isinstance(n, ast.Import):
@@ -156,7 +156,7 @@ def _located(
     module: str,               # "" is the package itself
     chain: list[str],          # attributes behind it
     package: frozenset[str],   # the package's modules
-) -> Name:                     # the module that they lead to, and the name in it
+) -> SymbolName:                     # the module that they lead to, and the name in it
     "Follow attributes from a package down to a module: `cvnb.core.files.digest`."
     known = package | _folders(package)
     while chain and (inner := f"{module}.{chain[0]}" if module else chain[0]) in known: module, chain = inner, chain[1:]
@@ -165,10 +165,10 @@ def _located(
 
 def _names(
     nodes: list[ast.AST],      # of a piece of code
-    known: dict[str, Name],    # what names stand for around it
+    known: dict[str, SymbolName],    # what names stand for around it
     package: frozenset[str],   # the package's modules
     around: str = "",          # the sub-package that the code lies in
-) -> set[Name]:                # what it uses of the package
+) -> set[SymbolName]:                # what it uses of the package
     "List the package's names that a piece of code uses."
     own = _imports(nodes, package, around)
     known, passed = known | own, _notes(nodes)
@@ -184,9 +184,9 @@ def _names(
 
 
 def _spread(
-    name: Name,                # of a module or a sub-package
+    name: SymbolName,                # of a module or a sub-package
     package: frozenset[str],   # the package's modules
-) -> set[Name]:                # names of modules; none for the package itself
+) -> set[SymbolName]:                # names of modules; none for the package itself
     "Replace a sub-package that is used as a whole by all its modules, and add what importing a module runs above it."
     module, what = name
     if not module: return set()
@@ -200,7 +200,7 @@ def _spread(
 def _hidden(
     text: str,                 # a string that mentions the package
     package: frozenset[str],   # the package's modules
-) -> set[Name]:                # what it would use if it were run
+) -> set[SymbolName]:                # what it would use if it were run
     "Look into a string for code."
     try: used = _names(_all(ast.parse(text)), {}, package)
     except SyntaxError: used = set()
@@ -210,7 +210,7 @@ def _hidden(
 def _mentioned(
     text: str,                 # that is no plain Python
     package: frozenset[str],   # the package's modules
-) -> set[Name]:                # the modules, each as a whole
+) -> set[SymbolName]:                # the modules, each as a whole
     "List the modules that a text names as `cvnb.core.files`."
     found = {_located("", chain.strip(".").split("."), package)[0] for chain in re.findall(r"\bcvnb((?:\.\w+)+)", text)}
     return set().union(*(_spread((module, "*"), package) for module in found))
@@ -220,7 +220,7 @@ def _mentioned(
 class Node:
     "A function, a class, a module variable, or what a module does when it is imported."
     code: list[str] = field(default_factory=list)   # digests of its statements, and where names from outside come from
-    uses: set[Name] = field(default_factory=set)    # names of the package that it uses
+    uses: set[SymbolName] = field(default_factory=set)    # names of the package that it uses
     packages: set[str] = field(default_factory=set) # other packages that it imports
 
     @cached_property
@@ -347,7 +347,7 @@ def _walk(
     return found
 
 # %% ../../nbs/core/07_fingerprint.ipynb #cell-30
-def reached(
+def reached_code(
     cells: list[str],              # the sources of a notebook's code cells
     package: Path | None = None,   # the package's folder
 ) -> dict[str, str]:               # "module.name" -> digest of its code, for all that is reached
@@ -355,7 +355,7 @@ def reached(
     return {name: node.digest for name, node in sorted(_walk(cells, package).items())}
 
 # %% ../../nbs/core/07_fingerprint.ipynb #cell-31
-def packages(
+def imported_packages(
     cells: list[str],              # the sources of a notebook's code cells
     package: Path | None = None,   # the package's folder
 ) -> set[str]:                     # names of other packages, such as "torch"
@@ -383,7 +383,7 @@ def _imported(
     return found | set(re.findall(r"^\s*(?:%+\w+\s+)?(?:from|import)\s+(\w+)", source, re.M)) - {"cvnb"}
 
 # %% ../../nbs/core/07_fingerprint.ipynb #own-modules
-def own_modules(
+def project_modules(
     cells: list[str],   # the sources of a notebook's code cells
     root: Path,         # the project, where a stage's imports are looked for first
 ) -> dict[str, str]:    # path in the project -> source
@@ -411,13 +411,13 @@ def _check_imports(
     named += [n.module for n in nodes if isinstance(n, ast.ImportFrom) and not n.level and (n.module or "").split(".")[0] == "cvnb"]
     for name in named:
         if (module := name.partition(".")[2]) in known: continue
-        raise CvnbError(f"a cell imports {name}, which is no module of cvnb", nearest(name, [f"cvnb.{m}" for m in sorted(package)])[:200])
+        raise CvnbError(f"a cell imports {name}, which is no module of cvnb", did_you_mean(name, [f"cvnb.{m}" for m in sorted(package)])[:200])
 
 
 def _in_cells(
     cells: list[str],          # sources
     package: frozenset[str],   # the package's modules
-) -> set[Name]:                # names of the package that they use
+) -> set[SymbolName]:                # names of the package that they use
     "List what cells use; one imports for all that follow."
     trees = [_all(tree) for source in cells if (tree := _tree(source))]
     for tree in trees: _check_imports(tree, package)
@@ -427,9 +427,9 @@ def _in_cells(
 
 # %% ../../nbs/core/07_fingerprint.ipynb #code-of
 @lru_cache   # what runs is what was there at first; a module that is loaded anew is not noticed
-def code_of(
+def code_fingerprint(
     cell: str,         # the source of a code cell
     *packages: str,    # installed ones that it stands on, such as "torch"
 ) -> str:              # 64 hexadecimal digits
     "Digest all code of the package that a cell reaches, and the versions of other packages."
-    return digest([reached([cell]), [version(p) for p in packages]])
+    return digest([reached_code([cell]), [version(p) for p in packages]])

@@ -11,7 +11,7 @@ import cvnb
 from .errors import CvnbError
 
 # %% auto #0
-__all__ = ['project_root', 'assets', 'resolve_run']
+__all__ = ['project_root', 'asset_folder', 'resolve_run']
 
 # %% ../../nbs/core/03_project.ipynb #cell-23
 _PACKAGE = Path(cvnb.__file__).parent
@@ -27,7 +27,7 @@ def project_root(
     return start
 
 # %% ../../nbs/core/03_project.ipynb #cell-25
-def assets(
+def asset_folder(
     kind: str,                 # "stages", "configs" or "dashboards"
     root: Path | None = None,  # the project; by default the one around the working directory
 ) -> Path:                     # the folder that holds them

@@ -20,18 +20,19 @@ import cvnb
 from .errors import CvnbError
 from .files import _plain, atomic_path, digest, file_record, read_json, write_json
 from .project import resolve_run
-from .system import machine, now
+from .system import machine_info, timestamp
 
 # %% auto #0
-__all__ = ['READY', 'BEGUN', 'LOOKS', 'locked', 'Stage', 'finished', 'looks', 'part', 'show_figure', 'stage_key']
+__all__ = ['PENDING_MANIFEST', 'STAGE_MARKER', 'ACCESS_LOG', 'lock_run', 'Stage', 'read_stage_manifest', 'split_accesses',
+           'subprogress', 'format_metric', 'stage_key']
 
 # %% ../../nbs/core/06_stage.ipynb #cell-37
-READY = "stage.json.ready"   # what `finish` writes when a pipeline waits to rename it
-BEGUN = ".stage"             # says that a folder is a stage's, though it may never have finished
+PENDING_MANIFEST = "stage.json.ready"   # what `finish` writes when a pipeline waits to rename it
+STAGE_MARKER = ".stage"             # says that a folder is a stage's, though it may never have finished
 
 # %% ../../nbs/core/06_stage.ipynb #held
 @contextlib.contextmanager
-def locked(
+def lock_run(
     run: Path,   # run directory
     option: str = "--run",   # how another one is given
     wait: float = 0,         # seconds to wait for it
@@ -45,7 +46,7 @@ def locked(
         raise CvnbError(f"{run} is in use by process {owner.get('pid', '?')} since {owner.get('since', '?')}",
                         f"Wait for it, or give another {option}.") from None
     try:
-        write_json(note, dict(pid=os.getpid(), since=now()))
+        write_json(note, dict(pid=os.getpid(), since=timestamp()))
         yield
     finally:
         note.unlink(missing_ok=True)
@@ -63,17 +64,17 @@ class Stage:
         self.dir = self.run/name
         self.inputs, self.metrics, self._outputs, self.curves, self.data = {}, {}, {}, {}, None
         self.environment: dict[str, Any] = {}   # what else the manifest shall say of where the stage ran
-        self.started, self._begin = now(), time.perf_counter()
+        self.started, self._begin = timestamp(), time.perf_counter()
         self.dir.mkdir(parents=True, exist_ok=True)
-        (self.dir/BEGUN).touch()
-        for old in self.dir/"stage.json", self.dir/READY: old.unlink(missing_ok=True)
+        (self.dir/STAGE_MARKER).touch()
+        for old in self.dir/"stage.json", self.dir/PENDING_MANIFEST: old.unlink(missing_ok=True)
         for path in [p for p in self.dir.rglob("[!.]*") if p.is_file() and p.stat().st_nlink > 1]:   # a sweep shares files between runs
             with atomic_path(path) as own: shutil.copy2(path, own)
 
     def __repr__(self) -> str: return f"stage {self.name} of {self.run.name}"
 
 # %% ../../nbs/core/06_stage.ipynb #cell-41
-def finished(
+def read_stage_manifest(
     run: Path,    # run directory
     stage: str,   # stage name
 ) -> dict | None: # its manifest, or None if it did not finish
@@ -89,7 +90,7 @@ def input(self: Stage,
     name: str,    # a file or a folder that it wrote
 ) -> Path:        # where it lies
     "Find an earlier stage's output and note its digest; raise `CvnbError` if that stage did not finish."
-    if not (record := finished(self.run, stage)):
+    if not (record := read_stage_manifest(self.run, stage)):
         raise CvnbError(f"{self.name} needs {stage}, which has not finished in {self.run}",
                         f"Run `cvnb run {stage} --run {self.run}` first.")
     outputs = {k: v for k, v in record["outputs"].items() if k == name or k.startswith(f"{name}/")}
@@ -124,24 +125,24 @@ def metric(self: Stage,
     return value
 
 # %% ../../nbs/core/06_stage.ipynb #cell-49
-LOOKS = "looks.jsonl"   # in the run directory: a line for each look at a held-out split
+ACCESS_LOG = "looks.jsonl"   # in the run directory: a line for each look at a held-out split
 
 @patch
-def look(self: Stage,
+def log_access(self: Stage,
     split: str,   # "val" or "test"
     n: int,       # images whose answers are looked at
 ) -> int:         # how often this run has looked at that split, this time included
     "Note that the stage looks at a held-out split."
-    with open(self.run/LOOKS, "a") as f: f.write(json.dumps(dict(split=split, stage=self.name, n_images=n, when=self.started)) + "\n")
-    return sum(looks(self.run, split).values())
+    with open(self.run/ACCESS_LOG, "a") as f: f.write(json.dumps(dict(split=split, stage=self.name, n_images=n, when=self.started)) + "\n")
+    return sum(split_accesses(self.run, split).values())
 
 # %% ../../nbs/core/06_stage.ipynb #cell-50
-def looks(
+def split_accesses(
     run: Path | str,       # run directory
     split: str = "test",   # a held-out split
 ) -> dict[str, int]:       # stage -> how often it looked
     "Count how often each stage of a run has looked at a split."
-    path, found = resolve_run(run)/LOOKS, {}
+    path, found = resolve_run(run)/ACCESS_LOG, {}
     for line in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):   # a line that a kill cut short
             if (look := json.loads(line))["split"] == split: found[look["stage"]] = found.get(look["stage"], 0) + 1
@@ -149,7 +150,7 @@ def looks(
 
 # %% ../../nbs/core/06_stage.ipynb #cell-51
 @patch
-def report(self: Stage,
+def progress(self: Stage,
     fraction: float,        # how much of the stage is done, 0 … 1
     text: str = "",         # what is going on
     **curves: list[float],  # a figure's value after each epoch so far, under the name that the stage will record it by
@@ -162,13 +163,13 @@ def report(self: Stage,
     with contextlib.suppress(OSError): os.replace(target + ".new", target)
 
 # %% ../../nbs/core/06_stage.ipynb #stage-part
-def part(
-    report: Callable[..., None],   # told how much of the stage is done, a text and curves
+def subprogress(
+    progress: Callable[..., None],   # told how much of the stage is done, a text and curves
     begin: float,                  # where the part begins, 0 … 1
     end: float,                    # where it ends, 0 … 1
 ) -> Callable[..., None]:          # told how much of the part is done
     "Give one part of a stage its place on the progress bar."
-    return lambda fraction, text="", **curves: report(begin + (end - begin) * fraction, text, **curves)
+    return lambda fraction, text="", **curves: progress(begin + (end - begin) * fraction, text, **curves)
 
 # %% ../../nbs/core/06_stage.ipynb #cell-52
 @patch
@@ -184,7 +185,7 @@ def _collect(self: Stage) -> dict[str, dict]:   # name -> {"path", "sha256", "by
     return found
 
 # %% ../../nbs/core/06_stage.ipynb #cell-53
-def show_figure(
+def format_metric(
     figure: dict,   # value, low, high, n
 ) -> str:           # "0.9840 [0.9740, 0.9900] (n=750)"
     "Write a recorded figure for people."
@@ -200,10 +201,10 @@ def finish(self: Stage) -> dict:   # the stage's figures, to look at
     record = dict(stage=self.name, status="done", key=parts and stage_key(parts, self.inputs),
                   params=self.params, data=self.data, inputs=self.inputs, outputs=self._collect(), metrics=self.metrics,
                   seconds=round(time.perf_counter() - self._begin, 2), started=self.started, cvnb=cvnb.__version__,
-                  environment=self.environment | dict(machine=machine(), parts=parts))
-    write_json(self.dir/(READY if parts else "stage.json"), record)
-    self.report(1, "done")
-    return {name: show_figure(figure) for name, figure in self.metrics.items()}
+                  environment=self.environment | dict(machine=machine_info(), parts=parts))
+    write_json(self.dir/(PENDING_MANIFEST if parts else "stage.json"), record)
+    self.progress(1, "done")
+    return {name: format_metric(figure) for name, figure in self.metrics.items()}
 
 # %% ../../nbs/core/06_stage.ipynb #cell-56
 def stage_key(

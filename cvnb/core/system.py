@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['now', 'n_cores', 'machine', 'seed_everything']
+__all__ = ['timestamp', 'n_cores', 'machine_info', 'seed_everything']
 
 # %% ../../nbs/core/04_system.ipynb #cell-38
-def now() -> str:   # ISO 8601, UTC, seconds
+def timestamp() -> str:   # ISO 8601, UTC, seconds
     "Tell the time in one format."
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
@@ -35,7 +35,7 @@ def n_cores() -> int:   # cores that this process may use
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 # %% ../../nbs/core/04_system.ipynb #cell-32
-def machine() -> dict[str, Any]:   # cores, memory_gb, cpu, os, python
+def machine_info() -> dict[str, Any]:   # cores, memory_gb, cpu, os, python
     "Describe the machine, without its name."
     pages = "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {})
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30 if pages else None

@@ -187,7 +187,7 @@ def load_images(
     root: Path | str,        # the data folder
     paths: Iterable[str],    # paths relative to it
     size: int,               # side in pixels
-    report: Callable[[float, str], None] | None = None,   # told the fraction that is done
+    progress: Callable[[float, str], None] | None = None,   # told the fraction that is done
     digests: Iterable[str] | None = None,   # the files' SHA-256; with them an image is decoded only once for all
 ) -> np.ndarray:             # uint8 (N, size, size, 3), RGB
     "Decode and resize images in parallel, in the order of `paths`."
@@ -199,7 +199,7 @@ def load_images(
         def one(i: int) -> None: out[i] = _at_size(root/paths[places[i]], size, known[places[i]])
         with ThreadPoolExecutor(n_cores()) as pool:
             for i, _ in enumerate(pool.map(one, range(len(places)))):
-                if report and i % 500 == 0: report(i / len(places), f"decoding {i}/{len(places)}")
+                if progress and i % 500 == 0: progress(i / len(places), f"decoding {i}/{len(places)}")
 
     if digests is not None: return RowCache(f"images-{decoding()}-{size}", (size, size, 3), "uint8").rows(known, make)
     make(list(range(len(paths))), out := np.empty((len(paths), size, size, 3), np.uint8))
@@ -250,7 +250,7 @@ def _facts_cache(
 def inspect(
     root: Path | str,      # the data folder
     table: pd.DataFrame,   # from `scan`
-    report: Callable[[float, str], None] | None = None,   # told the fraction that is done
+    progress: Callable[[float, str], None] | None = None,   # told the fraction that is done
     look: Callable[[Image.Image], dict] | None = None,    # sees each decoded image and gives more columns
 ) -> pd.DataFrame:         # `table` with the columns of `inspect_image`
     "Inspect every image of a table in parallel; raise `UsageError` if fewer than two classes can be read."
@@ -261,7 +261,7 @@ def inspect(
 
         def one(path: Path) -> dict:
             done.append(path)
-            if report and len(done) % 500 == 1: report(len(done) / len(paths), f"reading {len(done)}/{len(paths)}")
+            if progress and len(done) % 500 == 1: progress(len(done) / len(paths), f"reading {len(done)}/{len(paths)}")
             return inspect_image(path, look)
 
         def make(places: list[int], out: np.ndarray) -> None:

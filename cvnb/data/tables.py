@@ -12,7 +12,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING
 
-from ..core.errors import UsageError, nearest
+from ..core.errors import UsageError, did_you_mean
 from ..core.files import atomic_path
 from .named import NAMED, prepare
 
@@ -195,7 +195,7 @@ def _split_column(
     split = table.split.str.lower().map(known)
     if (unknown := split.isna()).any():
         name = table.split[unknown].iloc[0]
-        raise UsageError(f"{path}: row {_line(unknown)} has the split '{name}'", nearest(name, list(SPLITS)))
+        raise UsageError(f"{path}: row {_line(unknown)} has the split '{name}'", did_you_mean(name, list(SPLITS)))
     return split
 
 # %% ../../nbs/data/02_tables.ipynb #cell-24
@@ -280,13 +280,13 @@ def auto_image_size(
 # %% ../../nbs/data/02_tables.ipynb #cell-52
 def locate(
     data: Path | str,   # a known name, a folder of classes, or a table
-    report: Callable[[float, str], None] = lambda fraction, text: None,   # told how far fetching is
+    progress: Callable[[float, str], None] = lambda fraction, text: None,   # told how far fetching is
 ) -> Path:              # an absolute folder of classes, or a table
     "Find a data set: a known name is brought into the cache, a folder or a table is checked."
-    if str(data) in NAMED: return prepare(NAMED[str(data)], report)
+    if str(data) in NAMED: return prepare(NAMED[str(data)], progress)
     folder = Path(data).expanduser()
     if not folder.exists() and "/" not in str(data) and os.sep not in str(data):
-        raise UsageError(f"data '{data}' is neither a known name nor a folder", nearest(str(data), sorted(NAMED)))
+        raise UsageError(f"data '{data}' is neither a known name nor a folder", did_you_mean(str(data), sorted(NAMED)))
     if data_root(folder) != folder: read_table(folder)
     else: check_folder(folder)
     return folder.resolve()

@@ -25,11 +25,11 @@ from fastcore.basics import patch
 from ..core.errors import CvnbError
 from ..core.files import read_json
 from ..core.project import project_root
-from ..core.stage import finished
+from ..core.stage import read_stage_manifest
 from ..data.images import open_image
 from .errors import answers, mixed_up, slices
 from .voila_server import check_run
-from ..metrics.estimates import Figure, accuracy
+from ..metrics.estimates import Estimate, accuracy
 from ..metrics.classification import calibration_error, calibration_table, confusion
 
 # %% auto #0
@@ -52,7 +52,7 @@ def _pictures(
     run: Path,   # a run directory
 ) -> dict[str, Path]:   # image path -> saliency picture; empty unless the errors stage explained this very model
     "Find the saliency pictures that the errors stage made."
-    made, trained, name = finished(run, "errors"), finished(run, "train"), "model.safetensors"
+    made, trained, name = read_stage_manifest(run, "errors"), read_stage_manifest(run, "train"), "model.safetensors"
     if not made or made["inputs"].get(f"train/{name}") != trained["outputs"].get(name, {}).get("sha256"): return {}
     rows = read_json(run/"errors"/"errors.json")["mistakes"]
     return {row["path"]: run/"errors"/"saliency"/Path(row["saliency"]).name for row in rows if row["saliency"]}
@@ -77,7 +77,7 @@ def newest_run(
 ) -> Path:                      # the run whose training finished last
     "Find the newest run that can be shown, or raise `CvnbError`."
     runs = runs or project_root()/"runs"
-    done = [p for p in runs.glob("*/train/stage.json") if all(finished(p.parent.parent, stage) for stage in ("audit", "train"))]
+    done = [p for p in runs.glob("*/train/stage.json") if all(read_stage_manifest(p.parent.parent, stage) for stage in ("audit", "train"))]
     if not done: raise CvnbError(f"no run in {runs} has finished its training", "Run `cvnb run` first.")
     return max(done, key=lambda p: p.stat().st_mtime).parent.parent
 
@@ -168,7 +168,7 @@ INK, BLUE, RED = "#1f2937", "#2563a8", "#c2362f"
 
 # %% ../../nbs/evaluate/03_dashboard.ipynb #cell-24
 def _percent(
-    figure: Figure,   # a proportion
+    figure: Estimate,   # a proportion
 ) -> tuple[str, str]:   # the value, and its interval with the count
     "Write a proportion for people."
     if not figure.n: return "–", "no images"
@@ -188,7 +188,7 @@ def _card(
 def headline(
     results: Results,    # the run
     choice: Choice,      # what is chosen
-    error: Figure,       # calibration error of the split
+    error: Estimate,       # calibration error of the split
 ) -> str:                # HTML
     "Write the figures of the split and of what is chosen in it."
     whole, part = select(results.table, Choice(choice.split, show="all")), select(results.table, choice, "show")
@@ -399,7 +399,7 @@ def _show(
 # %% ../../nbs/evaluate/03_dashboard.ipynb #cell-50
 def _of_split(
     table: pd.DataFrame,   # one split
-) -> tuple[Figure, str]:   # its calibration error, and where to look
+) -> tuple[Estimate, str]:   # its calibration error, and where to look
     "Work out what no filter changes."
     return calibration_error(table.confidence, table.correct), where_to_look(table)
 

@@ -68,7 +68,7 @@ def saliency_pictures(
     model: VisionModel,     # trained
     root: Path | str,       # the data folder
     rows: pd.DataFrame,     # from `mistakes`
-    report: Callable[[float, str], None] | None = None,   # told the fraction that is done
+    progress: Callable[[float, str], None] | None = None,   # told the fraction that is done
     batch_size: int = 16,   # images at a time
 ) -> list[Image]:           # one picture per row
     "Explain rows, each image beside its saliency."
@@ -78,7 +78,7 @@ def saliency_pictures(
         images = load_images(root, part.path, model.spec.image_size)
         heat = saliency(model, images, part.predicted.map(index).to_numpy(), part.label.map(index).to_numpy())
         pictures += map(overlay, images, heat)
-        if report: report(len(pictures) / len(rows), f"saliency {len(pictures)}/{len(rows)}")
+        if progress: progress(len(pictures) / len(rows), f"saliency {len(pictures)}/{len(rows)}")
     return pictures
 
 # %% ../../nbs/evaluate/02_saliency.ipynb #cell-46

@@ -18,8 +18,8 @@ from typing import Any
 
 from ..core.errors import CvnbError, UsageError
 from ..core.files import write_json
-from ..core.project import assets, resolve_run
-from ..core.stage import finished
+from ..core.project import asset_folder, resolve_run
+from ..core.stage import read_stage_manifest
 
 # %% auto #0
 __all__ = ['check_run', 'free_port', 'voila_settings', 'serve_dashboard']
@@ -33,7 +33,7 @@ def check_run(
     if not any((folder/name).exists() for name in ("run.json", "audit/stage.json", "train/stage.json")):
         raise UsageError(f"{run} is not a run directory", "`cvnb run` makes one.")
     for stage in "audit", "train":
-        if not finished(folder, stage):
+        if not read_stage_manifest(folder, stage):
             raise CvnbError(f"run {folder.name} has no finished {stage} stage", f"Run `cvnb run errors --run {run}` first.")
     return folder
 
@@ -122,7 +122,7 @@ def serve_dashboard(
     import webbrowser
     folder, port, token = check_run(run), free_port(port), secrets.token_urlsafe(16)
     address = f"http://127.0.0.1:{port}/?token={token}"
-    with _stoppable(), _voila(assets("dashboards")/"errors.ipynb", port, token, os.environ | dict(CVNB_RUN=str(folder))) as server:
+    with _stoppable(), _voila(asset_folder("dashboards")/"errors.ipynb", port, token, os.environ | dict(CVNB_RUN=str(folder))) as server:
         print(f"Dashboard of {folder.name}: {address}\nCtrl-C ends it.", flush=True)
         if open_browser: webbrowser.open(address)
         server.wait()

@@ -18,7 +18,7 @@ from .runtimes import predictor, run_files
 if TYPE_CHECKING:
     import pandas as pd
 
-    from cvnb.metrics.estimates import Figure
+    from cvnb.metrics.estimates import Estimate
     from cvnb.models.vision_model import VisionModel
 
 # %% auto #0
@@ -49,8 +49,8 @@ class Parity:
     runtime: str            # what was compared with torch
     max_difference: float   # largest difference of any probability, 0 … 1
     worst: str              # the image where it occurs; nothing where there is no difference
-    same: Figure            # share of images with the same top class
-    accuracy: Figure        # of the runtime
+    same: Estimate            # share of images with the same top class
+    accuracy: Estimate        # of the runtime
 
 # %% ../../nbs/export/04_parity.ipynb #cell-32
 def parity(

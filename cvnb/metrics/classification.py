@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from .estimates import Figure, accuracy, bootstrap, proportion, ratio, weighted_bootstrap
+from .estimates import Estimate, accuracy, bootstrap, proportion, ratio, weighted_bootstrap
 
 # %% auto #0
 __all__ = ['per_class', 'confusion', 'balanced_accuracy', 'f1', 'average_precision', 'mean_average_precision',
@@ -48,21 +48,21 @@ def confusion(
 def balanced_accuracy(
     labels: np.ndarray,    # true class indices (N,)
     correct: np.ndarray,   # bool (N,)
-) -> Figure:               # mean recall of the classes that are there
+) -> Estimate:               # mean recall of the classes that are there
     "Estimate balanced accuracy; the classes' Wilson intervals are put together by the squares of their halves (Zou and Donner, 2008)."
     labels, correct = np.asarray(labels), np.asarray(correct, bool)
     classes = [proportion(int(correct[labels == c].sum()), int((labels == c).sum())) for c in np.unique(labels)]
     if not classes: return proportion(0, 0)
     value = float(np.mean([p.value for p in classes]))
     low, high = (np.sqrt(sum((getattr(p, end) - p.value)**2 for p in classes)) / len(classes) for end in ("low", "high"))
-    return Figure(value, float(max(0, value - low)), float(min(1, value + high)), len(labels))
+    return Estimate(value, float(max(0, value - low)), float(min(1, value + high)), len(labels))
 
 # %% ../../nbs/metrics/02_classification.ipynb #cell-27
 def f1(
     truth: np.ndarray,        # bool (N, C): which labels each image has
     predicted: np.ndarray,    # bool (N, C): which labels were claimed
     average: str = "micro",   # "micro": over all labels; "macro": over the classes that were there or claimed
-) -> Figure:                  # F1, 0 … 1
+) -> Estimate:                  # F1, 0 … 1
     "Estimate F1 of several labels per image with a bootstrap interval over images."
     truth, predicted = np.asarray(truth, bool), np.asarray(predicted, bool)
     hit, total = (truth & predicted).astype(float), truth.astype(float) + predicted   # 2 · hit / total is F1
@@ -96,7 +96,7 @@ def average_precision(
 def mean_average_precision(
     truth: np.ndarray,    # bool (N, C)
     scores: np.ndarray,   # float (N, C), larger is more likely
-) -> Figure:              # mean over the classes that some image has
+) -> Estimate:              # mean over the classes that some image has
     "Estimate mean average precision with a bootstrap interval over images."
     each = average_precision(truth, scores)
 
@@ -124,7 +124,7 @@ def calibration_error(
     confidence: np.ndarray,   # probability of the predicted class (N,)
     correct: np.ndarray,      # bool (N,)
     bins: int = 10,           # of equally many images
-) -> Figure:                  # expected calibration error, 0 … 1
+) -> Estimate:                  # expected calibration error, 0 … 1
     """Estimate the expected calibration error with a bootstrap interval.
 
     Chance makes gaps in every bin, so the figure is too large on average, and in a resample by that much again: the interval is

@@ -12,11 +12,11 @@ import numpy as np
 from scipy import stats
 
 # %% auto #0
-__all__ = ['Figure', 'proportion', 'accuracy', 'mean', 'bootstrap', 'weighted_bootstrap', 'ratio']
+__all__ = ['Estimate', 'proportion', 'accuracy', 'mean', 'bootstrap', 'weighted_bootstrap', 'ratio']
 
 # %% ../../nbs/metrics/01_estimates.ipynb #cell-4
 @dataclass(frozen=True)
-class Figure:
+class Estimate:
     "A measured value with its 95 % interval and the number of observations behind it."
     value: float   # point estimate; NaN where the interval is all that is known
     low: float     # lower end of the 95 % interval
@@ -33,16 +33,16 @@ class Figure:
 def proportion(
     k: int,   # successes
     n: int,   # trials
-) -> Figure:  # k / n with Wilson's interval; NaN for no trials
+) -> Estimate:  # k / n with Wilson's interval; NaN for no trials
     "Estimate a proportion with Wilson's score interval, which stays inside 0…1 and is right near its ends."
-    if n == 0: return Figure(float("nan"), float("nan"), float("nan"), 0)
+    if n == 0: return Estimate(float("nan"), float("nan"), float("nan"), 0)
     interval = stats.binomtest(int(k), int(n)).proportion_ci(0.95, method="wilson")
-    return Figure(k / n, float(interval.low), float(interval.high), int(n))
+    return Estimate(k / n, float(interval.low), float(interval.high), int(n))
 
 # %% ../../nbs/metrics/01_estimates.ipynb #cell-6
 def accuracy(
     correct: np.ndarray,   # bool (N,)
-) -> Figure:               # share of True
+) -> Estimate:               # share of True
     "Estimate accuracy from what was right and wrong."
     correct = np.asarray(correct, bool)
     return proportion(correct.sum(), len(correct))
@@ -52,12 +52,12 @@ def mean(
     values: list[float],    # one per run, two at least
     overlap: float = 0.0,   # of runs that share their training images: tested images ÷ training images
     limits: tuple[float, float] = (-np.inf, np.inf),   # which no value is beyond
-) -> Figure:                # their mean
+) -> Estimate:                # their mean
     "Estimate a mean with Student's t interval, which is wider where runs share images (Nadeau and Bengio, Machine Learning 52, 2003)."
     n, value = len(values), float(np.mean(values))
     if n < 2: raise ValueError("one run has no spread; an interval takes two")
     half = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) * np.sqrt(1 / n + overlap))
-    return Figure(value, max(value - half, limits[0]), min(value + half, limits[1]), n)
+    return Estimate(value, max(value - half, limits[0]), min(value + half, limits[1]), n)
 
 # %% ../../nbs/metrics/01_estimates.ipynb #cell-12
 def bootstrap(
@@ -65,13 +65,13 @@ def bootstrap(
     *columns: np.ndarray,              # (N,) each, resampled together
     n_resamples: int = 500,            # more is slower and smoother
     seed: int = 0,                     # of the resampling
-) -> Figure:                           # the statistic with its percentile interval
+) -> Estimate:                           # the statistic with its percentile interval
     "Estimate a statistic with a percentile bootstrap interval."
     columns = [np.asarray(c) for c in columns]
     n, rng = len(columns[0]), np.random.default_rng(seed)
     draws = [statistic(*(c[i] for c in columns)) for i in (rng.integers(0, n, n) for _ in range(n_resamples))]
     low, high = np.nanpercentile(draws, [2.5, 97.5])
-    return Figure(float(statistic(*columns)), float(low), float(high), n)
+    return Estimate(float(statistic(*columns)), float(low), float(high), n)
 
 # %% ../../nbs/metrics/01_estimates.ipynb #cell-15
 def weighted_bootstrap(
@@ -79,15 +79,15 @@ def weighted_bootstrap(
     n: int,                    # observations
     n_resamples: int = 500,    # more is slower and smoother
     seed: int = 0,             # of the resampling
-) -> Figure:                   # the statistic with its interval; NaN where it has none
+) -> Estimate:                   # the statistic with its interval; NaN where it has none
     "Estimate a statistic of counted observations with a bias-corrected percentile interval (Efron, 1981)."
     rng, value = np.random.default_rng(seed), float(statistic(np.ones(n)))
     draws = np.array([statistic(np.bincount(rng.integers(0, n, n), minlength=n).astype(float)) for _ in range(n_resamples)])
     draws = draws[np.isfinite(draws)]
-    if not len(draws) or not np.isfinite(value): return Figure(value, float("nan"), float("nan"), n)
+    if not len(draws) or not np.isfinite(value): return Estimate(value, float("nan"), float("nan"), n)
     below = np.clip(((draws < value).mean() + (draws <= value).mean()) / 2, 1 / n_resamples, 1 - 1 / n_resamples)   # 0.5 without bias
     low, high = np.quantile(draws, stats.norm.cdf(2 * stats.norm.ppf(below) + stats.norm.ppf([0.025, 0.975])))
-    return Figure(value, float(low), float(high), n)
+    return Estimate(value, float(low), float(high), n)
 
 # %% ../../nbs/metrics/01_estimates.ipynb #cell-16
 def ratio(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .estimates import Figure, proportion
+from .estimates import Estimate, proportion
 
 # %% auto #0
 __all__ = ['NonInferiority', 'paired_difference', 'noninferiority']
@@ -33,7 +33,7 @@ def paired_difference(
     only_reference: int,   # images only the reference gets right
     only_new: int,         # images only the new model gets right
     neither: int,          # images both get wrong
-) -> Figure:               # accuracy(new) - accuracy(reference) with its interval
+) -> Estimate:               # accuracy(new) - accuracy(reference) with its interval
     "Estimate a difference of paired proportions with Newcombe's score interval (method 10)."
     a, b, c, d = both, only_new, only_reference, neither
     n = a + b + c + d
@@ -43,7 +43,7 @@ def paired_difference(
     phi = 0.0 if marginals == 0 else (max(excess - n / 2, 0) if excess > 0 else excess) / np.sqrt(marginals)
     spread = lambda x, y: float(np.sqrt(max(x * x - 2 * phi * x * y + y * y, 0)))
     delta = new.value - ref.value
-    return Figure(delta, delta - spread(new.value - new.low, ref.high - ref.value), delta + spread(new.high - new.value, ref.value - ref.low), n)
+    return Estimate(delta, delta - spread(new.value - new.low, ref.high - ref.value), delta + spread(new.high - new.value, ref.value - ref.low), n)
 
 # %% ../../nbs/metrics/04_paired.ipynb #cell-45
 def noninferiority(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .estimates import Figure, bootstrap, ratio, weighted_bootstrap
+from .estimates import Estimate, bootstrap, ratio, weighted_bootstrap
 
 # %% auto #0
 __all__ = ['r2', 'mae', 'rmse']
@@ -16,7 +16,7 @@ __all__ = ['r2', 'mae', 'rmse']
 def r2(
     truth: np.ndarray,       # float (N,) or (N, K)
     predicted: np.ndarray,   # the same shape
-) -> Figure:                 # at most 1; the mean over K; NaN if all labels are equal
+) -> Estimate:                 # at most 1; the mean over K; NaN if all labels are equal
     "Estimate the coefficient of determination with a bootstrap interval."
     truth, predicted = (np.asarray(x, float).reshape(len(x), -1) for x in (truth, predicted))
     squares = (truth - predicted) ** 2
@@ -30,7 +30,7 @@ def r2(
 def mae(
     truth: np.ndarray,       # float (N,)
     predicted: np.ndarray,   # float (N,)
-) -> Figure:                 # in the label's unit
+) -> Estimate:                 # in the label's unit
     "Estimate the mean absolute error with a bootstrap interval."
     return bootstrap(np.mean, np.abs(np.asarray(truth, float) - np.asarray(predicted, float)))
 
@@ -38,6 +38,6 @@ def mae(
 def rmse(
     truth: np.ndarray,       # float (N,)
     predicted: np.ndarray,   # float (N,)
-) -> Figure:                 # in the label's unit
+) -> Estimate:                 # in the label's unit
     "Estimate the root of the mean squared error with a bootstrap interval."
     return bootstrap(lambda squares: np.sqrt(squares.mean()), (np.asarray(truth, float) - np.asarray(predicted, float)) ** 2)

@@ -30,7 +30,7 @@ def embed(
     images: np.ndarray,      # uint8 (N, H, W, 3)
     image_size: int = 96,    # side in pixels at which the network sees images
     batch_size: int = 128,   # images at a time
-    report: Callable[[float, str], None] | None = None,   # told the fraction that is done
+    progress: Callable[[float, str], None] | None = None,   # told the fraction that is done
 ) -> np.ndarray:             # float32 (N, 1280), rows of length 1
     "Embed images."
     model, parts = embedder(image_size), []
@@ -38,6 +38,6 @@ def embed(
         part = images[i:i + batch_size]
         full = np.concatenate([part, np.zeros((batch_size - len(part), *part.shape[1:]), np.uint8)])   # an image's vector is the same in any batch
         parts.append(predict_logits(model, full, batch_size)[:len(part)])
-        if report: report(i / len(images), f"embedding {i}/{len(images)}")
+        if progress: progress(i / len(images), f"embedding {i}/{len(images)}")
     vectors = np.concatenate(parts)
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)

@@ -23,13 +23,13 @@ def _by_batches(
     images: np.ndarray,      # uint8 (N, H, W, 3)
     batch_size: int,         # images at a time, to begin with
     device: str,             # where to compute
-    report: Callable[[float, str], None] | None = None,   # told the fraction that is done
+    progress: Callable[[float, str], None] | None = None,   # told the fraction that is done
 ) -> list[Tensor]:           # float32, on the CPU
     "Call without gradients, in batches that are halved where a GPU's memory is too small."
     parts, begin = [], 0
     with torch.inference_mode():
         while begin < len(images):
-            if report: report(begin / len(images), f"{begin}/{len(images)} images")
+            if progress: progress(begin / len(images), f"{begin}/{len(images)} images")
             try: parts.append(call(torch.from_numpy(np.ascontiguousarray(images[begin:begin + batch_size])).to(device)).float().cpu())
             except torch.OutOfMemoryError:
                 if batch_size == 1: raise
@@ -44,12 +44,12 @@ def predict_logits(
     images: np.ndarray,      # uint8 (N, H, W, 3)
     batch_size: int = 256,   # images at a time; fewer where a GPU's memory is too small
     device: str = "cpu",     # where to compute
-    report: Callable[[float, str], None] | None = None,   # told the fraction that is done
+    progress: Callable[[float, str], None] | None = None,   # told the fraction that is done
 ) -> np.ndarray:             # float32 (N, C)
     "Compute logits in batches, in evaluation mode; the model's mode is restored."
     was_training = model.training
     model.eval().to(device)
-    parts = _by_batches(model, images, batch_size, device, report)
+    parts = _by_batches(model, images, batch_size, device, progress)
     model.train(was_training)
     return torch.cat(parts).numpy() if parts else np.empty((0, 0), np.float32)
 
@@ -80,12 +80,12 @@ def features(
     images: np.ndarray,      # uint8 (N, H, W, 3)
     device: str = "cpu",     # where to compute
     batch_size: int = 256,   # images at a time
-    report: Callable[[float, str], None] | None = None,   # told the fraction that is done
+    progress: Callable[[float, str], None] | None = None,   # told the fraction that is done
 ) -> np.ndarray:             # float32 (N, D)
     "Compute pooled features in batches, in evaluation mode; the model's mode is restored."
     was_training = model.training
     model.eval().to(device)
     pooled = lambda x: model.net.forward_head(model.net.forward_features(model.preprocess(x)), pre_logits=True)
-    parts = _by_batches(pooled, images, batch_size, device, report)
+    parts = _by_batches(pooled, images, batch_size, device, progress)
     model.train(was_training)
     return torch.cat(parts).numpy() if parts else np.empty((0, model.net.num_features), np.float32)

@@ -15,7 +15,7 @@ import torch
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
-from ..core.errors import UsageError, nearest
+from ..core.errors import UsageError, did_you_mean
 from ..data.images import resize
 from ..tasks.labels import Task, get_task
 from .small_maps import SmallMaps
@@ -130,7 +130,7 @@ def _config(
     try: return timm.get_pretrained_cfg(backbone, allow_unregistered=True)
     except RuntimeError:
         known = timm.list_pretrained(f"{backbone.split('.')[0]}.*")
-        raise UsageError(f"backbone '{backbone}' names weights that timm does not know", nearest(backbone, known)[:300]) from None
+        raise UsageError(f"backbone '{backbone}' names weights that timm does not know", did_you_mean(backbone, known)[:300]) from None
 
 # %% ../../nbs/models/03_vision_model.ipynb #cell-15
 class VisionModel(nn.Module):
@@ -155,7 +155,7 @@ def _network(
 ) -> nn.Module:                 # with the spec's outputs, size and stem
     "Build a timm network; raise `UsageError` for one that timm does not know, or a stem or a size that it cannot have."
     if not timm.is_model(spec.backbone):
-        raise UsageError(f"backbone '{spec.backbone}' is not a timm model", nearest(spec.backbone, timm.list_models())[:200])
+        raise UsageError(f"backbone '{spec.backbone}' is not a timm model", did_you_mean(spec.backbone, timm.list_models())[:200])
     fixed = _config(spec.backbone).fixed_input_size
     sized = dict(img_size=spec.image_size) if fixed else {}
     net = _created(spec, pretrained, **sized)

@@ -16,8 +16,8 @@ from typing import Any, Optional
 
 from ..core.errors import UsageError
 from ..core.files import digest, sha256_file
-from ..core.stage import finished, stage_key
-from ..core.fingerprint import code_digest, own_modules, reached
+from ..core.stage import read_stage_manifest, stage_key
+from ..core.fingerprint import code_digest, project_modules, reached_code
 from ..data.versions import dataset_digest
 from ..data.sources import open_data
 from .params import Contract, read_cells
@@ -91,8 +91,8 @@ def key_parts(
     files = {name: sha256_file(f) if f.is_file() else None for name, f in named_files(contract, params, root).items()}
     if like and like["params"].get("data") == plain.get("data"): return like | dict(params=plain, files=files)
     code = _sources(contract)
-    own = own_modules(code, root)
-    functions = {k: v for part in (code, *([s] for s in own.values())) for k, v in reached(part).items()}   # each imports for itself
+    own = project_modules(code, root)
+    functions = {k: v for part in (code, *([s] for s in own.values())) for k, v in reached_code(part).items()}   # each imports for itself
     functions |= {name: code_digest(source)[:16] for name, source in own.items()}
     data = dataset_digest(open_data(params["data"])) if "data" in params else None
     return dict(code=digest([code_digest(c) for c in code]), functions=functions, params=plain, files=files, data=data, lock=lock_digest(root))
@@ -122,7 +122,7 @@ def input_digest(
 ) -> str | None: # the file's digest in that stage's manifest
     "Look up an input's present digest."
     stage, file = name.split("/", 1)
-    record = finished(run, stage)
+    record = read_stage_manifest(run, stage)
     return record and record["outputs"].get(file, {}).get("sha256")
 
 # %% ../../nbs/pipeline/03_freshness.ipynb #cell-15
@@ -148,7 +148,7 @@ def reasons(
     parts: dict,         # from `key_parts`
 ) -> list[str]:          # why the stage has to run, the likeliest cause first; empty if it is fresh
     "Say why a stage has to run again."
-    if not (record := finished(run, contract.stage)):
+    if not (record := read_stage_manifest(run, contract.stage)):
         path = run/contract.stage/"stage.json"
         return ["it failed" if path.exists() else "it has not finished" if path.parent.exists() else "it has never run"]
     old = record["environment"]["parts"]

@@ -21,10 +21,10 @@ from textwrap import shorten
 from typing import Any, Literal, Optional
 
 import cvnb
-from ..core.errors import CvnbError, UsageError, nearest
-from ..core.project import assets, resolve_run
+from ..core.errors import CvnbError, UsageError, did_you_mean
+from ..core.project import asset_folder, resolve_run
 from ..core.system import seed_everything
-from ..core.stage import Stage, finished, locked
+from ..core.stage import Stage, read_stage_manifest, lock_run
 
 # %% auto #0
 __all__ = ['SHARED', 'Param', 'parse_parameters', 'Contract', 'read_cells', 'read_contract', 'model_of', 'timm_names', 'check',
@@ -217,7 +217,7 @@ def _find(
         raise UsageError(f"{contract.stage}.run{_from(origin)} is not set there", "Use --run DIR.")
     for p in contract.params:
         if p.name == name: return p
-    raise UsageError(f"{contract.stage}.{name}{_from(origin)}: no such parameter", nearest(name, contract.names))
+    raise UsageError(f"{contract.stage}.{name}{_from(origin)}: no such parameter", did_you_mean(name, contract.names))
 
 # %% ../../nbs/pipeline/01_params.ipynb #cell-32
 def _adapt(
@@ -255,7 +255,7 @@ def _check_network(
     network = str(value).split(".")[0]   # "resnet18.a1_in1k" names weights, too
     if network not in known:
         raise UsageError(f"{contract.stage}.{p.name} = {shorten(repr(value), 80)}{_from(origin)}: timm has no such model",
-                         nearest(network, sorted(known))[:200])
+                         did_you_mean(network, sorted(known))[:200])
 
 # %% ../../nbs/pipeline/01_params.ipynb #cell-33
 def check(
@@ -298,7 +298,7 @@ def parse_set(
     found = re.fullmatch(r"\s*([\w-]+)\.([\w-]+)\s*=(.*)", text, re.S)
     if not found: raise UsageError(f"--set {text!r} is not of the form stage.param=value", "Example: --set train.epochs=3")
     stage, name, raw = found[1], found[2], found[3].strip()
-    if stage not in contracts: raise UsageError(f"--set {text}: no stage '{stage}'", nearest(stage, list(contracts)))
+    if stage not in contracts: raise UsageError(f"--set {text}: no stage '{stage}'", did_you_mean(stage, list(contracts)))
     value = parse_value(_find(contracts[stage], name, "--set"), raw)
     return stage, name, check(contracts[stage], {name: value}, "--set")[name]
 
@@ -344,7 +344,7 @@ def _sections(
     "Spread a recipe's shorthands over the stages and check its sections."
     shared, recipe = {k: raw[k] for k in SHARED if k in raw}, {}
     for name in [k for k in raw if k not in shared]:
-        if name not in contracts: raise UsageError(f"{path}: no stage '{name}'", nearest(str(name), list(contracts)))
+        if name not in contracts: raise UsageError(f"{path}: no stage '{name}'", did_you_mean(str(name), list(contracts)))
         if not isinstance(raw[name], dict | None):
             raise UsageError(f"{path}: section '{name}' has to be a mapping", "Write `name: value` lines below it.")
     for stage, contract in contracts.items():
@@ -357,7 +357,7 @@ def contracts(
     folder: Path | None = None,   # the folder of stage notebooks; by default the project's
 ) -> dict[str, Contract]:         # stage -> contract, each after what it needs
     "Read every stage's contract, in the order in which they can run."
-    folder = folder or assets("stages")
+    folder = folder or asset_folder("stages")
     found = {p.stem: read_contract(p) for p in sorted(Path(folder).glob("*.ipynb")) if not p.name.startswith((".", "_"))}
     if not found: raise CvnbError(f"no stage notebooks in {folder}", "Restore them, or reinstall cvnb.")
     ordered: dict[str, Contract] = {}
@@ -421,9 +421,9 @@ def open_stage(
     namespace: dict[str, Any] # the notebook's `globals()`
 ) -> Stage:                   # the stage, with checked parameters
     "Open a stage: check its parameters, seed, and run what it needs where that was never run; raise `CvnbError` where a call of cvnb is at work."
-    contract = read_contract(assets("stages")/f"{name}.ipynb")
+    contract = read_contract(asset_folder("stages")/f"{name}.ipynb")
     params = contract.defaults() | check(contract, {n: namespace[n] for n in contract.names if n in namespace}, "the notebook")
-    with locked(resolve_run(params["run"]), "`run`", 5) if "CVNB_KEY_PARTS" not in os.environ else nullcontext():   # not by hand: its caller holds it
+    with lock_run(resolve_run(params["run"]), "`run`", 5) if "CVNB_KEY_PARTS" not in os.environ else nullcontext():   # not by hand: its caller holds it
         stage = Stage(name, params["run"], params)
     for need in contract.needs: _ensure(stage, need)
     seed_everything(params.get("seed", 0))
@@ -437,7 +437,7 @@ def _ensure(
     "Run a needed stage that has not finished, through the command line."
     import subprocess
     import sys
-    if finished(stage.run, need): return
+    if read_stage_manifest(stage.run, need): return
     print(f"{stage.name} needs {need}, which has not finished in {stage.run}: running it first.", flush=True)
     main = f"from {cvnb.__name__}.cli.app import main; main()"   # no constant: a stage's fingerprint must not reach the command line
     command = [sys.executable, "-c", main, "run", need, "--run", str(stage.run)]

@@ -21,18 +21,18 @@ from pathlib import Path
 from typing import Any
 
 import cvnb
-from ..core.errors import CvnbError, UsageError, nearest
+from ..core.errors import CvnbError, UsageError, did_you_mean
 from ..core.files import atomic_path, read_json, write_json
 from ..core.project import project_root
-from ..core.system import machine, now
-from ..core.stage import BEGUN, LOOKS, READY, finished, locked, looks, show_figure
-from ..core.fingerprint import packages
+from ..core.system import machine_info, timestamp
+from ..core.stage import STAGE_MARKER, ACCESS_LOG, PENDING_MANIFEST, read_stage_manifest, lock_run, split_accesses, format_metric
+from ..core.fingerprint import imported_packages
 from .params import Contract, check, contracts
 from .freshness import _sources, check_files, in_short, key_parts, lock_digest, reasons
 
 # %% auto #0
-__all__ = ['Report', 'Values', 'select_stages', 'prepare_run', 'write_run', 'run_stage', 'Outcome', 'run_pipeline', 'start_forks',
-           'headline', 'status', 'recorded_values']
+__all__ = ['Progress', 'Values', 'select_stages', 'prepare_run', 'write_run', 'run_stage', 'Outcome', 'run_pipeline',
+           'start_forks', 'headline', 'status', 'recorded_values']
 
 # %% ../../nbs/pipeline/04_runner.ipynb #cell-21
 @dataclass
@@ -78,7 +78,7 @@ def select_stages(
 ) -> list[str]:                      # the stages to bring up to date, in order
     "Add to the named stages what they need; raise `UsageError` for an unknown one."
     for s in stages or []:
-        if s not in known: raise UsageError(f"no stage '{s}'", nearest(s, list(known)))
+        if s not in known: raise UsageError(f"no stage '{s}'", did_you_mean(s, list(known)))
     wanted = set(stages or known)
     for s in reversed(list(known)):
         if s in wanted: wanted |= set(known[s].needs)
@@ -92,8 +92,8 @@ def prepare_run(
     if run.exists() and not run.is_dir(): raise UsageError(f"run directory {run} is a file", "Give another one with --run.")
     if project_root(run)/"nbs" in (run, *run.parents): raise UsageError(f"run directory {run} is under nbs/", "Give another one with --run.")
     if run.exists() and not (run/"run.json").exists():
-        ours = lambda p: any((p/name).exists() for name in (BEGUN, "stage.json", "notebook.ipynb"))
-        other = sorted(p.name for p in run.iterdir() if not p.name.startswith(".") and p.name != LOOKS and not ours(p))
+        ours = lambda p: any((p/name).exists() for name in (STAGE_MARKER, "stage.json", "notebook.ipynb"))
+        other = sorted(p.name for p in run.iterdir() if not p.name.startswith(".") and p.name != ACCESS_LOG and not ours(p))
         if other: raise UsageError(f"{run} is not a run directory, it holds {other[0]}", "Give a new or empty folder with --run.")
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -131,22 +131,22 @@ def write_run(
     origins = {s: {name: values.origins.get(s, {}).get(name, "the notebook") for name in p} for s, p in params.items()}
     made = {k: old[k] for k in ("updated", "git", "lock", "machine", "seconds", "cvnb") if k in old}
     if seconds is not None or len(made) < 6:
-        made = dict(updated=now(), git=_git(root), lock=lock_digest(root), machine=machine(), cvnb=cvnb.__version__,
+        made = dict(updated=timestamp(), git=_git(root), lock=lock_digest(root), machine=machine_info(), cvnb=cvnb.__version__,
                     seconds=round(made.get("seconds", 0) + (seconds or 0), 2))
     return write_json(run/"run.json", dict(
-        run=run.name, created=old.get("created", now()), **plain, origins=origins, **made,
-        seeds={s: p["seed"] for s, p in params.items() if "seed" in p}, test_looks=looks(run),
-        data=next((r["data"] for s in params if (r := finished(run, s)) and r.get("data")), None)))
+        run=run.name, created=old.get("created", timestamp()), **plain, origins=origins, **made,
+        seeds={s: p["seed"] for s, p in params.items() if "seed" in p}, test_looks=split_accesses(run),
+        data=next((r["data"] for s in params if (r := read_stage_manifest(run, s)) and r.get("data")), None)))
 
 # %% ../../nbs/pipeline/04_runner.ipynb #cell-35
-Report = Callable[[str, str, float, str], None]   # stage, event, fraction, text
+Progress = Callable[[str, str, float, str], None]   # stage, event, fraction, text
 
 # %% ../../nbs/pipeline/04_runner.ipynb #cell-36
 @contextlib.contextmanager
 def _watched(
     stage: str,        # stage name
     folder: Path,      # its folder
-    report: Report,    # told about progress
+    progress: Progress,    # told about progress
 ) -> Iterator[str]:    # path of the file that the kernel writes its progress to
     "Pass on what a kernel reports; the same again after ten seconds, for it is still at it."
     path, stop = folder/".progress", threading.Event()
@@ -158,7 +158,7 @@ def _watched(
             text = path.read_text() if path.exists() else ""
             if not text or (text == last and time.monotonic() < told + 10): continue
             last, told = text, time.monotonic()
-            report(stage, "progress", *(json.loads(text)[k] for k in ("fraction", "text")))
+            progress(stage, "progress", *(json.loads(text)[k] for k in ("fraction", "text")))
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -259,7 +259,7 @@ def _record_failure(
     with contextlib.suppress(OSError):   # a full disk must not hide the error itself
         write_json(folder/"stage.json", dict(
             stage=contract.stage, status="failed", key=None, params=json.loads(json.dumps(params, default=str)), inputs={}, outputs={},
-            metrics={}, seconds=None, started=now(), cvnb=cvnb.__version__, environment=dict(machine=machine(), parts=parts, error=str(error))))
+            metrics={}, seconds=None, started=timestamp(), cvnb=cvnb.__version__, environment=dict(machine=machine_info(), parts=parts, error=str(error))))
 
 # %% ../../nbs/pipeline/04_runner.ipynb #cell-42
 def run_stage(
@@ -267,7 +267,7 @@ def run_stage(
     params: dict,         # all its parameters, `run` among them
     parts: dict,          # its key's parts
     root: Path,           # the project
-    report: Report,       # told about progress
+    progress: Progress,       # told about progress
 ) -> dict:                # the stage's manifest
     """Run one stage; raise `CvnbError` with the place and the kept notebook if it fails.
 
@@ -279,15 +279,15 @@ def run_stage(
         if old.is_dir(): shutil.rmtree(old, ignore_errors=True)
         else: old.unlink(missing_ok=True)
     notebook = folder/"notebook.ipynb"
-    before = [path for path in (folder/"stage.json", notebook) if path.exists()] if finished(run, contract.stage) else []
+    before = [path for path in (folder/"stage.json", notebook) if path.exists()] if read_stage_manifest(run, contract.stage) else []
     kept = {path: path.with_name(f".{path.name}.before.tmp") for path in before}
     for path, aside in kept.items(): os.replace(path, aside)
-    for old in folder/"stage.json", folder/READY: old.unlink(missing_ok=True)
+    for old in folder/"stage.json", folder/PENDING_MANIFEST: old.unlink(missing_ok=True)
     try:
-        with _watched(contract.stage, folder, report) as progress, \
+        with _watched(contract.stage, folder, progress) as progress, \
              _environment(CVNB_PROGRESS=progress, CVNB_KEY_PARTS=json.dumps(parts), PYDEVD_DISABLE_FILE_VALIDATION="1"):
             _execute(contract, params, notebook, root)
-        if not (folder/READY).exists(): raise CvnbError(f"{contract.path.name} ended without `stage.finish()`", "Make it the last cell.")
+        if not (folder/PENDING_MANIFEST).exists(): raise CvnbError(f"{contract.path.name} ended without `stage.finish()`", "Make it the last cell.")
     except Exception as e:
         error = e if isinstance(e, CvnbError) else _failure(contract, e, notebook)
         if isinstance(error, UsageError) and kept and all(aside.exists() for aside in kept.values()):
@@ -296,7 +296,7 @@ def run_stage(
         raise error from None
     finally:
         for aside in kept.values(): aside.unlink(missing_ok=True)
-    os.replace(folder/READY, folder/"stage.json")
+    os.replace(folder/PENDING_MANIFEST, folder/"stage.json")
     return read_json(folder/"stage.json")
 
 # %% ../../nbs/pipeline/04_runner.ipynb #cell-44
@@ -315,7 +315,7 @@ def run_pipeline(
     values: Values,                       # given parameters
     stages: list[str] | None = None,      # what to bring up to date, with all it needs; everything by default
     force: bool = False,                  # run the named stages (or all) even if they are fresh
-    report: Report = lambda *args: None,  # told about progress
+    progress: Progress = lambda *args: None,  # told about progress
     root: Path | None = None,             # the project
     execute: Callable[..., dict] = run_stage,   # what runs a stage; a sweep has its own
 ) -> list[Outcome]:                       # one per stage, in order
@@ -327,7 +327,7 @@ def run_pipeline(
         check(known[s], params[s], "the notebook")   # the given ones were checked before, its own defaults were not
         check_files(known[s], params[s], root)
     prepare_run(run)
-    with locked(run):
+    with lock_run(run):
         new = not (run/"run.json").exists()
         before = Values() if new else Values().add(read_json(run/"run.json").get("given", {}), "run.json")
         write_run(run, root, values, params)
@@ -335,12 +335,12 @@ def run_pipeline(
             start, parts = time.perf_counter(), key_parts(known[s], params[s], root)
             forced = force and s in (stages or order)
             why = "--force" if forced else in_short(reasons(run, known[s], parts))
-            report(s, "start" if why else "fresh", 0, why)
+            progress(s, "start" if why else "fresh", 0, why)
             if why: start_forks([known[s] for s in order])
             try:
                 shutil.rmtree(run/f".{s}.before", ignore_errors=True)   # what a kill left
                 with _anew(run/s) if forced else contextlib.nullcontext():
-                    record = execute(known[s], params[s], parts, root, report) if why else finished(run, s)
+                    record = execute(known[s], params[s], parts, root, progress) if why else read_stage_manifest(run, s)
             except UsageError:   # a typed value that cannot be is not remembered; what the stages before it were made of is
                 kept = values.untyped(s, before)
                 if new and not outcomes: (run/"run.json").unlink()
@@ -348,7 +348,7 @@ def run_pipeline(
                 raise
             if why: write_run(run, root, values, params, time.perf_counter() - start)
             outcomes.append(Outcome(s, "done" if why else "fresh", why, time.perf_counter() - start, record))
-            report(s, "done" if why else "skipped", 1, headline(record))
+            progress(s, "done" if why else "skipped", 1, headline(record))
     return outcomes
 
 # %% ../../nbs/pipeline/04_runner.ipynb #cell-46
@@ -357,7 +357,7 @@ def start_forks(
 ) -> None:
     "Begin to start the fork server with what stages import; what they start in turn finds it in the environment."
     from cvnb.pipeline.kernels import ADDRESS, start_fork_server   # it brings Jupyter's client along
-    if ADDRESS not in os.environ: os.environ[ADDRESS] = start_fork_server(set().union(*(packages(_sources(s)) for s in stages)))
+    if ADDRESS not in os.environ: os.environ[ADDRESS] = start_fork_server(set().union(*(imported_packages(_sources(s)) for s in stages)))
 
 # %% ../../nbs/pipeline/04_runner.ipynb #cell-47
 @contextlib.contextmanager
@@ -383,7 +383,7 @@ def headline(
     "Name a stage's first figures, those with an interval first."
     figures = sorted(record["metrics"].items(), key=lambda item: item[1]["low"] is None)[:n]
     lost = record["metrics"].get("n_unreadable", {}).get("value")
-    return " · ".join([f"{lost} unreadable"] * bool(lost) + [f"{name} {show_figure(figure | dict(n=None))}" for name, figure in figures])
+    return " · ".join([f"{lost} unreadable"] * bool(lost) + [f"{name} {format_metric(figure | dict(n=None))}" for name, figure in figures])
 
 # %% ../../nbs/pipeline/04_runner.ipynb #cell-49
 def status(
@@ -396,7 +396,7 @@ def status(
     for s, contract in known.items():
         found = reasons(run, contract, key_parts(contract, values.of(contract, run), root))
         above = [n for n in contract.needs if rows[n]["state"] != "fresh"]
-        record, path = finished(run, s), run/s/"stage.json"
+        record, path = read_stage_manifest(run, s), run/s/"stage.json"
         state = ("waits" if above else "fresh") if not found else "stale" if record else "failed" if path.exists() else "missing"
         if above: found.append(f"what {', '.join(above)} will write may differ")
         rows[s] = dict(stage=s, state=state, why=in_short(found), reasons=found, seconds=record and record["seconds"],

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 from ..core.errors import UsageError
-from ..core.project import assets
+from ..core.project import asset_folder
 
 # %% auto #0
 __all__ = ['init_project']
@@ -33,8 +33,8 @@ def init_project(
     "Write a project: the stages to edit, a recipe, a .gitignore and a README; raise `UsageError` rather than overwrite a file."
     folder = Path(folder).expanduser().resolve()
     name, header = folder.name, "# yaml-language-server: $schema=recipe.schema.json\n"
-    package = assets("stages", Path("/"))   # those that came with cvnb, wherever this is called
-    default = assets("configs", Path("/"))
+    package = asset_folder("stages", Path("/"))   # those that came with cvnb, wherever this is called
+    default = asset_folder("configs", Path("/"))
     files = {f"nbs/stages/{p.name}": p.read_text(encoding="utf-8") for p in sorted(package.glob("*.ipynb"))}
     files |= {f"configs/{p}": (default/p).read_text(encoding="utf-8") for p in ("default.yaml", "recipe.schema.json")}
     recipe = files["configs/default.yaml"].removeprefix(header)

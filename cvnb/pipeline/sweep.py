@@ -29,14 +29,14 @@ from textwrap import shorten
 from typing import Any
 
 import cvnb
-from ..core.errors import CvnbError, UsageError, nearest
+from ..core.errors import CvnbError, UsageError, did_you_mean
 from ..core.files import digest, read_json, write_json
 from ..core.project import project_root
-from ..core.system import n_cores, now
-from ..core.stage import finished, locked, stage_key
+from ..core.system import n_cores, timestamp
+from ..core.stage import read_stage_manifest, lock_run, stage_key
 from .params import Contract, check, contracts, parse_set, read_cells
 from .freshness import input_digest, key_parts, lost_outputs, reasons
-from .runner import Report, Values, run_pipeline, run_stage, select_stages, start_forks
+from .runner import Progress, Values, run_pipeline, run_stage, select_stages, start_forks
 
 # %% auto #0
 __all__ = ['SEARCHES', 'Watch', 'Axis', 'parse_axis', 'Trial', 'Sweep', 'make_sweep', 'figures_of', 'chain_keys', 'read_sweep',
@@ -175,7 +175,7 @@ def make_sweep(
     if n < 0 or more.get("seeds", 1) < 1: raise UsageError("there are no trials to run", "--trials takes 0 or more, --seeds 1 or more.")
     if seeded := next((a.name for a in axes if a.name.endswith(".seed") and more.get("seeds", 1) > 1), ""):
         raise UsageError(f"{seeded} varies, and --seeds varies it too", "Drop one of them.")
-    if search not in SEARCHES: raise UsageError(f"no search '{search}'", nearest(search, list(SEARCHES)))
+    if search not in SEARCHES: raise UsageError(f"no search '{search}'", did_you_mean(search, list(SEARCHES)))
     if search == "grid" and n: raise UsageError("--trials goes with a search, a grid has as many trials as it has", "Add --search random or optuna.")
     if search != "grid" and not n: raise UsageError(f"--search {search} has no end by itself", "Say how many configurations to try: --trials 20.")
     if search != "grid" and not axes: raise UsageError("there is nothing to search", "Give values or a range: --set train.lr=1e-4..1e-2")
@@ -223,10 +223,10 @@ def _metric(
     stage = name.split(".")[0]
     if not re.fullmatch(r"[\w-]+\.\w+", name):
         raise UsageError(f"--metric {name} is not of the form stage.figure", "Example: --metric train.accuracy_val")
-    if stage not in known: raise UsageError(f"--metric {name}: no stage '{stage}'", nearest(stage, list(known)))
+    if stage not in known: raise UsageError(f"--metric {name}: no stage '{stage}'", did_you_mean(stage, list(known)))
     figures = figures_of(known[stage])
     if not any(re.fullmatch(re.escape(f).replace(r"\*", ".*"), name.split(".")[1]) for f in figures):
-        raise UsageError(f"--metric {name}: {stage} records no such figure", nearest(name.split(".")[1], figures))
+        raise UsageError(f"--metric {name}: {stage} records no such figure", did_you_mean(name.split(".")[1], figures))
     depends = select_stages([stage], known)
     if outside := next((a.name for a in axes if a.name.split(".")[0] not in depends), None):
         raise UsageError(f"{name} does not depend on {outside}, so it cannot tell which value is better",
@@ -270,7 +270,7 @@ def _fresh(
     seen: dict[str, dict],        # as in `chain_keys`
 ) -> list[str]:                   # the stages that need not run, up to the first that has to
     "Say how far a run is up to date."
-    fresh = lambda s: finished(run, s) and not reasons(run, known[s], key_parts(known[s], values.of(known[s], run), root, seen.get(s)))
+    fresh = lambda s: read_stage_manifest(run, s) and not reasons(run, known[s], key_parts(known[s], values.of(known[s], run), root, seen.get(s)))
     return list(itertools.takewhile(fresh, stages)) if run.exists() else []
 
 # %% ../../nbs/pipeline/06_sweep.ipynb #cell-22
@@ -347,8 +347,8 @@ def _figure(
 ) -> dict:          # value, low, high, n
     "Read the figure that is compared; raise `UsageError` if the stage has no such figure."
     stage, name = sweep.metric.split(".", 1)
-    found = finished(sweep.run(trial), stage)["metrics"]
-    if name not in found: raise UsageError(f"{stage} has no figure '{name}'", nearest(name, list(found)) + " Say it with --metric.")
+    found = read_stage_manifest(sweep.run(trial), stage)["metrics"]
+    if name not in found: raise UsageError(f"{stage} has no figure '{name}'", did_you_mean(name, list(found)) + " Say it with --metric.")
     return found[name]
 
 # %% ../../nbs/pipeline/06_sweep.ipynb #cell-28
@@ -359,7 +359,7 @@ def _save(
     plain = lambda value: json.loads(json.dumps(value, default=str))
     write_json(sweep.folder/"sweep.json", dict(
         sweep=sweep.folder.name, metric=sweep.metric, minimize=sweep.minimize, search=sweep.search, seeds=sweep.seeds, stages=sweep.stages,
-        axes={a.name: list(a.values) or [a.low, a.high] for a in sweep.axes}, updated=now(), cvnb=cvnb.__version__,
+        axes={a.name: list(a.values) or [a.low, a.high] for a in sweep.axes}, updated=timestamp(), cvnb=cvnb.__version__,
         given=plain(sweep.base.given), trials=[plain(asdict(t)) for t in [*sweep.trials, *sweep.others]]))
 
 # %% ../../nbs/pipeline/06_sweep.ipynb #cell-30
@@ -469,7 +469,7 @@ def adopt(
 ) -> dict | None:        # the stage's manifest; None if it does not fit
     "Take over a stage that another run has finished, if it is what this run would make."
     stage = contract.stage
-    record = finished(source, stage) if source != run else None
+    record = read_stage_manifest(source, stage) if source != run else None
     if not record or record["key"] != stage_key(parts, {name: input_digest(run, name) for name in record["inputs"]}): return None
     if any(lost_outputs(source, record)): return None
     temp = run/f".{stage}.tmp"
@@ -502,11 +502,11 @@ def _sharing(
     keys: dict[str, str],   # stage -> key
 ) -> Callable[..., dict]:   # runs a stage, as `run_stage` does
     "Make what runs a stage once for all trials with the same key."
-    def execute(contract: Contract, params: dict, parts: dict, root: Path, report: Report) -> dict:
+    def execute(contract: Contract, params: dict, parts: dict, root: Path, progress: Progress) -> dict:
         run, note = Path(params["run"]), store/f"{contract.stage}-{keys[contract.stage][:16]}.json"
         with _alone(note.with_suffix(".lock"), run/contract.stage):
             if note.exists() and (record := adopt(store.parent/"trials"/read_json(note)["trial"], run, contract, parts)): return record
-            record = run_stage(contract, params, parts, root, report)
+            record = run_stage(contract, params, parts, root, progress)
             write_json(note, dict(trial=run.name))
             return record
     return execute
@@ -670,7 +670,7 @@ def run_sweep(
     "Run the trials that are not done. A failed trial does not stop the others; who calls again goes on, and tries failed ones again."
     root, known = root or project_root(), contracts()
     _make_folder(sweep.folder)
-    with locked(sweep.folder, "--out"):
+    with lock_run(sweep.folder, "--out"):
         refresh(read_sweep(sweep), known, root)   # another call may have drawn and finished trials meanwhile
         _save(sweep)
         if not work_left(sweep): return sweep

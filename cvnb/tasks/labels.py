@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.errors import CvnbError, UsageError, nearest
-from ..metrics.estimates import Figure, accuracy
+from ..core.errors import CvnbError, UsageError, did_you_mean
+from ..metrics.estimates import Estimate, accuracy
 from ..metrics.classification import balanced_accuracy, f1, mean_average_precision
 from ..metrics.regression import mae, r2, rmse
 
@@ -56,7 +56,7 @@ class Task(ABC):
     def score(self, logits: Tensor, targets: Tensor) -> float: "Compute `metric`."
 
     @abstractmethod
-    def figures(self, logits: np.ndarray, targets: np.ndarray) -> dict[str, Figure]: "Measure with 95 % intervals, `metric` first."
+    def figures(self, logits: np.ndarray, targets: np.ndarray) -> dict[str, Estimate]: "Measure with 95 % intervals, `metric` first."
 
     @abstractmethod
     def table(self, classes: list[str], rows: pd.DataFrame, logits: np.ndarray) -> pd.DataFrame: "Put answers beside the truth."
@@ -81,7 +81,7 @@ def _positions(
     found = [index.get(label, -1) for label in labels]
     if -1 in found:
         label, at = labels[found.index(-1)], _at(where[found.index(-1)], paths)
-        raise CvnbError(f"'{label}' of {at} is not among the {len(classes)} classes", nearest(label, classes)[:200])
+        raise CvnbError(f"'{label}' of {at} is not among the {len(classes)} classes", did_you_mean(label, classes)[:200])
     return np.array(found, np.int64)
 
 # %% ../../nbs/tasks/01_labels.ipynb #cell-9
@@ -101,7 +101,7 @@ class Classification(Task):
 
     def score(self, logits: Tensor, targets: Tensor) -> float: return (logits.argmax(1) == targets).float().mean().item()
 
-    def figures(self, logits: np.ndarray, targets: np.ndarray) -> dict[str, Figure]:
+    def figures(self, logits: np.ndarray, targets: np.ndarray) -> dict[str, Estimate]:
         correct = np.asarray(logits).argmax(1) == targets
         return dict(accuracy=accuracy(correct), balanced_accuracy=balanced_accuracy(targets, correct))
 
@@ -146,7 +146,7 @@ class Multilabel(Task):
         hits, total = ((logits > 0) & (targets > 0.5)).sum(), (logits > 0).sum() + (targets > 0.5).sum()
         return (2 * hits / total).item()
 
-    def figures(self, logits: np.ndarray, targets: np.ndarray) -> dict[str, Figure]:
+    def figures(self, logits: np.ndarray, targets: np.ndarray) -> dict[str, Estimate]:
         truth, claimed = np.asarray(targets) > 0.5, np.asarray(logits) > 0
         return dict(f1=f1(truth, claimed), f1_macro=f1(truth, claimed, "macro"), mean_average_precision=mean_average_precision(truth, logits),
                     all_labels_right=accuracy((truth == claimed).all(1)))
@@ -205,7 +205,7 @@ class Regression(Task):
         left, all_ = (targets - logits.float()).square().sum(0), (targets - targets.mean(0)).square().sum(0)
         return torch.where(all_ > 0, 1 - left / all_, torch.nan).mean().item()   # as `r2` of the figures
 
-    def figures(self, logits: np.ndarray, targets: np.ndarray) -> dict[str, Figure]:
+    def figures(self, logits: np.ndarray, targets: np.ndarray) -> dict[str, Estimate]:
         found, k = dict(r2=r2(targets, logits)), targets.shape[1]
         for i in range(k):
             end = "" if k == 1 else f"_{i + 1}"
@@ -228,7 +228,7 @@ def get_task(
     spread: Sequence[float] = (),   # regression: of each training label
 ) -> Task:                          # what the labels mean
     "Pick a task; raise `UsageError` for an unknown one."
-    if name not in _KINDS: raise UsageError(f"'{name}' is not a task", nearest(name, list(TASKS)))
+    if name not in _KINDS: raise UsageError(f"'{name}' is not a task", did_you_mean(name, list(TASKS)))
     return _KINDS[name](tuple(map(float, spread)))
 
 # %% ../../nbs/tasks/01_labels.ipynb #cell-34

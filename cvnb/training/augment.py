@@ -16,7 +16,7 @@ from scipy.special import betaincinv
 from torch import Tensor
 from torchvision.transforms import v2
 
-from ..core.errors import UsageError, nearest
+from ..core.errors import UsageError, did_you_mean
 
 # %% auto #0
 __all__ = ['PIECE', 'AUGMENTS', 'Augmentation', 'augmentation', 'mix']
@@ -355,7 +355,7 @@ class Augmentation:
     erasing: float = 0.0   # chance of a rectangle
 
     def __post_init__(self) -> None:
-        if self.name not in AUGMENTS: raise UsageError(f"there is no augmentation '{self.name}'", nearest(self.name, list(AUGMENTS)))
+        if self.name not in AUGMENTS: raise UsageError(f"there is no augmentation '{self.name}'", did_you_mean(self.name, list(AUGMENTS)))
         if self.shift < 0: raise UsageError(f"a shift of {self.shift} pixels is not possible", "Set shift to 0 or more.")
         if not 0 <= self.erasing <= 1: raise UsageError(f"a chance of {self.erasing} is not possible", "Set erasing from 0 to 1.")
 

@@ -35,8 +35,8 @@ def _write_curves(
 # %% ../../nbs/training/08_callbacks.ipynb #cell-17
 class History(pl.Callback):
     "Keep a row per epoch and report progress."
-    def __init__(self, folder: Path, report: Callable[..., None] | None = None, every_s: float = 0.2):
-        self.folder, self.rows, self.report, self.every_s = folder, [], report, every_s
+    def __init__(self, folder: Path, progress: Callable[..., None] | None = None, every_s: float = 0.2):
+        self.folder, self.rows, self.progress, self.every_s = folder, [], progress, every_s
         self._begin, self._first, self._told, self._figures, self._ended = 0.0, 0, 0.0, {}, False
 
     def state_dict(self) -> dict: return dict(rows=self.rows, loss_sum=float(self.module.loss_sum), n_batches=self.module.n_batches)
@@ -58,7 +58,7 @@ class History(pl.Callback):
         return (module.n_batches - self._first) * size / max(1e-9, time.perf_counter() - self._begin)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Classifier, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if not self.report or not trainer.is_global_zero or time.perf_counter() - self._told < self.every_s: return
+        if not self.progress or not trainer.is_global_zero or time.perf_counter() - self._told < self.every_s: return
         done = (pl_module.current_epoch + (batch_idx + 1) / trainer.num_training_batches) / trainer.max_epochs
         if done < 1: self._tell(done, trainer, f" · {self._speed(trainer, pl_module):,.0f} images/s")   # the end has an epoch's figures
 
@@ -68,7 +68,7 @@ class History(pl.Callback):
         curves = {f"{metric}_val": f"val_{metric}", "loss_val": "val_loss", "loss_train": "train_loss"}
         curves["lr"] = "lr"
         epoch, self._ended = len(self.rows) if done >= 1 else trainer.current_epoch + 1, done >= 1
-        self.report(done, f"epoch {epoch}/{trainer.max_epochs}{more}", **{name: [r[key] for r in self.rows] for name, key in curves.items()})
+        self.progress(done, f"epoch {epoch}/{trainer.max_epochs}{more}", **{name: [r[key] for r in self.rows] for name, key in curves.items()})
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: Classifier) -> None:
         pl_module.read_losses()   # which a GPU may not have come to yet
@@ -88,10 +88,10 @@ class History(pl.Callback):
         if not trainer.is_global_zero: return
         self._write()
         done, early = len(self.rows) / trainer.max_epochs, trainer.should_stop and len(self.rows) < trainer.max_epochs
-        if self.report: self._tell(1.0 if early else done, trainer, " · stopped early" if early else "")
+        if self.progress: self._tell(1.0 if early else done, trainer, " · stopped early" if early else "")
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Classifier) -> None:   # of one that was over when it was gone on with
-        if self.report and trainer.is_global_zero and not self._ended: self._tell(1.0, trainer)
+        if self.progress and trainer.is_global_zero and not self._ended: self._tell(1.0, trainer)
 
     def _write(self) -> None:
         write_json(self.folder/"checkpoints/history.json", self.rows)

@@ -18,7 +18,7 @@ from ..core.files import digest, read_json, write_json
 from ..data.tables import write_table
 from ..data.splits import assign_folds, together
 from .loaders import Labelled, missing_classes
-from ..metrics.estimates import Figure, mean
+from ..metrics.estimates import Estimate, mean
 from ..models.vision_model import VisionModel, task_of
 from .distributed import FORKS, way_of
 from ..tasks.labels import Task, with_strata
@@ -34,7 +34,7 @@ class Folds:
     "What a cross-validation gave."
     table: pd.DataFrame         # a row per fold: fold, n_train, n_val, and the task's figures
     predictions: pd.DataFrame   # the task's table with pixel_sha256 and fold, in the order of the rows given
-    figures: dict[str, Figure]  # mean over the folds, with an interval for trainings that share images
+    figures: dict[str, Estimate]  # mean over the folds, with an interval for trainings that share images
     notes: list[str]            # sentences about what was done otherwise than asked
 
 # %% ../../nbs/training/12_cross_validation.ipynb #cell-6
@@ -45,7 +45,7 @@ def cross_validate(
     options: FitOptions,    # how to train each
     folder: Path | str,     # gets a folder per fold
     k: int = 5,             # folds
-    report: Callable[..., None] | None = None,   # told the fraction that is done, and a text
+    progress: Callable[..., None] | None = None,   # told the fraction that is done, and a text
 ) -> Folds:                 # table, predictions, figures, notes
     "Train on all folds but one, k times; raise `UsageError` if a fold would learn a class of which it has no image."
     spec = make().spec
@@ -55,7 +55,7 @@ def cross_validate(
     fold = assign_folds(joined, k, options.seed).to_numpy()
     choosing = [_choosing(sorts[fold != i], options) for i in range(k)]
     for i, held_back in enumerate(choosing): _check_labels(data.labels[_learned(fold, i, held_back)], kind, spec.classes, i)
-    parts = [_one(make, rows, data, options, Path(folder)/f"fold_{i}", fold, i, choosing[i], _part(report, i, k)) for i in range(k)]
+    parts = [_one(make, rows, data, options, Path(folder)/f"fold_{i}", fold, i, choosing[i], _part(progress, i, k)) for i in range(k)]
     table = pd.DataFrame([row for row, _, _ in parts])
     predictions = pd.concat([p for _, p, _ in parts]).set_index("row").sort_index().reset_index(drop=True)
     measured = table.columns.drop(["fold", "n_train", "n_val"])
@@ -115,12 +115,12 @@ def _check_labels(
 
 # %% ../../nbs/training/12_cross_validation.ipynb #cell-7
 def _part(
-    report: Callable[..., None] | None,   # of the whole
+    progress: Callable[..., None] | None,   # of the whole
     i: int,                               # fold
     k: int,                               # folds
 ) -> Callable[..., None] | None:          # of one fold
     "Report a fold's progress as a part of the whole; its curves are its own."
-    return report and (lambda done, text, **curves: report((i + done) / k, f"fold {i + 1}/{k} · {text}"))
+    return progress and (lambda done, text, **curves: progress((i + done) / k, f"fold {i + 1}/{k} · {text}"))
 
 # %% ../../nbs/training/12_cross_validation.ipynb #choosing
 def _choosing(
@@ -139,7 +139,7 @@ def _choosing(
 # %% ../../nbs/training/12_cross_validation.ipynb #cell-8
 def _one(
     make: Callable[[], VisionModel], rows: pd.DataFrame, data: Labelled, options: FitOptions, folder: Path, fold: np.ndarray, i: int,
-    choosing: np.ndarray | None, report: Callable[..., None] | None,
+    choosing: np.ndarray | None, progress: Callable[..., None] | None,
 ) -> tuple[dict, pd.DataFrame, list[str]]:   # the fold's row, its predictions with the place of each in `rows`, notes
     "Train and answer one fold, unless that was done."
     outside, learned = np.flatnonzero(fold == i), _learned(fold, i, choosing)
@@ -149,7 +149,7 @@ def _one(
     if (folder/"fold.json").exists() and (known := read_json(folder/"fold.json"))["key"] == key:
         return known["row"], pd.read_parquet(folder/"predictions.parquet"), known["notes"]
     train, held_out = data.take(learned), data.take(outside)
-    history = fit(model, train, held_out if choosing is None else data.take(np.flatnonzero(fold != i)[choosing]), options, folder, report=report)
+    history = fit(model, train, held_out if choosing is None else data.take(np.flatnonzero(fold != i)[choosing]), options, folder, progress=progress)
     said = [note for note in history.attrs["notes"] if choosing is None or not note.startswith("no image in the split val")]   # the fold has them
     notes = [f"fold {i + 1}: {note}" for note in said]
     where = "cpu" if way_of(options.devices, options.strategy) in FORKS else options.device   # a process that has used a GPU cannot be forked

@@ -155,16 +155,16 @@ def interruptible(
 # %% ../../nbs/training/05_distributed.ipynb #dist-170
 @contextlib.contextmanager
 def relayed(
-    report: Callable[..., None] | None,   # of this process
+    progress: Callable[..., None] | None,   # of this process
     elsewhere: bool,                      # whether another one trains
 ) -> Iterator[Callable[..., None] | None]:   # what the one that trains has to call
     "Pass reports from a forked process on."
-    if not report or not elsewhere:
-        yield report
+    if not progress or not elsewhere:
+        yield progress
         return
     ours, theirs = multiprocessing.Pipe(duplex=False)
     failed: list[Exception] = []
-    listener = threading.Thread(target=_listen, args=(ours, report, failed), daemon=True)
+    listener = threading.Thread(target=_listen, args=(ours, progress, failed), daemon=True)
     listener.start()
     try: yield partial(_send, theirs)
     finally:
@@ -185,7 +185,7 @@ def _send(
 # %% ../../nbs/training/05_distributed.ipynb #dist-172
 def _listen(
     pipe: Any,                     # a connection's end that reads
-    report: Callable[..., None],   # told what comes
+    progress: Callable[..., None],   # told what comes
     failed: list[Exception],       # gets the first error of `report`
 ) -> None:
     "Report what another process says until it has ended; after an error read on, or that process would wait."
@@ -193,5 +193,5 @@ def _listen(
         while True:
             done, text, curves = pipe.recv()
             try:
-                if not failed: report(done, text, **curves)
+                if not failed: progress(done, text, **curves)
             except Exception as e: failed.append(e)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..core.errors import CvnbError, UsageError
 from ..core.files import digest, read_json, write_json
-from ..core.fingerprint import code_of
+from ..core.fingerprint import code_fingerprint
 from ..tasks.labels import class_weights
 from ..models.devices import torch_device
 from ..models.vision_model import VisionModel, check_size, unseen_border, task_of
@@ -57,7 +57,7 @@ def identity_of(
 ) -> str:                   # 64 hexadecimal digits
     "Digest what a training run depends on."
     loss = "" if criterion is None else getattr(criterion, "identity", "") or getattr(criterion, "__qualname__", type(criterion).__qualname__)
-    code = code_of(_TRAINS, "torch", "torchvision", "timm", "pytorch-lightning")
+    code = code_fingerprint(_TRAINS, "torch", "torchvision", "timm", "pytorch-lightning")
     data = [train.identity, val.identity if val else ""]
     return digest([asdict(replace(options, workers=0)), asdict(model.spec), digest_weights(model), *data, loss, code])
 
@@ -185,7 +185,7 @@ def fit(
     options: FitOptions,      # how to train
     folder: Path | str,       # gets checkpoints/ and history.csv
     criterion: Criterion | None = None,   # loss; the task's own by default
-    report: Callable[..., None] | None = None,   # told the fraction that is done, a text, and the curves so far
+    progress: Callable[..., None] | None = None,   # told the fraction that is done, a text, and the curves so far
     logger: Any = False,      # a Lightning logger
     callbacks: Sequence[pl.Callback] = (),   # more of them
 ) -> pd.DataFrame:            # one row per epoch: epoch, train_loss, val_loss, val_<metric>, lr, images_per_s; attrs: notes and changed
@@ -202,10 +202,10 @@ def fit(
         now = halve(options, halved)
         try:
             if now.tune != "full" and not resume:
-                told = report if now.tune == "probe" or not report else lambda done, text: report(0.0, text)   # training has the bar
+                told = progress if now.tune == "probe" or not progress else lambda done, text: progress(0.0, text)   # training has the bar
                 begun = fit_head(model, train, val, now.label_smoothing, _where(now), loss_weights(model, train, now), told)
-            if now.tune == "probe": return _as_history(begun, folder, notes, logger, report)
-            _fit(model, train, val, now, folder, criterion, report, logger, callbacks, resume)
+            if now.tune == "probe": return _as_history(begun, folder, notes, logger, progress)
+            _fit(model, train, val, now, folder, criterion, progress, logger, callbacks, resume)
         except BaseException as e:
             _begin_with(model, start)   # so that the same call, with this model, goes on from the checkpoint
             if not out_of_memory(e): raise
@@ -272,13 +272,13 @@ def _as_history(
     folder: Path,          # gets history.csv
     notes: list[str],      # sentences
     logger: Any,           # a Lightning logger, or False
-    report: Callable[..., None] | None,   # told that it is over
+    progress: Callable[..., None] | None,   # told that it is over
 ) -> pd.DataFrame:         # one row, as `fit` gives it
     "Write a linear probe's figures as a training's."
     history = probe.tail(1).drop(columns="decay").assign(epoch=1, lr=0.0, images_per_s=float("nan"))
     _write_curves(folder, history)
     if logger: _log_epochs(logger, history.drop(columns="images_per_s").to_dict("records"), 1)
-    if report: report(1.0, "the head is fitted")
+    if progress: progress(1.0, "the head is fitted")
     history.attrs.update(notes=notes, changed=[])
     return history.reset_index(drop=True)
 
@@ -367,7 +367,7 @@ def loss_weights(
 # %% ../../nbs/training/09_fit.ipynb #cell-36
 def _fit(
     model: VisionModel, train: Labelled, val: Labelled, options: FitOptions, folder: Path, criterion: Criterion | None,
-    report: Callable[..., None] | None, logger: Any, callbacks: Sequence[pl.Callback], resume: Path | None,
+    progress: Callable[..., None] | None, logger: Any, callbacks: Sequence[pl.Callback], resume: Path | None,
 ) -> None:
     "Train once, from a checkpoint or from the beginning."
     o = options
@@ -380,7 +380,7 @@ def _fit(
     elsewhere = way in FORKS or way.startswith("ddp_spawn")
     module = Classifier(trained, o, criterion, train.names, loss_weights(model, train, o), model)
     module.threads = int(way in FORKS and _where(o) == "cpu")
-    with relayed(report if not rank_zero_only.rank else None, elsewhere) as tell:
+    with relayed(progress if not rank_zero_only.rank else None, elsewhere) as tell:
         trainer = _trainer(folder, o, _callbacks(folder, o, History(folder, tell), callbacks), logger if not elsewhere else False)
         data = DataModule(train, val, o, model.spec)
         failed = folder/"checkpoints/failed.json"
@@ -403,12 +403,12 @@ def answer(
     data: Labelled,        # images
     tta: str = "none",     # "flip" also asks for the mirror images, and averages
     device: str = "auto",  # "cpu" leaves a GPU alone
-    report: Callable[[float, str], None] | None = None,   # told the fraction that is done
+    progress: Callable[[float, str], None] | None = None,   # told the fraction that is done
 ) -> np.ndarray:           # logits float32 (N, C), or numbers for regression
     "Let a model answer images, on the GPU if there is one."
     where = torch_device(device)
-    told = lambda fraction, text: report(fraction, f"answering {text}")
-    ask = lambda images: predict_logits(model, images, device=where, report=report and told)
+    told = lambda fraction, text: progress(fraction, f"answering {text}")
+    ask = lambda images: predict_logits(model, images, device=where, progress=progress and told)
     logits = ask(data.images)
     if tta == "flip": logits = (logits + ask(data.images[:, :, ::-1])) / 2
     model.to("cpu")

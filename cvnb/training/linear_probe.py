@@ -59,13 +59,13 @@ def fit_head(
     smoothing: float = 0.0, # of the labels
     device: str = "cpu",    # where features are computed
     weights: Tensor | None = None,   # of the classes (C,)
-    report: Callable[[float, str], None] | None = None,   # told the fraction that is done
+    progress: Callable[[float, str], None] | None = None,   # told the fraction that is done
 ) -> pd.DataFrame:          # one row per penalty: decay, train_loss, val_loss, val_<metric>; the chosen one is the last
     "Train the head alone on features of images as they are; raise `UsageError` for a network whose head is not linear."
     head, task = model.net.get_classifier(), task_of(model.spec)
     if not isinstance(head, nn.Linear): raise UsageError(f"{model.spec.backbone} has no linear head", "Use tune=full.")
-    told = lambda fraction, text: report(fraction * 0.9, f"features of {text}")
-    x, y = (torch.from_numpy(features(model, d.images, device, report=report and told)) for d in (train, val))
+    told = lambda fraction, text: progress(fraction * 0.9, f"features of {text}")
+    x, y = (torch.from_numpy(features(model, d.images, device, progress=progress and told)) for d in (train, val))
     _check_head(model.to("cpu"), val.images[:8], y[:8])
     mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
     x, y = (x - mean) / std, (y - mean) / std
@@ -73,7 +73,7 @@ def fit_head(
     score, rows, heads, one = f"val_{task.metric}", [], [], nn.Linear(x.shape[1], head.out_features)
     nn.init.zeros_(one.weight); nn.init.zeros_(one.bias)
     for decay in DECAYS:   # each begins where the stronger one ended
-        if report: report(0.9 + 0.1 * DECAYS.index(decay) / len(DECAYS), f"a head with the penalty {decay}")
+        if progress: progress(0.9 + 0.1 * DECAYS.index(decay) / len(DECAYS), f"a head with the penalty {decay}")
         _solve(x, lambda outputs: task.loss(model.units(outputs), targets, smoothing, weights), one, decay)
         with torch.no_grad(): a, b = model.units(one(x)), model.units(one(y))
         losses = dict(train_loss=float(task.loss(a, targets)), val_loss=float(task.loss(b, held_out)))

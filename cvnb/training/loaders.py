@@ -60,11 +60,11 @@ def labelled(
     rows: pd.DataFrame,    # manifest rows: path, label and file_sha256
     classes: list[str],    # class names in the order of the logits
     size: int,             # side in pixels
-    report: Callable[[float, str], None] | None = None,   # told the fraction that is done
+    progress: Callable[[float, str], None] | None = None,   # told the fraction that is done
     task: str = "classification",   # what is to be learned
 ) -> Labelled:             # in the order of `rows`
     "Load the images of manifest rows with what is to be learned of them."
-    images = load_images(root, rows.path, size, report, rows.file_sha256)
+    images = load_images(root, rows.path, size, progress, rows.file_sha256)
     targets = get_task(task).encode(rows.label, classes, rows.path)
     return Labelled(images, targets, list(rows.path), digest([size, task, classes, *rows.file_sha256, *rows.label]))
 

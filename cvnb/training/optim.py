@@ -13,7 +13,7 @@ import torch
 from timm.optim import create_optimizer_v2, muon
 from torch import Tensor, nn
 
-from ..core.errors import UsageError, nearest
+from ..core.errors import UsageError, did_you_mean
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'SCHEDULES', 'Muon', 'make_optimizer', 'schedule', 'averaging']
@@ -41,7 +41,7 @@ def make_optimizer(
     layer_decay: float = 1.0,    # share of the learning rate from layer to layer, towards the input
 ) -> torch.optim.Optimizer:      # with the learning rate of each group
     "Build an optimizer; raise `UsageError` for one that is not known."
-    if name not in OPTIMIZERS: raise UsageError(f"no optimizer '{name}'", nearest(name, list(OPTIMIZERS)))
+    if name not in OPTIMIZERS: raise UsageError(f"no optimizer '{name}'", did_you_mean(name, list(OPTIMIZERS)))
     extra = dict(nesterov=True) if name == "muon" else {}
     known = "momentum" if name == "sgd" and not momentum else OPTIMIZERS[name]   # Nesterov's is refused where there is none
     optimizer = create_optimizer_v2(net, known, lr, weight_decay, momentum, layer_decay=layer_decay if layer_decay < 1 else None, **extra)
@@ -59,7 +59,7 @@ def schedule(
     warmup: float,   # share of the steps in which the rate rises, 0 … 1
 ) -> Callable[[int], float]:   # step -> share of the peak learning rate
     "Make a schedule; raise `UsageError` for one that is not known."
-    if name not in SCHEDULES: raise UsageError(f"no schedule '{name}'", nearest(name, list(SCHEDULES)))
+    if name not in SCHEDULES: raise UsageError(f"no schedule '{name}'", did_you_mean(name, list(SCHEDULES)))
     if total < 2: warmup = 0.0   # the only step is no warm-up
     rise = max(1.0, warmup * total)
     half_cosine = lambda x: (1 - math.cos(math.pi * x)) / 2   # 0 … 1 -> 0 … 1

@@ -579,7 +579,7 @@ def _in_kernel() -> bool:
 
 # %% ../../nbs/training/10_tracking.ipynb #cell-49
 def live(
-    report: Callable[..., None] | None = None,   # also told everything, such as `stage.report`
+    progress: Callable[..., None] | None = None,   # also told everything, such as `stage.report`
     curves: bool = True,                         # whether a notebook shows the learning curves too
 ) -> Callable[..., None]:                        # report(done, text, **curves) for `fit`
     "Show progress where someone can see it: a bar and curves in a notebook, one line in a terminal."
@@ -589,6 +589,6 @@ def live(
     elif sys.stderr.isatty() and not batch: show = _Line()
 
     def tell(done: float, text: str = "", **values: list[float]) -> None:
-        if report: report(done, text, **values)
+        if progress: progress(done, text, **values)
         if show: show(done, text, values if curves else {})
     return tell

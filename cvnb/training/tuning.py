@@ -149,7 +149,7 @@ def settle(
     model: VisionModel,    # with its starting weights; not changed
     train: Labelled,       # training images
     folder: Path | str,    # the stage's folder
-    report: Callable[[float, str], None] | None = None,   # told what is being picked
+    progress: Callable[[float, str], None] | None = None,   # told what is being picked
 ) -> tuple[FitOptions, pd.DataFrame]:   # options without questions; option, picked, why
     "Pick what was left open; raise `CvnbError` if the device is not there, before anything is tried on another."
     accelerator_for(options)
@@ -159,12 +159,12 @@ def settle(
     elif options.devices > 1 and started_outside() and not (options.batch_size and options.lr):
         raise UsageError("processes that torchrun or Slurm started would each pick a batch_size and a lr of their own",
                          "Give both, or let one process make this call before.")
-    else: write_json(note, dict(key=key, picked=(picked := _pick(options, model, train, report))))
+    else: write_json(note, dict(key=key, picked=(picked := _pick(options, model, train, progress))))
     return replace(options, **{p["option"]: p["picked"] for p in picked}), pd.DataFrame(picked, columns=["option", "picked", "why"], dtype=object)
 
 # %% ../../nbs/training/11_tuning.ipynb #cell-12
 def _pick(
-    options: FitOptions, model: VisionModel, train: Labelled, report: Callable[[float, str], None] | None = None,
+    options: FitOptions, model: VisionModel, train: Labelled, progress: Callable[[float, str], None] | None = None,
 ) -> list[dict]:   # option, picked, why
     "Pick what was left open, each on top of what is known."
     picked: list[dict] = []
@@ -178,12 +178,12 @@ def _pick(
     if options.precision == "auto": pick("precision", *_precision(gpu))
     if options.workers < 0: pick("workers", *_workers(gpu, train))
     if options.batch_size == 0:
-        if report: report(0.0, "trying batch sizes")
+        if progress: progress(0.0, "trying batch sizes")
         table = find_batch_size(model, train, options)
         best = table[table.chosen].iloc[0]
         pick("batch_size", int(best.batch_size), f"{best.images_per_s:,.0f} images/s; tried {', '.join(map(str, table.batch_size))}")
     if options.lr == 0:
-        if report: report(0.5, "trying learning rates")
+        if progress: progress(0.5, "trying learning rates")
         lr, curve = find_lr(model, train, options)
         left_out = ["layer_decay"] * (options.layer_decay != 1) + ["a fitted head"] * (options.tune == "head_first")
         without = f"; tried without {' and '.join(left_out)}" if left_out else ""

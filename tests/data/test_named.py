@@ -243,7 +243,7 @@ tables.locate("cifar10")"""
 
 
 def test_two_processes_may_fetch_at_once(server: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def win(folder: Path, report: Callable) -> None:
+    def win(folder: Path, progress: Callable) -> None:
         (cache/"data"/"digits"/"0").mkdir(parents=True)
         (folder/"0.png").touch()
 

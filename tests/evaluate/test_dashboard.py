@@ -22,7 +22,7 @@ from PIL import Image
 
 from cvnb.core.errors import CvnbError
 from cvnb.core.files import read_json, write_json
-from cvnb.core.project import assets
+from cvnb.core.project import asset_folder
 from cvnb.core.stage import Stage
 from cvnb.evaluate.dashboard import read_results
 from cvnb.data.tables import write_table
@@ -96,7 +96,7 @@ def table(run: Path) -> pd.DataFrame:
 def run_stage(run: Path) -> str:
     "Run the errors stage with papermill and return the executed notebook's text."
     notebook = run/"errors.ipynb"
-    subprocess.run([sys.executable, "-m", "papermill", "--no-progress-bar", assets("stages")/"errors.ipynb", notebook, "-p", "run", run],
+    subprocess.run([sys.executable, "-m", "papermill", "--no-progress-bar", asset_folder("stages")/"errors.ipynb", notebook, "-p", "run", run],
                    check=True, capture_output=True)
     return notebook.read_text(encoding="utf-8")
 
@@ -271,7 +271,7 @@ def test_pages_of_the_grid(page, table: pd.DataFrame) -> None:
 def test_page_says_what_is_missing(playwright_page, tmp_path: Path) -> None:
     Stage("audit", tmp_path/"half").finish()
     port = free_port()
-    with _voila(assets("dashboards")/"errors.ipynb", port, "token", os.environ | dict(CVNB_RUN=str(tmp_path/"half"))):
+    with _voila(asset_folder("dashboards")/"errors.ipynb", port, "token", os.environ | dict(CVNB_RUN=str(tmp_path/"half"))):
         playwright_page.goto(f"http://127.0.0.1:{port}/?token=token")
         notice = playwright_page.wait_for_selector(".notice", timeout=SECONDS).inner_text()
     assert "run half has no finished train stage" in notice and "cvnb run errors --run" in notice

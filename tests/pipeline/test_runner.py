@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cvnb.core.files import read_json, sha256_file
-from cvnb.core.stage import looks
+from cvnb.core.stage import split_accesses
 from cvnb.pipeline.runner import recorded_values, status
 from cvnb.training.tracking import read_tracked
 
@@ -54,8 +54,8 @@ def test_every_stage_left_its_files(smoke_run):
 
 
 def test_every_look_at_the_test_split_is_counted(smoke_run):
-    assert looks(smoke_run) == dict.fromkeys(("train", "errors", "compress", "export", "benchmark"), 1) == looks(smoke_run, "test")
-    assert looks(smoke_run, "val") == {} and read_json(smoke_run/"run.json")["test_looks"] == looks(smoke_run)
+    assert split_accesses(smoke_run) == dict.fromkeys(("train", "errors", "compress", "export", "benchmark"), 1) == split_accesses(smoke_run, "test")
+    assert split_accesses(smoke_run, "val") == {} and read_json(smoke_run/"run.json")["test_looks"] == split_accesses(smoke_run)
 
 
 def test_executed_notebooks_show_pictures_and_no_warnings(smoke_run):

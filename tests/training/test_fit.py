@@ -81,7 +81,7 @@ def test_the_end_is_told_with_the_last_epochs_figures(data, tmp_path, monkeypatc
     "A bar that is full after the last batch would not take the figures that come after it."
     monkeypatch.setattr(History.__init__, "__defaults__", (None, 0.0))   # every batch is told
     told = []
-    fit(fresh(NO_BATCHNORM), *data, PLAIN, tmp_path, report=lambda done, text, **curves: told.append((done, len(curves["loss_val"]))))
+    fit(fresh(NO_BATCHNORM), *data, PLAIN, tmp_path, progress=lambda done, text, **curves: told.append((done, len(curves["loss_val"]))))
     assert len(told) > 10 and [n for done, n in told if done >= 1] == [2] and told[-1][0] == 1
 
 
@@ -91,7 +91,7 @@ def test_two_processes_match_one(data, tmp_path):
     "The batch is shared, so that two processes do what one does, but for rounding. Batch norm would see half of it each: this network has none."
     one, two, told = fresh(NO_BATCHNORM), fresh(NO_BATCHNORM), []
     alone = fit(one, *data, PLAIN, tmp_path/"one")
-    shared = fit(two, *data, TWO, tmp_path/"two", report=lambda done, text, **curves: told.append((os.getpid(), done, curves)))
+    shared = fit(two, *data, TWO, tmp_path/"two", progress=lambda done, text, **curves: told.append((os.getpid(), done, curves)))
     moved = max(float((a - b).abs().max()) for a, b in zip(one.state_dict().values(), fresh(NO_BATCHNORM).state_dict().values()))
     apart = max(float((a - b).abs().max()) for a, b in zip(one.state_dict().values(), two.state_dict().values()))
     assert apart < 1e-4 < 1e-2 < moved and alone.val_accuracy.iloc[-1] > 0.5
@@ -131,7 +131,7 @@ def test_a_process_of_two_is_killed(data, tmp_path, rank):
         fit(fresh(BATCHNORM), *data, options, tmp_path/"cut", callbacks=[KillsItself(rank, 9)])
     assert len(pd.read_csv(tmp_path/"cut/history.csv")) == 1
     seen = []
-    history = fit(resumed, *data, options, tmp_path/"cut", report=lambda done, *_, **__: seen.append(done))
+    history = fit(resumed, *data, options, tmp_path/"cut", progress=lambda done, *_, **__: seen.append(done))
     assert min(seen) > 0.5 and same(whole, resumed) and curves(history).equals(curves(expected))
 
 
@@ -289,7 +289,7 @@ def test_a_fold_that_is_gone_on_with_is_as_if_left_alone(data, tmp_path):
     "Whether the folds before it were trained or looked up, it begins with the same network."
     rows = pd.DataFrame(dict(path=data[0].names, split="train", label=data[0].labels.astype(str), pixel_sha256=data[0].names))
     make = lambda: create_model(BATCHNORM, CLASSES, 16)   # another one each time
-    crossed = lambda name, report=None: cross_validate(make, rows, data[0], PLAIN, tmp_path/name, 3, report)
+    crossed = lambda name, progress=None: cross_validate(make, rows, data[0], PLAIN, tmp_path/name, 3, progress)
 
     def cut(done: float, text: str, **_: object) -> None:
         if text.startswith("fold 2/3") and done > 0.5: raise SystemExit("killed")   # in its second epoch
@@ -347,7 +347,7 @@ def test_a_training_that_was_over_gives_the_same_again(data, tmp_path, options, 
     asked, first, again, told = replace(PLAIN, **options), fresh(BATCHNORM), fresh(BATCHNORM), []
     expected = fit(first, *data, asked, tmp_path/"run")
     with CSV(tmp_path) as logger:
-        found = fit(again, *data, asked, tmp_path/"run", report=lambda done, *_, **__: told.append(done), logger=logger, callbacks=[TrackSteps()])
+        found = fit(again, *data, asked, tmp_path/"run", progress=lambda done, *_, **__: told.append(done), logger=logger, callbacks=[TrackSteps()])
     assert same(first, again) and curves(found).equals(curves(expected)) and told == [1.0]
     assert logger.column("epoch/val_loss") == expected.val_loss.to_list() and found.attrs["notes"] == expected.attrs["notes"]
 
@@ -380,7 +380,7 @@ def test_a_model_whose_training_was_cut_can_be_given_again(data, tmp_path, tune)
     with pytest.raises(SystemExit): fit(cut, *data, asked, tmp_path/"cut", callbacks=[Interrupts()])
     assert same(cut, fresh(BATCHNORM)) and cut.preprocess.size == 16
     told = []
-    found = fit(cut, *data, asked, tmp_path/"cut", report=lambda done, text, **_: told.append(done) if "epoch" in text else None)
+    found = fit(cut, *data, asked, tmp_path/"cut", progress=lambda done, text, **_: told.append(done) if "epoch" in text else None)
     assert min(told) > 0.5 and same(whole, cut) and curves(found).equals(curves(expected))
 
 
@@ -475,7 +475,7 @@ def test_the_best_epoch_is_kept_and_patience_ends(data, tmp_path):
 
 def test_a_stop_is_told_as_the_end(data, tmp_path):
     told = []
-    fit(fresh(NO_BATCHNORM), *data, replace(PLAIN, epochs=9, lr=0.0, patience=1), tmp_path, report=lambda done, text, **_: told.append((done, text)))
+    fit(fresh(NO_BATCHNORM), *data, replace(PLAIN, epochs=9, lr=0.0, patience=1), tmp_path, progress=lambda done, text, **_: told.append((done, text)))
     assert told[-1] == (1.0, "epoch 2/9 · stopped early") and [done for done, _ in told].count(1.0) == 1
 
 
@@ -506,7 +506,7 @@ class Told:
 def test_a_linear_probe_says_what_it_has_no_use_for(data, tmp_path):
     asked, logger = replace(PLAIN, tune="probe", mixup=0.2, balance="sampling"), Told()
     told: list[float] = []
-    history = fit(fresh(BATCHNORM), *data, asked, tmp_path, logger=logger, report=lambda done, *_, **__: told.append(done))
+    history = fit(fresh(BATCHNORM), *data, asked, tmp_path, logger=logger, progress=lambda done, *_, **__: told.append(done))
     assert told[0] == 0 and told[-1] == 1 and len(told) > 5
     note, = history.attrs["notes"]
     assert "mixup=0.2" in note and "balance=sampling" in note and "augment" not in note, note
@@ -635,7 +635,7 @@ def test_ctrl_c_interrupts_a_call_and_not_the_program(data, tmp_path, ctrl_c):
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt, match="call again to go on"): fit(model, *data, PLAIN, tmp_path/"cut", callbacks=[PressesCtrlC()])
     seen = []
-    fit(model, *data, PLAIN, tmp_path/"cut", report=lambda done, *_, **__: seen.append(done))
+    fit(model, *data, PLAIN, tmp_path/"cut", progress=lambda done, *_, **__: seen.append(done))
     assert min(seen) >= 0.5 and same(model, whole)
 
 
@@ -644,7 +644,7 @@ def test_other_code_is_another_training(data, tmp_path, monkeypatch, ctrl_c):
     def begins():
         seen = []
         with pytest.raises(KeyboardInterrupt):
-            fit(fresh(NO_BATCHNORM), *data, PLAIN, tmp_path, report=lambda done, *_, **__: seen.append(done), callbacks=[PressesCtrlC()])
+            fit(fresh(NO_BATCHNORM), *data, PLAIN, tmp_path, progress=lambda done, *_, **__: seen.append(done), callbacks=[PressesCtrlC()])
         return seen
     assert begins() and not begins()     # it stops where it went on
     monkeypatch.setattr(training, "code_of", lambda *_: "mended")
@@ -737,7 +737,7 @@ def test_checkpoints_of_others_and_damaged_weights(data, tmp_path):
     with pytest.raises(SystemExit): fit(fresh(NO_BATCHNORM), *data, PLAIN, tmp_path, callbacks=[Interrupts()])
     assert (tmp_path/"checkpoints/last.ckpt").exists()
     seen = []
-    history = fit(fresh(BATCHNORM), *data, PLAIN, tmp_path, report=lambda done, *_, **__: seen.append(done))
+    history = fit(fresh(BATCHNORM), *data, PLAIN, tmp_path, progress=lambda done, *_, **__: seen.append(done))
     assert min(seen) < 0.5 and len(history) == 2     # begun anew
     from cvnb.models.weights import save_model
     save_model(fresh(NO_BATCHNORM), tmp_path)

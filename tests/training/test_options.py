@@ -153,7 +153,7 @@ def test_other_images_or_another_teacher_are_another_training(data, tmp_path):
     with pytest.raises(SystemExit): fit(fresh(NO_BATCHNORM), train, val, PLAIN, tmp_path, callbacks=[Interrupts()])
     images, seen = train.images.copy(), []
     images[7, 3, 3] ^= 1
-    fit(fresh(NO_BATCHNORM), replace(train, images=images), val, PLAIN, tmp_path, report=lambda done, *_, **__: seen.append(done))
+    fit(fresh(NO_BATCHNORM), replace(train, images=images), val, PLAIN, tmp_path, progress=lambda done, *_, **__: seen.append(done))
     assert min(seen) < 0.5
     identity = lambda backbone=NO_BATCHNORM, **how: distillation_criterion(fresh(backbone), **how).identity
     assert len({identity(), identity(BATCHNORM), identity(loss="dkd"), identity(temperature=2), identity(soft=0.5)}) == 5 and identity() == identity()

@@ -31,7 +31,7 @@ from wandb.sdk import wandb_setup
 from cvnb.training import tracking
 from cvnb.core.errors import UsageError
 from cvnb.core.files import read_json, sha256_file
-from cvnb.core.stage import Stage, finished
+from cvnb.core.stage import Stage, read_stage_manifest
 from cvnb.metrics.estimates import accuracy
 from cvnb.training.tracking import TrackSteps, close_tracker, log_audit, log_confusion, log_model, log_predictions
 from cvnb.training.tracking import open_tracker, rank_answers, read_tracked
@@ -130,7 +130,7 @@ def test_the_offline_file_holds_every_figure_curve_image_and_digest(stage: Stage
     log_model(logger, stage.dir)
     name = close_tracker(logger, stage.metrics)
     stage.finish()
-    assert finished(stage.run, "train")["environment"]["wandb"]["id"] == name
+    assert read_stage_manifest(stage.run, "train")["environment"]["wandb"]["id"] == name
 
     run = tracked(stage)
     assert run["id"] == name and {k: run["config"][k] for k in stage.params} == stage.params
