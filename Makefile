@@ -4,16 +4,22 @@ CONFIG ?= configs/mnist5k.yaml
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test setup lint docs bench lock clean
+.PHONY: help run check test test-long setup lint docs bench lock clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
 
 run: setup ## install, then audit, train, compress, export and benchmark on 5,000 digits (CONFIG=configs/….yaml for another recipe)
 	@$(BIN)/cvnb run --config $(CONFIG)
 
+check: setup ## before each commit, under three minutes: lint, house rules, changed notebooks and the tests of their packages
+	@$(BIN)/python dev/check.py
+
 test: setup ## install, then every check that CI runs
 	@$(BIN)/python dev/run_tests.py
+
+test-long: setup ## the tests marked `long`, which `make test` and CI leave out: kills in every stage, soaks, fuzzing, clusters
+	@$(BIN)/python dev/run_tests.py --only long
 
 setup: ## make .venv from requirements.lock, once (PYTHON=/path/to/python to choose the interpreter)
 	@PYTHON="$(PYTHON)" sh dev/setup.sh

@@ -1,4 +1,4 @@
-"""How well the audit finds what it looks for: near duplicates and label errors beside the tools that people use, in one run.
+"""Recall and precision of the audit's near duplicates and label errors beside other tools, in one run.
 
     python benchmarks/audit.py [--write]
 
@@ -17,8 +17,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="write the tables to benchmarks/results/")
     args = parser.parse_args()
-    for name, *part in (["audit_duplicates"], ["audit_duplicates", "--million"], ["audit_labels"], ["audit_labels", "--intervals"]):
-        subprocess.run([sys.executable, Path(__file__).with_name(f"{name}.py"), *part, *["--write"] * args.write], check=True)
+    parts = [["audit_duplicates"], ["audit_duplicates", "--million"], ["audit_labels"], ["audit_labels", "--intervals"]]
+    for name, *part in parts:
+        script = Path(__file__).with_name(f"{name}.py")
+        subprocess.run([sys.executable, script, *part, *["--write"] * args.write], check=True)
 
 
 if __name__ == "__main__": main()

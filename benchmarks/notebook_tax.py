@@ -1,12 +1,12 @@
-"""What it costs to run work as notebooks: plain papermill, nbclient, ploomber-engine and cvnb's engine, side by side on the same notebooks.
+"""The fixed cost of running work as notebooks: papermill, nbclient, ploomber-engine and cvnb's engine, side by side.
 
     python benchmarks/notebook_tax.py [--notebooks 12] [--steps 30000] [--write]
 
-Each notebook is like a stage: it imports what stages import, takes a parameter, trains a small network on real digits in ten cells,
-prints, and draws a plot. It notes how long its own work took, from reading the digits to drawing the plot; what the wall clock shows
-beyond that, imports among it, is the tax. The engines take turns, each in a fresh process, once with one notebook and once with all;
-cvnb's time includes the start of its fork server. ploomber-engine runs a notebook inside the calling process, without isolation: what one
-notebook changes, the next one sees.
+Each notebook is like a stage: it imports what stages import, takes a parameter, trains a small network on real digits
+in ten cells, prints, and draws a plot. It records the seconds of its own work, from reading the digits to the plot.
+The rest of the wall time, imports included, is the fixed cost ("tax"). The engines take turns, each in a fresh process,
+once with one notebook and once with all. cvnb's time includes the start of its fork server. ploomber-engine runs a
+notebook inside the calling process, without isolation: a notebook sees what an earlier one changed.
 """
 from __future__ import annotations
 
@@ -59,8 +59,10 @@ with open(out, "w") as f: json.dump(dict(seconds=sum(seconds), loss=losses[-1]),
 def write(folder: Path, steps: int) -> Path:
     "Write the notebook."
     code = nbf.v4.new_code_cell
-    parameters = code(f'steps: int = {steps // 10}\nseed: int = 0\nout: str = "x.json"', metadata=dict(tags=["parameters"]))
-    cells = [nbf.v4.new_markdown_cell("# A stage"), code(IMPORTS), parameters, code(SETUP), *[code(WORK) for _ in range(10)], code(END)]
+    declared = f'steps: int = {steps // 10}\nseed: int = 0\nout: str = "x.json"'
+    parameters = code(declared, metadata=dict(tags=["parameters"]))
+    work = [code(WORK) for _ in range(10)]
+    cells = [nbf.v4.new_markdown_cell("# A stage"), code(IMPORTS), parameters, code(SETUP), *work, code(END)]
     kernel = dict(kernelspec=dict(name="python3", display_name="python3", language="python"))
     nbf.write(nbf.v4.new_notebook(cells=cells, metadata=kernel), folder/"stage.ipynb")
     return folder/"stage.ipynb"
@@ -72,7 +74,8 @@ def execute(engine: str, notebook: Path, n: int) -> None:
         from cvnb.pipeline.kernels import start_fork_server
         start_fork_server()   # before papermill is imported, as `cvnb run` does
     for i in range(n):
-        out, parameters = notebook.parent/f"{engine}-{i}.ipynb", dict(seed=i, out=str(notebook.parent/f"{engine}-{i}.json"))
+        out = notebook.parent/f"{engine}-{i}.ipynb"
+        parameters = dict(seed=i, out=str(out.with_suffix(".json")))
         if engine == "papermill" or engine == "cvnb":
             import papermill
             name = None if engine == "papermill" else "cvnb"
@@ -90,12 +93,13 @@ def execute(engine: str, notebook: Path, n: int) -> None:
 
 def measure(engine: str, notebook: Path, n: int, peers: Path) -> tuple[float, float]:   # wall seconds, seconds of work
     "Run an engine in a fresh process."
-    env = os.environ | dict(PYTHONPATH=str(peers) if engine == "ploomber-engine" else "", MPLBACKEND="agg" if engine == "ploomber-engine" else "")
+    inside = engine == "ploomber-engine"
+    env = os.environ | dict(PYTHONPATH=str(peers) if inside else "", MPLBACKEND="agg" if inside else "")
     env = env | dict(PLOOMBER_STATS_ENABLED="false")
     env = {k: v for k, v in env.items() if v or k not in ("PYTHONPATH", "MPLBACKEND")}
     begin = time.perf_counter()
-    subprocess.run([sys.executable, __file__, "--execute", engine, "--notebooks", str(n), "--in", notebook], check=True, env=env,
-                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [sys.executable, __file__, "--execute", engine, "--notebooks", str(n), "--in", notebook]
+    subprocess.run(command, check=True, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wall = time.perf_counter() - begin
     return wall, sum(json.loads((notebook.parent/f"{engine}-{i}.json").read_text())["seconds"] for i in range(n))
 
@@ -104,7 +108,7 @@ def main() -> None:
     "Measure and print."
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--notebooks", type=int, default=12, help="two at least")
-    parser.add_argument("--steps", type=int, default=30000, help="training steps per notebook where wall and work are compared")
+    parser.add_argument("--steps", type=int, default=30000, help="training steps per notebook for wall ÷ work")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/notebook_tax.md")
     parser.add_argument("--execute", help=argparse.SUPPRESS)
     parser.add_argument("--in", dest="notebook", type=Path, help=argparse.SUPPRESS)
@@ -112,7 +116,8 @@ def main() -> None:
     if args.execute: return execute(args.execute, args.notebook, args.notebooks)
     with tempfile.TemporaryDirectory() as folder:
         peers = Path(folder)/"peers"
-        subprocess.run([Path(sys.executable).with_name("uv"), "pip", "install", "-q", "--target", peers, "--no-deps", *PEER], check=True)
+        uv = Path(sys.executable).with_name("uv")
+        subprocess.run([uv, "pip", "install", "-q", "--target", peers, "--no-deps", *PEER], check=True)
         rows = []
         for steps, engines in ((100, ENGINES), (args.steps, ("papermill", "cvnb"))):
             notebook = write(Path(folder), steps)
@@ -120,9 +125,11 @@ def main() -> None:
             found = {engine: measure(engine, notebook, args.notebooks, peers) for engine in engines}
             tax = {engine: (wall - work) / args.notebooks for engine, (wall, work) in found.items()}
             first = {engine: wall - work for engine, (wall, work) in one.items()}
-            rows += [{"steps": steps, "engine": engine, "wall s": wall, "work s": work, "tax of one s": first[engine],
-                      "of each further s": (wall - work - first[engine]) / (args.notebooks - 1), "per notebook s": tax[engine],
-                      "÷ papermill's": tax[engine] / tax["papermill"], "wall ÷ work": wall / work} for engine, (wall, work) in found.items()]
+            for engine, (wall, work) in found.items():
+                further = (wall - work - first[engine]) / (args.notebooks - 1)
+                rows.append({"steps": steps, "engine": engine, "wall s": wall, "work s": work,
+                             "tax of one s": first[engine], "of each further s": further, "per notebook s": tax[engine],
+                             "÷ papermill's": tax[engine] / tax["papermill"], "wall ÷ work": wall / work})
     show("notebook_tax", f"{args.notebooks} stage-like notebooks", rows, args.write)
 
 

@@ -1,10 +1,11 @@
-"""What the audit finds in data that everybody uses: names, pictures, and what somebody saw who looked at them.
+"""Real faults that the audit finds in public data sets: names, pictures, and the verdict of a person for each.
 
     cvnb run audit --data cifar10 --run runs/cifar10
     python benchmarks/real_faults.py cifar10=runs/cifar10 … [--write]
 
-`real_faults.csv` holds what was seen: `fault`, `no fault` or `unclear`, and why. It is read, not computed. The findings that it names are
-listed, some of them drawn, each beside the image that it is about; how many nobody looked at is said.
+`real_faults.csv` holds the verdicts: `fault`, `no fault` or `unclear`, and a comment. The script reads them and
+computes none. The page lists the findings with a verdict, draws some of them beside the image that they refer to, and states how
+many findings have none.
 """
 from __future__ import annotations
 
@@ -15,11 +16,10 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
-from cvnb.audit.pictures import show_findings
-from cvnb.audit.checks import Check
+from cvnb.audit.pictures import plot_findings
+from cvnb.audit.checks import CHECKS, Check
 from cvnb.core.files import read_json
-from cvnb.metrics.estimates import Estimate, proportion
-from cvnb.audit.report import OF_SET
+from cvnb.metrics.estimates import Estimate, estimate_proportion
 
 HERE = Path(__file__).parent
 PAGE = HERE/"results"/"real_faults.md"
@@ -40,29 +40,36 @@ def count(seen: pd.Series) -> str:   # verdicts, '' where nobody looked
     "Say how many of the findings that were looked at are faults."
     looked = seen[seen != ""]
     if looked.empty: return "none was looked at"
-    share = proportion(int((looked == "fault").sum()), len(looked))
+    share = estimate_proportion(int((looked == "fault").sum()), len(looked))
     counts = ", ".join(f"{(looked == v).sum()} {v}" for v in VERDICTS if (looked == v).any())
     return f"{len(looked)} were looked at: {counts}; share of faults {share}"
 
 
-def section(name: str, run: Path, audit: dict, check: str, rows: pd.DataFrame, n: int, write: bool) -> list[str]:   # lines
+def section(
+    name: str, run: Path, audit: dict, check: str, rows: pd.DataFrame, n: int, write: bool,
+) -> list[str]:   # lines
     "Show what one check found."
     said = audit["checks"][check]
     given = (said["proof"] or {}).get("precision") or dict(n=0)
-    predicted = Estimate(**{k: float("nan") if given.get(k) is None else given[k] for k in ("value", "low", "high", "n")})
+    number = lambda key: float("nan") if given.get(key) is None else given[key]
+    predicted = Estimate(**{k: number(k) for k in ("value", "low", "high", "n")})
     foretold = f" Predicted precision {predicted}." if predicted.n else ""
-    lines = [f"### {check.replace('_', ' ').capitalize()}", "", f"{said['n']:,} of {said['n_checked']:,} images.{foretold} "
-             f"Of these, {count(rows.seen)}.", ""]
+    title = check.replace("_", " ").capitalize()
+    found = f"{said['n']:,} of {said['n_checked']:,} images.{foretold} Of these, {count(rows.seen)}."
+    lines = [f"### {title}", "", found, ""]
     looked = rows[rows.seen != ""]
     if looked.empty: return lines
     table = pd.read_parquet(run/"audit/manifest.parquet", columns=["path", "label", "split"])
-    looked = looked.assign(order=looked.seen.map(VERDICTS.index)).sort_values(["order", "score"], ascending=[True, False])
+    looked = looked.assign(order=looked.seen.map(VERDICTS.index))
+    looked = looked.sort_values(["order", "score"], ascending=[True, False])
     drawn = pd.concat([part.head(n // 2) for _, part in looked.groupby("order")])[["path", "score", "reason", "other"]]
     picture = PAGE.with_suffix("")/f"{name}-{check}.png"
-    if write: small(show_findings(audit["root"], Check(check, said["about"], drawn, said["n_checked"]), table, n), picture)
+    if write: small(plot_findings(audit["root"], Check(check, drawn, said["n_checked"]), table, n), picture)
     head = ["| file | what was found | the other one | seen |", "|---|---|---|---|"]
     lines += [f"![{check} in {name}]({picture.relative_to(PAGE.parent).as_posix()})", "", *head]
-    lines += [f"| {r.path} | {r.reason} | {r.other} | {r.seen}{': ' * bool(r.comment)}{r.comment} |" for r in looked.itertuples()]
+    for r in looked.itertuples():
+        seen = f"{r.seen}: {r.comment}" if r.comment else r.seen
+        lines.append(f"| {r.path} | {r.reason} | {r.other} | {seen} |")
     return [*lines, ""]
 
 
@@ -80,8 +87,10 @@ def main() -> None:
         audit, found = read_json(Path(run)/"audit/audit.json"), pd.read_parquet(Path(run)/"audit/findings.parquet")
         found = found.merge(verdicts[verdicts.data == name].drop(columns="data"), "left", ["check", "path"])
         found = found.fillna(dict(seen="", comment=""))
-        lines += [f"## {name}", "", f"{audit['n_images']:,} images. What is said of a whole set or of files' metadata is left out.", ""]
-        for check, rows in found[~found.check.isin(OF_SET)].groupby("check", sort=False):
+        left_out = "Checks of the set as a whole and of files' metadata are left out."
+        lines += [f"## {name}", "", f"{audit['n_images']:,} images. {left_out}", ""]
+        of_images = [name for name, info in CHECKS.items() if not info.dataset_level]
+        for check, rows in found[found.check.isin(of_images)].groupby("check", sort=False):
             lines += section(name, Path(run), audit, check, rows.drop_duplicates("path"), args.n, args.write)
     print("\n".join(lines))
     if args.write: PAGE.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")

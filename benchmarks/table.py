@@ -17,8 +17,11 @@ def show(
     "Print rows as a Markdown table."
     here = machine_info()
     text = lambda v: f"{v:.3g}" if isinstance(v, float) and v < 10 else f"{v:.1f}" if isinstance(v, float) else str(v)
-    lines = [f"# {title}", "", f"{datetime.now(UTC):%Y-%m-%d} · {here['cores']} cores, {here['cpu']['model']} "
-             f"({' '.join(here['cpu']['flags'])}), {here['memory_gb']} GB · Python {here['python']} · load at the end {os.getloadavg()[0]:.1f}", "",
-             "| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0]), *("| " + " | ".join(map(text, r.values())) + " |" for r in rows)]
+    machine = (f"{here['cores']} cores, {here['cpu']['model']} ({' '.join(here['cpu']['flags'])}), "
+               f"{here['memory_gb']} GB · Python {here['python']} · load at the end {os.getloadavg()[0]:.1f}")
+    line = lambda cells: "| " + " | ".join(cells) + " |"
+    lines = [f"# {title}", "", f"{datetime.now(UTC):%Y-%m-%d} · {machine}", "", line(rows[0])]
+    lines.append("|" + "---|" * len(rows[0]))
+    lines += [line(map(text, r.values())) for r in rows]
     print("\n".join(lines))
     if write: (Path(__file__).parent/"results"/f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

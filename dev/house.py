@@ -13,15 +13,15 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 LONGEST_FUNCTION, MOST_CELLS = 60, 80
 # From the lowest to the highest: a module imports from its own package and from those before it.
-PACKAGES = ("core", "metrics", "data", "tasks", "models", "pipeline", "audit", "training", "evaluate", "compress", "export", "benchmark",
-            "serve", "monitor", "cli")
+PACKAGES = ("core", "metrics", "data", "tasks", "models", "pipeline", "audit", "training", "evaluate", "compress",
+            "export", "benchmark", "serve", "monitor", "cli")
 # Folders that exist on one machine only.
 MACHINE_PATH = re.compile(r"(?<![\w.~/-])/(?:work|root|home|Users|workspace|mnt)/[\w.-]+")
 Definition = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def modules(root: Path = ROOT) -> dict[str, Path]:
-    "List the package's modules, as the notebooks name them: packages from the lowest to the highest, modules by their number."
+    "List the package's modules from the notebooks: packages from the lowest to the highest, modules by their number."
     numbered = {}
     for notebook in sorted((root/"nbs").rglob("[0-9]*.ipynb"), key=lambda p: (_room(p.parent.name), p.name)):
         name = re.search(r"#\|\s*default_exp\s+([\w.]+)", notebook.read_text(encoding="utf-8"))
@@ -91,8 +91,12 @@ def upward_imports(
     sources: dict[str, str],   # module -> source
 ) -> list[str]:                # faults
     "Find imports of a module in a package that stands higher."
-    return [f"{name} imports {other}, which stands higher" for name, source in sources.items()
-            for other in sorted(inner(source, sources, around=_package(name))) if _room(other.split(".")[0]) > _room(name.split(".")[0])]
+    found = []
+    for name, source in sources.items():
+        room = _room(name.split(".")[0])
+        higher = [m for m in sorted(inner(source, sources, around=_package(name))) if _room(m.split(".")[0]) > room]
+        found += [f"{name} imports {other}, which stands higher" for other in higher]
+    return found
 
 
 def circles(
@@ -133,6 +137,29 @@ def forbidden_imports(sources: dict[str, str], names: Iterable[str], forbidden: 
     "Find modules that reach a package which they must do without."
     return [f"{name} reaches {package}, imported by {module}" for name in names if name in sources
             for package, module in reached(sources, name).items() if package in forbidden]
+
+
+def public_names(source: str) -> set[str]:
+    "List a module's functions, classes and constants without underscore; patched methods belong to their class."
+    found = set()
+    for node in ast.parse(source).body:
+        if isinstance(node, (Definition, ast.ClassDef)):
+            patched = any("patch" in ast.unparse(d) for d in node.decorator_list)
+            if not patched: found.add(node.name)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)}
+    return {name for name in found if not name.startswith("_")}
+
+
+def repeated_names(
+    sources: dict[str, str],     # module -> source
+) -> dict[str, list[str]]:       # name -> the modules that define it
+    "Find public names that stand in more than one module."
+    where: dict[str, list[str]] = {}
+    for module, source in sources.items():
+        for name in public_names(source): where.setdefault(name, []).append(module)
+    return {name: modules for name, modules in sorted(where.items()) if len(modules) > 1}
 
 
 def star_imports(source: str) -> list[str]:
@@ -214,7 +241,7 @@ def docs_faults(notebook: Path) -> list[str]:
         imported = [n for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom))]
         if re.search(r"^#\|\s*export", cell["source"], re.M):
             for block in filter(_for_types_only, tree.body): typed |= {_bound(a) for n in block.body for a in n.names}
-            found += [f"cell {i} is annotated with {name}, which was imported for types only: import it in a hidden cell above"
+            found += [f"cell {i} is annotated with {name}, imported for types only: import it in a hidden cell above"
                       for name in sorted((typed - loaded) & _annotations(tree))]
             continue
         loaded |= {_bound(a) for n in imported for a in n.names}
@@ -225,7 +252,8 @@ def docs_faults(notebook: Path) -> list[str]:
 def _annotations(tree: ast.Module) -> set[str]:
     public = [n for n in tree.body if isinstance(n, (Definition, ast.ClassDef)) and n.name[0] != "_"]
     functions = [f for n in public for f in ast.walk(n) if isinstance(f, Definition)]
-    shown = [a.annotation for f in functions for a in ast.walk(f.args) if isinstance(a, ast.arg)] + [f.returns for f in functions]
+    shown = [f.returns for f in functions]
+    for f in functions: shown += [a.annotation for a in ast.walk(f.args) if isinstance(a, ast.arg)]
     return {n.id for a in shown if a for n in ast.walk(a) if isinstance(n, ast.Name)}
 
 

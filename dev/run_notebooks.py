@@ -1,5 +1,7 @@
-"""Run all notebooks but those that the tests' smoke run executes: the stages, and the tutorial `first_run` (tests/test_tutorials.py).
-Files that are named are run whichever they are.
+"""Run the library's notebooks and the tutorials.
+
+The stages and the tutorial `first_run` are left out: the tests execute them (smoke run, tests/house/test_tutorials.py).
+Notebooks that the command line names are run in any case.
 """
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ def notebooks() -> list[Path]:   # the longest ones first
 
 def library() -> list[Path]:   # in the order of the package's rooms
     "List the notebooks that export a module."
-    found = [f for f in (ROOT/"nbs").rglob("[0-9]*.ipynb") if not any(p.startswith((".", "_")) for p in f.relative_to(ROOT).parts)]
+    hidden = lambda file: any(p.startswith((".", "_")) for p in file.relative_to(ROOT).parts)
+    found = [f for f in (ROOT/"nbs").rglob("[0-9]*.ipynb") if not hidden(f)]
     return sorted(found, key=lambda f: (house.PACKAGES.index(f.parent.name), f.name))
 
 
@@ -48,7 +51,9 @@ def report(
     passed, seconds, said = run(file)
     line = f"{'ok' if passed else 'FAILED':<6} {seconds:6.1f} s  {os.path.relpath(file, ROOT)}"
     print(line if passed else f"{said}\n{line}", flush=True)
-    return [] if passed else [f"FAILED {os.path.relpath(file, ROOT)}: {(said.strip().splitlines() or ['nothing was said'])[-1]}"]
+    if passed: return []
+    last = (said.strip().splitlines() or ["no message"])[-1]
+    return [f"FAILED {os.path.relpath(file, ROOT)}: {last}"]
 
 
 def run_all(
@@ -57,7 +62,7 @@ def run_all(
 ) -> list[str]:          # a line for each that failed
     "Run notebooks side by side."
     failed = []
-    with ProcessPoolExecutor(n, get_context("fork")) as pool:   # a process that has imported torch once runs many notebooks
+    with ProcessPoolExecutor(n, get_context("fork")) as pool:   # each process imports torch once for many notebooks
         running = {pool.submit(report, file): file for file in files}
         for future in as_completed(running):
             try: failed += future.result()
@@ -69,7 +74,7 @@ def run_all(
 def main() -> int:   # exit code
     "Run what the command line names."
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", type=Path, help="notebooks; by default all that the smoke run does not execute")
+    parser.add_argument("files", nargs="*", type=Path, help="notebooks; default: all but the stages")
     parser.add_argument("--times", type=int, default=1, help="how often")
     args = parser.parse_args()
     failed = run_all(([f.resolve() for f in args.files] or notebooks()) * args.times, min(os.cpu_count() or 1, 8))

@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 SUMMARY = re.compile(r"^(\x1b\[\d+m)*=+ .* in [\d.]+s.* =+(\x1b\[\d+m)*$", re.M)
-PLAIN = dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")   # one thread each, or as many processes as cores would wait; a GPU repeats no bits
+# One thread for each process: there are as many processes as cores. Tests compare bits, which a GPU does not repeat.
+PLAIN = dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
 LEFT_OUT = re.compile(r"^left out: .*", re.M)
 FAILED_NOTEBOOK = re.compile(r"^FAILED \S+\.ipynb.*", re.M)
 FAILED_TEST = re.compile(r"^(?:\x1b\[\d+m)*(?:FAILED|ERROR)(?:\x1b\[\d+m)* .*", re.M)
@@ -51,31 +53,36 @@ def style() -> bool:
 def notebooks() -> tuple[bool, str]:
     "Run every notebook, as many at a time as there are cores, and return a line for each that failed."
     ok, text = call(sys.executable, "dev/run_notebooks.py", keep=True, **PLAIN)
-    return ok, "\n".join(dict.fromkeys(FAILED_NOTEBOOK.findall(text))) or ("" if ok else "the notebooks did not come to an end")
+    failed = "\n".join(dict.fromkeys(FAILED_NOTEBOOK.findall(text)))
+    return ok, failed or ("" if ok else "the notebooks did not finish")
 
 
-def pytest() -> tuple[bool, str]:
-    "Run pytest, processes of one thread each, and return its last words and what failed too."
+def pytest(
+    marks: str = "not long",   # which tests, as `pytest -m` takes it
+) -> tuple[bool, str]:         # whether it passed, and what it said
+    "Run pytest, processes of one thread each; return the failed tests and pytest's last line."
     color = "yes" if sys.stdout.isatty() else "no"
-    parallel = ("-n", str(min(3, 1 + (os.cpu_count() or 1))), "--dist", "loadfile")   # one more than two cores: tests wait a quarter of their time
-    ok, text = call(sys.executable, "-m", "pytest", *parallel, "--durations=8", f"--color={color}", keep=True, **PLAIN)
+    n = min(3, 1 + (os.cpu_count() or 1))   # one more than two cores: tests wait a quarter of their time
+    options = ("-m", marks, "-n", str(n), "--dist", "loadfile", "--durations=8", f"--color={color}")
+    ok, text = call(sys.executable, "-m", "pytest", *options, keep=True, **PLAIN)
     words = [m[-1].group() for m in (list(SUMMARY.finditer(text)), list(LEFT_OUT.finditer(text))) if m]
-    return ok, "\n".join([*FAILED_TEST.findall(text), *(words or ["pytest did not come to an end"])])
+    return ok, "\n".join([*FAILED_TEST.findall(text), *(words or ["pytest did not finish"])])
 
 
-STEPS: dict[str, tuple[Callable, bool]] = {   # step -> (what it runs, whether `make lint` runs it too)
-    "cvnb/ and README.md match their notebooks": (generated, True),
-    "ruff": (style, True),
-    "notebooks": (notebooks, False),
-    "pytest": (pytest, False),
+STEPS: dict[str, tuple[Callable, tuple[str, ...]]] = {   # step -> (what it runs, which calls run it)
+    "cvnb/ and README.md match their notebooks": (generated, ("test", "lint")),
+    "ruff": (style, ("test", "lint")),
+    "notebooks": (notebooks, ("test",)),
+    "pytest": (pytest, ("test",)),
+    "pytest, long": (partial(pytest, "long"), ("long",)),
 }
 
 
 def run(
-    only_lint: bool,   # only what takes seconds
-) -> bool:             # whether everything passed
-    "Run the steps, all of them even if one fails, and show a table of them, with what each has to say below."
-    steps = {name: step for name, (step, lint) in STEPS.items() if lint or not only_lint}
+    kind: str,   # "test", "lint" (what takes seconds) or "long" (what `test` leaves out)
+) -> bool:       # whether everything passed
+    "Run the steps of a kind, all of them even if one fails; print a table of them and below it what each has to say."
+    steps = {name: step for name, (step, kinds) in STEPS.items() if kind in kinds}
     table, words, passed = [], [], True
     for i, (name, step) in enumerate(steps.items(), 1):
         print(f"\n── {i}/{len(steps)} {name}", flush=True)
@@ -92,5 +99,6 @@ def run(
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=["lint"], help="only the checks that take seconds")
-    sys.exit(not run(parser.parse_args().only == "lint"))
+    parser.add_argument("--only", choices=["lint", "long"],
+                        help="lint: the checks that take seconds; long: the tests marked `long`")
+    sys.exit(not run(parser.parse_args().only or "test"))

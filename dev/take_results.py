@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-KEPT = ("run", "updated", "git", "lock", "machine", "seeds", "seconds", "cvnb")   # nothing that names a folder of this machine
+# Nothing that names a folder of this machine.
+KEPT = ("run", "updated", "git", "lock", "machine", "seeds", "seconds", "cvnb")
 
 
 def take(

@@ -1,4 +1,4 @@
-"""Fixtures that several files use, the order of a parallel run, and the last line of every run: what was left out and how to get it."""
+"""Fixtures that several files use, the order of a parallel run, and the last line of a run: what was left out."""
 from __future__ import annotations
 
 import ast
@@ -25,10 +25,12 @@ _LEFT_OUT = pytest.StashKey[str]()
 def left_out(
     reasons: Counter,   # reason -> how many tests were skipped for it
     deselected: int,    # how many tests the command line left out
+    marks: str = "",    # the command line's `-m`
 ) -> str:               # one line
     "Say what a test run left out."
     parts = [f"{n} test{'s' * (n > 1)}: {reason}" for reason, n in reasons.items()]
     if deselected: parts.append(f"{deselected} tests that the command line deselected")
+    if "not long" in marks: parts.append("tests marked `long` (`make test-long` runs them)")
     return "left out: " + ("; ".join(parts) or "nothing")
 
 
@@ -41,7 +43,8 @@ def _stats(session: pytest.Session, outcome: str) -> list:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     "In CI, turn a run that skipped a test into a failed one."
     reasons = Counter(r.longrepr[2].removeprefix("Skipped: ") for r in _stats(session, "skipped"))
-    session.config.stash[_LEFT_OUT] = left_out(reasons, len(_stats(session, "deselected")))
+    deselected = len(_stats(session, "deselected"))
+    session.config.stash[_LEFT_OUT] = left_out(reasons, deselected, session.config.option.markexpr)
     if not (IN_CI and reasons): return
     session.config.stash[_LEFT_OUT] += " (a failure where CI is set)"
     if session.exitstatus == pytest.ExitCode.OK: session.exitstatus = pytest.ExitCode.TESTS_FAILED
@@ -50,6 +53,23 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     "Write the line below pytest's own summary."
     if _LEFT_OUT in config.stash and not hasattr(config, "workerinput"): print(config.stash[_LEFT_OUT])
+
+
+# One fork server for the stages of all tests of a parallel run, which would otherwise import torch in every call.
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    "Start the server in the process that starts the others; it ends with it."
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None): return
+    from cvnb.pipeline.kernels import FORK_SERVER_VARIABLE, start_fork_server
+    if address := start_fork_server(): os.environ[FORK_SERVER_VARIABLE] = address
+
+
+@pytest.fixture
+def own_fork_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    "Let each call of a test start a fork server of its own: where the server is what is tested, or runs other code."
+    from cvnb.pipeline.kernels import FORK_SERVER_VARIABLE
+    monkeypatch.delenv(FORK_SERVER_VARIABLE, raising=False)
 
 
 # A parallel run: the tests of a file share a process, except slow ones that share no fixture of their file.
@@ -61,7 +81,8 @@ def apart(
     "Find the slow tests that may run in a process of any other file."
     found = set()
     for file in folder.rglob("test_*.py"):
-        functions = [node for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)]
+        nodes = ast.parse(file.read_text(encoding="utf-8")).body
+        functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
         marks = {f.name: " ".join(map(ast.unparse, f.decorator_list)) for f in functions}
         shared = {name for name, mark in marks.items() if "fixture(scope=" in mark}
         found |= {f"{folder.name}/{file.relative_to(folder).as_posix()}::{f.name}" for f in functions
@@ -77,15 +98,17 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
     alone, config.option.loadscopereorder = apart(ROOT/"tests"), False
 
     class Scheduling(LoadFileScheduling):
-        def _split_scope(self, nodeid: str) -> str: return nodeid if nodeid.partition("[")[0] in alone else super()._split_scope(nodeid)
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid if nodeid.partition("[")[0] in alone else super()._split_scope(nodeid)
     return Scheduling(config, log)
 
 
-LONG = ("test_review", "test_dashboard", "test_tracking", "test_fiftyone_db", "test_sweep", "test_audit")   # files whose few tests take minutes
+# Files whose few tests take minutes.
+LONG = ("test_review", "test_dashboard", "test_tracking", "test_fiftyone_db", "test_sweep", "test_audit")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    "In a parallel run begin with the run that many tests wait for; beside it what is slow, then long files, and at the end the many small ones."
+    "Order a parallel run: the smoke run, which many tests wait for, slow tests beside it, long files, then small ones."
     if not hasattr(config, "workerinput"): return
     alone, sizes = apart(ROOT/"tests"), Counter(item.path for item in items)
 
@@ -99,7 +122,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def _environment() -> Iterator[None]:
-    "Take back what a test changed in the environment: FiftyOne's address would send other tests' processes to its database."
+    "Restore the environment after a test: FiftyOne's address would send other tests' processes to its database."
     before = dict(os.environ)
     yield
     os.environ.clear()
@@ -147,11 +170,11 @@ def smoke_run(traced_run) -> Path:
 @pytest.fixture
 def small_photos(tmp_path) -> Path:
     "Sixty real images of handwritten digits in two classes."
-    from cvnb.data.tables import locate
+    from cvnb.data.tables import locate_data
     folder = tmp_path/"photos"
     for label in "1", "7":
         (folder/label).mkdir(parents=True)
-        for path in sorted((locate("digits")/label).iterdir())[:30]: shutil.copy(path, folder/label)
+        for path in sorted((locate_data("digits")/label).iterdir())[:30]: shutil.copy(path, folder/label)
     return folder
 
 
@@ -169,13 +192,17 @@ def traced_run(shared) -> tuple[Path, dict[str, set[tuple[str, str]]]]:
     seen.mkdir(exist_ok=True)
     path = os.pathsep.join([str(ROOT/"tests/tracer"), str(ROOT)])
     env = os.environ | {"PYTHONPATH": path, "CVNB_TRACED": str(ROOT/"cvnb") + os.sep, "CVNB_TRACE": str(seen)}
+    env.pop("CVNB_FORK_SERVER", None)   # the tracer has to be there when a server starts
     with FileLock(shared/"smoke.lock"):
         if not (shared/"smoke.done").exists():
-            done = subprocess.run([Path(sys.executable).with_name("cvnb"), "run", "--run", run], capture_output=True, text=True, env=env)
+            command = [Path(sys.executable).with_name("cvnb"), "run", "--run", run]
+            done = subprocess.run(command, capture_output=True, text=True, env=env)
             assert done.returncode == 0, done.stderr[-3000:]
             (shared/"smoke.done").touch()
     called: dict[str, set[tuple[str, str]]] = {}
-    for file in seen.iterdir(): called.setdefault(file.name.split("-")[0], set()).update(map(tuple, json.loads(file.read_text())))
+    for file in seen.iterdir():
+        names = map(tuple, json.loads(file.read_text()))
+        called.setdefault(file.name.split("-")[0], set()).update(names)
     return run, called
 
 
@@ -187,7 +214,7 @@ def wheel(shared) -> Path:
             for file in house.tracked():
                 (copy := shared/"source"/file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(file, copy)
-            done = subprocess.run([sys.executable, "-m", "build", "--no-isolation", "--outdir", shared/"wheel", shared/"source"],
-                                  capture_output=True, text=True)
+            build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", shared/"wheel", shared/"source"]
+            done = subprocess.run(build, capture_output=True, text=True)
             assert done.returncode == 0, done.stdout + done.stderr
     return next((shared/"wheel").glob("*.whl"))

@@ -5,84 +5,81 @@
 # %% ../../nbs/audit/10_pictures.ipynb #e8b2e4ff
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
-from textwrap import shorten
-from typing import Any
+from textwrap import fill, shorten
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-from ..data.images import open_image
 from .checks import Check
+from ..data.image_grid import plot_image_grid, truncate
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['show_findings', 'show_images', 'plot_map']
-
-# %% ../../nbs/audit/10_pictures.ipynb #cell-27
-def _tiles(
-    root: Path | str,   # the data folder
-    tiles: list[tuple[str, str, str]],   # path, text above the image, colour of the text
-    columns: int = 8,   # images per line
-) -> Any:               # a matplotlib figure
-    "Draw images with text; class names come from folders, and none is read as a formula."
-    import matplotlib.pyplot as plt
-    lines = -(-len(tiles) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(columns * 1.15, lines * 1.8), squeeze=False)
-    for axis in axes.flat: axis.axis("off")
-    for axis, (path, text, colour) in zip(axes.flat, tiles):
-        with contextlib.suppress(ValueError): axis.imshow(open_image(Path(root)/path))   # what cannot be read has only its text
-        axis.set_title(text.replace("$", r"\$"), fontsize=6.5, color=colour, pad=3)
-    figure.tight_layout(); plt.close(figure)
-    return figure
+__all__ = ['plot_findings', 'plot_images', 'plot_embedding_map']
 
 # %% ../../nbs/audit/10_pictures.ipynb #cell-28
-def show_findings(
+_CELL = (1.15, 1.8)   # inches of an image with three lines of text
+
+def plot_findings(
     root: Path | str,        # the data folder
-    check: Check,            # what was found
+    check: Check,            # with findings
     table: pd.DataFrame,     # path, label, split
     n: int = 12,             # findings at most
-) -> Any:                    # a matplotlib figure, or a sentence where there is nothing to show
-    "Show the worst findings with class, split and reason; red where two images differ in one of the first two."
-    from textwrap import fill
+) -> Figure | str:           # a sentence where there is nothing to show
+    "Plot the worst findings of a check; titles are red where class or split of two images differ."
     if check.findings.empty or not n: return f"{len(check.paths)} of {check.n_checked} images, none shown."
-    about, tiles = table.drop_duplicates("path").set_index("path")[["label", "split"]].T.to_dict(), []
+    known = table.drop_duplicates("path").set_index("path")[["label", "split"]].to_dict("index")
+    describe = lambda image: f"{truncate(image.get('label', ''), 12)}, {image.get('split') or '–'}"
+    images, titles, colors = [], [], []
     for row in check.findings.drop_duplicates("path").head(n).itertuples():
-        here, there = about.get(row.path, {}), about.get(row.other)
-        colour = "firebrick" if there and here != there else "black"
-        said = lambda a: f"{str(a.get('label', ''))[:12]}, {a.get('split') or '–'}"
-        tiles.append((row.path, f"{said(here)}\n{fill(shorten(row.reason, 72, placeholder='…'), 24)}", colour))
-        if there: tiles.append((row.other, f"{said(there)}\n{row.score:.3f}", colour))
-    return _tiles(root, tiles)
+        this, other = known.get(row.path, {}), known.get(row.other)
+        shown = [(row.path, f"{describe(this)}\n{fill(shorten(row.reason, 72, placeholder='…'), 24)}")]
+        if other: shown.append((row.other, f"{describe(other)}\n{row.score:.3f}"))
+        images += [Path(root)/path for path, _ in shown]
+        titles += [title for _, title in shown]
+        colors += ["firebrick" if other and this != other else "black"] * len(shown)
+    return plot_image_grid(images, titles, colors, cell=_CELL, fontsize=6.5)
 
 # %% ../../nbs/audit/10_pictures.ipynb #cell-31
-def show_images(
+def plot_images(
     root: Path | str,    # the data folder
-    paths: list[str],    # images
-) -> Any:                # a matplotlib figure
-    "Show images, eight in a line."
-    return _tiles(root, [(path, Path(path).parent.name[:12], "black") for path in paths])
+    paths: list[str],    # images, relative to it
+) -> Figure:             # eight images in a line
+    "Plot images with the names of their folders."
+    images = [Path(root)/path for path in paths]
+    return plot_image_grid(images, [truncate(path.parent.name, 12) for path in images], cell=_CELL, fontsize=6.5)
 
 # %% ../../nbs/audit/10_pictures.ipynb #cell-33
-def plot_map(
-    vectors: np.ndarray,     # float32 (N, D)
+_MAP_IMAGES = 5000   # drawn at most
+_MAP_CLASSES = 20    # in the legend at most, as the colour map has colours
+
+def plot_embedding_map(
+    vectors: np.ndarray,     # embeddings, float32 (N, D)
     labels: pd.Series,       # classes (N,)
-    marked: np.ndarray,      # images with a finding, bool (N,)
-    most: int = 5000,        # images drawn
-) -> Any:                    # a matplotlib figure
-    "Draw images by their first two principal components, coloured by class; those with a finding have a ring."
+    flagged: np.ndarray,     # images with a finding, bool (N,)
+) -> Figure:                 # with a legend
+    "Plot images by their first two principal components, coloured by class; images with a finding have a ring."
     import matplotlib.pyplot as plt
 
-    from cvnb.audit.coverage import compact
-    x, keep = compact(vectors, 2)[0], np.random.default_rng(0).permutation(len(vectors))[:most]
+    from cvnb.audit.coverage import project_pca
+    x, = project_pca(vectors, 2)
+    drawn = np.random.default_rng(0).permutation(len(vectors))[:_MAP_IMAGES]
     codes, names = pd.factorize(labels, sort=True)
     figure, axis = plt.subplots(figsize=(6.5, 4.5))
-    axis.scatter(*x[keep].T, c=codes[keep], cmap="tab20", s=6, linewidths=0)
-    ring = keep[marked[keep]]
-    axis.scatter(*x[ring].T, s=40, facecolors="none", edgecolors="black", linewidths=0.8)
-    colour = lambda code: plt.get_cmap("tab20")(code / max(len(names) - 1, 1))
-    for code, name in list(enumerate(names))[:20]: axis.scatter([], [], color=colour(code), s=12, label=name[:16])
-    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    axis.set_xticks([]); axis.set_yticks([]); axis.set_title(f"{len(keep):,} images, {len(ring):,} with a finding", fontsize=9)
-    figure.tight_layout(); plt.close(figure)
+    axis.scatter(*x[drawn].T, c=codes[drawn], cmap="tab20", s=6, linewidths=0)
+    rings = drawn[flagged[drawn]]
+    axis.scatter(*x[rings].T, s=40, facecolors="none", edgecolors="black", linewidths=0.8)
+    for code, name in enumerate(names[:_MAP_CLASSES]):
+        color = plt.get_cmap("tab20")(code / max(len(names) - 1, 1))
+        axis.scatter([], [], color=color, s=12, label=truncate(name, 16))
+    legend = axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    for text in legend.get_texts(): text.set_parse_math(False)   # "$" is a letter in a class name
+    axis.set(xticks=[], yticks=[])
+    axis.set_title(f"{len(drawn):,} images, {len(rings):,} with a finding", fontsize=9)
+    figure.tight_layout()
+    plt.close(figure)
     return figure

@@ -22,12 +22,13 @@ __all__ = ['atomic_path', 'write_json', 'read_json', 'sha256_file', 'digest', 'f
 # %% ../../nbs/core/02_files.ipynb #cell-12
 @contextlib.contextmanager
 def atomic_path(
-    path: Path | str,   # the file that shall exist afterwards
+    path: Path | str,   # target file
 ) -> Iterator[Path]:    # a temporary path in the same folder, to write to
-    "Give a temporary path that becomes `path` if the block ends well and vanishes if it does not."
+    "Yield a temporary path; rename it to `path` if the block succeeds, delete it if the block raises."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temp = path.with_name(f".{path.name}.{os.urandom(6).hex()}.tmp")   # two containers on one disk can have the same process numbers
+    # random, because two containers that share a disk can have equal process numbers
+    temp = path.with_name(f".{path.name}.{os.urandom(6).hex()}.tmp")
     try:
         yield temp
         with open(temp, "rb+") as f: os.fsync(f.fileno())
@@ -36,25 +37,25 @@ def atomic_path(
         temp.unlink(missing_ok=True)
 
 # %% ../../nbs/core/02_files.ipynb #cell-13
-def _plain(
-    value: Any,   # a number that `json` does not know (numpy), a path, or a figure
-) -> Any:         # the same as a JSON type
-    "Turn what `json` does not know into what it does, or raise `TypeError`."
+def _to_builtin(
+    value: Any,   # a numpy or torch value, or a path
+) -> Any:         # the same value as a built-in type that `json` can write
+    "Convert a value to a built-in type; raise `TypeError` for any other type."
     if hasattr(value, "item"): return value.item()
     if hasattr(value, "tolist"): return value.tolist()
     if isinstance(value, Path): return str(value)
-    raise TypeError(f"{type(value).__name__} does not belong in a JSON file")
+    raise TypeError(f"{type(value).__name__} cannot be written to a JSON file")
 
 # %% ../../nbs/core/02_files.ipynb #cell-14
 def write_json(
     path: Path | str,   # target file
-    value: Any,         # what to write; NaN and infinity become null
+    value: Any,         # JSON types, numpy values and paths; NaN and infinity become null
 ) -> Path:              # `path`
     "Write `value` as JSON, atomically."
     def finite(v: Any) -> Any:
         if isinstance(v, dict): return {str(k): finite(x) for k, x in v.items()}
         if isinstance(v, (list, tuple)): return [finite(x) for x in v]
-        if not isinstance(v, (str, int, float, bool, type(None))): return finite(_plain(v))
+        if not isinstance(v, (str, int, float, bool, type(None))): return finite(_to_builtin(v))
         return None if isinstance(v, float) and not math.isfinite(v) else v
     with atomic_path(path) as temp: temp.write_text(json.dumps(finite(value), indent=1) + "\n", encoding="utf-8")
     return Path(path)
@@ -63,7 +64,7 @@ def write_json(
 def read_json(
     path: Path | str,   # file to read
 ) -> Any:               # its value
-    "Read a JSON file; a missing or broken one is a `CvnbError` that names it."
+    "Read a JSON file; raise `CvnbError` if it is missing or is not JSON."
     try: return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError: raise CvnbError(f"{path} does not exist", "Run the stage that writes it.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
@@ -73,20 +74,20 @@ def read_json(
 def sha256_file(
     path: Path | str,   # file to hash
 ) -> str:               # 64 hexadecimal digits
-    "Hash a file's bytes."
+    "Compute the SHA-256 of a file."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
 # %% ../../nbs/core/02_files.ipynb #cell-20
 def digest(
-    value: Any,   # anything JSON can hold, and paths
+    value: Any,   # JSON types, numpy values and paths
 ) -> str:         # 64 hexadecimal digits
-    "Hash a value by its canonical JSON."
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=_plain)
+    "Compute the SHA-256 of a value's canonical JSON."
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=_to_builtin)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 # %% ../../nbs/core/02_files.ipynb #cell-39
 def file_record(
-    path: Path,   # an output file
+    path: Path,   # a file
 ) -> dict:        # {"sha256", "bytes"}
-    "Describe a file by its digest and its size."
+    "Return the digest and the size of a file."
     return dict(sha256=sha256_file(path), bytes=path.stat().st_size)

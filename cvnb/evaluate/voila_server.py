@@ -22,60 +22,65 @@ from ..core.project import asset_folder, resolve_run
 from ..core.stage import read_stage_manifest
 
 # %% auto #0
-__all__ = ['check_run', 'free_port', 'voila_settings', 'serve_dashboard']
+__all__ = ['check_trained_run', 'find_free_port', 'voila_config', 'serve_dashboard']
 
 # %% ../../nbs/evaluate/04_voila_server.ipynb #cell-55
-def check_run(
+def check_trained_run(
     run: Path | str,   # a run directory
 ) -> Path:             # its absolute path
-    "Check that a run has what an error analysis reads; raise `CvnbError` with the remedy."
+    "Check that a run has finished its audit and training; raise `CvnbError` with the remedy."
     folder = resolve_run(run)
     if not any((folder/name).exists() for name in ("run.json", "audit/stage.json", "train/stage.json")):
         raise UsageError(f"{run} is not a run directory", "`cvnb run` makes one.")
     for stage in "audit", "train":
         if not read_stage_manifest(folder, stage):
-            raise CvnbError(f"run {folder.name} has no finished {stage} stage", f"Run `cvnb run errors --run {run}` first.")
+            raise CvnbError(f"run {folder.name} has no finished {stage} stage",
+                            f"Run `cvnb run errors --run {run}` first.")
     return folder
 
 # %% ../../nbs/evaluate/04_voila_server.ipynb #cell-57
-def free_port(
+def find_free_port(
     port: int = 0,   # the wanted one; 0 picks any
-) -> int:            # a port of 127.0.0.1 that nobody listens on
-    "Find a free port, or raise `CvnbError` if the wanted one is taken."
+) -> int:            # a port of 127.0.0.1 on which nothing listens
+    "Find a free port; raise `CvnbError` if the wanted one cannot be used."
     with socket.socket() as s:
         if os.name == "posix": s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try: s.bind(("127.0.0.1", port))
         except (OSError, OverflowError) as e:
-            raise CvnbError(f"port {port} cannot be used ({getattr(e, 'strerror', None) or e})", "Use `--port 0`, which picks a free one.") from None
+            reason = getattr(e, "strerror", None) or e
+            remedy = "Use `--port 0`, which picks a free one."
+            raise CvnbError(f"port {port} cannot be used ({reason})", remedy) from None
         return s.getsockname()[1]
 
-# %% ../../nbs/evaluate/04_voila_server.ipynb #cell-59
-_POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
-
 # %% ../../nbs/evaluate/04_voila_server.ipynb #cell-60
-def voila_settings(
+_CONTENT_SECURITY_POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
+
+def voila_config(
     notebook: Path,   # the one notebook to serve
     port: int,        # on 127.0.0.1
-    token: str,       # that the address has to carry
-) -> dict:            # what goes into voila.json
-    "Say how Voila serves: this machine only, with a token, one notebook and none of its folder's files."
-    server = dict(ip="127.0.0.1", port=port, port_retries=0, open_browser=False, token=token, root_dir=str(notebook.parent),
-                  log_level="ERROR", tornado_settings=dict(headers={"Content-Security-Policy": _POLICY}))
-    return dict(Voila=server, VoilaConfiguration=dict(file_allowlist=[], show_tracebacks=False, allow_template_override="NO"))
+    token: str,       # that the address must have
+) -> dict:            # content of voila.json
+    "Configure Voila: this machine only, a token, one notebook and none of its folder's files."
+    headers = {"Content-Security-Policy": _CONTENT_SECURITY_POLICY}
+    server = dict(ip="127.0.0.1", port=port, port_retries=0, open_browser=False, token=token,
+                  root_dir=str(notebook.parent), log_level="ERROR", tornado_settings=dict(headers=headers))
+    page = dict(file_allowlist=[], show_tracebacks=False, allow_template_override="NO")
+    return dict(Voila=server, VoilaConfiguration=page)
 
 # %% ../../nbs/evaluate/04_voila_server.ipynb #cell-62
 @contextlib.contextmanager
-def _voila(
+def _run_voila(
     notebook: Path,       # the one notebook to serve
     port: int,            # on 127.0.0.1
-    token: str,           # that the address has to carry
+    token: str,           # that the address must have
     env: dict[str, str],  # environment of Voila and its kernels
-) -> Iterator[subprocess.Popen]:   # Voila, answering
+) -> Iterator[subprocess.Popen]:   # Voila, accepting connections
     "Run Voila as long as the block lasts; raise `CvnbError` if it ends by itself."
-    with tempfile.TemporaryDirectory() as own, open(Path(own)/"log", "w+") as log:
-        write_json(Path(own)/"voila.json", voila_settings(notebook, port, token))
-        server = subprocess.Popen([sys.executable, "-m", "voila", str(notebook)], cwd=own, stderr=log, start_new_session=True,
-                                  env=env | dict(JUPYTER_CONFIG_DIR=own))
+    command = [sys.executable, "-m", "voila", str(notebook)]
+    with tempfile.TemporaryDirectory() as private, open(Path(private)/"log", "w+") as log:
+        write_json(Path(private)/"voila.json", voila_config(notebook, port, token))
+        server = subprocess.Popen(command, cwd=private, stderr=log, start_new_session=True,
+                                  env=env | dict(JUPYTER_CONFIG_DIR=private))
         try:
             while server.poll() is None:
                 with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1): break
@@ -83,46 +88,49 @@ def _voila(
             if server.poll() is None: yield server
             if code := server.poll():
                 log.seek(0)
-                said = (log.read().strip().splitlines() or ["no message"])[-1]
-                raise CvnbError(f"Voila ended with exit code {code} ({said})", "`cvnb doctor` says what is missing.")
-        finally: _end(server)
+                message = (log.read().strip().splitlines() or ["no message"])[-1]
+                raise CvnbError(f"Voila ended with exit code {code} ({message})", "`cvnb doctor` says what is missing.")
+        finally: _terminate(server)
 
 # %% ../../nbs/evaluate/04_voila_server.ipynb #cell-63
-def _end(
+def _terminate(
     server: subprocess.Popen,   # running or not
 ) -> None:
-    "Ask a process to end, and make it after a while."
+    "Terminate a process; kill it if it still runs after 15 seconds."
     server.terminate()
     try: server.wait(15)
     except subprocess.TimeoutExpired: server.kill()
 
 # %% ../../nbs/evaluate/04_voila_server.ipynb #cell-65
 @contextlib.contextmanager
-def _stoppable() -> Iterator[None]:
-    "End the block quietly on Ctrl-C, SIGTERM and SIGHUP."
+def _stop_on_signals() -> Iterator[None]:
+    "End the block without an error on SIGINT (Ctrl-C), SIGTERM and SIGHUP."
     import signal
 
     def stop(*_: Any) -> None: raise KeyboardInterrupt
 
-    names = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
-    old = {n: signal.signal(n, stop) for n in names}
+    signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    old = {number: signal.signal(number, stop) for number in signals}
     try: yield
     except KeyboardInterrupt: pass
     finally:
-        for n, handler in old.items(): signal.signal(n, handler)
+        for number, handler in old.items(): signal.signal(number, handler)
 
 # %% ../../nbs/evaluate/04_voila_server.ipynb #cell-66
 def serve_dashboard(
     run: Path | str,            # a run directory whose training has finished
     port: int = 0,              # on 127.0.0.1; 0 picks a free one
-    open_browser: bool = True,  # whether to show the page
+    open_browser: bool = True,  # whether to open the page in a browser
 ) -> None:
     "Serve a run's dashboard on 127.0.0.1 and print its address, until Ctrl-C."
     import secrets
     import webbrowser
-    folder, port, token = check_run(run), free_port(port), secrets.token_urlsafe(16)
+    folder = check_trained_run(run)
+    port = find_free_port(port)
+    token = secrets.token_urlsafe(16)
     address = f"http://127.0.0.1:{port}/?token={token}"
-    with _stoppable(), _voila(asset_folder("dashboards")/"errors.ipynb", port, token, os.environ | dict(CVNB_RUN=str(folder))) as server:
+    notebook = asset_folder("dashboards")/"errors.ipynb"
+    with _stop_on_signals(), _run_voila(notebook, port, token, os.environ | dict(CVNB_RUN=str(folder))) as server:
         print(f"Dashboard of {folder.name}: {address}\nCtrl-C ends it.", flush=True)
         if open_browser: webbrowser.open(address)
         server.wait()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .estimates import Estimate, bootstrap, ratio, weighted_bootstrap
+from .estimates import Estimate, bootstrap, safe_divide, weighted_bootstrap
 
 # %% auto #0
 __all__ = ['r2', 'mae', 'rmse']
@@ -16,21 +16,21 @@ __all__ = ['r2', 'mae', 'rmse']
 def r2(
     truth: np.ndarray,       # float (N,) or (N, K)
     predicted: np.ndarray,   # the same shape
-) -> Estimate:                 # at most 1; the mean over K; NaN if all labels are equal
+) -> Estimate:               # at most 1; mean over K; NaN if all labels are equal
     "Estimate the coefficient of determination with a bootstrap interval."
     truth, predicted = (np.asarray(x, float).reshape(len(x), -1) for x in (truth, predicted))
     squares = (truth - predicted) ** 2
 
     def statistic(counts: np.ndarray) -> float:
-        centre = counts @ truth / counts.sum()
-        return float(np.mean(1 - ratio(counts @ squares, counts @ (truth - centre) ** 2)))
+        mean = counts @ truth / counts.sum()
+        return float(np.mean(1 - safe_divide(counts @ squares, counts @ (truth - mean) ** 2)))
     return weighted_bootstrap(statistic, len(truth))
 
 # %% ../../nbs/metrics/03_regression.ipynb #cell-35
 def mae(
     truth: np.ndarray,       # float (N,)
     predicted: np.ndarray,   # float (N,)
-) -> Estimate:                 # in the label's unit
+) -> Estimate:               # in the label's unit
     "Estimate the mean absolute error with a bootstrap interval."
     return bootstrap(np.mean, np.abs(np.asarray(truth, float) - np.asarray(predicted, float)))
 
@@ -38,6 +38,7 @@ def mae(
 def rmse(
     truth: np.ndarray,       # float (N,)
     predicted: np.ndarray,   # float (N,)
-) -> Estimate:                 # in the label's unit
-    "Estimate the root of the mean squared error with a bootstrap interval."
-    return bootstrap(lambda squares: np.sqrt(squares.mean()), (np.asarray(truth, float) - np.asarray(predicted, float)) ** 2)
+) -> Estimate:               # in the label's unit
+    "Estimate the root mean squared error with a bootstrap interval."
+    squares = (np.asarray(truth, float) - np.asarray(predicted, float)) ** 2
+    return bootstrap(lambda x, axis=-1: np.sqrt(np.mean(x, axis)), squares)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,37 +17,38 @@ from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from ..core.errors import UsageError, did_you_mean
-from ..data.images import resize
+from ..data.images import resize_images
+from .small_maps import SmallMapConvMode
 from ..tasks.labels import Task, get_task
-from .small_maps import SmallMaps
 
 # %% auto #0
-__all__ = ['SMALL_IMAGE', 'ModelSpec', 'task_of', 'Preprocess', 'Units', 'VisionModel', 'build', 'check_size', 'unseen_border']
+__all__ = ['SMALL_IMAGE_SIZE', 'ModelSpec', 'task_of', 'Preprocess', 'input_layers', 'Unstandardize', 'pretrained_config',
+           'VisionModel', 'build_network', 'build_model', 'check_image_size', 'patch_coverage_notes']
 
 # %% ../../nbs/models/03_vision_model.ipynb #cell-5
 @dataclass(frozen=True)
 class ModelSpec:
-    "What is needed to build a model and to feed it."
+    "Describe a model and the preprocessing of its images."
     backbone: str                 # timm model name
-    classes: list[str]            # class names in the order of the logits
-    image_size: int               # side in pixels at which the network sees images
+    classes: list[str]            # names of the outputs, in their order
+    image_size: int               # side in pixels of the network's input
     mean: list[float]             # per channel, of pixels in 0…1
     std: list[float]              # per channel, of pixels in 0…1
-    stem: str = "full"            # "full", "half" (no pooling) or "small" (nor a stride), for small images
-    task: str = "classification"  # what the outputs mean
+    stem: str = "full"            # "full", "half" (without pooling) or "small" (without stride), for small images
+    task: str = "classification"  # name of the task that the model was made for
     target_mean: list[float] = field(default_factory=list)   # regression: mean of each training label
-    target_std: list[float] = field(default_factory=list)    # regression: spread of each training label
+    target_std: list[float] = field(default_factory=list)    # regression: standard deviation of each training label
 
 # %% ../../nbs/models/03_vision_model.ipynb #cell-17
 def task_of(
-    spec: ModelSpec,   # of a model
-) -> Task:             # what its outputs mean
-    "Pick the task that a model was made for."
+    spec: ModelSpec,   # description of a model
+) -> Task:             # its task
+    "Create the task that a model was made for."
     return get_task(spec.task, spec.target_std)
 
 # %% ../../nbs/models/03_vision_model.ipynb #cell-6
 class Preprocess(nn.Module):
-    "Resize raw images and normalise them; the same module trains, evaluates and is exported."
+    "Resize and normalise raw images; training, evaluation and export use the same module."
     def __init__(self, spec: ModelSpec):
         super().__init__()
         self.size = spec.image_size
@@ -56,174 +58,193 @@ class Preprocess(nn.Module):
     def forward(self,
         images: Tensor,   # uint8 (N, H, W, 3)
     ) -> Tensor:          # float32 (N, 3, size, size)
-        x = resize(images, self.size).permute(0, 3, 1, 2).float()
+        x = resize_images(images, self.size).permute(0, 3, 1, 2).float()
         return (x - self.mean) / self.std
 
 # %% ../../nbs/models/03_vision_model.ipynb #cell-8
-SMALL_IMAGE = 96   # pixels; below it, and without weights, `stem="auto"` means the small stem
+SMALL_IMAGE_SIZE = 96   # pixels; for smaller images and without weights, `stem="auto"` is the small stem
 
 # %% ../../nbs/models/03_vision_model.ipynb #cell-9
-def _first_convs(
+def input_layers(
     net: nn.Module,   # a timm network
-) -> list[str]:       # names of the layers that see the image, several where they work side by side
-    "Name the layers that see the image."
+) -> list[str]:       # several names where layers work in parallel
+    "Name the layers that take the image."
     known = getattr(net, "pretrained_cfg", {}).get("first_conv") or ()
     names = [known] if isinstance(known, str) else list(known)
-    here = dict(net.named_modules())
-    return [n for n in names if n in here] or [n for n, m in here.items() if isinstance(m, nn.Conv2d)][:1]
+    modules = dict(net.named_modules())
+    return [n for n in names if n in modules] or [n for n, m in modules.items() if isinstance(m, nn.Conv2d)][:1]
 
-# %% ../../nbs/models/03_vision_model.ipynb #cell-10
-_NO_STEM = "this backbone has no first layer that could keep more of the image", "Set train.stem=full."
+# %% ../../nbs/models/03_vision_model.ipynb #02b8658a
+_NO_STEM_ERROR = ("this backbone has no first layer that could keep more of the image", "Set train.stem=full.")
 
-def _drop_stride(
+def _drop_later_stride(
     net: nn.Module,   # a timm network, changed in place
 ) -> None:
-    "Let the first layer that shrinks its input keep the resolution."
-    firsts = {name: net.get_submodule(name) for name in _first_convs(net)}
-    if not firsts or not all(isinstance(conv, nn.Conv2d) for conv in firsts.values()): raise UsageError(*_NO_STEM)
-    shrinking = any(max(conv.stride) > 1 for conv in firsts.values())
-    for name, conv in firsts.items():
-        if max(conv.kernel_size) > 3 and len(firsts) == 1:
-            stride = max(1, round(conv.stride[0] / 4))   # ConvMixer's is 7
-            net.set_submodule(name, nn.Conv2d(conv.in_channels, conv.out_channels, 3, stride, 1, bias=conv.bias is not None))
-        else: conv.stride = (1, 1)
-    if shrinking: return
-    strided = (nn.Conv2d, nn.MaxPool2d)
-    name, layer = next(((n, m) for n, m in net.named_modules() if isinstance(m, strided) and max(np.atleast_1d(m.stride)) > 1), ("", None))
-    if layer is None: raise UsageError(*_NO_STEM)
+    "Remove the stride, or the pooling, of the first layer that has one."
+    kinds = (nn.Conv2d, nn.MaxPool2d)
+    strided = ((n, m) for n, m in net.named_modules() if isinstance(m, kinds) and max(np.atleast_1d(m.stride)) > 1)
+    name, layer = next(strided, ("", None))
+    if layer is None: raise UsageError(*_NO_STEM_ERROR)
     if isinstance(layer, nn.MaxPool2d): net.set_submodule(name, nn.Identity())
     else: layer.stride = (1, 1)
 
+# %% ../../nbs/models/03_vision_model.ipynb #cell-10
+def _reduce_stride(
+    net: nn.Module,   # a timm network, changed in place
+) -> None:
+    "Make the first layer with a stride keep the resolution."
+    first = {name: net.get_submodule(name) for name in input_layers(net)}
+    if not first or not all(isinstance(conv, nn.Conv2d) for conv in first.values()): raise UsageError(*_NO_STEM_ERROR)
+    strided = any(max(conv.stride) > 1 for conv in first.values())
+    for name, conv in first.items():
+        if max(conv.kernel_size) > 3 and len(first) == 1:
+            stride = max(1, round(conv.stride[0] / 4))   # ConvMixer's stride is 7
+            bias = conv.bias is not None
+            net.set_submodule(name, nn.Conv2d(conv.in_channels, conv.out_channels, 3, stride, 1, bias=bias))
+        else: conv.stride = (1, 1)
+    if not strided: _drop_later_stride(net)
+
 # %% ../../nbs/models/03_vision_model.ipynb #cell-11
-_POOLS = ("maxpool", "stem.pool", "features.pool0")   # timm's names of the pooling behind a stem
+_STEM_POOLS = ("maxpool", "stem.pool", "features.pool0")   # timm's names of the pooling layer behind a stem
 
 def _shrink_stem(
     net: nn.Module,   # a timm network, changed in place
     stem: str,        # "full", "half" or "small"
 ) -> nn.Module:       # `net`
-    "Give a convolutional network a stem for small images; raise `UsageError` for one that has no pooling to drop."
+    "Change a convolutional network's stem for small images; raise `UsageError` if it has no such layer."
     if stem == "full": return net
-    pools = [name for name, _ in net.named_modules() if name in _POOLS]
+    pools = [name for name, _ in net.named_modules() if name in _STEM_POOLS]
     for name in pools: net.set_submodule(name, nn.Identity())
-    if stem == "half" and not pools: raise UsageError("this backbone has no pooling behind its stem", "Set train.stem to small or full.")
-    if stem == "small": _drop_stride(net)
+    if stem == "half" and not pools:
+        raise UsageError("this backbone has no pooling behind its stem", "Set train.stem to small or full.")
+    if stem == "small": _reduce_stride(net)
     return net
 
 # %% ../../nbs/models/03_vision_model.ipynb #cell-14
-class Units(nn.Module):
-    "Turn standardised outputs into the label's own units."
+class Unstandardize(nn.Module):
+    "Convert standardised outputs to the label's own unit."
     def __init__(self, spec: ModelSpec):
         super().__init__()
         self.register_buffer("mean", torch.tensor(spec.target_mean), persistent=False)
         self.register_buffer("std", torch.tensor(spec.target_std), persistent=False)
 
     def forward(self,
-        outputs: Tensor,   # (N, K), of mean 0 and spread 1
+        outputs: Tensor,   # (N, K), with mean 0 and standard deviation 1
     ) -> Tensor:           # float32 (N, K)
         return outputs.float() * self.std + self.mean
 
 # %% ../../nbs/models/03_vision_model.ipynb #known-config
-def _config(
-    backbone: str,   # timm model name, perhaps with the tag of its weights
-) -> Any:            # timm's description of it
-    "Look a network up; raise `UsageError` for weights that it does not have."
+def pretrained_config(
+    backbone: str,   # timm model name, with or without the tag of its weights
+) -> Any:            # timm's `PretrainedCfg`
+    "Look up a backbone; raise `UsageError` for an unknown tag of weights."
     try: return timm.get_pretrained_cfg(backbone, allow_unregistered=True)
     except RuntimeError:
-        known = timm.list_pretrained(f"{backbone.split('.')[0]}.*")
-        raise UsageError(f"backbone '{backbone}' names weights that timm does not know", did_you_mean(backbone, known)[:300]) from None
+        nearest = did_you_mean(backbone, timm.list_pretrained(f"{backbone.split('.')[0]}.*"))[:300]
+        raise UsageError(f"backbone '{backbone}' names weights that timm does not know", nearest) from None
 
 # %% ../../nbs/models/03_vision_model.ipynb #cell-15
 class VisionModel(nn.Module):
     "Preprocessing and network in one module: raw images in, logits out."
     def __init__(self, spec: ModelSpec, net: nn.Module):
         super().__init__()
-        self.spec, self.preprocess, self.net = spec, Preprocess(spec), net
-        self.units = Units(spec) if spec.target_std else nn.Identity()
+        self.spec = spec
+        self.preprocess = Preprocess(spec)
+        self.net = net
+        self.unstandardize = Unstandardize(spec) if spec.target_std else nn.Identity()
 
     def forward(self,
         images: Tensor,   # uint8 (N, H, W, 3)
-    ) -> Tensor:          # logits (N, C); numbers in the label's unit for regression
+    ) -> Tensor:          # logits (N, C); for regression numbers in the label's unit
         x = self.preprocess(images)
         slow = self.training and x.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
-        with SmallMaps() if slow else nullcontext(): outputs = self.net(x)
-        return self.units(outputs)
+        with SmallMapConvMode() if slow else nullcontext(): outputs = self.net(x)
+        return self.unstandardize(outputs)
 
 # %% ../../nbs/models/03_vision_model.ipynb #cell-16
-def _network(
-    spec: ModelSpec,            # what to build
+def build_network(
+    spec: ModelSpec,            # description of the model
     pretrained: bool = False,   # whether timm fetches trained weights
-) -> nn.Module:                 # with the spec's outputs, size and stem
-    "Build a timm network; raise `UsageError` for one that timm does not know, or a stem or a size that it cannot have."
+) -> nn.Module:                 # with the outputs, size and stem of `spec`
+    "Build a timm network; raise `UsageError` for an unknown backbone, or a stem or a size that it does not support."
     if not timm.is_model(spec.backbone):
-        raise UsageError(f"backbone '{spec.backbone}' is not a timm model", did_you_mean(spec.backbone, timm.list_models())[:200])
-    fixed = _config(spec.backbone).fixed_input_size
+        nearest = did_you_mean(spec.backbone, timm.list_models())[:200]
+        raise UsageError(f"backbone '{spec.backbone}' is not a timm model", nearest)
+    fixed = pretrained_config(spec.backbone).fixed_input_size
     sized = dict(img_size=spec.image_size) if fixed else {}
-    net = _created(spec, pretrained, **sized)
+    net = _create_timm_model(spec, pretrained, **sized)
     patches = next((m for m in net.modules() if isinstance(m, PatchEmbed)), None)
     if patches is None or spec.stem == "full": return _shrink_stem(net, spec.stem)
     smaller = patches.patch_size[0] // dict(half=2, small=4)[spec.stem]
-    if smaller < 2: raise UsageError(f"{spec.backbone} cuts images into patches that cannot be smaller", "Set train.stem=full.")
-    return _created(spec, pretrained, patch_size=smaller, **sized)
+    if smaller < 2:
+        raise UsageError(f"{spec.backbone} divides images into patches that cannot be smaller", "Set train.stem=full.")
+    return _create_timm_model(spec, pretrained, patch_size=smaller, **sized)
 
 # %% ../../nbs/models/03_vision_model.ipynb #75fc991d
-def _created(
-    spec: ModelSpec,     # what to build
+def _create_timm_model(
+    spec: ModelSpec,     # description of the model
     pretrained: bool,    # whether timm fetches trained weights
     **options: int,      # img_size and patch_size, where the network is made for one size
 ) -> nn.Module:          # a timm network
-    "Call timm; raise `UsageError` where it cannot make the network for this size."
-    make = lambda **more: timm.create_model(spec.backbone, pretrained=pretrained, num_classes=len(spec.classes), **more)
+    "Create a network with timm; raise `UsageError` where timm cannot create it for this size."
+    n_outputs = task_of(spec).n_outputs(spec.classes)
+    make = partial(timm.create_model, spec.backbone, pretrained=pretrained, num_classes=n_outputs)
     try: return make(**options)
     except TypeError as e:
-        if "patch_size" in options: raise UsageError(f"{spec.backbone} has no {spec.stem} stem", "Set train.stem=full.") from None
-        if "img_size" in str(e): return make()   # it takes no size: `check_size` says whether it works
+        if "patch_size" in options:
+            raise UsageError(f"{spec.backbone} has no {spec.stem} stem", "Set train.stem=full.") from None
+        if "img_size" in str(e): return make()   # it has no such option: `check_image_size` tries the size
         raise
     except (AssertionError, ValueError, ZeroDivisionError) as e:
-        raise _no_size(spec, e) from None
+        raise _size_error(spec, e) from None
 
 # %% ../../nbs/models/03_vision_model.ipynb #cell-18
-def _no_size(
+def _size_error(
     spec: ModelSpec,    # of the network
-    error: Exception,   # what torch or timm said
+    error: Exception,   # raised by torch or timm
 ) -> UsageError:        # to raise
-    "Say that a network cannot see images of its size, and which it can."
+    "Explain that a network does not support its image size, and name the size that it was made for."
     reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
-    made_for = _config(spec.backbone).input_size[-1]
+    made_for = pretrained_config(spec.backbone).input_size[-1]
     stem, full = (f" with the {spec.stem} stem", " and train.stem=full") if spec.stem != "full" else ("", "")
     return UsageError(f"{spec.backbone} cannot see images of {spec.image_size} pixels{stem} ({reason})",
                       f"Set train.image_size={made_for}, for which it was made{full}, or choose another backbone.")
 
 # %% ../../nbs/models/03_vision_model.ipynb #cell-19
-def build(
-    spec: ModelSpec,   # what to build
+def build_model(
+    spec: ModelSpec,   # description of the model
 ) -> VisionModel:      # with random weights
-    "Build a model from its description; raise `UsageError` for a backbone that timm does not know, or a stem that it cannot have."
-    return VisionModel(spec, _network(spec))
+    "Build a model; raise `UsageError` for an unknown backbone, or a stem or a size that it does not support."
+    return VisionModel(spec, build_network(spec))
 
 # %% ../../nbs/models/03_vision_model.ipynb #cell-23
-def check_size(
-    model: VisionModel,      # any; unchanged
-    size: int | None = None, # side in pixels at which the network would see images; its own if None
+def check_image_size(
+    model: VisionModel,      # stays unchanged
+    size: int | None = None, # side in pixels of the network's input; that of the model if None
 ) -> None:
-    "Raise `UsageError` if a network cannot see images of a size, or does not answer with a number for each class."
-    spec, was_training = replace(model.spec, image_size=size or model.spec.image_size), model.training
+    "Raise `UsageError` if a network does not support an image size, or does not return one output per class."
+    spec = replace(model.spec, image_size=size or model.spec.image_size)
+    was_training = model.training
     blank = torch.zeros(2, 3, spec.image_size, spec.image_size, device=next(model.parameters()).device)
     try:
         with torch.inference_mode(): outputs = model.eval().net(blank)
-    except (RuntimeError, AssertionError, ValueError, AttributeError, IndexError) as e: raise _no_size(spec, e) from None
+    except (RuntimeError, AssertionError, ValueError, AttributeError, IndexError) as e:
+        raise _size_error(spec, e) from None
     finally: model.train(was_training)
-    if (shape := getattr(outputs, "shape", None)) != (2, len(spec.classes)):
-        said = f"outputs of the shape {tuple(shape[1:])}" if shape else f"a {type(outputs).__name__}"
-        raise UsageError(f"{spec.backbone} is no classifier: for an image of {spec.image_size} pixels it gives {said}",
-                         "Choose another backbone; one whose name ends in _enc has none.")
+    if (shape := getattr(outputs, "shape", None)) != (2, task_of(spec).n_outputs(spec.classes)):
+        found = f"outputs of the shape {tuple(shape[1:])}" if shape else f"a {type(outputs).__name__}"
+        raise UsageError(f"{spec.backbone} is no classifier: it returns {found} for images of {spec.image_size} pixels",
+                         "Choose another backbone; those whose names end in _enc have no classifier.")
 
 # %% ../../nbs/models/03_vision_model.ipynb #unseen-border
-def unseen_border(
+def patch_coverage_notes(
     model: VisionModel,   # any
 ) -> list[str]:           # at most one sentence
-    "Say what a network that cuts images into patches does not see of them."
+    "Note the border that patches leave out, where the image size is not a multiple of the patch size."
     size = model.spec.image_size
-    cut = next((m.patch_size[0] for m in model.net.modules() if isinstance(m, PatchEmbed) and not m.dynamic_img_pad), 1)
-    if not (left := size % cut): return []
-    whole = " or ".join(str(side) for side in (size - left, size - left + cut) if side)
-    return [f"{model.spec.backbone} cuts images into patches of {cut} pixels and does not see the last {left} of {size}: {whole} leave none"]
+    layers = (m for m in model.net.modules() if isinstance(m, PatchEmbed) and not m.dynamic_img_pad)
+    patch = next((m.patch_size[0] for m in layers), 1)
+    if not (border := size % patch): return []
+    fitting = " or ".join(str(side) for side in (size - border, size - border + patch) if side)
+    return [f"{model.spec.backbone} divides images into patches of {patch} pixels and ignores the last {border} of "
+            f"{size} pixels: image_size={fitting} leaves no border"]

@@ -11,225 +11,302 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .augment import Augmentation, augmentation, mix
 from ..core.cache import take_rows
 from ..core.errors import CvnbError
 from ..core.files import digest
+from ..core.html import html_table
+from ..data.image_grid import plot_image_grid
 from ..data.images import load_images
-from ..tasks.labels import get_task
+from ..data.tables import SPLITS, auto_image_size, read_manifest
+from ..tasks.labels import Classification, Task, get_task
+from .augment import Augmentation, mix_batch
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['Labelled', 'labelled', 'missing_classes', 'check_classes', 'mix_seed', 'TrainLoader', 'show_batch']
+__all__ = ['LabelledImages', 'load_labelled', 'missing_classes', 'check_classes', 'SplitImages', 'load_splits', 'derive_seed',
+           'TrainLoader', 'show_batch']
 
 # %% ../../nbs/training/02_loaders.ipynb #cell-5
 @dataclass(frozen=True)
-class Labelled:
-    "Images with what is to be learned of them."
+class LabelledImages:
+    "Images with their targets."
     images: np.ndarray          # uint8 (N, S, S, 3)
-    labels: np.ndarray          # int64 (N,) class indices, or float32 (N, K) for the other tasks
+    targets: np.ndarray         # from `Task.encode` (N, …)
     names: Sequence[str] = ()   # of the images, for messages
-    digest: str = ""            # of images and labels, where it is known without reading them
+    digest: str = ""            # of images and targets, if it is known without reading them
 
-    def __len__(self) -> int: return len(self.labels)
+    def __len__(self) -> int: return len(self.targets)
 
     @property
     def identity(self) -> str:   # 64 hexadecimal digits
-        "Digest images and labels."
+        "Digest images and targets."
         if self.digest: return self.digest
-        h = hashlib.sha256(np.ascontiguousarray(self.labels).tobytes())
+        h = hashlib.sha256(np.ascontiguousarray(self.targets).tobytes())
         for i in range(0, len(self), 4096): h.update(np.ascontiguousarray(self.images[i:i + 4096]).tobytes())
         return h.hexdigest()
 
     def take(self,
         index: np.ndarray,   # positions (M,)
-    ) -> Labelled:           # those images
-        "Choose images."
+    ) -> LabelledImages:     # the images at these positions
+        "Select images."
         names = [self.names[i] for i in index] if len(self.names) else ()
-        return Labelled(take_rows(self.images, np.asarray(index)), self.labels[index], names, self.digest and digest([self.digest, index.tolist()]))
+        key = self.digest and digest([self.digest, index.tolist()])
+        return LabelledImages(take_rows(self.images, np.asarray(index)), self.targets[index], names, key)
 
 # %% ../../nbs/training/02_loaders.ipynb #cell-6
-def labelled(
+def load_labelled(
     root: Path | str,      # the data folder
     rows: pd.DataFrame,    # manifest rows: path, label and file_sha256
     classes: list[str],    # class names in the order of the logits
     size: int,             # side in pixels
-    progress: Callable[[float, str], None] | None = None,   # told the fraction that is done
-    task: str = "classification",   # what is to be learned
-) -> Labelled:             # in the order of `rows`
-    "Load the images of manifest rows with what is to be learned of them."
+    progress: Callable[[float, str], None] | None = None,   # called with the fraction that is done and a text
+    task: str = "classification",   # key of `TASKS`
+) -> LabelledImages:       # in the order of `rows`
+    "Load the images of manifest rows, and encode their labels."
     images = load_images(root, rows.path, size, progress, rows.file_sha256)
     targets = get_task(task).encode(rows.label, classes, rows.path)
-    return Labelled(images, targets, list(rows.path), digest([size, task, classes, *rows.file_sha256, *rows.label]))
+    key = digest([size, task, classes, *rows.file_sha256, *rows.label])
+    return LabelledImages(images, targets, list(rows.path), key)
 
 # %% ../../nbs/training/02_loaders.ipynb #cell-9
 def missing_classes(
-    labels: np.ndarray,    # class indices (N,), or shares (N, C)
+    task: Task,            # counts the classes
+    targets: np.ndarray,   # from `Task.encode`
     classes: list[str],    # class names
-) -> list[str]:            # those that have no image
+) -> list[str]:            # classes without an image; none for a task without classes
     "Find classes without images."
-    counts = labels.sum(0) if labels.ndim == 2 else np.bincount(labels, minlength=len(classes))
-    return [c for c, n in zip(classes, counts) if not n]
+    return [c for c, n in zip(classes, task.class_counts(targets, classes)) if not n]
 
 # %% ../../nbs/training/02_loaders.ipynb #cell-10
 def check_classes(
-    parts: dict[str, Labelled],   # split -> its images
-    classes: list[str],           # class names; none where labels are numbers
-) -> list[str]:                   # sentences about what is not measured
-    "Raise `CvnbError` if a class cannot be learned or a split is empty; say which ones are not measured."
+    parts: dict[str, LabelledImages],   # split -> its images
+    task: Task,                         # of the targets
+    classes: list[str],                 # class names
+) -> list[str]:                         # a note for each split without some of the classes
+    "Find splits without some of the classes; raise `CvnbError` if the split is empty or is train."
     notes = []
     for split, data in parts.items():
         if not len(data):
-            raise CvnbError(f"no image is in the split {split}",
-                            "Give larger val_share or test_share, more images, or audit.task where labels are not one class each.")
-        if not classes or not (missing := missing_classes(data.labels, classes)): continue
-        if split == "train": raise CvnbError(f"no training image has the class {', '.join(missing)}", "Add some, or leave the class out of the data.")
+            raise CvnbError(f"no image is in the split {split}", "Give larger val_share or test_share, more images, or "
+                            "audit.task where labels are not one class each.")
+        if not (missing := missing_classes(task, data.targets, classes)): continue
+        if split == "train":
+            raise CvnbError(f"no training image has the class {', '.join(missing)}",
+                            "Add some, or leave the class out of the data.")
         notes.append(f"no image in the split {split} has the class {', '.join(missing)}: it is not measured there")
     return notes
 
+# %% ../../nbs/training/02_loaders.ipynb #cell-28
+@dataclass(frozen=True)
+class SplitImages:
+    "The images of a run, by split."
+    root: str                          # the data folder
+    task: Task                         # of the targets
+    classes: list[str]                 # names of the outputs
+    image_size: int                    # side in pixels
+    rows: dict[str, pd.DataFrame]      # split -> manifest rows
+    images: dict[str, LabelledImages]  # split -> images, in the order of `rows`
+    notes: list[str]                   # what the user should know about the data
+
+    @property
+    def target_scale(self) -> dict[str, list[float]]:   # arguments of `create_model`
+        "Measure mean and standard deviation of numeric training targets."
+        return self.task.target_scale(self.images["train"].targets)
+
+    def merge(self,
+        *splits: str,   # names of splits
+    ) -> tuple[pd.DataFrame, LabelledImages]:   # manifest rows, images in their order
+        "Join splits, such as for a cross-validation."
+        rows = pd.concat([self.rows[split] for split in splits], ignore_index=True)
+        return rows, load_labelled(self.root, rows, self.classes, self.image_size, task=self.task.name)
+
+    def _repr_html_(self) -> str:
+        counts = [(f"{split} images", len(data)) for split, data in self.images.items()]
+        rows = [*counts, ("outputs", self.task.n_outputs(self.classes)), ("image size", f"{self.image_size} pixels")]
+        return html_table(pd.DataFrame([*rows, *(("note", note) for note in self.notes)], columns=["", "value"]))
+
+# %% ../../nbs/training/02_loaders.ipynb #5690cba3
+def load_splits(
+    manifest: Path | str,     # manifest.parquet of the audit
+    audit: dict,              # content of audit.json: root, classes, task
+    task: str = "classification",   # key of `TASKS`
+    image_size: int = 0,      # side in pixels; 0 takes the images' own size, within `min_size` … 128
+    min_size: int = 16,       # smallest side that `image_size=0` picks, in pixels
+    progress: Callable[[float, str], None] | None = None,   # called with the fraction that is done and a text
+) -> SplitImages:
+    "Load the splits of a run and check their classes; raise `CvnbError` for labels that the task cannot learn."
+    kind = get_task(task)
+    table = read_manifest(manifest)
+    classes = audit["classes"] if task == "classification" else kind.classes(table.label, table.path)
+    size = image_size or auto_image_size(table.width, table.height, least=min_size)
+    rows = {split: read_manifest(manifest, split) for split in SPLITS}
+    images = {split: load_labelled(audit["root"], rows[split], classes, size, progress, task) for split in SPLITS}
+    notes = check_classes(images, kind, classes)
+    if audit["task"] != task:
+        notes.append(f"the audit took the labels for {audit['task']}: `task: {task}` at the top of the recipe "
+                     "sets the task of all stages")
+    return SplitImages(audit["root"], kind, classes, size, rows, images, notes)
+
 # %% ../../nbs/training/02_loaders.ipynb #cell-13
-def mix_seed(
+def derive_seed(
     *numbers: int,   # seed, epoch, batch …
 ) -> int:            # 0 … 2**32 - 1
-    "Mix numbers into one seed, so that neighbours have nothing in common."
+    "Hash numbers into one seed, so that neighbouring numbers give unrelated seeds."
     return int(digest(list(numbers))[:8], 16)
 
 # %% ../../nbs/training/02_loaders.ipynb #cell-14
-def _tensor(
-    array: np.ndarray,   # any, also a read-only one
+def _as_tensor(
+    array: np.ndarray,   # may be read-only
 ) -> Tensor:             # on the same memory
-    "Share an array's memory; nothing here writes to it, so torch need not warn that it could not."
+    "Wrap an array without copying; ignore torch's warning for read-only arrays, because nothing here writes to them."
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(array)
 
 # %% ../../nbs/training/02_loaders.ipynb #cell-17
-def _ahead(
-    make: Callable[[int], tuple],   # makes the batch of a number
-    numbers: range,                 # of the batches
-    workers: int,                   # threads; 0 makes each when it is asked for
-) -> Iterator[tuple]:               # the batches in order
-    "Make batches, some of them ahead."
+def _prefetch(
+    make_batch: Callable[[int], tuple],   # takes the number of a batch
+    numbers: range,                       # of the batches
+    workers: int,                         # threads; 0 makes each batch when it is needed
+) -> Iterator[tuple]:                     # the batches in order
+    "Make batches in order, up to `workers` of them ahead."
     if not workers:
-        yield from map(make, numbers)
+        yield from map(make_batch, numbers)
         return
     with ThreadPoolExecutor(workers) as pool:
-        waiting = [pool.submit(make, i) for i in numbers[:workers + 1]]
+        waiting = [pool.submit(make_batch, i) for i in numbers[:workers + 1]]
         for i in numbers[workers + 1:]:
             yield waiting.pop(0).result()
-            waiting.append(pool.submit(make, i))
+            waiting.append(pool.submit(make_batch, i))
         for future in waiting: yield future.result()
+
+# %% ../../nbs/training/02_loaders.ipynb #cell-19
+def _cache_on_gpu(
+    images: Tensor,         # uint8 (N, S, S, 3), in memory or mapped
+    device: torch.device,   # of the batches
+) -> Tensor:                # the same, on the GPU if they take at most a third of its free memory
+    "Move a data set to the GPU if it fits."
+    if device.type != "cuda" or images.nbytes > torch.cuda.mem_get_info(device)[0] / 3: return images
+    return images.to(device)
 
 # %% ../../nbs/training/02_loaders.ipynb #cell-18
 class TrainLoader:
-    "Augmented training batches: images uint8 (B, S, S, 3), labels, positions (B,). Lightning takes it as a loader whose place can be saved."
+    "Augmented training batches: images uint8 (B, S, S, 3), targets (B, …), positions of the images (B,)."
     def __init__(self,
-        data: Labelled,               # what to train on
+        data: LabelledImages,         # training images
         batch_size: int,              # images per batch, over all processes
-        augment: Augmentation | None = None,   # changes of the images
-        seed: int = 0,                # order and changes
-        n_classes: int = 0,           # needed for mixing
-        mixup: float = 0.0,           # alpha of MixUp, 0 is off
-        cutmix: float = 0.0,          # alpha of CutMix, 0 is off
-        weights: np.ndarray | None = None,   # how likely each image is drawn (N,); by default each is drawn once
-        device: torch.device | str = "cpu",   # where the batches go
+        augment: Augmentation | None = None,   # changes to the images
+        seed: int = 0,                # of the order and the changes
+        task: Task | None = None,     # collates and softens targets; classification by default
+        n_outputs: int = 0,           # of the model; MixUp and CutMix need it
+        mixup: float = 0.0,           # alpha of MixUp; 0 is off
+        cutmix: float = 0.0,          # alpha of CutMix; 0 is off
+        weights: np.ndarray | None = None,   # probability of drawing each image (N,); by default each is drawn once
+        device: torch.device | str = "cpu",  # of the batches
         workers: int = 0,             # threads that make batches ahead
-        rank: int = 0, world: int = 1,   # this process, and how many share each batch
+        rank: int = 0,                # of this process
+        world: int = 1,               # processes that share each batch
     ):
-        self.data, self.batch_size, self.seed = data, min(batch_size, len(data)), seed
-        self.augment, self.n_classes, self.mixup, self.cutmix = augment or augmentation("none"), n_classes, mixup, cutmix
-        self.device, self.workers, self.rank, self.world = torch.device(device), workers, rank, world
-        self.images, self.labels = _place(_tensor(data.images), self.device), _tensor(data.labels)
+        self.data = data
+        self.batch_size = min(batch_size, len(data))
+        self.augment = augment or Augmentation()
+        self.seed = seed
+        self.task = task or Classification()
+        self.n_outputs = n_outputs
+        self.mixup = mixup
+        self.cutmix = cutmix
+        self.device = torch.device(device)
+        self.workers = workers
+        self.rank = rank
+        self.world = world
+        self.images = _cache_on_gpu(_as_tensor(data.images), self.device)
         self.weights = None if weights is None else torch.from_numpy(weights)
-        self.epoch = self.begun = self.place = 0
+        self.epoch = 0
+        self.start = 0      # first batch of the next pass
+        self.position = 0   # batches of this epoch that were made
 
     def __len__(self) -> int: return max(1, len(self.data) // self.batch_size)
 
     @property
-    def sampler(self) -> TrainLoader:   # the one whose epoch Lightning sets
-        "Be one's own sampler."
+    def sampler(self) -> TrainLoader:
+        "Return the loader itself: Lightning calls `set_epoch` of a loader's sampler."
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        "Choose the order of an epoch."
+        "Select the epoch, which determines the order."
         self.epoch = epoch
 
-    def state_dict(self) -> dict: return dict(place=self.place % len(self))
+    def state_dict(self) -> dict: return dict(position=self.position % len(self))
 
-    def load_state_dict(self, state: dict) -> None: self.begun = state["place"]
+    def load_state_dict(self, state: dict) -> None: self.start = state["position"]
 
     def order(self) -> Tensor:   # positions (N,)
-        "Draw the order of this epoch."
-        generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
+        "Draw the order of the images in this epoch."
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
         if self.weights is None: return torch.randperm(len(self.data), generator=generator)
         return torch.multinomial(self.weights, len(self.data), replacement=True, generator=generator)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        order, begin, self.begun = self.order(), self.begun, 0
-        batches = _ahead(lambda i: self.batch(order, i), range(begin, len(self)), self.workers)
-        for place, batch in enumerate(batches, begin + 1):
-            self.place = place
+        order = self.order()
+        start = self.start
+        self.start = 0
+        batches = _prefetch(lambda i: self.batch(order, i), range(start, len(self)), self.workers)
+        for position, batch in enumerate(batches, start + 1):
+            self.position = position
             yield batch
 
     def batch(self,
         order: Tensor,   # positions (N,)
         number: int,     # of the batch in the epoch
-    ) -> tuple[Tensor, Tensor, Tensor]:   # images, labels, positions
-        "Make one batch: this process's share of it."
+    ) -> tuple[Tensor, Tensor, Tensor]:   # images, targets, positions
+        "Make this process's share of a batch."
         share = self.batch_size // self.world
         begin = number * self.batch_size + self.rank * share
         index = order[begin:begin + share]
-        generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch, number, self.rank))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch, number, self.rank))
         images = self.augment(self._fetch(index), generator)
-        labels = self.labels[index].to(self.device, non_blocking=True)
+        targets = self.task.collate_targets(self.data.targets, index).to(self.device, non_blocking=True)
         if self.mixup or self.cutmix:
-            soft = F.one_hot(labels, self.n_classes).float() if labels.dtype == torch.int64 else labels
-            images, labels = mix(images, soft, self.mixup, self.cutmix, generator)
-        return images, labels, index
+            soft = self.task.soft_targets(targets, self.n_outputs)
+            images, targets = mix_batch(images, soft, self.mixup, self.cutmix, generator)
+        return images, targets, index
 
     def _fetch(self, index: Tensor) -> Tensor:
-        if self.images.device.type == self.device.type: return self.images.index_select(0, index.to(self.device, non_blocking=True))
+        if self.images.device.type == self.device.type:
+            return self.images.index_select(0, index.to(self.device, non_blocking=True))
         return self.images.index_select(0, index).pin_memory().to(self.device, non_blocking=True)
 
-# %% ../../nbs/training/02_loaders.ipynb #cell-19
-def _place(
-    images: Tensor,         # uint8 (N, S, S, 3), in memory or mapped
-    device: torch.device,   # where the batches go
-) -> Tensor:                # the same, on the GPU if they take a third of its free memory at most
-    "Put a data set where its batches are made."
-    if device.type != "cuda" or images.nbytes > torch.cuda.mem_get_info(device)[0] / 3: return images
-    return images.to(device)
-
-# %% ../../nbs/training/02_loaders.ipynb #cell-28
-def show_batch(
-    data: Labelled,       # images with labels
-    classes: list[str],   # class names
-    augment: Augmentation | None = None,   # changes of the images
-    mixup: float = 0.0,   # alpha of MixUp
-    cutmix: float = 0.0,  # alpha of CutMix
-    n: int = 12,          # images to show
-) -> object:              # a matplotlib figure
-    "Show training images as the network sees them, after augmentation and mixing."
-    import matplotlib.pyplot as plt
-    images, labels, _ = next(iter(TrainLoader(data, n, augment, n_classes=len(classes), mixup=mixup, cutmix=cutmix)))
-    figure, axes = plt.subplots(1, len(images), figsize=(len(images), 1.3), squeeze=False)
-    for ax, image, label in zip(axes[0], images, labels):
-        ax.imshow(image.numpy()); ax.set_title(_title(label, classes), fontsize=8, parse_math=False); ax.axis("off")
-    plt.close(figure)
-    return figure
-
 # %% ../../nbs/training/02_loaders.ipynb #cell-29
-def _title(
-    label: Tensor,        # a class index, or shares (C,), or values (K,)
-    classes: list[str],   # class names; none for values
+def _target_title(
+    target: Tensor,       # a class index, shares of classes (C,), or values (K,)
+    classes: list[str],   # class names; empty for values
 ) -> str:                 # for people
-    "Name what an image shows."
-    if label.ndim == 0: return classes[label]
-    if not classes: return " ".join(f"{v:.3g}" for v in label.tolist())
-    return " ".join(f"{classes[i]}:{label[i]:.1f}".removesuffix(":1.0") for i in label.nonzero().flatten())
+    "Format the target of an image."
+    if target.ndim == 0: return classes[target]
+    if not classes: return " ".join(f"{v:.3g}" for v in target.tolist())
+    return " ".join(f"{classes[i]}:{target[i]:.1f}".removesuffix(":1.0") for i in target.nonzero().flatten())
+
+# %% ../../nbs/training/02_loaders.ipynb #219b804a
+def show_batch(
+    data: LabelledImages,   # training images
+    classes: list[str],     # class names
+    augment: Augmentation | None = None,   # changes to the images
+    mixup: float = 0.0,     # alpha of MixUp
+    cutmix: float = 0.0,    # alpha of CutMix
+    n: int = 12,            # images to show
+    task: Task | None = None,   # of the targets; classification by default
+) -> Figure:
+    "Show training images as the network sees them, after augmentation and mixing."
+    loader = TrainLoader(data, n, augment, task=task, n_outputs=len(classes), mixup=mixup, cutmix=cutmix)
+    images, targets, _ = next(iter(loader))
+    titles = [_target_title(target, classes) for target in targets]
+    return plot_image_grid(list(images.numpy()), titles, columns=len(images), cell=(1, 1.3))

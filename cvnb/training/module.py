@@ -7,187 +7,244 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..core.errors import CvnbError
-from ..tasks.labels import sampling_weights
 from ..models.vision_model import ModelSpec, VisionModel, task_of
-from .augment import augmentation
-from .loaders import Labelled, TrainLoader, mix_seed
-from .optim import make_optimizer, schedule
+from ..tasks.labels import Task
+from .augment import Augmentation
+from .loaders import LabelledImages, TrainLoader, derive_seed
+from .optim import make_optimizer, make_schedule
 from .options import FitOptions
 
 # %% auto #0
-__all__ = ['Criterion', 'READ_EVERY', 'InOrder', 'DataModule', 'batches_of_step', 'Classifier', 'whole_weights', 'size_of_epoch']
+__all__ = ['Criterion', 'LOSS_READ_INTERVAL', 'SequentialLoader', 'DataModule', 'batches_in_step', 'gather_weights',
+           'image_size_at_epoch', 'TrainingModule']
 
 # %% ../../nbs/training/07_module.ipynb #cell-8
-class InOrder:
-    "Images and labels in order, in batches."
-    def __init__(self, data: Labelled, batch_size: int = 256): self.data, self.batch_size = data, batch_size
+class SequentialLoader:
+    "Batches of images and targets in order."
+    def __init__(self,
+        data: LabelledImages,    # images
+        task: Task,              # collates the targets
+        batch_size: int = 256,   # images per batch
+    ):
+        self.data = data
+        self.task = task
+        self.batch_size = batch_size
 
     def __len__(self) -> int: return -(-len(self.data) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for i in range(0, len(self.data), self.batch_size):
-            yield torch.tensor(self.data.images[i:i + self.batch_size]), torch.from_numpy(self.data.labels[i:i + self.batch_size])
+            images = torch.tensor(self.data.images[i:i + self.batch_size])
+            yield images, self.task.collate_targets(self.data.targets, np.arange(i, i + len(images)))
 
 # %% ../../nbs/training/07_module.ipynb #cell-9
 class DataModule(pl.LightningDataModule):
-    "Training batches, augmented; validation batches as they are."
-    def __init__(self, train: Labelled, val: Labelled, options: FitOptions, spec: ModelSpec):
+    "Augmented training batches, and validation batches without changes."
+    def __init__(self,
+        train: LabelledImages,   # training images
+        val: LabelledImages,     # validation images
+        options: FitOptions,     # how to train
+        spec: ModelSpec,         # of the model
+    ):
         super().__init__()
-        self.train, self.val, self.options, self.spec = train, val, options, spec
+        self.train = train
+        self.val = val
+        self.options = options
+        self.task = task_of(spec)
+        self.classes = spec.classes
 
     @property
-    def n_batches(self) -> int: return max(1, len(self.train) // self.options.batch_size)   # of an epoch
+    def batches_per_epoch(self) -> int:
+        "Count the training batches of an epoch."
+        return max(1, len(self.train) // self.options.batch_size)
 
     def train_dataloader(self) -> TrainLoader:
-        o, strategy = self.options, self.trainer.strategy
-        changes = augmentation(o.augment, o.flip, o.shift, o.erasing)
-        even = sampling_weights(task_of(self.spec), self.train.labels, self.spec.classes) if o.balance == "sampling" else None
-        return TrainLoader(self.train, o.batch_size, changes, o.seed, len(self.spec.classes), o.mixup, o.cutmix, even,
-                           strategy.root_device, o.workers, self.trainer.global_rank, self.trainer.world_size)
+        o = self.options
+        task = self.task
+        weights = task.sampling_weights(self.train.targets, self.classes) if o.balance == "sampling" else None
+        return TrainLoader(
+            self.train, o.batch_size, Augmentation(o.augment, o.flip, o.shift, o.erasing), o.seed,
+            task=task, n_outputs=task.n_outputs(self.classes), mixup=o.mixup, cutmix=o.cutmix, weights=weights,
+            device=self.trainer.strategy.root_device, workers=o.workers,
+            rank=self.trainer.global_rank, world=self.trainer.world_size)
 
-    def val_dataloader(self) -> InOrder: return InOrder(self.val, min(256, 4 * self.options.batch_size))   # halved with it, where memory is small
+    def val_dataloader(self) -> SequentialLoader:
+        batch_size = min(256, 4 * self.options.batch_size)   # shrinks with the training's batch where memory is small
+        return SequentialLoader(self.val, self.task, batch_size)
 
-    def transfer_batch_to_device(self, batch: tuple, device: torch.device, number: int) -> tuple:
-        return tuple(t.to(device, non_blocking=True) for t in batch[:2]) + batch[2:]   # the positions stay where they are read
+    def transfer_batch_to_device(self, batch: tuple, device: torch.device, dataloader_idx: int) -> tuple:
+        return tuple(t.to(device, non_blocking=True) for t in batch[:2]) + batch[2:]   # positions stay on the CPU
 
 # %% ../../nbs/training/07_module.ipynb #cell-11
-Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]   # logits (B, C), labels (B,) or (B, C), images uint8 (B, S, S, 3) -> loss
-READ_EVERY = 20   # batches between two looks at the loss on a GPU
-_FINITE = "Lower the learning rate (lr), clip the gradients (clip=1), use precision 32-true, or look at these images."
+Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]   # logits (B, C), targets (B, …), uint8 (B, S, S, 3) -> loss
+LOSS_READ_INTERVAL = 20   # batches, on a GPU
+_NOT_FINITE_REMEDY = ("Lower the learning rate (lr), clip the gradients (clip=1), use precision 32-true, "
+                      "or look at these images.")
 
 # %% ../../nbs/training/07_module.ipynb #named-images
-def _named(
+def _list_images(
     names: Sequence[str],   # of all images; may be empty
-    index: list[int],       # of some
-) -> str:                   # the first ones' names, and how many more there are
+    index: list[int],       # positions of some images
+) -> str:                   # up to eight names, and the number of the others
     "List images for a message."
     more = f" and {len(index) - 8} more" if len(index) > 8 else ""
     return (", ".join(names[i] for i in index[:8]) if len(names) else "unnamed") + more
 
 # %% ../../nbs/training/07_module.ipynb #batches-of-step
-def batches_of_step(
-    trainer: pl.Trainer,   # at work
+def batches_in_step(
+    trainer: pl.Trainer,   # that is fitting
     number: int,           # of a batch in its epoch
-) -> int:                  # accumulate_grad_batches, or what is left for an epoch's last step
-    "Count the batches that make the optimizer's step to which a batch belongs."
-    n, k = int(trainer.num_training_batches), trainer.accumulate_grad_batches
+) -> int:                  # accumulate_grad_batches, or fewer in the last step of an epoch
+    "Count the batches of the optimizer step to which a batch belongs."
+    n = int(trainer.num_training_batches)
+    k = trainer.accumulate_grad_batches
     return k if number < n - n % k else n % k
 
+# %% ../../nbs/training/07_module.ipynb #dist-03
+def gather_weights(
+    trainer: pl.Trainer,   # that fits a `TrainingModule`; every process must call this
+) -> dict[str, Tensor]:    # of the `VisionModel`, on the CPU; with FSDP only in the first process
+    "Gather a model's weights."
+    state = trainer.strategy.lightning_module_state_dict()
+    own = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
+    return {k: v.detach().cpu().contiguous().clone() for k, v in own.items()}
+
+# %% ../../nbs/training/07_module.ipynb #dist-02
+def _replace_parameters(
+    optimizer: torch.optim.Optimizer,   # of `original`, not used yet
+    original: torch.nn.Module,          # a network
+    sharded: torch.nn.Module,           # the same network, with its parameters spread over processes
+) -> None:
+    "Give an optimizer the parameters of the sharded network."
+    names = {id(p): name for name, p in original.named_parameters()}
+    parameters = dict(sharded.named_parameters())
+    for group in optimizer.param_groups: group["params"] = [parameters[names[id(p)]] for p in group["params"]]
+
+# %% ../../nbs/training/07_module.ipynb #cell-14
+def image_size_at_epoch(
+    full: int,      # side in pixels at the end
+    begin: float,   # share of it in the first epoch, 0 … 1
+    epoch: int,     # from 0
+    epochs: int,    # of the whole training
+) -> int:           # side in pixels
+    "Compute the size at which the network sees training images in an epoch."
+    rise = min(epochs - 1, max(1, round(0.75 * epochs)))   # epochs before the full side
+    share = min(1.0, begin + (1 - begin) * epoch / rise) if rise > 0 else 1.0
+    step = 32 if full >= 128 else 4
+    return full if share >= 1 else min(full, max(step, round(full * share / step) * step))
+
 # %% ../../nbs/training/07_module.ipynb #cell-12
-class Classifier(pl.LightningModule):
+class TrainingModule(pl.LightningModule):
     "Train a `VisionModel`."
     def __init__(self,
         model: VisionModel,      # to train
-        options: FitOptions,     # how
+        options: FitOptions,     # how to train
         criterion: Criterion | None = None,   # loss; the task's own by default
         names: Sequence[str] = (),            # of the training images, for messages
         weights: Tensor | None = None,        # of the classes (C,), in the default criterion
-        whole: VisionModel | None = None,     # the same, whose parameters stay whole when those of `model` are spread over processes
+        original: VisionModel | None = None,  # the same model with whole parameters, if those of `model` are sharded
+        n_threads: int = 0,      # of torch in this process; 0 does not change them
     ):
         super().__init__()
-        self.model, self.options, self.names = model, options, names
-        self.task, self._weights = task_of(model.spec), weights
+        self.model = model
+        self.options = options
+        self.names = names
+        self.task = task_of(model.spec)
         self.criterion = criterion or self._loss
-        self.full_size, self._unread, self.answers = model.spec.image_size, [], []
-        self.loss_sum, self.n_batches = torch.zeros(()), 0
-        self._whole, self.gathered = (whole or model,), {}   # a tuple, so that it is not trained
-        self.threads = 0   # of this process; 0 leaves them as they are
+        self.full_size = model.spec.image_size
+        self.loss_sum = torch.zeros(())   # over the batches of this epoch
+        self.batches_seen = 0             # in this epoch
+        self.gathered_weights: dict[str, Tensor] = {}   # of a sharded model, after the training
+        self._class_weights = weights
+        self._original = (original or model,)   # a tuple, so that torch does not register it
+        self._pending: list[tuple] = []   # batches whose loss has not been read yet
+        self._outputs: list[tuple[Tensor, Tensor]] = []   # logits and targets of this validation
+        self._n_threads = n_threads
 
     def setup(self, stage: str) -> None:
-        if self.threads: torch.set_num_threads(self.threads)
+        if self._n_threads: torch.set_num_threads(self._n_threads)
 
-    def _loss(self, logits: Tensor, labels: Tensor, images: Tensor) -> Tensor:
-        weights = self._weights.to(logits.device) if self._weights is not None else None
-        return self.task.loss(logits, labels, self.options.label_smoothing, weights)
+    def _loss(self, logits: Tensor, targets: Tensor, images: Tensor) -> Tensor:
+        weights = self._class_weights.to(logits.device) if self._class_weights is not None else None
+        return self.task.loss(logits, targets, self.options.label_smoothing, weights)
 
     def on_train_batch_start(self, batch: tuple, number: int) -> None:
-        torch.manual_seed(mix_seed(self.options.seed, self.current_epoch, number, -1 - self.global_rank))   # dropout
-        self.model.preprocess.size = size_of_epoch(self.full_size, self.options.resolution, self.current_epoch, self.trainer.max_epochs)
+        torch.manual_seed(derive_seed(self.options.seed, self.current_epoch, number, -1 - self.global_rank))   # dropout
+        self.model.preprocess.size = image_size_at_epoch(
+            self.full_size, self.options.resolution, self.current_epoch, self.trainer.max_epochs)
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], number: int) -> Tensor:
-        images, labels, index = batch
+        images, targets, index = batch
         logits = self.model(images)
-        loss = self.criterion(logits, labels, images)
-        self.loss_sum, self.n_batches = self.loss_sum.to(loss.device) + loss.detach(), self.n_batches + 1
-        kept = images if loss.device.type == "cpu" else None   # many batches of them would fill a GPU
-        self._unread.append((number, loss.detach(), index, logits.detach(), labels, kept))
-        if loss.device.type == "cpu" or len(self._unread) >= READ_EVERY: self.read_losses()
-        k, n = self.trainer.accumulate_grad_batches, batches_of_step(self.trainer, number)
-        return loss if n == k else loss * (k / n)   # Lightning divides by k in any case
+        loss = self.criterion(logits, targets, images)
+        self.loss_sum = self.loss_sum.to(loss.device) + loss.detach()
+        self.batches_seen += 1
+        on_cpu = loss.device.type == "cpu"
+        kept = images if on_cpu else None   # the images of 20 batches would take much of a GPU's memory
+        self._pending.append((number, loss.detach(), index, logits.detach(), targets, kept))
+        if on_cpu or len(self._pending) >= LOSS_READ_INTERVAL: self.check_losses()
+        k = self.trainer.accumulate_grad_batches
+        n = batches_in_step(self.trainer, number)
+        return loss if n == k else loss * (k / n)   # Lightning always divides by k
 
-    def read_losses(self) -> None:
-        "Raise `CvnbError` if a loss since the last look is not finite."
-        unread, self._unread = self._unread, []
-        if not unread or bool(torch.stack([u[1] for u in unread]).isfinite().all()): return
-        number, loss, index, *batch = next(u for u in unread if not u[1].isfinite())
-        shown = _named(self.names, index[self._suspects(*batch)].tolist())
-        raise CvnbError(f"the loss is {loss.item()} in epoch {self.current_epoch + 1}, batch {number + 1} (images: {shown})", _FINITE)
+    def check_losses(self) -> None:
+        "Raise `CvnbError` if a loss since the last check is not finite."
+        pending = self._pending
+        self._pending = []
+        if not pending or bool(torch.stack([loss for _, loss, *_ in pending]).isfinite().all()): return
+        number, loss, index, *batch = next(entry for entry in pending if not entry[1].isfinite())
+        shown = _list_images(self.names, index[self._find_culprits(*batch)].tolist())
+        raise CvnbError(f"the loss is {loss.item()} in epoch {self.current_epoch + 1}, batch {number + 1} "
+                        f"(images: {shown})", _NOT_FINITE_REMEDY)
 
-    def _suspects(self, logits: Tensor, labels: Tensor, images: Tensor | None) -> Tensor:   # whose own loss is not finite; all, if none is
-        one = self.criterion if images is not None else self._loss
-        alone = [one(logits[i:i + 1], labels[i:i + 1], images[i:i + 1] if images is not None else None) for i in range(len(logits))]
-        bad = ~torch.stack(alone).isfinite().cpu()
+    def _find_culprits(self,
+        logits: Tensor,           # (B, C)
+        targets: Tensor,          # (B, …)
+        images: Tensor | None,    # uint8 (B, S, S, 3), if they were kept
+    ) -> Tensor:                  # bool (B,): images whose own loss is not finite; all of them if there are none
+        "Compute the loss image by image."
+        criterion = self.criterion if images is not None else self._loss
+        single = [criterion(logits[i:i + 1], targets[i:i + 1], images[i:i + 1] if images is not None else None)
+                  for i in range(len(logits))]
+        bad = ~torch.stack(single).isfinite().cpu()
         return bad if bad.any() else torch.ones_like(bad)
 
     def on_validation_start(self) -> None: self.model.preprocess.size = self.full_size
 
     def on_fit_end(self) -> None:
         self.model.preprocess.size = self.full_size
-        if self.options.strategy.startswith("fsdp"): self.gathered = self.trainer.strategy.broadcast(whole_weights(self.trainer))
+        if not self.options.strategy.startswith("fsdp"): return
+        self.gathered_weights = self.trainer.strategy.broadcast(gather_weights(self.trainer))
 
     def validation_step(self, batch: tuple[Tensor, Tensor], number: int) -> None:
-        images, labels = batch
-        self.answers.append((self.model(images).float(), labels))
+        images, targets = batch
+        self._outputs.append((self.model(images).float(), targets))
 
-    def validation_figures(self) -> dict[str, float]:   # val_loss, val_<metric>
-        "Compute the figures of the validation images that were answered, and forget the answers."
-        logits, labels = (torch.cat(parts) for parts in zip(*self.answers))
-        self.answers = []
-        if len(bad := (~logits.isfinite().all(1)).nonzero()[:, 0]):   # training has spoiled the weights in its last step
-            shown = _named(self.trainer.datamodule.val.names, bad.tolist())
-            raise CvnbError(f"the answers are not finite after epoch {self.current_epoch + 1} (validation images: {shown})", _FINITE)
-        return {"val_loss": float(self.task.loss(logits, labels)), f"val_{self.task.metric}": float(self.task.score(logits, labels))}
+    def compute_validation_metrics(self) -> dict[str, float]:   # val_loss, val_<metric>
+        "Measure the images validated since the last call; raise `CvnbError` for logits that are not finite."
+        logits, targets = (self.task.concatenate(batches) for batches in zip(*self._outputs))
+        self._outputs = []
+        bad = (~logits.isfinite().flatten(1).all(1)).nonzero()[:, 0]
+        if len(bad):   # the last step has spoiled the weights
+            shown = _list_images(self.trainer.datamodule.val.names, bad.tolist())
+            raise CvnbError(f"the predictions are not finite after epoch {self.current_epoch + 1} "
+                            f"(validation images: {shown})", _NOT_FINITE_REMEDY)
+        return {"val_loss": float(self.task.loss(logits, targets)),
+                f"val_{self.task.main_metric}": float(self.task.score(logits, targets))}
 
     def configure_optimizers(self) -> dict:
-        o, data = self.options, self.trainer.datamodule   # Lightning's own count would make the loader before its place is restored
-        total = o.epochs * -(-data.n_batches // o.accumulate)
-        optimizer = make_optimizer(self._whole[0].net, o.optimizer, o.lr, o.weight_decay, o.momentum, o.layer_decay)
-        if self._whole[0] is not self.model: _train_instead(optimizer, self._whole[0].net, self.model.net)
-        return dict(optimizer=optimizer, lr_scheduler=dict(scheduler=LambdaLR(optimizer, schedule(o.schedule, total, o.warmup)), interval="step"))
-
-# %% ../../nbs/training/07_module.ipynb #dist-02
-def _train_instead(
-    optimizer: torch.optim.Optimizer,   # of `whole`, not used yet
-    whole: torch.nn.Module,             # a network
-    spread: torch.nn.Module,            # the same, with its parameters spread over processes
-) -> None:
-    "Give an optimizer the parameters of the same names."
-    names, parameters = {id(p): name for name, p in whole.named_parameters()}, dict(spread.named_parameters())
-    for group in optimizer.param_groups: group["params"] = [parameters[names[id(p)]] for p in group["params"]]
-
-# %% ../../nbs/training/07_module.ipynb #dist-03
-def whole_weights(
-    trainer: pl.Trainer,   # while it trains a `Classifier`; every process has to ask
-) -> dict[str, Tensor]:    # of the `VisionModel`, on the CPU; with FSDP only in the first process
-    "Gather a model's weights."
-    state = trainer.strategy.lightning_module_state_dict()
-    return {k.removeprefix("model."): v.detach().cpu().contiguous().clone() for k, v in state.items() if k.startswith("model.")}
-
-# %% ../../nbs/training/07_module.ipynb #cell-14
-def size_of_epoch(
-    full: int,      # side in pixels at the end
-    begin: float,   # share of it in the first epoch, 0 … 1
-    epoch: int,     # from 0
-    epochs: int,    # of the whole training
-) -> int:           # side in pixels
-    "Say at which size the network sees training images in an epoch."
-    rise = min(epochs - 1, max(1, round(0.75 * epochs)))   # epochs before the full side
-    share = min(1.0, begin + (1 - begin) * epoch / rise) if rise > 0 else 1.0
-    step = 32 if full >= 128 else 4
-    return full if share >= 1 else min(full, max(step, round(full * share / step) * step))
+        o = self.options
+        original, = self._original
+        # Lightning's count of steps would create the loader before its position is restored.
+        total = o.epochs * -(-self.trainer.datamodule.batches_per_epoch // o.accumulate)
+        optimizer = make_optimizer(original.net, o.optimizer, o.lr, o.weight_decay, o.momentum, o.layer_decay)
+        if original is not self.model: _replace_parameters(optimizer, original.net, self.model.net)
+        scheduler = LambdaLR(optimizer, make_schedule(o.schedule, total, o.warmup))
+        return dict(optimizer=optimizer, lr_scheduler=dict(scheduler=scheduler, interval="step"))

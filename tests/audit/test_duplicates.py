@@ -1,20 +1,20 @@
-"""What the notebook of duplicates cannot show: fresh processes, and other numbers of threads."""
+"""Duplicates in fresh processes: numbers of threads, and what an import loads."""
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
 
-FIND = """from cvnb.data.tables import locate, scan
-from cvnb.audit.duplicates import near_duplicates, plant, thumbnails
+FIND = """from cvnb.data.tables import locate_data, scan_dataset
+from cvnb.audit.duplicates import find_near_duplicates, make_thumbnails, plant_copies
 from cvnb.data.images import load_images
-root = locate("digits")
-paths = scan(root).path[::5]
-copies, hidden = plant(root, paths, n=200), plant(root, paths, n=20, seed=1)
+root = locate_data("digits")
+paths = scan_dataset(root).path[::5]
+copies, hidden = plant_copies(root, paths, n=200), plant_copies(root, paths, n=20, seed=1)
 import numpy as np
-thumbs = np.concatenate([thumbnails(load_images(root, paths, 64)), thumbnails(hidden.images)])
-result = near_duplicates(thumbs, thumbnails(copies.images), copies)
-print(result.pairs.to_csv(), result.threshold, result.proof)"""
+thumbs = np.concatenate([make_thumbnails(load_images(root, paths, 64)), make_thumbnails(hidden.images)])
+result = find_near_duplicates(thumbs, make_thumbnails(copies.images), copies)
+print(result.pairs.to_csv(), result.threshold, result.validation)"""
 
 
 def python(code: str, **env: str) -> str:
@@ -23,10 +23,11 @@ def python(code: str, **env: str) -> str:
     return done.stdout
 
 
-def test_the_same_pairs_on_any_number_of_threads():
+def test_near_duplicates_do_not_depend_on_number_of_threads():
     one, two = (python(FIND, OMP_NUM_THREADS=n) for n in "12")
     assert one == two and len(one.splitlines()) > 10
 
 
-def test_importing_it_loads_nothing_heavy():
-    assert python("import sys, cvnb.audit.duplicates; print({'torch', 'faiss', 'sklearn', 'matplotlib'} & sys.modules.keys())") == "set()\n"
+def test_import_loads_no_heavy_package():
+    code = "import sys, cvnb.audit.duplicates; print({'torch', 'faiss', 'sklearn', 'matplotlib'} & sys.modules.keys())"
+    assert python(code) == "set()\n"

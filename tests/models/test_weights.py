@@ -1,4 +1,4 @@
-"""Backbones of many families at small sizes, and weights from files that are whole, wrapped, foreign or damaged."""
+"""Backbones of many families at small image sizes; weights from files that are valid, wrapped, foreign or damaged."""
 from __future__ import annotations
 
 import pickle
@@ -17,31 +17,34 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from cvnb.core.errors import CvnbError, UsageError
-from cvnb.models.small_maps import SmallMaps
-from cvnb.models.vision_model import ModelSpec, VisionModel, build, check_size, unseen_border
-from cvnb.models.inference import features, predict_logits
+from cvnb.models.inference import extract_features, predict_logits, predict_proba, weights_sha256
+from cvnb.models.small_maps import SmallMapConvMode
+from cvnb.models.vision_model import ModelSpec, VisionModel, build_model, check_image_size, patch_coverage_notes
+from cvnb.models.vision_model import task_of
 from cvnb.models.weights import create_model, load_model, save_model
 
 CLASSES = ["a", "b", "c"]
 SIZES = [32, 64]
-FAST = ["resnet10t", "mobilenetv3_small_050", "efficientnet_b0", "regnetx_002", "ghostnet_050", "vit_tiny_patch16_224", "levit_128s", "lcnet_050"]
-SLOW = ["resnet18", "convnext_atto", "densenet121", "vgg11", "deit_tiny_patch16_224", "mobilevit_xxs", "repvgg_a0", "mixer_s32_224", "mobileone_s0",
-        "fastvit_t8", "edgenext_xx_small", "efficientvit_b0", "swin_tiny_patch4_window7_224", "resmlp_12_224", "pvt_v2_b0", "visformer_tiny",
-        "coatnet_nano_rw_224", "maxvit_tiny_rw_224", "xcit_nano_12_p16_224", "dla34", "darknet53", "nf_resnet26", "convmixer_768_32"]
+FAST = ["resnet10t", "mobilenetv3_small_050", "efficientnet_b0", "regnetx_002", "ghostnet_050", "vit_tiny_patch16_224",
+        "levit_128s", "lcnet_050"]
+SLOW = ["resnet18", "convnext_atto", "densenet121", "vgg11", "deit_tiny_patch16_224", "mobilevit_xxs", "repvgg_a0",
+        "mixer_s32_224", "mobileone_s0", "fastvit_t8", "edgenext_xx_small", "efficientvit_b0", "resmlp_12_224",
+        "swin_tiny_patch4_window7_224", "pvt_v2_b0", "visformer_tiny", "coatnet_nano_rw_224", "maxvit_tiny_rw_224",
+        "xcit_nano_12_p16_224", "dla34", "darknet53", "nf_resnet26", "convmixer_768_32"]
 REFUSED = {"inception_v3": 299, "efficientformer_l1": 224, "crossvit_tiny_240": 240}
 
 
-def batch(size: int, n: int = 2) -> torch.Tensor:
-    return torch.randint(0, 256, (n, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+def make_batch(size: int) -> torch.Tensor:
+    return torch.randint(0, 256, (2, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def trains(model: VisionModel, size: int) -> None:
-    "Steps forward and backward reach the first layer; two, because some heads begin with zeros."
+def check_training(model: VisionModel, size: int) -> None:
+    "Check that gradients reach the first layer, in two steps, because some heads start with zeros."
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     for _ in range(2):
         optimizer.zero_grad()
-        logits = model.train()(batch(size))
-        torch.nn.functional.cross_entropy(logits, torch.tensor([0, 2])).backward()
+        logits = model.train()(make_batch(size))
+        F.cross_entropy(logits, torch.tensor([0, 2])).backward()
         optimizer.step()
     assert logits.shape == (2, 3) and torch.isfinite(logits).all()
     assert next(p.grad for p in model.net.parameters() if p.ndim == 4).abs().sum() > 0
@@ -51,90 +54,97 @@ def trains(model: VisionModel, size: int) -> None:
 @pytest.mark.parametrize("backbone", FAST + [pytest.param(b, marks=pytest.mark.slow) for b in SLOW])
 def test_backbone_trains_on_small_images(backbone: str, size: int) -> None:
     model = create_model(backbone, CLASSES, size)
-    trains(model, size)
-    assert features(model, batch(size).numpy()).shape[0] == 2
+    check_training(model, size)
+    assert extract_features(model, make_batch(size).numpy()).shape[0] == 2
 
 
 @pytest.mark.parametrize("backbone", FAST[:2] + ["vit_tiny_patch16_224"] + [
     pytest.param(b, marks=pytest.mark.slow) for b in ("vgg11", "repvgg_a0", "densenet121", "dla34", "darknet53")])
-def test_small_stem_keeps_more_of_the_image(backbone: str) -> None:
-    places = {}
+def test_small_stem_keeps_resolution(backbone: str) -> None:
+    cells = {}
     for stem in "full", "small":
-        seen = create_model(backbone, CLASSES, 64, stem).net.eval().forward_features(torch.zeros(1, 3, 64, 64))
-        places[stem] = seen.shape[1] if seen.ndim == 3 else seen.shape[-1] * seen.shape[-2]
-    assert places["small"] >= 3 * places["full"]
+        features = create_model(backbone, CLASSES, 64, stem).net.eval().forward_features(torch.zeros(1, 3, 64, 64))
+        cells[stem] = features.shape[1] if features.ndim == 3 else features.shape[-1] * features.shape[-2]
+    assert cells["small"] >= 3 * cells["full"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backbone", REFUSED)
-def test_backbone_that_cannot_see_small_images_is_refused(backbone: str) -> None:
+def test_too_small_image_size_is_refused_with_the_right_one(backbone: str) -> None:
     with pytest.raises(UsageError, match=f"image_size={REFUSED[backbone]}"): create_model(backbone, CLASSES, 32)
-    trains(create_model(backbone, CLASSES, REFUSED[backbone]), REFUSED[backbone])
+    check_training(create_model(backbone, CLASSES, REFUSED[backbone]), REFUSED[backbone])
 
 
-def test_stem_that_a_backbone_cannot_have_is_refused() -> None:
+def test_unsupported_stem_is_refused() -> None:
     with pytest.raises(UsageError, match="no pooling"): create_model("mobilenetv3_small_050", CLASSES, 32, "half")
-    with pytest.raises(UsageError, match="levit_128s.*train.stem=full"): create_model("levit_128s", CLASSES, 32, "small")
-    assert create_model("levit_128s", CLASSES, 32).spec.stem == "full"     # auto takes what works
+    with pytest.raises(UsageError, match="levit_128s.*train.stem=full"):
+        create_model("levit_128s", CLASSES, 32, "small")
+    assert create_model("levit_128s", CLASSES, 32).spec.stem == "full"     # auto takes a stem that works
 
 
-def test_what_a_backbone_cannot_be_is_said() -> None:
-    "Weights that it does not have, a stem where its first layer is none, and a border that its patches leave out."
-    note, = unseen_border(create_model("vit_tiny_patch16_224", CLASSES, 100))
-    assert "patches of 16 pixels and does not see the last 4 of 100: 96 or 112 leave none" in note
-    assert not unseen_border(create_model("vit_tiny_patch16_224", CLASSES, 96)) and not unseen_border(create_model("resnet10t", CLASSES, 33))
-    said = {("resnet18.a1_in1kk", 64, "auto"): "'resnet18.a1_in1kk' names weights that timm does not know.*resnet18.a1_in1k",
-            ("naflexvit_base_patch16_gap", 64, "small"): "no first layer that could keep more.*train.stem=full"}
-    for (backbone, size, stem), text in said.items():
-        with pytest.raises(UsageError, match=text): create_model(backbone, CLASSES, size, stem)
+def test_note_names_the_border_that_patches_leave_out() -> None:
+    note, = patch_coverage_notes(create_model("vit_tiny_patch16_224", CLASSES, 100))
+    assert "patches of 16 pixels and ignores the last 4 of 100 pixels: image_size=96 or 112 leaves no border" in note
+    assert not patch_coverage_notes(create_model("vit_tiny_patch16_224", CLASSES, 96))
+    assert not patch_coverage_notes(create_model("resnet10t", CLASSES, 33))
 
 
-def test_size_of_a_schedule() -> None:
+@pytest.mark.parametrize("backbone, size, stem, message", [
+    ("resnet18.a1_in1kk", 64, "auto", "'resnet18.a1_in1kk' names weights that timm does not know.*resnet18.a1_in1k"),
+    ("naflexvit_base_patch16_gap", 64, "small", "no first layer that could keep more.*train.stem=full")])
+def test_impossible_backbone_is_refused(backbone: str, size: int, stem: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message): create_model(backbone, CLASSES, size, stem)
+
+
+def test_resolution_schedule_changes_input_size() -> None:
     free, fixed = create_model("resnet10t", CLASSES, 32), create_model("vit_tiny_patch16_224", CLASSES, 32)
-    check_size(free, 48)
-    with pytest.raises(UsageError, match="48 pixels"): check_size(fixed, 48)
-    free.preprocess.size = 48     # what a schedule does
-    seen = []
-    free.net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-1]))
-    free.eval()(batch(32))
-    assert seen == [48] and free.spec.image_size == 32
+    check_image_size(free, 48)
+    with pytest.raises(UsageError, match="48 pixels"): check_image_size(fixed, 48)
+    free.preprocess.size = 48     # as a resolution schedule sets it
+    sizes = []
+    free.net.register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].shape[-1]))
+    free.eval()(make_batch(32))
+    assert sizes == [48] and free.spec.image_size == 32
 
 
 # Weights
 
 
 @pytest.fixture
-def net() -> torch.nn.Module:
+def net() -> nn.Module:
     torch.manual_seed(1)
     return timm.create_model("resnet10t", num_classes=9)
 
 
-@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: dict(state_dict=s), lambda s: dict(model={f"module.{k}": v for k, v in s.items()}, epoch=1),
-                                  lambda s: {f"net.{k}": v for k, v in s.items()}, lambda s: {f"_orig_mod.model.net.{k}": v for k, v in s.items()}])
+@pytest.mark.parametrize("wrap", [
+    lambda s: s, lambda s: dict(state_dict=s), lambda s: dict(model={f"module.{k}": v for k, v in s.items()}, epoch=1),
+    lambda s: {f"net.{k}": v for k, v in s.items()}, lambda s: {f"_orig_mod.model.net.{k}": v for k, v in s.items()}])
 @pytest.mark.parametrize("suffix", [".pt", ".pth"])
-def test_wrapped_weights_fit(net: torch.nn.Module, tmp_path: Path, wrap, suffix: str) -> None:
+def test_weights_are_found_in_wrappers(net: nn.Module, tmp_path: Path, wrap, suffix: str) -> None:
     torch.save(wrap(net.state_dict()), tmp_path/f"w{suffix}")
     model = create_model("resnet10t", CLASSES, 64, weights=str(tmp_path/f"w{suffix}"))
     own = model.net.state_dict()
     assert all(torch.equal(own[k], v) for k, v in net.state_dict().items() if not k.startswith("fc."))
 
 
-def test_safetensors_fit_with_another_stem(net: torch.nn.Module, tmp_path: Path) -> None:
+def test_weights_fit_with_another_stem(net: nn.Module, tmp_path: Path) -> None:
     save_file(net.state_dict(), tmp_path/"w.safetensors")
     model = create_model("resnet10t", CLASSES, 32, "small", str(tmp_path/"w.safetensors"))
     assert torch.equal(model.net.layer1[0].conv1.weight, net.layer1[0].conv1.weight)
 
 
 @pytest.mark.parametrize("other", ["resnet14t", "resnet18", "mobilenetv3_small_050"])
-def test_another_architecture_is_counted(tmp_path: Path, other: str) -> None:
+def test_weights_of_another_architecture_are_refused(tmp_path: Path, other: str) -> None:
     save_file(timm.create_model(other).state_dict(), tmp_path/"w.safetensors")
     with pytest.raises(CvnbError, match=r"another architecture: \d+ of \d+ tensors fit"):
         create_model("resnet10t", CLASSES, 64, weights=str(tmp_path/"w.safetensors"))
 
 
-def test_deeper_weights_are_refused_though_all_tensors_fit(tmp_path: Path) -> None:
+def test_weights_of_a_deeper_network_are_refused(tmp_path: Path) -> None:
+    "All of the smaller network's tensors would fit."
     save_file(timm.create_model("resnet34").state_dict(), tmp_path/"w.safetensors")
-    with pytest.raises(CvnbError, match="have no place"): create_model("resnet18", CLASSES, 96, weights=str(tmp_path/"w.safetensors"))
+    with pytest.raises(CvnbError, match="have no place"):
+        create_model("resnet18", CLASSES, 96, weights=str(tmp_path/"w.safetensors"))
 
 
 class Trap:
@@ -144,17 +154,18 @@ class Trap:
     def __reduce__(self): return Path.touch, (self.path,)
 
 
-def test_pickle_is_not_run(tmp_path: Path) -> None:
+def test_pickle_does_not_run_code(tmp_path: Path) -> None:
     with open(tmp_path/"plain.pt", "wb") as f: pickle.dump(dict(state_dict=Trap(tmp_path/"ran")), f, protocol=2)
     torch.save(dict(state_dict=Trap(tmp_path/"ran")), tmp_path/"zipped.pt")
     for name in "plain.pt", "zipped.pt":
-        with pytest.raises(CvnbError, match="Python objects"): create_model("resnet10t", CLASSES, 64, weights=str(tmp_path/name))
+        with pytest.raises(CvnbError, match="Python objects"):
+            create_model("resnet10t", CLASSES, 64, weights=str(tmp_path/name))
     assert not (tmp_path/"ran").exists()
 
 
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pt"])
 @pytest.mark.parametrize("keep", [0, 10, 1000])
-def test_cut_file_is_refused(net: torch.nn.Module, tmp_path: Path, name: str, keep: int) -> None:
+def test_truncated_file_is_refused(net: nn.Module, tmp_path: Path, name: str, keep: int) -> None:
     path = tmp_path/name
     if name.endswith(".pt"): torch.save(net.state_dict(), path)
     else: save_file(net.state_dict(), path)
@@ -164,11 +175,13 @@ def test_cut_file_is_refused(net: torch.nn.Module, tmp_path: Path, name: str, ke
 
 def test_file_without_weights_is_refused(tmp_path: Path) -> None:
     torch.save(dict(epoch=3), tmp_path/"w.pt")
-    with pytest.raises(CvnbError, match="holds no weights"): create_model("resnet10t", CLASSES, 64, weights=str(tmp_path/"w.pt"))
-    with pytest.raises(UsageError, match="neither a folder"): create_model("resnet10t", CLASSES, 64, weights=str(tmp_path/"w.onnx"))
+    with pytest.raises(CvnbError, match="contains no weights"):
+        create_model("resnet10t", CLASSES, 64, weights=str(tmp_path/"w.pt"))
+    with pytest.raises(UsageError, match="neither a folder"):
+        create_model("resnet10t", CLASSES, 64, weights=str(tmp_path/"w.onnx"))
 
 
-def test_weights_of_a_run_bring_their_stem_and_scaling(tmp_path: Path) -> None:
+def test_weights_of_a_run_set_stem_and_normalisation(tmp_path: Path) -> None:
     model = create_model("resnet10t", CLASSES, 32)
     assert model.spec.stem == "small"
     model.spec = replace(model.spec, mean=[.1, .2, .3])
@@ -178,102 +191,121 @@ def test_weights_of_a_run_bring_their_stem_and_scaling(tmp_path: Path) -> None:
     assert torch.equal(again.net.conv1[0].weight, load_model(tmp_path).net.conv1[0].weight)
 
 
-def test_a_runs_model_can_be_named_by_its_file(tmp_path):
-    "It keeps its stem and its scaling, as by its folder; a first layer that does not fit is named."
+def test_model_file_of_a_run_stands_for_its_folder(tmp_path: Path) -> None:
     model = create_model("resnet18", CLASSES, 32)
     model = VisionModel(replace(model.spec, mean=[0.3] * 3), model.net)
     save_model(model, tmp_path)
     again = create_model("resnet18", CLASSES, 48, weights=str(tmp_path/"model.safetensors"))
     assert again.spec.stem == model.spec.stem == "small" and again.spec.mean == [0.3] * 3
-    for a, b in zip(again.net.state_dict().values(), model.net.state_dict().values(), strict=True): assert torch.equal(a, b)
-    with pytest.warns(UserWarning, match="conv1.*weight has another shape in the weights of .* and begins at random"):
-        create_model("resnet18", CLASSES, 48, "full", weights=str(tmp_path))
+    assert weights_sha256(again.net) == weights_sha256(model.net)
 
 
-def test_weights_of_another_size_or_of_a_pruned_network(tmp_path):
-    "What fits by name and not by shape is no other architecture."
+def test_first_layer_of_another_shape_is_a_warning(tmp_path: Path) -> None:
+    save_model(create_model("resnet18", CLASSES, 32), tmp_path)
+    message = "conv1.*weight has another shape in the weights of .* and starts with random values"
+    with pytest.warns(UserWarning, match=message): create_model("resnet18", CLASSES, 48, "full", weights=str(tmp_path))
+
+
+def test_weights_of_another_image_size_are_refused_with_a_remedy(tmp_path: Path) -> None:
+    "All tensors fit by name, one does not by shape: the message does not say that the architecture is another."
     save_file(timm.create_model("levit_128s", num_classes=3).state_dict(), tmp_path/"w.safetensors")
-    with pytest.raises(CvnbError, match="layers have other sizes: .*attention_biases.* Set the image_size for which they were trained"):
+    message = "layers have other sizes: .*attention_biases.* Set the image_size for which they were trained"
+    with pytest.raises(CvnbError, match=message):
         create_model("levit_128s", CLASSES, 64, weights=str(tmp_path/"w.safetensors"))
 
 
-def test_an_encoder_is_told_from_a_network_that_cannot_see_a_size():
-    "timm's are large; this one is small, and gives its features in the same way."
+def test_encoder_without_classifier_is_refused() -> None:
+    "timm's encoders are large; this network is small and returns feature maps as they do."
     model = create_model("test_resnet", CLASSES, 64)
     model.net.reset_classifier(0, "")
-    with pytest.raises(UsageError, match=r"test_resnet is no classifier: for an image of 64 pixels it gives outputs of the shape \(\d+, \d, \d\)"):
-        check_size(model)
+    message = r"test_resnet is no classifier: it returns outputs of the shape \(\d+, \d, \d\) for images of 64 pixels"
+    with pytest.raises(UsageError, match=message): check_image_size(model)
 
 
-def test_the_head_of_a_run_stays_with_its_classes(tmp_path: Path) -> None:
+def test_head_of_a_run_is_loaded_for_the_same_classes_only(tmp_path: Path) -> None:
     torch.manual_seed(1)
     save_model(trained := create_model("test_efficientnet", CLASSES, 32), tmp_path)
     head = lambda model: model.net.get_classifier().weight
-    same, others = (create_model("test_efficientnet", classes, 32, weights=str(tmp_path)) for classes in (CLASSES, ["a", "c", "d"]))
+    same = create_model("test_efficientnet", CLASSES, 32, weights=str(tmp_path))
+    others = create_model("test_efficientnet", ["a", "c", "d"], 32, weights=str(tmp_path))
     assert torch.equal(head(same), head(trained)) and not torch.equal(head(others), head(trained))
     assert torch.equal(others.net.conv_stem.weight, trained.net.conv_stem.weight)
 
 
-def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_predictions_are_those_of_the_task() -> None:
+    images = make_batch(32).numpy()
+    for task in "classification", "multilabel", "regression":
+        model = create_model("test_resnet", CLASSES, 32, task=task)
+        expected = task_of(model.spec).predict(torch.from_numpy(predict_logits(model, images)))
+        assert np.array_equal(predict_proba(model, images), expected)
+
+
+def test_unreachable_hub_is_an_error_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args, **kwargs): raise ConnectionError("no route")
     monkeypatch.setattr("timm.models._hub.hf_hub_download", refuse)
     monkeypatch.setattr("timm.models._hub.download_cached_file", refuse)
     for weights in "imagenet", "hf-hub:timm/resnet10t.c3_in1k":
-        with pytest.raises(CvnbError, match="could not be fetched") as e: create_model("resnet10t", CLASSES, 64, weights=weights)
+        with pytest.raises(CvnbError, match="could not be fetched") as e:
+            create_model("resnet10t", CLASSES, 64, weights=weights)
         assert "tf_efficientnet_lite0" in str(e.value)
 
 
-def test_hub_within_reach(net: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_weights_set_the_normalisation(net: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_file(net.state_dict(), tmp_path/"model.safetensors")
     own = '{"mean": [0.1, 0.2, 0.3], "std": [1, 2, 3]}'
     (tmp_path/"config.json").write_text(f'{{"architecture": "resnet10t", "num_classes": 9, "pretrained_cfg": {own}}}')
     monkeypatch.setattr("timm.models._hub.hf_hub_download", lambda repo_id, filename, **_: str(tmp_path/filename))
     model = create_model("resnet10t", CLASSES, 64, weights="hf-hub:someone/else")
     assert torch.equal(model.net.layer4[0].conv1.weight, net.layer4[0].conv1.weight)
-    assert (model.spec.mean, model.spec.std) == ([0.1, 0.2, 0.3], [1, 2, 3])   # the images as these weights know them, not as the backbone does
-    assert torch.allclose(model.preprocess(torch.zeros(1, 64, 64, 3, dtype=torch.uint8))[0, :, 0, 0], torch.tensor([-0.1, -0.1, -0.1]))
+    assert (model.spec.mean, model.spec.std) == ([0.1, 0.2, 0.3], [1, 2, 3])   # of the weights, not of the backbone
+    black = model.preprocess(torch.zeros(1, 64, 64, 3, dtype=torch.uint8))[0, :, 0, 0]
+    assert torch.allclose(black, torch.tensor([-0.1, -0.1, -0.1]))
 
 
-def test_a_gpu_with_little_memory_answers_in_smaller_batches(net: torch.nn.Module) -> None:
-    images, sizes = np.random.default_rng(0).integers(0, 256, (100, 8, 8, 3), np.uint8), []
+def test_batches_are_halved_when_gpu_memory_runs_out() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (100, 8, 8, 3), np.uint8)
+    sizes = []
 
-    class Small(torch.nn.Module):
+    class Small(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             if len(x) > 40: raise torch.OutOfMemoryError("CUDA out of memory")
             sizes.append(len(x))
             return x.float().mean((1, 2))
 
     np.testing.assert_allclose(predict_logits(Small(), images), images.mean((1, 2)), rtol=1e-5)
-    assert sizes == [32, 32, 32, 4]   # of 256, halved until it fits
+    assert sizes == [32, 32, 32, 4]   # 256, halved until it fits
 
 
 CONVOLUTIONS = {   # layer, height, width
     "2 × 2 under 5 × 5": (lambda: nn.Conv2d(8, 8, 5, padding=2, groups=8, bias=False), 2, 2),
     "3 × 3 under 5 × 5": (lambda: nn.Conv2d(8, 8, 5, padding=2, groups=8), 3, 3),
     "1 × 2 under 5 × 3 with a bias": (lambda: nn.Conv2d(8, 8, (5, 3), stride=(1, 2), padding=(2, 1), groups=8), 1, 2),
-    "with a bias, low only": (lambda: nn.Conv2d(8, 8, 3, padding=1, groups=8), 2, 9),
-    "narrow only, borders that differ": (lambda: nn.Conv2d(8, 8, (3, 5), padding=(0, 2), groups=8), 9, 3),
+    "with a bias, map low only": (lambda: nn.Conv2d(8, 8, 3, padding=1, groups=8), 2, 9),
+    "map narrow only, unequal padding": (lambda: nn.Conv2d(8, 8, (3, 5), padding=(0, 2), groups=8), 9, 3),
     "dilated": (lambda: nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=8), 2, 2),
     "strided": (lambda: nn.Conv2d(8, 8, 5, stride=2, padding=2, groups=8), 4, 4),
-    "timm's, whose border depends on the map": (lambda: create_conv2d(8, 8, 5, stride=2, padding="same", depthwise=True), 4, 4),
-    "torch's, whose border is named": (lambda: nn.Conv2d(8, 8, 5, padding="same", groups=8), 2, 2),
+    "timm's with padding that depends on the map": (
+        lambda: create_conv2d(8, 8, 5, stride=2, padding="same", depthwise=True), 4, 4),
+    "torch's with named padding": (lambda: nn.Conv2d(8, 8, 5, padding="same", groups=8), 2, 2),
     "more outputs than inputs": (lambda: nn.Conv2d(8, 16, 5, padding=2, groups=8), 3, 3),
     "not depthwise": (lambda: nn.Conv2d(8, 8, 5, padding=2, groups=2), 2, 2),
 }
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_small_maps_have_the_same_answers_and_gradients(name):
+def test_small_map_convolutions_equal_those_of_torch(name: str) -> None:
     torch.manual_seed(0)
     make, height, width = CONVOLUTIONS[name]
-    layer, maps, found = make(), torch.randn(3, 8, height, width, requires_grad=True), []
-    for context in nullcontext(), SmallMaps():
-        with context: answers = layer(maps)
-        found.append([answers, *torch.autograd.grad(answers.square().sum(), [maps, *layer.parameters()])])
-    for plain, fast in zip(*found): torch.testing.assert_close(fast, plain)
+    layer = make()
+    maps = torch.randn(3, 8, height, width, requires_grad=True)
+    found = []
+    for context in nullcontext(), SmallMapConvMode():
+        with context: outputs = layer(maps)
+        found.append([outputs, *torch.autograd.grad(outputs.square().sum(), [maps, *layer.parameters()])])
+    for expected, fast in zip(*found): torch.testing.assert_close(fast, expected)
 
 
-class Counted(TorchFunctionMode):
+class ConvCounter(TorchFunctionMode):
     "Count the depthwise convolutions whose map is smaller than the kernel."
     def __init__(self):
         super().__init__()
@@ -285,11 +317,12 @@ class Counted(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("processor, n", {"AVX2": 0, "AVX512": 7, "DEFAULT": 7}.items())
-def test_small_maps_are_convolved_otherwise_where_that_is_faster_and_in_training_alone(monkeypatch, processor, n):
+def test_small_map_convolutions_are_replaced_in_training_on_avx2(monkeypatch, processor, n):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: processor)
-    model = build(ModelSpec("tf_efficientnet_lite0", ["a", "b"], 64, [.5] * 3, [.25] * 3))
-    images, counts = torch.zeros(2, 64, 64, 3, dtype=torch.uint8), {}
+    model = build_model(ModelSpec("tf_efficientnet_lite0", ["a", "b"], 64, [.5] * 3, [.25] * 3))
+    images = torch.zeros(2, 64, 64, 3, dtype=torch.uint8)
+    counts = {}
     for training in True, False:
-        with Counted() as counted: model.train(training)(images)
-        counts[training] = counted.n
+        with ConvCounter() as counter: model.train(training)(images)
+        counts[training] = counter.n
     assert counts == {True: n, False: 7}

@@ -1,7 +1,7 @@
 """Python reads this at its start where PYTHONPATH names this folder: note which functions of cvnb a stage calls.
 
-Every function and method of cvnb gets a first statement that notes its name; a profiler, which is asked about each call of every library, would
-make a stage take several times as long. Nothing of it is written to disk.
+Every function and method of cvnb gets a first statement that notes its name. A profiler, which is called for each call
+of every library, would make a stage take several times as long. The changed code is not written to disk.
 """
 import ast
 import atexit
@@ -21,7 +21,8 @@ def _mark(body, module, outer=""):
         if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)): continue
         at = int(ast.get_docstring(node, clean=False) is not None)
         note = ast.parse(f"__cvnb_seen__(({module!r}, {outer + node.name!r}))").body[0]
-        for part in ast.walk(note): ast.copy_location(part, node.body[min(at, len(node.body) - 1)])   # lines stay as they are
+        for part in ast.walk(note):   # line numbers stay
+            ast.copy_location(part, node.body[min(at, len(node.body) - 1)])
         node.body.insert(at, note)
 
 

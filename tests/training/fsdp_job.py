@@ -1,4 +1,4 @@
-"""train_job.py with FSDP on CPUs, which torch can do and Lightning refuses: its two checks are taken away, the rest is what a GPU would run."""
+"""train_job.py with FSDP on CPUs: torch supports it and Lightning does not, so Lightning's two checks are removed."""
 from __future__ import annotations
 
 import json
@@ -16,18 +16,21 @@ from cvnb.training import fit
 
 
 class OnCpu(FSDPStrategy):
-    "Not FSDPStrategy itself, which Lightning looks for."
+    "A subclass, because Lightning refuses FSDPStrategy itself on a CPU."
 
 
 class Trainer(pl.Trainer):
-    def __init__(self, strategy: str, **more: Any): super().__init__(strategy=OnCpu(process_group_backend="gloo"), **more)
+    def __init__(self, strategy: str, **more: Any):
+        super().__init__(strategy=OnCpu(process_group_backend="gloo"), **more)
 
 
-def on_cpu(self: FullyShardedDataParallel, *args: Any, **more: Any) -> None: begin(self, *args, **more | dict(device_id=torch.device("cpu")))
+def init_on_cpu(self: FullyShardedDataParallel, *args: Any, **more: Any) -> None:
+    init(self, *args, **more | dict(device_id=torch.device("cpu")))
 
 
 if __name__ == "__main__":
-    begin, FullyShardedDataParallel.__init__ = FullyShardedDataParallel.__init__, on_cpu
+    init = FullyShardedDataParallel.__init__
+    FullyShardedDataParallel.__init__ = init_on_cpu
     fit.pl = type("Lightning", (), vars(pl) | dict(Trainer=Trainer))
-    fit.accelerator_for = lambda options: "cpu"
+    fit.select_accelerator = lambda options: "cpu"
     main(Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3])

@@ -1,0 +1,57 @@
+"""What a benchmark classifies, what it leaves out, and what it does where a worker dies."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import cvnb.benchmark.table as table
+from cvnb.benchmark.timing import Measurements, Timings, measure_candidates
+from cvnb.benchmark.workers import Candidate
+from cvnb.core.errors import CvnbError
+from cvnb.export.runtimes import MODELS, RUNTIMES
+from cvnb.metrics.classification import accuracy
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    "A run whose model files are empty."
+    for model, stage in MODELS.items():
+        for file in f"{stage}/model.safetensors", f"export/{model}.onnx", f"export/{model}_int8.onnx":
+            (tmp_path/file).parent.mkdir(exist_ok=True)
+            (tmp_path/file).write_bytes(b"")
+    return tmp_path
+
+
+def test_peers_run_the_trained_model_and_come_last(run: Path) -> None:
+    names = [(c.model, c.runtime.is_peer) for c in table.list_candidates(run)]
+    assert names[:6] == [(model, False) for model in MODELS for _ in range(3)]
+    assert set(names[6:]) <= {("trained", True)}
+    assert not any(c.runtime.package == "openvino" for c in table.list_candidates(run, exclude=["openvino"]))
+
+
+def test_benchmark_classifies_only_what_export_did_not_compare(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    peer = Candidate("trained", RUNTIMES["openvino int8"], str(run/"export/trained_int8.onnx"))
+    candidates = [*table.list_candidates(run, exclude=["openvino"]), peer]
+
+    def measure(candidates, images, n_calls, rounds, batch_size, classify, progress) -> Measurements:
+        assert classify == {peer: ["a.png", "b.png"]}
+        timings = {c: Timings(rng.lognormal(-6, 0.1, (5, 4)), np.full((3, 1), 0.1), 100.0) for c in candidates}
+        return Measurements(timings, {}, {peer: [0, 0]}, (0.0, 0.0))
+
+    monkeypatch.setattr(table, "measure_candidates", measure)
+    exported = vars(accuracy(np.ones(50, bool)))
+    parity = [dict(model=c.model, runtime=c.runtime.name, accuracy=exported) for c in candidates[:-1]]
+    result = table.run_benchmark(candidates, [], ["a.png", "b.png"], np.array([0, 1]), parity)
+    assert [r["n"] for r in result.rows] == [50] * 6 + [2]
+    assert result.rows[-1]["accuracy"] == 0.5 and result.rows[-1]["vs_peer"] == 1
+    assert all(r["vs_peer"] is not None for r in result.rows)
+
+
+def test_dead_worker_is_named_with_its_last_words(run: Path) -> None:
+    candidate = Candidate("trained", RUNTIMES["onnx fp32"], str(run/"export/trained.onnx"))
+    message = r"worker for trained, onnx fp32 ended with code 1 \(.*cannot be opened.*Run the stage again"
+    with pytest.raises(CvnbError, match=message):
+        measure_candidates([candidate], [np.zeros((4, 4, 3), np.uint8)], n_calls=3, rounds=1)

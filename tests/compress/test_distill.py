@@ -1,0 +1,69 @@
+"""Distillation losses against the formulas of their papers, and the criterion that mixes them with the labels."""
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from cvnb.compress.distill import DISTILLATION_LOSSES, DistillationLoss
+from cvnb.models.vision_model import VisionModel
+from cvnb.models.weights import create_model
+
+
+def make_model(seed: int = 0) -> VisionModel:
+    "Make an untrained model in eval mode."
+    torch.manual_seed(seed)
+    return create_model("resnet10t", list("abcd"), 8).eval()
+
+
+def divergence(target: np.ndarray, p: np.ndarray) -> float:
+    "Compute the Kullback-Leibler divergence of one image."
+    return float((target * np.log(target / p)).sum())
+
+
+def mean_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    "Average Pearson's correlation of rows."
+    return float(np.mean([np.corrcoef(x, y)[0, 1] for x, y in zip(a, b)]))
+
+
+def test_losses_match_published_formulas() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 4, generator=generator)
+    teacher_logits = torch.randn(6, 4, generator=generator)
+    labels = torch.tensor([0, 1, 2, 3, 0, 1])
+    student = logits.div(4).softmax(1).numpy()
+    teacher = teacher_logits.div(4).softmax(1).numpy()
+
+    def true(p: np.ndarray, label: int) -> np.ndarray: return np.array([p[label], 1 - p[label]])
+    def others(p: np.ndarray, label: int) -> np.ndarray: return np.delete(p, label) / np.delete(p, label).sum()
+
+    kd, dkd = [], []
+    for p, target, label in zip(student, teacher, labels):
+        kd.append(divergence(target, p))
+        ranking = divergence(others(target, label), others(p, label))
+        dkd.append(divergence(true(target, label), true(p, label)) + 8 * ranking)
+    dist = 2 - mean_correlation(student, teacher) - mean_correlation(student.T, teacher.T)
+    for name, expected in dict(kd=np.mean(kd), dkd=np.mean(dkd), dist=dist).items():
+        loss = DISTILLATION_LOSSES[name](logits, teacher_logits, labels, 4.0)
+        assert float(loss) == pytest.approx(16 * expected, rel=1e-3), name
+
+
+def test_criterion_weights_labels_and_teacher() -> None:
+    student, teacher = make_model(0), make_model(1)
+    images = torch.randint(0, 256, (8, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(8) % 4
+    with torch.no_grad():
+        logits = student(images)
+        mixed = DistillationLoss(teacher, "kd", 4.0, 0.9)(logits, labels, images)
+        from_teacher = DISTILLATION_LOSSES["kd"](logits, teacher(images), labels, 4.0)
+        expected = 0.1 * F.cross_entropy(logits, labels) + 0.9 * from_teacher
+    assert float(mixed) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_identity_depends_on_teacher_and_every_option() -> None:
+    teacher = make_model()
+    variants = [DistillationLoss(teacher), DistillationLoss(make_model(1)), DistillationLoss(teacher, "dkd"),
+                DistillationLoss(teacher, temperature=2), DistillationLoss(teacher, teacher_weight=0.5)]
+    assert len({criterion.identity for criterion in variants}) == len(variants)
+    assert DistillationLoss(make_model()).identity == DistillationLoss(teacher).identity

@@ -1,0 +1,85 @@
+"""Groups joined as a plain union-find does it, and `cvnb data split`, with and without scipy."""
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from cvnb.data.images import inspect_images
+from cvnb.data.splits import group_ids
+from cvnb.data.tables import data_root, scan_dataset
+
+CVNB = Path(sys.executable).with_name("cvnb")
+
+
+def union_find(table: pd.DataFrame) -> list[str]:
+    "Join rows by their pixels, groups and near-duplicates: the id of a set is its last member."
+    sets = [{sha256} for sha256 in table.pixel_sha256]
+    for members, group in zip(sets, table.group):
+        if group: members.add(f"group {group}")
+    pixels = dict(zip(table.path, table.pixel_sha256))
+    sets += [{pixels[a], pixels[b]} for a, b in zip(table.path, table.near_duplicate_of) if b]
+    joined: list[set[str]] = []
+    for members in sets:
+        touching = [other for other in joined if other & members]
+        joined = [other for other in joined if not other & members] + [members.union(*touching)]
+    return [next(max(members) for members in joined if sha256 in members) for sha256 in table.pixel_sha256]
+
+
+def test_group_ids_join_chains_of_groups_copies_and_near_duplicates():
+    rng = random.Random(0)
+    for _ in range(50):
+        n = rng.randint(1, 40)
+        paths = [f"{i}.png" for i in range(n)]
+        table = pd.DataFrame(dict(path=paths, pixel_sha256=[f"{rng.randrange(30):064x}" for _ in paths],
+                                  group=[rng.choice(["", "", "a", "b", "ä"]) for _ in paths],
+                                  near_duplicate_of=[rng.choice(["", "", "", *paths]) for _ in paths]))
+        assert group_ids(table.sample(frac=1, random_state=n)).sort_index().tolist() == union_find(table)
+
+
+def split(table: Path, out: Path, *options: str) -> subprocess.CompletedProcess:
+    return subprocess.run([CVNB, "data", "split", table, "--out", out, *options], capture_output=True, text=True)
+
+
+def test_split_command_writes_a_table_once(write_classes, tmp_path):
+    folder = write_classes(tmp_path/"data", cat=20, dog=20)
+    assert split(folder, tmp_path/"out/s.csv").returncode == 0
+    table = scan_dataset(tmp_path/"out/s.csv")
+    assert len(table) == 40 and table.split.value_counts().to_dict() == {"train": 28, "val": 6, "test": 6}
+    again = split(folder, tmp_path/"out/s.csv")
+    assert again.returncode == 2 and "exists already" in again.stderr
+    assert inspect_images(data_root(tmp_path/"out/s.csv"), table).ok.all(), "paths lead to the images"
+
+
+def test_split_command_splits_numbers_by_strata(write_classes, tmp_path):
+    folder = write_classes(tmp_path/"data", cat=20, dog=20)
+    rows = "\n".join(f"{p},{i}" for i, p in enumerate(sorted(folder.rglob("*.png"))))
+    (tmp_path/"age.csv").write_text("path,label\n" + rows)
+    by_task = lambda task: split(tmp_path/"age.csv", tmp_path/f"{task}.csv", "--task", task, "--folds", "3")
+    assert by_task("regression").returncode == 0
+    assert by_task("regresion").stderr.startswith("cvnb: 'regresion' is not a task")
+    table = pd.read_csv(tmp_path/"regression.csv")
+    assert table.split.value_counts()[["val", "test"]].min() >= 4 and table.fold.nunique() == 3
+    assert set(table.label) == set(range(40))
+
+
+WITHOUT_SCIPY = """import sys
+sys.modules["scipy"] = None
+from cvnb.cli.app import main
+sys.argv = ["cvnb", "data", "split", *sys.argv[1:]]
+main()"""
+
+
+def test_only_grouped_data_needs_scipy(write_classes, tmp_path):
+    folder = write_classes(tmp_path/"data", cat=20, dog=20)
+    rows = "\n".join(f"{p},{p.parent.name},{i % 9}" for i, p in enumerate(sorted(folder.rglob("*.png"))))
+    (tmp_path/"grouped.csv").write_text("path,label,group\n" + rows)
+    call = lambda data, out: subprocess.run([sys.executable, "-c", WITHOUT_SCIPY, data, "--out", tmp_path/out],
+                                            capture_output=True, text=True)
+    assert call(folder, "plain.csv").returncode == 0
+    grouped = call(tmp_path/"grouped.csv", "groups.csv")
+    assert grouped.returncode == 1 and grouped.stderr.startswith("cvnb: scipy")
+    assert "is not installed" in grouped.stderr and "cvnb[train]" in grouped.stderr

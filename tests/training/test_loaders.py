@@ -1,0 +1,51 @@
+"""Loaders, optimizers, schedules and predictions."""
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from fit_helpers import NO_BATCHNORM
+from train_job import fresh
+
+from cvnb.models.inference import predict_logits
+from cvnb.training.augment import Augmentation
+from cvnb.training.loaders import TrainLoader
+from cvnb.training.optim import SCHEDULES, make_optimizer, make_schedule
+from cvnb.training.predict import predict_with_tta
+
+
+def test_each_process_draws_its_own_changes(data):
+    train = replace(data[0], images=data[0].images[:1].repeat(300, 0))
+    loaders = [TrainLoader(train, 20, Augmentation("light"), rank=rank, world=2) for rank in (0, 1)]
+    one, two = (next(iter(loader))[0] for loader in loaders)
+    assert len(one) == len(two) == 10 and not torch.equal(one, two)
+
+
+def test_single_step_has_the_peak_rate():
+    for name in SCHEDULES:
+        assert make_schedule(name, 1, 0.25)(0) == 1 and make_schedule(name, 2, 0.5)(0) < 1
+
+
+def test_schedules_have_their_published_shapes():
+    cosine = pytest.approx((1 + np.cos(np.pi / 4)) / 2)
+    assert make_schedule("linear", 100, 0)(25) == pytest.approx(0.75) and make_schedule("cosine", 100, 0)(25) == cosine
+    assert make_schedule("one-cycle", 100, 0)(25) == cosine and make_schedule("one-cycle", 100, 0.25)(25) == 1
+
+
+def test_optimizer_gets_its_options():
+    net, decays = fresh(NO_BATCHNORM).net, set()
+    for group in make_optimizer(net, "adamw", weight_decay=0.3).param_groups:
+        decays |= {(p.ndim > 1, group["weight_decay"]) for p in group["params"]}
+    assert decays == {(True, 0.3), (False, 0.0)}
+    assert make_optimizer(net, "sgd", momentum=0.7).param_groups[0]["momentum"] == 0.7
+
+
+def test_tta_averages_images_and_mirror_images(data):
+    model, val = fresh(NO_BATCHNORM), data[1]
+    logits = predict_logits(model, val.images)
+    mirrored = predict_logits(model, np.ascontiguousarray(val.images[:, :, ::-1]))
+    averaged = predict_with_tta(model, val, "flip", "cpu")
+    np.testing.assert_allclose(averaged, (logits + mirrored) / 2, atol=1e-5)
+    assert not np.allclose(averaged, logits, atol=1e-3)
