@@ -1,11 +1,11 @@
-"""Real faults that the audit finds in public data sets: names, pictures, and the verdict of a person for each.
+"""Real faults that the audit finds in public data sets: names, pictures, and the verdict of a reviewer for each.
 
     cvnb run audit --data cifar10 --run runs/cifar10
     python benchmarks/real_faults.py cifar10=runs/cifar10 … [--write]
 
 `real_faults.csv` holds the verdicts: `fault`, `no fault` or `unclear`, and a comment. The script reads them and
-computes none. The page lists the findings with a verdict, draws some of them beside the image that they refer to, and states how
-many findings have none.
+computes none. The page lists the findings with a verdict and draws some of them beside the image that they refer to. It
+states how many findings of each check were reviewed.
 """
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
-from cvnb.audit.pictures import plot_findings
 from cvnb.audit.checks import CHECKS, Check
+from cvnb.audit.pictures import plot_findings
 from cvnb.core.files import read_json
 from cvnb.metrics.estimates import Estimate, estimate_proportion
 
@@ -36,38 +36,39 @@ def small(figure: object, path: Path, limit: int = 100_000) -> None:
     path.write_bytes(out.getvalue())
 
 
-def count(seen: pd.Series) -> str:   # verdicts, '' where nobody looked
-    "Say how many of the findings that were looked at are faults."
-    looked = seen[seen != ""]
-    if looked.empty: return "none was looked at"
-    share = estimate_proportion(int((looked == "fault").sum()), len(looked))
-    counts = ", ".join(f"{(looked == v).sum()} {v}" for v in VERDICTS if (looked == v).any())
-    return f"{len(looked)} were looked at: {counts}; share of faults {share}"
+def count(seen: pd.Series) -> str:   # verdicts, '' for findings without review
+    "Count the verdicts of the reviewed findings."
+    reviewed = seen[seen != ""]
+    if reviewed.empty: return "None reviewed"
+    share = estimate_proportion(int((reviewed == "fault").sum()), len(reviewed))
+    counts = ", ".join(f"{(reviewed == v).sum()} {v}" for v in VERDICTS if (reviewed == v).any())
+    return f"{len(reviewed)} reviewed: {counts}; share of faults {share}"
 
 
 def section(
     name: str, run: Path, audit: dict, check: str, rows: pd.DataFrame, n: int, write: bool,
 ) -> list[str]:   # lines
     "Show what one check found."
-    said = audit["checks"][check]
-    given = (said["proof"] or {}).get("precision") or dict(n=0)
+    result = audit["checks"][check]
+    given = (result["proof"] or {}).get("precision") or dict(n=0)
     number = lambda key: float("nan") if given.get(key) is None else given[key]
     predicted = Estimate(**{k: number(k) for k in ("value", "low", "high", "n")})
-    foretold = f" Predicted precision {predicted}." if predicted.n else ""
+    prediction = f" Predicted precision {predicted}." if predicted.n else ""
     title = check.replace("_", " ").capitalize()
-    found = f"{said['n']:,} of {said['n_checked']:,} images.{foretold} Of these, {count(rows.seen)}."
+    found = f"{result['n']:,} of {result['n_checked']:,} images.{prediction} {count(rows.seen)}."
     lines = [f"### {title}", "", found, ""]
-    looked = rows[rows.seen != ""]
-    if looked.empty: return lines
+    reviewed = rows[rows.seen != ""]
+    if reviewed.empty: return lines
     table = pd.read_parquet(run/"audit/manifest.parquet", columns=["path", "label", "split"])
-    looked = looked.assign(order=looked.seen.map(VERDICTS.index))
-    looked = looked.sort_values(["order", "score"], ascending=[True, False])
-    drawn = pd.concat([part.head(n // 2) for _, part in looked.groupby("order")])[["path", "score", "reason", "other"]]
+    reviewed = reviewed.assign(order=reviewed.seen.map(VERDICTS.index))
+    reviewed = reviewed.sort_values(["order", "score"], ascending=[True, False])
+    drawn = pd.concat([part.head(n // 2) for _, part in reviewed.groupby("order")])
+    drawn = drawn[["path", "score", "reason", "other"]]
     picture = PAGE.with_suffix("")/f"{name}-{check}.png"
-    if write: small(plot_findings(audit["root"], Check(check, drawn, said["n_checked"]), table, n), picture)
-    head = ["| file | what was found | the other one | seen |", "|---|---|---|---|"]
+    if write: small(plot_findings(audit["root"], Check(check, drawn, result["n_checked"]), table, n), picture)
+    head = ["| file | finding | compared with | verdict |", "|---|---|---|---|"]
     lines += [f"![{check} in {name}]({picture.relative_to(PAGE.parent).as_posix()})", "", *head]
-    for r in looked.itertuples():
+    for r in reviewed.itertuples():
         seen = f"{r.seen}: {r.comment}" if r.comment else r.seen
         lines.append(f"| {r.path} | {r.reason} | {r.other} | {seen} |")
     return [*lines, ""]
@@ -79,7 +80,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", help="NAME=RUN of finished audits")
     parser.add_argument("-n", type=int, default=16, help="findings drawn of each check")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/real_faults.md and its pictures")
-    args, lines = parser.parse_args(), ["# Real faults that the audit finds in data that everybody uses", ""]
+    args, lines = parser.parse_args(), ["# Real faults that the audit finds in public data sets", ""]
     verdicts = pd.read_csv(HERE/"real_faults.csv", dtype=str, keep_default_na=False)
     assert set(verdicts.seen) <= set(VERDICTS), "real_faults.csv knows fault, unclear and no fault"
     for given in args.runs:

@@ -180,7 +180,7 @@ def _load_at_size(
     import numpy as np
     import torch
     if digest and sha256_file(path) != digest:
-        raise CvnbError(f"{path} has changed since it was looked at", "Run again from the audit on.")
+        raise CvnbError(f"{path} has changed since the audit", "Run again from the audit on.")
     return resize_images(torch.from_numpy(np.array(open_image(path)))[None], size)[0].numpy()
 
 # %% ../../nbs/data/03_images.ipynb #decoding

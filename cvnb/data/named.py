@@ -108,7 +108,7 @@ def _check_arrived(
     for path in paths:
         with contextlib.suppress(FileNotFoundError): arrived_mb += path.stat().st_size / 1e6   # npm moves its files
     if arrived_mb > 3 * source.size_mb:
-        raise OSError(f"{arrived_mb:.0f} MB came, {source.size_mb:.0f} were expected")
+        raise OSError(f"{arrived_mb:.0f} MB arrived, {source.size_mb:.0f} were expected")
     fraction = min(1.0, arrived_mb / source.size_mb)
     progress(fraction, f"fetching {source.name}: {fraction * source.size_mb:.0f} of {source.size_mb:.0f} MB")
     return arrived_mb
@@ -146,7 +146,7 @@ def _run_command(
                 before = arrived_mb
                 arrived_mb = _check_arrived(source, folder, progress)
                 if arrived_mb != before: since = time.monotonic()
-                if time.monotonic() - since > 60: raise OSError("nothing came for a minute")
+                if time.monotonic() - since > 60: raise OSError("nothing arrived for a minute")
                 time.sleep(0.1)
         finally: process.kill()
     lines = (folder/"log").read_text(errors="replace").splitlines() or [f"exit code {process.returncode}"]
@@ -334,7 +334,7 @@ def prepare_dataset(
         data.make(temp, progress)
         n_written = sum(1 for _ in temp.rglob("*.png"))
         if n_written != data.n_images:
-            raise CvnbError(f"{data.name}: {n_written} images came out, not {data.n_images}", "Try again.")
+            raise CvnbError(f"{data.name}: {n_written} images were written, not {data.n_images}", "Try again.")
         try: os.rename(temp, target)
         except OSError:   # another process has finished first
             if not target.is_dir(): raise
@@ -342,6 +342,6 @@ def prepare_dataset(
         raise CvnbError(f"{data.name} needs the package '{e.name}', which is missing", "Install cvnb[train].") from None
     except OSError as e:
         raise CvnbError(f"{data.name} cannot be written to {target.parent} ({e.strerror or e})",
-                        "Make room there, or set CVNB_CACHE to another folder.") from None
+                        "Free some space there, or set CVNB_CACHE to another folder.") from None
     finally: shutil.rmtree(temp, ignore_errors=True)
     return target

@@ -56,8 +56,7 @@ def _write_errors(
     try: yield
     except OSError as e:
         raise CvnbError(f"{target} could not be made ({e.strerror or e})",
-                        "Make room there and see that it can be written, or set CVNB_CACHE to another folder."
-                        ) from None
+                        "Free some space and make it writable, or set CVNB_CACHE to another folder.") from None
 
 # %% ../../nbs/data/06_sources.ipynb #cell-9
 def _make_once(

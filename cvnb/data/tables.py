@@ -279,7 +279,7 @@ def _table_notes(
     missing = [p for p in table.path if not os.path.exists(path.parent/p)]
     if missing: notes.append(f"{len(missing)} images are missing and will be left out, such as {missing[0]}")
     n_repeated = len(_read_columns(path)) - len(table)
-    if n_repeated > 0: notes.append(f"{n_repeated} rows stand twice and are read once")
+    if n_repeated > 0: notes.append(f"{n_repeated} rows are repeated and are read once")
     return notes
 
 # %% ../../nbs/data/02_tables.ipynb #cell-40

@@ -193,7 +193,7 @@ def test_silent_address_times_out(server, cache, monkeypatch):
 
 def test_download_larger_than_expected_is_stopped(server, cache, monkeypatch):
     replace_sources(monkeypatch, "cifar10", 60, [replace(cifar(f"{server}/good/"), size_mb=0.01)])
-    with pytest.raises(CvnbError, match="MB came, 0 were expected"): locate_data("cifar10")
+    with pytest.raises(CvnbError, match="MB arrived, 0 were expected"): locate_data("cifar10")
     assert cached(cache) == []
 
 

@@ -126,7 +126,7 @@ def test_labels_stay_text_and_splits_get_their_usual_names(write_table):
 
 def test_repeated_rows_and_missing_files_are_noted(write_table):
     twice = write_table(lambda t: pd.concat([t, t.head(3)]))
-    assert len(scan_dataset(twice)) == 12 and "3 rows stand twice" in " ".join(describe_dataset(twice)["notes"])
+    assert len(scan_dataset(twice)) == 12 and "3 rows are repeated" in " ".join(describe_dataset(twice)["notes"])
     missing = write_table(lambda t: t.assign(path=["images/gone.png", *t.path[1:]]))
     inspected = inspect_images(data_root(missing), scan_dataset(missing))
     assert (~inspected.ok).sum() == 1 and "No such file" in inspected.error[0]
@@ -193,4 +193,4 @@ def test_table_of_a_million_rows_is_described(tmp_path):
     rows.to_csv(tmp_path/"t.csv", index=False)
     found = describe_dataset(tmp_path/"t.csv")
     assert found["images"] == 1000 and len(found["classes"]) == 1000
-    assert "999000 rows stand twice" in " ".join(found["notes"])
+    assert "999000 rows are repeated" in " ".join(found["notes"])

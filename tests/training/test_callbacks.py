@@ -58,6 +58,7 @@ def test_keep_best_uses_the_loss_where_r2_is_undefined(data, tmp_path):
     train = replace(train, targets=np.stack([train.targets, train.targets % 2], 1).astype(np.float32))
     val = replace(val, targets=np.stack([val.targets, 0 * val.targets], 1).astype(np.float32))
     scale = task.target_scale(train.targets)
+    torch.manual_seed(0)
     model = create_model(NO_BATCHNORM, ["a", "b"], 16, task="regression", **scale)
     options = replace(PLAIN, epochs=3, keep="best")
     history = fit(model, train, val, options, tmp_path, callbacks=[SpoilsThirdEpoch()])

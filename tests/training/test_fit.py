@@ -92,6 +92,7 @@ def test_other_tasks_are_trained(data, tmp_path, name):
     task, labels = get_task(name), task_labels(name, data)
     classes = task.classes(labels[0])
     train, val = (replace(part, targets=task.encode(text, classes)) for part, text in zip(data, labels))
+    torch.manual_seed(0)
     model = create_model(NO_BATCHNORM, classes, 16, task=name, **task.target_scale(train.targets))
     history = fit(model, train, val, replace(PLAIN, epochs=6), tmp_path)
     assert history[f"val_{task.main_metric}"].iloc[-1] > 0.6, history
