@@ -22,8 +22,14 @@ import pytest
 from cvnb.audit.checks import make_findings
 from cvnb.audit.duplicates import mark_duplicates
 from cvnb.audit.fiftyone_dataset import dataset_name, load_dataset, write_dataset
-from cvnb.audit.review import accept_corrections, apply_corrections, bind_port, read_corrections, serve_app
-from cvnb.audit.review import write_corrections
+from cvnb.audit.review import (
+    accept_corrections,
+    apply_corrections,
+    bind_port,
+    read_corrections,
+    serve_app,
+    write_corrections,
+)
 from cvnb.core.errors import CvnbError, UsageError
 from cvnb.core.files import write_json
 from cvnb.core.stage import Stage

@@ -19,8 +19,14 @@ from torch.overrides import TorchFunctionMode
 from cvnb.core.errors import CvnbError, UsageError
 from cvnb.models.inference import extract_features, predict_logits, predict_proba, weights_sha256
 from cvnb.models.small_maps import SmallMapConvMode
-from cvnb.models.vision_model import ModelSpec, VisionModel, build_model, check_image_size, patch_coverage_notes
-from cvnb.models.vision_model import task_of
+from cvnb.models.vision_model import (
+    ModelSpec,
+    VisionModel,
+    build_model,
+    check_image_size,
+    patch_coverage_notes,
+    task_of,
+)
 from cvnb.models.weights import create_model, load_model, save_model
 
 CLASSES = ["a", "b", "c"]

@@ -14,11 +14,11 @@ import house
 import pytest
 
 import cvnb
-from cvnb.pipeline import freshness
 from cvnb.core.files import read_json
 from cvnb.data.tables import locate_data
-from cvnb.pipeline.params import read_contracts
+from cvnb.pipeline import freshness
 from cvnb.pipeline.freshness import key_parts
+from cvnb.pipeline.params import read_contracts
 from cvnb.pipeline.runner import read_run_parameters, stage_states
 
 STAGES = ["audit", "train", "errors", "compress", "export", "benchmark"]

@@ -12,8 +12,16 @@ from cvnb.cli import app as cli
 from cvnb.core.errors import CvnbError, UsageError
 from cvnb.pipeline import params
 from cvnb.pipeline.freshness import named_files
-from cvnb.pipeline.params import Contract, Param, check_parameters, list_timm_models, parameter_table, pydantic_model
-from cvnb.pipeline.params import read_contract, read_contracts
+from cvnb.pipeline.params import (
+    Contract,
+    Param,
+    check_parameters,
+    list_timm_models,
+    parameter_table,
+    pydantic_model,
+    read_contract,
+    read_contracts,
+)
 
 KNOWN = read_contracts()
 

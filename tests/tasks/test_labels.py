@@ -9,15 +9,21 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import average_precision_score, balanced_accuracy_score, f1_score
-from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error
+from sklearn.metrics import (
+    average_precision_score,
+    balanced_accuracy_score,
+    f1_score,
+    mean_absolute_error,
+    r2_score,
+    root_mean_squared_error,
+)
 
 from cvnb.core.errors import CvnbError, UsageError
 from cvnb.core.files import write_json
-from cvnb.data.tables import write_table
 from cvnb.data.splits import assign_splits
-from cvnb.models.vision_model import ModelSpec, task_of
+from cvnb.data.tables import write_table
 from cvnb.models.inference import predict_logits
+from cvnb.models.vision_model import ModelSpec, task_of
 from cvnb.models.weights import create_model, load_classifier, load_model, save_model
 from cvnb.pipeline.params import read_contract
 from cvnb.tasks.labels import SEPARATOR, TASKS, get_task, with_strata
