@@ -20,20 +20,22 @@ SECONDS = 170   # for all steps together
 
 
 def changed(root: Path = ROOT) -> list[str]:   # paths relative to the project
-    "List the files that differ from the last commit, or those of the last commit if none does."
+    "List the files that differ from the last commit, deleted ones too, or those of the last commit if none does."
     def git(*args: str) -> list[str]:
         return subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=True).stdout.split("\0")
 
     uncommitted = git("diff", "--name-only", "-z", "HEAD") + git("ls-files", "-z", "--others", "--exclude-standard")
     names = [n for n in uncommitted if n] or [n for n in git("show", "--name-only", "--format=", "-z", "HEAD") if n]
-    return sorted(n.strip() for n in names if (root/n.strip()).is_file())
+    return sorted({n.strip() for n in names})
 
 
 def notebooks(
-    files: list[str],   # from `changed`
-) -> list[str]:         # those that run without a run directory
-    "Pick the changed library notebooks."
-    return [f for f in files if Path(f).suffix == ".ipynb" and Path(f).name[0].isdigit() and Path(f).parts[0] == "nbs"]
+    files: list[str],    # from `changed`
+    root: Path = ROOT,   # the project
+) -> list[str]:          # those that run without a run directory
+    "Pick the changed library notebooks that still exist."
+    library = [f for f in files if f.startswith("nbs/") and f.endswith(".ipynb") and Path(f).name[0].isdigit()]
+    return [f for f in library if (root/f).is_file()]
 
 
 def test_folders(

@@ -188,6 +188,19 @@ def _bare(f: Definition, owner: ast.AST) -> list[str]:
     return found + ([f"{name}: result has no annotation"] if not f.returns and f.name != "__init__" else [])
 
 
+def packed_assignments(source: str) -> list[str]:
+    "Find `a, b = x, y` where no value reads an earlier target: each belongs on a line of its own."
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Tuple): continue
+        target = node.targets[0]
+        if not isinstance(target, ast.Tuple) or not all(isinstance(e, ast.Name) for e in target.elts): continue
+        names = {e.id for e in target.elts}
+        read = {n.id for n in ast.walk(node.value) if isinstance(n, ast.Name)}
+        if not names & read: found.append(f"line {node.lineno}: {ast.unparse(node)[:60]}")
+    return found
+
+
 def long_functions(source: str) -> list[str]:
     "Find functions that have too many lines."
     lengths = {n.name: n.end_lineno - n.lineno + 1 for n in ast.walk(ast.parse(source)) if isinstance(n, Definition)}

@@ -81,7 +81,7 @@ STEPS: dict[str, tuple[Callable, tuple[str, ...]]] = {   # step -> (what it runs
 def run(
     kind: str,   # "test", "lint" (what takes seconds) or "long" (what `test` leaves out)
 ) -> bool:       # whether everything passed
-    "Run the steps of a kind, all of them even if one fails; print a table of them and below it what each has to say."
+    "Run the steps of a kind, all of them even if one fails; print a table of their results, and below it their output."
     steps = {name: step for name, (step, kinds) in STEPS.items() if kind in kinds}
     table, words, passed = [], [], True
     for i, (name, step) in enumerate(steps.items(), 1):

@@ -78,12 +78,11 @@ def _photo_crops(
 
 def make_ood_samples(
     images: np.ndarray,   # uint8 (N, S, S, 3)
-    n: int = 40,          # of each kind; at most a quarter of the images, but ten
     seed: int = 0,        # of the samples
-) -> dict[str, np.ndarray]:   # kind -> uint8 (n, S, S, 3)
+) -> dict[str, np.ndarray]:   # kind -> uint8 (M, S, S, 3)
     "Make out-of-distribution images."
     rng = np.random.default_rng(seed)
-    some = images[rng.permutation(len(images))[:min(n, max(10, len(images) // 4))]]
+    some = images[rng.permutation(len(images))[:min(_N_OOD_SAMPLES, max(10, len(images) // 4))]]
     crops = _photo_crops(len(some), images.shape[1], rng)
     noise = rng.integers(0, 256, some.shape, dtype=np.uint8)
     return dict(noise=noise, inverted=255 - some, shuffled=_shuffle_tiles(some), photograph=crops)
@@ -248,7 +247,8 @@ def delong_auc(
 ) -> Estimate:              # area under the ROC curve
     "Estimate an AUC with DeLong's interval (Biometrics 1988)."
     from scipy.stats import rankdata
-    m, n = len(positive), len(negative)
+    m = len(positive)
+    n = len(negative)
     ranks = rankdata(np.concatenate([positive, negative]))
     above = (ranks[:m] - rankdata(positive)) / n   # share of the negative below each positive
     below = 1 - (ranks[m:] - rankdata(negative)) / m
@@ -338,7 +338,8 @@ def check_shortcuts(
     classes, labels = np.unique(table.label.to_numpy(str), return_inverse=True)
     features = simple_features(table)
     folds = np.random.default_rng(seed).permutation(len(table)) % 5
-    rows, parts = [], []
+    rows = []
+    parts = []
     for name in features:
         lift = feature_lift(_bins(features[name]), labels, folds)
         aucs = _class_aucs(name, lift, labels, classes)
@@ -577,8 +578,10 @@ def _validate_drift(
     "Split 4,000 images at most at random, five times, and test with and without planted drift."
     rng = np.random.default_rng(seed)
     some = rng.permutation(len(table))[:4000]
-    table, x = table.iloc[some].reset_index(drop=True), x[some]
-    hits, false = {}, 0
+    table = table.iloc[some].reset_index(drop=True)
+    x = x[some]
+    hits = {}
+    false = 0
     for i in range(5):
         shuffled = table.assign(split=rng.permutation(table.split.to_numpy()))
         false += bool(drift_tests(shuffled, x, i).alarm.any())

@@ -412,7 +412,9 @@ def plant_copies(
     paths = list(paths)
     names = list(COPY_TRANSFORMS)
     source = rng.permutation(len(paths))[:n]
-    images, kinds, strengths = [], [], []
+    images = []
+    kinds = []
+    strengths = []
     for i, position in enumerate(source):
         kind = names[i % len(names)]
         strength = COPY_TRANSFORMS[kind][i // len(names) % len(COPY_TRANSFORMS[kind])]

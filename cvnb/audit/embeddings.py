@@ -34,7 +34,8 @@ def compute_embeddings(
 
     from cvnb.models.embedding import embed_images
     from cvnb.models.weights import PACKAGED_BACKBONE
-    n_done, missing = 0, set()
+    n_done = 0
+    missing = set()
 
     def make(rows: list[int], out: np.ndarray) -> None:
         nonlocal n_done

@@ -113,7 +113,8 @@ def read_edits(
     if not dataset.has_field("given"):   # of an older version, which did not keep the given label
         return pd.DataFrame(columns=[*columns, "findings", "copies"])
     values = dataset.values(["path", "pixel_sha256", "given", "ground_truth.label", "tags"])
-    table, audit_tags = pd.DataFrame(dict(zip(columns, values))), set(dataset.info.get("tags", ()))
+    table = pd.DataFrame(dict(zip(columns, values)))
+    audit_tags = set(dataset.info.get("tags", ()))
     table["findings"] = [sorted(set(tags) & audit_tags - set(SPLITS)) for tags in table.tags]
     label_tags = dataset.values("ground_truth.tags")   # the App can tag images and labels; both count
     table["tags"] = [sorted({*tags, *(more or [])} - audit_tags) for tags, more in zip(table.tags, label_tags)]
@@ -131,7 +132,8 @@ def _carry_over_edits(
     paths_of = manifest[manifest.ok].groupby("pixel_sha256").path.agg(set).to_dict()
     kept = manifest.get("kept", pd.Series("", manifest.index)) != ""
     settled = {*manifest.path[~manifest.ok], *manifest.path[kept]}   # accepted `drop` and `keep`
-    ids, lost = dict(zip(*new.values(["path", "id"]))), []
+    ids = dict(zip(*new.values(["path", "id"])))
+    lost = []
     for e in edits.itertuples():
         paths = paths_of.get(e.pixel_sha256, set())
         path = e.path if e.path in paths else min(paths, default="") if e.copies == 1 else ""
@@ -200,11 +202,13 @@ def write_dataset(
 
     Raise `CvnbError` if the database fails.
     """
-    fo, name = fiftyone(), dataset_name(run)
+    fo = fiftyone()
+    name = dataset_name(run)
     import fiftyone.brain as brain
     with database_errors(f"FiftyOne's dataset of {run} could not be written", "An older dataset is unchanged."):
         _recover_dataset(fo, name)
-        rows, fields = manifest[manifest.ok], _finding_fields(findings)
+        rows = manifest[manifest.ok]
+        fields = _finding_fields(findings)
         new = fo.Dataset(f"{name}-new-{os.getpid()}", overwrite=True)
         if progress: progress(0.2, "writing the FiftyOne dataset")
         new.add_samples([_make_sample(fo, Path(root), row, fields) for row in rows.itertuples()], progress=False)

@@ -427,7 +427,8 @@ def _label_findings(
     score = (1 - rows.label_score).fillna(0.5)
     score = score.where(copies == "", score.clip(lower=0.5))
     label = table.set_index("path").label
-    reasons, others = [], []
+    reasons = []
+    others = []
     for copy, given, reason, neighbours in zip(copies, table.label[rows.index], rows.reason, rows.neighbours):
         conflict = f"the same image is also labelled {label[copy]}; this label says {given}" if copy else ""
         reasons.append("; ".join(filter(None, (conflict, reason))))
@@ -477,10 +478,14 @@ def check_labels(
     results = pd.DataFrame(columns, index=table.index)
     unique = table[table.ok & (table.duplicate_of == "")]
     large = (unique.groupby("label").path.transform("size") >= min_class_size).to_numpy()
-    unique, x = unique[large], x[large]
+    unique = unique[large]
+    x = x[large]
     classes, labels = np.unique(unique.label.to_numpy(str), return_inverse=True)
-    wrong, shown, right = np.zeros(len(labels)), labels, labels[:0]
-    threshold, validation = 1.01, None
+    wrong = np.zeros(len(labels))
+    shown = labels
+    right = labels[:0]
+    threshold = 1.01
+    validation = None
     if len(classes) > 1:
         z = add_fourier_features(x, seed)
         model, wrong = estimate_label_errors(z, labels, seed=seed)

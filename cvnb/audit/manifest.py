@@ -38,7 +38,8 @@ def audit_summary(
     task: str = "classification",   # what labels are
 ) -> dict[str, Any]:          # task, classes, counts, image size, left-out files with their errors, and the report
     "Summarize an audit."
-    ok, unread = manifest[manifest.ok], manifest[manifest.kind != ""]
+    ok = manifest[manifest.ok]
+    unread = manifest[manifest.kind != ""]
     left_out = manifest[~manifest.ok & (manifest.kind == "")]   # by corrections or by quarantine
     records = lambda rows: rows[["path", "error"]].to_dict("records")
     counts = {split: rows.label.value_counts().sort_index().to_dict() for split, rows in ok.groupby("split")}

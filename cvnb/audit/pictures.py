@@ -34,9 +34,12 @@ def plot_findings(
     if check.findings.empty or not n: return f"{len(check.paths)} of {check.n_checked} images, none shown."
     known = table.drop_duplicates("path").set_index("path")[["label", "split"]].to_dict("index")
     describe = lambda image: f"{truncate(image.get('label', ''), 12)}, {image.get('split') or '–'}"
-    images, titles, colors = [], [], []
+    images = []
+    titles = []
+    colors = []
     for row in check.findings.drop_duplicates("path").head(n).itertuples():
-        this, other = known.get(row.path, {}), known.get(row.other)
+        this = known.get(row.path, {})
+        other = known.get(row.other)
         shown = [(row.path, f"{describe(this)}\n{fill(shorten(row.reason, 72, placeholder='…'), 24)}")]
         if other: shown.append((row.other, f"{describe(other)}\n{row.score:.3f}"))
         images += [Path(root)/path for path, _ in shown]

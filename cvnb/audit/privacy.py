@@ -346,8 +346,10 @@ def copy_without_metadata(
     progress: Callable[[float, str], None] | None = None,   # takes the fraction that is done and a text
 ) -> pd.DataFrame:      # path, copy (its path in `out`), removed (kinds), refused (why there is no copy, or '')
     "Copy a data set without metadata; raise `UsageError` if `out` exists or lies inside the data folder."
-    data, out = Path(data), Path(out)
-    root, table = data_root(data), scan_dataset(data)
+    data = Path(data)
+    out = Path(out)
+    root = data_root(data)
+    table = scan_dataset(data)
     if out.exists(): raise UsageError(f"{out} exists already", "Give a folder that does not exist yet.")
     if out.resolve().is_relative_to(root.resolve()):
         raise UsageError(f"{out} is inside the data folder", "Give a folder outside of it.")

@@ -23,7 +23,7 @@ from ..data.images import open_image
 
 
 # %% auto #0
-__all__ = ['parse_limits', 'AuditReport', 'quarantine', 'enforce_limits', 'write_audit_page']
+__all__ = ['Policy', 'parse_limits', 'AuditReport', 'quarantine', 'enforce_limits', 'write_audit_page']
 
 # %% ../../nbs/audit/07_report.ipynb #cell-6
 def parse_limits(
@@ -41,6 +41,8 @@ def parse_limits(
     return parsed
 
 # %% ../../nbs/audit/07_report.ipynb #cell-9
+Policy = Literal["report", "quarantine", "fail"]   # the audit's parameter `policy`
+
 @dataclass(frozen=True, repr=False)
 class AuditReport:
     "Checks of a data set with their limits."
@@ -49,7 +51,7 @@ class AuditReport:
     n_images: int                 # readable images
     checks: list[Check]           # in the order of the report
     limits: dict[str, float] = field(default_factory=dict)   # check -> largest share of images
-    policy: Literal["report", "quarantine", "fail"] = "report"   # what happens when a limit is exceeded
+    policy: Policy = "report"   # what happens when a limit is exceeded
 
     @property
     def exceeded(self) -> list[Check]:   # checks whose share of flagged images is above their limit
@@ -156,7 +158,8 @@ def _check_html(
     n: int,         # findings at most
 ) -> str:           # HTML
     "Write the section of a check."
-    validation, lines = check.validation, [f"{len(check.paths)} of {check.n_checked} images."]
+    validation = check.validation
+    lines = [f"{len(check.paths)} of {check.n_checked} images."]
     if validation and validation.recall.n: lines.append(f"Recall on planted faults {validation.recall}.")
     if validation and validation.precision_text: lines.append(f"Predicted precision {validation.precision_text}.")
     if validation and validation.note: lines.append(validation.note)

@@ -116,8 +116,10 @@ def apply_corrections(
     corrections: pd.DataFrame,   # from `read_corrections`
 ) -> tuple[pd.DataFrame, pd.DataFrame]:   # table with label_was, kept and excluded; state and why per correction
     "Apply corrections to a table of images; raise `UsageError` if fewer than two classes are left."
-    table, states = table.assign(label_was="", kept="", excluded=False), []
-    index_of, pixels_of = dict(zip(table.path, table.index)), dict(zip(table.path, table.pixel_sha256))
+    table = table.assign(label_was="", kept="", excluded=False)
+    states = []
+    index_of = dict(zip(table.path, table.index))
+    pixels_of = dict(zip(table.path, table.pixel_sha256))
     paths_of = table[table.ok].groupby("pixel_sha256").path.agg(sorted).to_dict()
     order = corrections.action.map(CORRECTION_ACTIONS.index).argsort(kind="stable")
     for c in corrections.iloc[order].itertuples():
@@ -198,7 +200,8 @@ def merge_corrections(
         moved = o["copies"] == n["copies"] == 1 and o["pixel_sha256"] == n["pixel_sha256"]
         return o["action"] == n["action"] and (o["path"] == n["path"] or moved)
 
-    rows, states = old.to_dict("records"), []
+    rows = old.to_dict("records")
+    states = []
     for n in new.to_dict("records"):
         earlier = next((o for o in rows if same_image(o, n)), None)
         state, merged = _merge_two(earlier, n)
@@ -234,11 +237,12 @@ def _check_class_names(
     task: str = "classification",   # what labels are
 ) -> None:
     "Raise `UsageError` for a label that is no class."
-    parts = lambda label: sorted({p.strip() for p in label.split("|")}) if task == "multilabel" else [label]
+    from cvnb.tasks.labels import SEPARATOR   # imports torch
+    parts = lambda label: sorted({p.strip() for p in label.split(SEPARATOR)}) if task == "multilabel" else [label]
     names = {part for c in classes for part in parts(c)}
 
     def is_known(label: str) -> bool:
-        numbers = pd.to_numeric(pd.Series(label.split("|")), errors="coerce")
+        numbers = pd.to_numeric(pd.Series(label.split(SEPARATOR)), errors="coerce")
         return {*parts(label)} <= names or (task == "regression" and bool(numbers.notna().all()))
 
     relabelled = corrections[corrections.action == "relabel"]
@@ -262,7 +266,8 @@ def accept_corrections(
     old = read_corrections(file if file.exists() else "")
     dataset = load_dataset(folder)
     with database_errors(f"FiftyOne's dataset of {run} cannot be read"):
-        edits, lost = read_edits(dataset), dataset.info.get("lost", [])
+        edits = read_edits(dataset)
+        lost = dataset.info.get("lost", [])
     manifest = pd.read_parquet(folder/"audit/manifest.parquet")
     if len(old) and not {*old.pixel_sha256} & {*manifest.pixel_sha256}:   # two data sets can have one name
         raise UsageError(f"{file} holds corrections of other images, none of this data",
@@ -289,7 +294,9 @@ class TokenMiddleware:
         token: str,   # that the address has to carry once; a cookie keeps it
         port: int,    # of the server: browsers share cookies between ports, so the cookie's name has it
     ):
-        self.app, self.token, self.cookie = app, token, f"cvnb-{port}"
+        self.app = app
+        self.token = token
+        self.cookie = f"cvnb-{port}"
 
     async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
         from secrets import compare_digest
@@ -361,7 +368,9 @@ def serve_app(
         slugs = dict(zip(views["view"], views.slug))
         if view and view not in slugs:
             raise UsageError(f"run {folder.name} has no view '{view}'", did_you_mean(view, list(slugs)))
-        port, token, query = s.getsockname()[1], secrets.token_urlsafe(16), f"view={slugs[view]}&" if view else ""
+        port = s.getsockname()[1]
+        token = secrets.token_urlsafe(16)
+        query = f"view={slugs[view]}&" if view else ""
         address = f"http://127.0.0.1:{port}/datasets/{quote(dataset.name)}?{query}token={token}"
         print(f"{len(dataset):,} images. " + " · ".join(f"{v.view} {v.images:,}" for v in views.itertuples()))
         if not Path(audit["root"]).exists(): print(f"! The folder of the images, {audit['root']}, no longer exists.")
@@ -383,7 +392,8 @@ def _run_server(
     from fiftyone.server.events import set_port
     from hypercorn.asyncio import serve
     from hypercorn.config import Config
-    port, config = s.getsockname()[1], Config()
+    port = s.getsockname()[1]
+    config = Config()
     config.bind = [f"fd://{s.detach()}"]
     config.graceful_timeout = 0.5
     config.loglevel = "ERROR"

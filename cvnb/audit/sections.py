@@ -11,7 +11,7 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -29,7 +29,7 @@ from .manifest import audit_summary, make_manifest
 from .pictures import plot_embedding_map, plot_findings, plot_images
 from .privacy import check_privacy, read_metadata
 from .quality import check_integrity, check_quality, measure_appearance
-from .report import AuditReport, enforce_limits, parse_limits, quarantine, write_audit_page
+from .report import AuditReport, Policy, enforce_limits, parse_limits, quarantine, write_audit_page
 from .review import apply_corrections, drop_reviewed, read_corrections
 from ..core.files import write_json
 from ..core.html import html_table
@@ -201,7 +201,8 @@ def audit_duplicates(
 ) -> DuplicateResult:         # exact_duplicate, near_duplicate, leak, two_labels
     "Find copies of images, split the data, and find leaks between splits."
     from cvnb.tasks.labels import with_strata
-    data, unique = files.data, select_unique_images(files.table)
+    data = files.data
+    unique = select_unique_images(files.table)
     size = embed_size or max(64, auto_image_size(unique.width, unique.height))
     images = load_images(data.root, unique.path, size, subprogress(progress, 0, 0.5), unique.file_sha256)
     copies = plant_copies(data.root, unique.path, size, seed=data.seed)
@@ -210,7 +211,8 @@ def audit_duplicates(
     strata = with_strata(data.task, files.table)
     pairs = pair_table(near.pairs, unique)
     split = assign_splits(strata, data.val_share, data.test_share, data.seed, pairs).split
-    table, strata = files.table.assign(split=split), strata.assign(split=split)
+    table = files.table.assign(split=split)
+    strata = strata.assign(split=split)
     unique = select_unique_images(table)
     exact = validate_exact_duplicates(data.root, table, seed=data.seed)
     checks = check_duplicates(table, pair_table(near.pairs, unique), near, exact, data.task.has_classes)
@@ -234,7 +236,9 @@ def audit_labels(
     progress: Callable[..., None],   # called with the fraction done, 0 … 1, and a text
 ) -> LabelErrorResult:               # label_error
     "Embed the images and find likely label errors."
-    data, table, unique = duplicates.data, duplicates.table, duplicates.unique
+    data = duplicates.data
+    table = duplicates.table
+    unique = duplicates.unique
     vectors = compute_embeddings(duplicates.images, unique.file_sha256, progress)
     progress(1, "checking labels")
     views = feature_views(duplicates.images, vectors, unique.file_sha256)
@@ -277,10 +281,13 @@ def audit_coverage(
 ) -> CoverageResult:               # outlier, rare_group, shortcut, drift
     "Find outliers, rare groups, shortcuts and drift, and measure how much new information images bring."
     from cvnb.models.embedding import embed_images
-    data, images, strata = duplicates.data, duplicates.images, duplicates.strata
+    data = duplicates.data
+    images = duplicates.images
+    strata = duplicates.strata
     samples = make_ood_samples(images, seed=data.seed)
     planted = {kind: embed_images(x, images.shape[1]) for kind, x in samples.items()}
-    unique, readable = select_unique_images(strata), strata[strata.ok]
+    unique = select_unique_images(strata)
+    readable = strata[strata.ok]
     shortcut, features = check_shortcuts(unique, data.seed)
     drift, tests = check_drift(unique, vectors, data.seed)
     outlier = check_outliers(unique, vectors, planted)
@@ -322,7 +329,8 @@ class AuditResult:
 
     def plot_map(self) -> Figure:   # a point per image
         "Plot the embeddings; images with a finding have a ring."
-        findings, unique = self.report.findings, self.duplicates.unique
+        findings = self.report.findings
+        unique = self.duplicates.unique
         of_images = findings.path[[not CHECKS[name].dataset_level for name in findings.check]]
         return plot_embedding_map(self.vectors, unique.label, unique.path.isin(of_images).to_numpy())
 
@@ -338,11 +346,13 @@ def combine_sections(
     quality: QualityResult,        # from `audit_quality`
     coverage: CoverageResult,      # from `audit_coverage`
     privacy: PrivacyResult,        # from `audit_privacy`
-    policy: Literal["report", "quarantine", "fail"],   # what happens when a limit is exceeded
+    policy: Policy,                 # what happens when a limit is exceeded
 ) -> AuditResult:                  # not written yet
     "Join the checks of all sections to a report and a manifest."
-    data, table = files.data, duplicates.table
-    checks, metrics = [], {}
+    data = files.data
+    table = duplicates.table
+    checks = []
+    metrics = {}
     for section in (files, duplicates, labels, quality, coverage, privacy):
         checks += [drop_reviewed(c, table) for c in section.checks]
         metrics |= section.metrics
@@ -360,7 +370,9 @@ def write_audit(
     progress: Callable[..., None],   # called with the fraction done, 0 … 1, and a text
 ) -> str:                            # name of the FiftyOne dataset
     "Write the files of an audit; raise `CvnbError` for exceeded limits with the policy `fail`."
-    data, table, unique = audit.duplicates.data, audit.duplicates.table, audit.duplicates.unique
+    data = audit.duplicates.data
+    table = audit.duplicates.table
+    unique = audit.duplicates.unique
     findings = audit.report.findings
     write_table(stage.path("manifest.parquet"), audit.manifest)
     write_table(stage.path("findings.parquet"), findings)

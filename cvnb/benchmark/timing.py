@@ -93,7 +93,7 @@ def check_control(
     "Compare a candidate with itself; outside 0.95 … 1.05 the whole comparison is void."
     r = speed_ratio(first, second)
     valid = CONTROL_LIMITS[0] <= r.value <= CONTROL_LIMITS[1]
-    void = "THE COMPARISON IS VOID: the machine was too restless. Run it again on a quiet one"
+    void = "THE COMPARISON IS VOID: the machine's speed varied too much. Repeat the benchmark on an idle machine"
     text = "the comparison holds" if valid else void
     verdict = f"{candidate.name} against itself: {r.value:.4f} [{r.low:.4f}, {r.high:.4f}]; {text}."
     return dict(model=candidate.model, runtime=candidate.runtime.name, ratio=r.value, low=r.low, high=r.high, n=r.n,

@@ -27,7 +27,8 @@ class ProgressLines:
     ):
         from rich.console import Console
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-        self.console, self.width = Console(file=stream, highlight=False, soft_wrap=True), width
+        self.console = Console(file=stream, highlight=False, soft_wrap=True)
+        self.width = width
         self.bar = Progress(
             SpinnerColumn(), TextColumn(f"{{task.fields[name]:<{width}}}"), BarColumn(24), TimeElapsedColumn(),
             TextColumn("{task.description}"), console=self.console, transient=True,

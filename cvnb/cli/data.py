@@ -89,7 +89,7 @@ def data_split_command(
         help="classification, multilabel or regression: splits are stratified by class, rare label or range.",
     )] = "classification",
 ) -> None:
-    "Fix a data set's splits in a table: by content, so that copies stay in one split and added images move few others."
+    "Write a data set's splits to a table: by content, so that copies stay in one split and added images move few others."
     from cvnb.data.splits import assign_folds, assign_splits, check_shares
     if out.suffix.lower() != ".csv": raise UsageError(f"--out {out} does not end in .csv", "Give a CSV file.")
     if out.exists(): raise UsageError(f"{out} exists already", "Give another file; nothing was written.")
@@ -151,7 +151,8 @@ def data_clean_command(
     with ProgressLines(sys.stderr) as lines:
         progress = lambda fraction, text: lines("data", "progress", fraction, text)
         files = copy_without_metadata(open_data(data, progress), out, progress)
-    refused, cleaned = files[files.refused != ""], files[(files.refused == "") & (files.removed != "")]
+    refused = files[files.refused != ""]
+    cleaned = files[(files.refused == "") & (files.removed != "")]
     print(f"{out}: {len(files) - len(refused):,} files, metadata removed from {len(cleaned):,}")
     for row in refused.head(10).itertuples(): print(f"! {row.path} was not copied: {row.refused}")
     if len(refused) > 10: print(f"! {len(refused) - 10:,} more files were not copied")

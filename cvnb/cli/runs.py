@@ -93,7 +93,8 @@ def _print_result(
           "where that is installed")
     print(f"Control: {read_json(folder/'benchmark/benchmark.json')['control']['verdict']}")
     print(f"Compression: {_describe_compression(read_json(folder/'compress/verdict.json'))}")
-    run, image = shell_path(folder), quote(str(_example_image(folder)))
+    run = shell_path(folder)
+    image = quote(str(_example_image(folder)))
     print(f"\nNext:\n  cvnb dashboard {run}\n  cvnb predict {run} {image}\n  jupyter lab {run}/errors/notebook.ipynb")
 
 # %% ../../nbs/cli/03_runs.ipynb #bcce1596

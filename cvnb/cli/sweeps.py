@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from cvnb.pipeline.sweep_trials import Sweep
 
 # %% auto #0
-__all__ = ['sweep_command']
+__all__ = ['ENGINES', 'sweep_command']
+
+# %% ../../nbs/cli/04_sweeps.ipynb #14981baf
+ENGINES = ("processes", "ray")   # where the trials of a sweep run
 
 # %% ../../nbs/cli/04_sweeps.ipynb #e9e34d8c
 def sweep_command(
@@ -49,20 +52,20 @@ def sweep_command(
     minimize: Annotated[bool, typer.Option("--minimize", help="A lower metric is better.")] = False,
     prune: Annotated[bool, typer.Option("--prune/--no-prune", help="Stop unpromising trials of a search.")] = True,
     engine: Annotated[str, typer.Option(
-        help="Where trials run: processes, or ray. Default: processes, or with --address ray.")] = "",
+        help=f"Where trials run: {', or '.join(ENGINES)}. Default: processes, or with --address ray.")] = "",
     address: Annotated[str, typer.Option(help="Address of the Ray cluster: HOST:PORT, or auto.")] = "",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what is done and what would run.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show which trials are done and which stages would run; run nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     "Run a recipe with many values of its parameters: a grid, a random search or Optuna. A repeated call resumes."
     from cvnb.pipeline.params import read_contracts
     from cvnb.pipeline.sweep import plan_sweep
     from cvnb.pipeline.sweep_trials import make_sweep
-    known, recipe = read_contracts(), choose_recipe(data, config)
+    known = read_contracts()
+    recipe = choose_recipe(data, config)
     folder = (out or project_root()/"sweeps"/default_name(data, config, recipe)).expanduser().resolve()
     engine = engine or ("ray" if address else "processes")
-    if engine not in (engines := ["processes", "ray"]):
-        raise UsageError(f"no engine '{engine}'", did_you_mean(engine, engines))
+    if engine not in ENGINES: raise UsageError(f"no engine '{engine}'", did_you_mean(engine, list(ENGINES)))
     if engine == "processes" and address:
         raise UsageError(f"--address {address} is that of a Ray cluster", "Drop it, or add --engine ray.")
     base = collect_parameters(folder, data, recipe, [], known)
@@ -73,7 +76,7 @@ def sweep_command(
 # %% ../../nbs/cli/04_sweeps.ipynb #958d9963
 def _run_and_print(
     sweep: Sweep,     # from `make_sweep`
-    engine: str,      # "processes" or "ray"
+    engine: str,      # one of ENGINES
     address: str,     # of a Ray cluster
     jobs: int,        # trials at a time; 0 for the engine's default
     as_json: bool,    # whether to print JSON
@@ -92,7 +95,7 @@ def _run_and_print(
 # %% ../../nbs/cli/04_sweeps.ipynb #6627b324
 def _run_trials(
     sweep: Sweep,     # from `make_sweep`
-    engine: str,      # "processes" or "ray"
+    engine: str,      # one of ENGINES
     address: str,     # of a Ray cluster
     jobs: int,        # trials at a time; 0 for the engine's default
     stream: object,   # where live lines go
@@ -105,7 +108,7 @@ def _run_trials(
     known = read_contracts()
     with ProgressLines(stream, max([len(t.name) for t in sweep.trials] + [24])) as lines:
         def progress(trial: Trial, event: str, fraction: float, text: str) -> None:
-            result = f"{sweep.metric} {format_metric(trial.figure)}" if event == "done" else shorten(text, 150)
+            result = f"{sweep.metric} {format_metric(trial.metric_estimate)}" if event == "done" else shorten(text, 150)
             lines(trial.name, event, fraction, result)
 
         fetch_data(sweep.base, sweep.folder, known, lines)
@@ -143,7 +146,7 @@ def _print_plan(
     as_json: bool,                      # whether to print JSON
 ) -> None:
     "Print what a sweep has done and what it would run."
-    states = [dict(trial=t.name, state=t.state, figure=t.figure) for t in sweep.trials]
+    states = [dict(trial=t.name, state=t.state, figure=t.metric_estimate) for t in sweep.trials]
     stages = {s: runs for s, (runs, _) in work.items()}
     if as_json: return print(json.dumps(dict(trials=states, stages=stages), indent=1))
     rows = [(t["trial"], t["state"], format_metric(t["figure"]) if t["figure"] else "") for t in states]

@@ -102,7 +102,8 @@ def _group_importance(
 ) -> tuple[Tensor, float]:                 # importance (channels,), MACs of one channel
     "Add up the importance and the cost of a group's channels."
     macs = 0.0
-    from_norms, from_convs = [], []
+    from_norms = []
+    from_convs = []
     for item in group:
         layer = item.dep.layer
         is_output = graph.is_out_channel_pruning_fn(item.dep.pruning_fn)

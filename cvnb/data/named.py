@@ -280,8 +280,8 @@ def _write_fetched(
     begin = 0.5
     for split, images, labels in splits:
         share = len(images) / total / 2
-        report = lambda fraction, text, begin=begin, share=share: progress(begin + fraction * share, text)
-        write_images(folder, images, [classes[i] for i in labels], report, split)
+        split_progress = lambda fraction, text, begin=begin, share=share: progress(begin + fraction * share, text)
+        write_images(folder, images, [classes[i] for i in labels], split_progress, split)
         begin += share
 
 # %% ../../nbs/data/01_named.ipynb #cell-34

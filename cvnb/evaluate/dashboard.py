@@ -224,15 +224,16 @@ _COLOR_SCALES = dict(wrong=[[0, _EMPTY_COLOR], [0.001, "#fde3dc"], [1, _RED]],
                      right=[[0, _EMPTY_COLOR], [0.001, "#e3edf7"], [1, "#a9c8e8"]])
 
 # %% ../../nbs/evaluate/03_dashboard.ipynb #cell-30
+_MAX_MATRIX_CLASSES = 100   # a screen shows no more
+
 def matrix_classes(
     table: pd.DataFrame,   # from `prediction_table`
     classes: list[str],    # all classes, in order
-    n: int = 100,          # at most so many; a screen shows no more
 ) -> list[str]:            # in order
     "List the classes of the confusion matrix: all, or where there are too many those with the most errors."
     errors = table[~table.correct]
     counts = pd.concat([errors.label, errors.predicted]).value_counts()
-    most = set(sorted(classes, key=lambda c: -counts.get(c, 0))[:n])
+    most = set(sorted(classes, key=lambda c: -counts.get(c, 0))[:_MAX_MATRIX_CLASSES])
     return [c for c in classes if c in most]
 
 # %% ../../nbs/evaluate/03_dashboard.ipynb #cell-57

@@ -37,7 +37,8 @@ def saliency_maps(
 ) -> np.ndarray:             # float32 (N, S, S), 0 … 1
     "Compute SmoothGrad maps of the predicted logit minus the true one (Smilkov et al., arXiv:1706.03825)."
     import torch
-    predicted, labels = np.array(predicted), np.array(labels)
+    predicted = np.array(predicted)
+    labels = np.array(labels)
     rows = np.arange(len(images))
     x = model.eval().preprocess(torch.from_numpy(images))                      # (N, 3, S, S)
     is_error = torch.from_numpy((predicted != labels).astype(np.float32))

@@ -32,7 +32,9 @@ def per_class_metrics(
     classes: list[str],      # all classes, in the order of the rows
 ) -> pd.DataFrame:           # label, n, n_predicted, f1, recall and precision with _low and _high
     "Estimate recall and precision of each class with intervals."
-    labels, predicted, rows = np.asarray(labels), np.asarray(predicted), []
+    labels = np.asarray(labels)
+    predicted = np.asarray(predicted)
+    rows = []
     for c in classes:
         hits = int(((labels == c) & (predicted == c)).sum())
         recall = estimate_proportion(hits, (labels == c).sum())
@@ -60,7 +62,8 @@ def balanced_accuracy(
     correct: np.ndarray,   # bool (N,), which predictions are correct
 ) -> Estimate:             # mean recall of the classes with images
     "Estimate balanced accuracy; the interval combines the classes' Wilson intervals (Zou and Donner, 2008)."
-    labels, correct = np.asarray(labels), np.asarray(correct, bool)
+    labels = np.asarray(labels)
+    correct = np.asarray(correct, bool)
     groups = [correct[labels == c] for c in np.unique(labels)]
     recalls = [estimate_proportion(int(g.sum()), len(g)) for g in groups]
     if not recalls: return estimate_proportion(0, 0)
@@ -76,7 +79,8 @@ def f1(
     average: str = "micro",   # "micro": over all labels; "macro": over the classes with a true or predicted label
 ) -> Estimate:                # F1, 0 … 1
     "Estimate F1 of several labels per image with a bootstrap interval over images."
-    truth, predicted = np.asarray(truth, bool), np.asarray(predicted, bool)
+    truth = np.asarray(truth, bool)
+    predicted = np.asarray(predicted, bool)
     hits = (truth & predicted).astype(float)
     total = truth.astype(float) + predicted   # F1 is 2 · hits / total
     if average == "micro": hits, total = hits.sum(1, keepdims=True), total.sum(1, keepdims=True)
@@ -136,7 +140,8 @@ def calibration_table(
     bins: int = 10,           # of equally many images
 ) -> pd.DataFrame:            # one row per bin: confidence, accuracy, low, high, n
     "Compare confidence with accuracy in bins of equal size."
-    confidence, correct = np.asarray(confidence), np.asarray(correct)
+    confidence = np.asarray(confidence)
+    correct = np.asarray(correct)
     rows = []
     for part in _split_by_confidence(confidence, bins):
         found = accuracy(correct[part])

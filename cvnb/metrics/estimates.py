@@ -47,7 +47,8 @@ def estimate_mean(
     limits: tuple[float, float] = (-np.inf, np.inf),   # smallest and largest possible value
 ) -> Estimate:              # mean of the values
     "Estimate a mean with Student's interval, corrected for shared images (Nadeau and Bengio, 2003)."
-    n, value = len(values), float(np.mean(values))
+    n = len(values)
+    value = float(np.mean(values))
     if n < 2: raise ValueError("an interval takes at least two runs")
     half = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) * np.sqrt(1 / n + overlap))
     return Estimate(value, max(value - half, limits[0]), min(value + half, limits[1]), n)
@@ -78,7 +79,8 @@ def bootstrap(
 ) -> Estimate:                         # the statistic with its bootstrap interval
     "Estimate a statistic with a bootstrap interval."
     columns = tuple(np.asarray(c) for c in columns)
-    n, value = len(columns[0]), float(statistic(*columns))
+    n = len(columns[0])
+    value = float(statistic(*columns))
     if n < 2: return Estimate(value, value, value, n)   # scipy takes at least two observations
     interval = _resample(columns, statistic, n_resamples, method).confidence_interval
     return Estimate(value, float(interval.low), float(interval.high), n)

@@ -35,9 +35,13 @@ def paired_difference(
     neither: int,          # images that no model predicts correctly
 ) -> Estimate:             # accuracy(new) - accuracy(reference)
     "Estimate a difference of paired proportions with Newcombe's score interval (method 10)."
-    a, b, c, d = both, only_new, only_reference, neither
+    a = both
+    b = only_new
+    c = only_reference
+    d = neither
     n = a + b + c + d
-    new, ref = estimate_proportion(a + b, n), estimate_proportion(a + c, n)
+    new = estimate_proportion(a + b, n)
+    ref = estimate_proportion(a + c, n)
     marginals = (a + b) * (c + d) * (a + c) * (b + d)
     excess = a * d - b * c
     phi = 0.0 if marginals == 0 else (max(excess - n / 2, 0) if excess > 0 else excess) / np.sqrt(marginals)
@@ -54,7 +58,8 @@ def noninferiority(
     margin: float = 0.01,    # acceptable loss of accuracy, 0 … 1
 ) -> NonInferiority:
     "Test on the same images whether a new model is worse than the reference by less than `margin`."
-    reference, new = np.asarray(reference, bool), np.asarray(new, bool)
+    reference = np.asarray(reference, bool)
+    new = np.asarray(new, bool)
     both, only_reference, only_new, neither = (
         int(x.sum()) for x in (reference & new, reference & ~new, ~reference & new, ~reference & ~new))
     found = paired_difference(both, only_reference, only_new, neither)

@@ -33,7 +33,8 @@ def embed_images(
     progress: Callable[[float, str], None] | None = None,   # takes the completed fraction and a text
 ) -> np.ndarray:             # float32 (N, 1280), rows of length 1
     "Compute embeddings; the last batch is padded, so that an image has the same vector in any data set."
-    model, parts = create_embedding_model(image_size), []
+    model = create_embedding_model(image_size)
+    parts = []
     for i in range(0, len(images), batch_size):
         part = images[i:i + batch_size]
         padding = np.zeros((batch_size - len(part), *part.shape[1:]), np.uint8)

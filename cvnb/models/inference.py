@@ -26,7 +26,8 @@ def _apply_in_batches(
     progress: Callable[[float, str], None] | None = None,   # takes the completed fraction and a text
 ) -> list[Tensor]:           # of the batches, float32, on the CPU
     "Apply a function without gradients, in batches that are halved where a GPU's memory is too small."
-    parts, begin = [], 0
+    parts = []
+    begin = 0
     with torch.inference_mode():
         while begin < len(images):
             if progress: progress(begin / len(images), f"{begin}/{len(images)} images")
@@ -52,7 +53,8 @@ def predict_logits(
     model.eval().to(device)
     parts = _apply_in_batches(model, images, batch_size, device, progress)
     model.train(was_training)
-    return torch.cat(parts).numpy() if parts else np.empty((0, 0), np.float32)
+    join = task_of(model.spec).concatenate if isinstance(model, VisionModel) else torch.cat
+    return join(parts).numpy() if parts else np.empty((0, 0), np.float32)
 
 # %% ../../nbs/models/04_inference.ipynb #cell-52
 def predict_proba(

@@ -69,7 +69,8 @@ class SmallMapConvMode(TorchFunctionMode):
         groups: int,           # C if depthwise
     ) -> Tensor:               # (N, C', H', W')
         "Convolve as `torch.nn.functional.conv2d` does."
-        size, kernel = tuple(x.shape[2:]), tuple(weight.shape[2:])
+        size = tuple(x.shape[2:])
+        kernel = tuple(weight.shape[2:])
         depthwise = weight.shape[:2] == (groups, 1) and groups > 1
         small = size[0] < kernel[0] or size[1] < kernel[1]
         if depthwise and small and not isinstance(padding, str):

@@ -5,6 +5,7 @@
 # %% ../../nbs/models/03_vision_model.ipynb #c7c6afab
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -207,7 +208,7 @@ def _size_error(
     reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
     made_for = pretrained_config(spec.backbone).input_size[-1]
     stem, full = (f" with the {spec.stem} stem", " and train.stem=full") if spec.stem != "full" else ("", "")
-    return UsageError(f"{spec.backbone} cannot see images of {spec.image_size} pixels{stem} ({reason})",
+    return UsageError(f"{spec.backbone} does not support images of {spec.image_size} pixels{stem} ({reason})",
                       f"Set train.image_size={made_for}, for which it was made{full}, or choose another backbone.")
 
 # %% ../../nbs/models/03_vision_model.ipynb #cell-19
@@ -217,12 +218,21 @@ def build_model(
     "Build a model; raise `UsageError` for an unknown backbone, or a stem or a size that it does not support."
     return VisionModel(spec, build_network(spec))
 
+# %% ../../nbs/models/03_vision_model.ipynb #e01a478a
+def _shape_fits(
+    shape: Sequence[int] | None,      # of a network's output for two images; None if it is no tensor
+    expected: Sequence[int | str],    # from `Task.output_shape`; text for a free dimension
+) -> bool:
+    "Compare the shape of outputs with that of a task."
+    if shape is None or len(shape) != len(expected) or shape[0] != 2: return False
+    return all(isinstance(b, str) or a == b for a, b in zip(shape[1:], expected[1:]))
+
 # %% ../../nbs/models/03_vision_model.ipynb #cell-23
 def check_image_size(
     model: VisionModel,      # stays unchanged
     size: int | None = None, # side in pixels of the network's input; that of the model if None
 ) -> None:
-    "Raise `UsageError` if a network does not support an image size, or does not return one output per class."
+    "Raise `UsageError` if a network does not support an image size, or does not return the outputs of the model's task."
     spec = replace(model.spec, image_size=size or model.spec.image_size)
     was_training = model.training
     blank = torch.zeros(2, 3, spec.image_size, spec.image_size, device=next(model.parameters()).device)
@@ -231,7 +241,8 @@ def check_image_size(
     except (RuntimeError, AssertionError, ValueError, AttributeError, IndexError) as e:
         raise _size_error(spec, e) from None
     finally: model.train(was_training)
-    if (shape := getattr(outputs, "shape", None)) != (2, task_of(spec).n_outputs(spec.classes)):
+    shape = getattr(outputs, "shape", None)
+    if not _shape_fits(shape, task_of(spec).output_shape(spec.classes)):
         found = f"outputs of the shape {tuple(shape[1:])}" if shape else f"a {type(outputs).__name__}"
         raise UsageError(f"{spec.backbone} is no classifier: it returns {found} for images of {spec.image_size} pixels",
                          "Choose another backbone; those whose names end in _enc have no classifier.")

@@ -166,7 +166,8 @@ def _load_matching(
 
     The classifier and the first layers keep their random weights where the trained ones have another shape.
     """
-    own, state = net.state_dict(), _rename_to_match(net, state)
+    own = net.state_dict()
+    state = _rename_to_match(net, state)
     first = tuple(f"{name}." for name in input_layers(net))
     _check_architecture(own, state, _classifier_prefixes(net) + first, source)
     fitting = _matching_tensors(own, state)
@@ -221,7 +222,8 @@ def _run_weights(
     "Read the weights of a run's model."
     trained = load_model(folder)
     outputs = lambda spec: (spec.task, spec.classes, spec.target_mean, spec.target_std)
-    state, classifier = trained.net.state_dict(), _classifier_prefixes(model.net)
+    state = trained.net.state_dict()
+    classifier = _classifier_prefixes(model.net)
     if outputs(trained.spec) == outputs(model.spec): return state
     return {k: v for k, v in state.items() if not k.startswith(classifier)}
 
@@ -252,7 +254,8 @@ def create_model(
         state = load_packaged_weights(timm.create_model(backbone).state_dict())
     elif weights == "imagenet" or weights.startswith("hf-hub:"):
         net = _fetch_pretrained(model.spec, weights)
-        state, config = net.state_dict(), net.pretrained_cfg
+        state = net.state_dict()
+        config = net.pretrained_cfg
         trained_with = {k: list(config[k]) for k in ("mean", "std") if len(config.get(k) or ()) == 3}
         if normalization != normalization | trained_with: model = build_model(replace(model.spec, **trained_with))
     else: state = read_weights(Path(weights).expanduser())
@@ -283,7 +286,8 @@ def resize_layers(
         if isinstance(layer, nn.Conv2d):
             depthwise = layer.groups == layer.in_channels and layer.groups > 1
             layer.groups = len(weight) if depthwise else layer.groups
-            layer.out_channels, layer.in_channels = len(weight), weight.shape[1] * layer.groups
+            layer.out_channels = len(weight)
+            layer.in_channels = weight.shape[1] * layer.groups
         elif isinstance(layer, nn.Linear): layer.out_features, layer.in_features = weight.shape
         elif isinstance(layer, nn.BatchNorm2d):
             layer.num_features = len(weight)

@@ -148,7 +148,8 @@ def _moved_functions(
     new: dict,     # today's
 ) -> set[str]:     # names whose module cvnb no longer has
     "List the functions of a finished stage that have other names or modules today."
-    package, moved = Path(cvnb.__file__).parent, set()
+    package = Path(cvnb.__file__).parent
+    moved = set()
     for name in old.keys() - new.keys():
         parts = name.split(".")
         modules = [package.joinpath(*parts[:i]).with_suffix(".py") for i in range(1, len(parts) + 1)]

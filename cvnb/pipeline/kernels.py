@@ -67,7 +67,8 @@ def _fork_hazard() -> str:   # why this process must not be forked, or ""
 class _ForkServer:
     "Fork kernels for clients. `serve` returns the request in each fork, and None in the server at its end."
     def __init__(self, listener: socket.socket, lease: socket.socket):
-        self.listener, self.lease = listener, lease
+        self.listener = listener
+        self.lease = lease
         self.owners: dict[int, socket.socket] = {}                     # process -> connection of its owner
         self.buffers: dict[socket.socket, bytes] = {lease: b""}        # connection -> an incomplete line
         self.selector = selectors.DefaultSelector()
@@ -351,7 +352,8 @@ class ForkProvisioner(LocalProvisioner):
         ours = cmd[0] == sys.executable and cmd[1:3] == ["-m", "ipykernel_launcher"]
         address = start_fork_server() if ours else ""
         if not address or not _wait_for_server(address): return await super().launch_kernel(cmd, **kwargs)
-        env, cwd = dict(kwargs.get("env") or os.environ), str(kwargs.get("cwd") or os.getcwd())
+        env = dict(kwargs.get("env") or os.environ)
+        cwd = str(kwargs.get("cwd") or os.getcwd())
         request = dict(argv=cmd[3:], env=env, cwd=cwd)
         try: self.process = ForkedProcess(address, request)
         except OSError as e:

@@ -103,7 +103,8 @@ def _parse_comment(
 ) -> tuple[str, float | None, float | None, str]:   # help, low, high, mark
     "Split a comment into the help text and the range or the mark at its end; raise `ValueError` for an unknown mark."
     if not (found := _BRACKETS.search(text)): return text.strip(), None, None, ""
-    help, inside = text[:found.start()].strip(), found[1].strip()
+    help = text[:found.start()].strip()
+    inside = found[1].strip()
     if ends := _RANGE.fullmatch(inside):
         low, high = (float(end) if end else None for end in ends.groups())
         return help, low, high, ""

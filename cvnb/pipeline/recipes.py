@@ -63,7 +63,8 @@ def read_recipe(
 ) -> dict[str, dict[str, Any]]:   # stage -> parameter -> checked value
     "Read and check a recipe; every problem is a `UsageError` that names the file."
     import yaml
-    path, sections = Path(path), "Write one section per stage, with `name: value` lines."
+    path = Path(path)
+    sections = "Write one section per stage, with `name: value` lines."
     if not path.is_file(): raise UsageError(f"recipe {path} does not exist", "Give a YAML file with --config.")
     try: raw = yaml.load(path.read_text(encoding="utf-8"), _strict_loader())
     except (yaml.YAMLError, ValueError, OSError) as e:   # ValueError: bytes that are no text, an impossible date

@@ -81,7 +81,8 @@ def read_run_parameters(
 ) -> RunParameters:    # empty for a new run
     "Read the parameters that a run was given, checked against today's contracts."
     if not (run/"run.json").exists(): return RunParameters()
-    known, layer = read_contracts(), {}
+    known = read_contracts()
+    layer = {}
     for stage, values in read_json(run/"run.json").get("given", {}).items():
         if stage not in known: continue
         kept = {name: value for name, value in values.items() if name in known[stage].names}
@@ -179,15 +180,18 @@ def _forward_progress(
     progress: Progress,   # called with the stage's progress
 ) -> Iterator[str]:       # path of the file that the kernel writes its progress to
     "Forward a kernel's progress; repeat an unchanged one every ten seconds as a sign of life."
-    path, stop = folder/".progress", threading.Event()
+    path = folder/".progress"
+    stop = threading.Event()
     path.unlink(missing_ok=True)   # left by a killed run
 
     def forward() -> None:
-        last, sent = "", 0.0
+        last = ""
+        sent = 0.0
         while not stop.wait(0.2):
             text = path.read_text() if path.exists() else ""
             if not text or (text == last and time.monotonic() < sent + 10): continue
-            last, sent = text, time.monotonic()
+            last = text
+            sent = time.monotonic()
             progress(stage, "progress", *(json.loads(text)[k] for k in ("fraction", "text")))
 
     thread = threading.Thread(target=forward, daemon=True)
@@ -270,7 +274,8 @@ def _describe_failure(
     "Turn a failed notebook into a message: what failed, where, and how to look at it."
     stage = contract.stage
     kept = f"The notebook as far as it came: {notebook} (open it with `jupyter lab {notebook}`)."
-    name, text = getattr(error, "ename", type(error).__name__), str(getattr(error, "evalue", error))
+    name = getattr(error, "ename", type(error).__name__)
+    text = str(getattr(error, "evalue", error))
     if name == "UsageError": return UsageError(f"{stage}: {text.rstrip('.')}")
     if name == "CvnbError": return CvnbError(f"{stage}: {text.rstrip('.')}", kept)
     if "No space left on device" in text or "File too large" in text:
@@ -306,10 +311,12 @@ def run_stage(
     progress: Progress,   # called with the stage's progress
 ) -> dict:                # the stage's manifest
     "Run one stage; raise `CvnbError` with the failed cell and the kept notebook, `UsageError` for a refused parameter."
-    run, folder = Path(params["run"]), Path(params["run"])/contract.stage
+    run = Path(params["run"])
+    folder = run/contract.stage
     folder.mkdir(parents=True, exist_ok=True)
     _delete_temporary_files(folder)
-    notebook, pending = folder/"notebook.ipynb", folder/PENDING_MANIFEST
+    notebook = folder/"notebook.ipynb"
+    pending = folder/PENDING_MANIFEST
     aside = {}
     if read_stage_manifest(run, contract.stage):
         before = [path for path in (folder/"stage.json", notebook) if path.exists()]
@@ -363,8 +370,10 @@ def run_pipeline(
     execute: Callable[..., dict] = run_stage,   # what runs a stage; a sweep passes its own
 ) -> list[StageResult]:                   # one per stage, in order
     "Bring a run up to date; raise `CvnbError` at the first failure, with every finished stage kept."
-    root, known = root or project_root(), read_contracts()
-    order, results = select_stages(stages, known), []
+    root = root or project_root()
+    known = read_contracts()
+    order = select_stages(stages, known)
+    results = []
     params = {s: parameters.for_stage(c, run) for s, c in known.items()}
     for s in order:
         check_parameters(known[s], params[s], "the notebook")   # the defaults are not checked yet
@@ -375,7 +384,8 @@ def run_pipeline(
         before = RunParameters() if new else RunParameters().add(read_json(run/"run.json").get("given", {}), "run.json")
         write_run(run, root, parameters, params)
         for s in order:
-            start, parts = time.perf_counter(), key_parts(known[s], params[s], root)
+            start = time.perf_counter()
+            parts = key_parts(known[s], params[s], root)
             forced = force and s in (stages or order)
             why = "--force" if forced else summarize_reasons(stale_reasons(run, known[s], parts))
             progress(s, "start" if why else "fresh", 0, why)
@@ -440,11 +450,14 @@ def stage_states(
 
     States: fresh, waits (for a stage that it needs), stale, failed, missing.
     """
-    root, rows, known = root or project_root(), {}, read_contracts()
+    root = root or project_root()
+    rows = {}
+    known = read_contracts()
     for s, contract in known.items():
         found = stale_reasons(run, contract, key_parts(contract, parameters.for_stage(contract, run), root))
         above = [n for n in contract.needs if rows[n]["state"] != "fresh"]
-        record, path = read_stage_manifest(run, s), run/s/"stage.json"
+        record = read_stage_manifest(run, s)
+        path = run/s/"stage.json"
         if not found: state = "waits" if above else "fresh"
         else: state = "stale" if record else "failed" if path.exists() else "missing"
         if above: found.append(f"the outputs of {', '.join(above)} may change")

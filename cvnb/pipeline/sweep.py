@@ -49,7 +49,8 @@ def run_sweep(
 
     A repeated call resumes and tries failed trials again. Raise `CvnbError` if another process holds the folder.
     """
-    root, known = root or project_root(), read_contracts()
+    root = root or project_root()
+    known = read_contracts()
     _create_folders(sweep.folder)
     with lock_run(sweep.folder, "--out"):
         update_trial_states(load_trials(sweep), known, root)   # another call may have run trials meanwhile
@@ -115,7 +116,8 @@ def _start_trial(
     root: Path,                   # the project
 ) -> _Running:
     "Start a trial."
-    parameters, run = trial_parameters(sweep, trial, known), sweep.run_folder(trial)
+    parameters = trial_parameters(sweep, trial, known)
+    run = sweep.run_folder(trial)
     trial.state = "running"
     for s in sweep.stages: (run/s/".progress").unlink(missing_ok=True)   # left by a killed trial
     write_sweep(sweep)
@@ -139,7 +141,7 @@ def _poll_trials(
         now.epochs, before = len(t.curve), now.epochs
         if (error := engine.poll(now.handle)) is not None:
             t.state, t.why = ("failed", error) if error else ("done", "")
-            if not error: t.figure = read_metric(sweep, t)
+            if not error: t.metric_estimate = read_metric(sweep, t)
         elif sweep.prune and sweep.search != "grid" and now.epochs > before and should_prune(sweep, t, fraction):
             t.state, t.why = "pruned", f"{t.curve[-1]:.4g} after epoch {len(t.curve)} is worse than the median"
         else:
@@ -220,7 +222,8 @@ def plot_sweep(
     "Plot the twenty best configurations with their intervals, and the metric against the first three axes."
     import matplotlib.pyplot as plt
     rows = [r for r in rank_configurations(sweep) if r["figure"]]
-    axes, height = sweep.axes[:3], max(2.6, 0.32 * min(20, len(rows)) + 1)
+    axes = sweep.axes[:3]
+    height = max(2.6, 0.32 * min(20, len(rows)) + 1)
     figure, panels = plt.subplots(1, 1 + len(axes), figsize=(5 + 3.2 * len(axes), height), squeeze=False,
                                   gridspec_kw=dict(width_ratios=[1.4, *[1] * len(axes)]))
     ranking, *others = panels[0]

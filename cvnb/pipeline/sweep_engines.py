@@ -82,7 +82,8 @@ def _sharing_executor(
 ) -> Callable[..., dict]:   # runs a stage, as `run_stage` does
     "Make a function that runs a stage once for all trials with the same key."
     def execute(contract: Contract, params: dict, parts: dict, root: Path, progress: Progress) -> dict:
-        run, note = Path(params["run"]), store/f"{contract.stage}-{keys[contract.stage][:16]}.json"
+        run = Path(params["run"])
+        note = store/f"{contract.stage}-{keys[contract.stage][:16]}.json"
         with _exclusive_lock(note.with_suffix(".lock"), run/contract.stage):
             source = store.parent/"trials"/read_json(note)["trial"] if note.exists() else None
             if source and (record := reuse_stage(source, run, contract, parts)): return record
@@ -96,7 +97,8 @@ def run_trial(
     spec: dict,   # root, run, given, origins, stages, keys, store, log
 ) -> None:
     "Run one trial, on any machine that sees its folders; raise `CvnbError` if a stage fails."
-    root, run = Path(spec["root"]), Path(spec["run"])
+    root = Path(spec["root"])
+    run = Path(spec["run"])
     for folder in root, run.parent:
         if not folder.is_dir():
             raise CvnbError(f"{folder} cannot be seen from this machine", "Put the project and --out on a shared disk.")

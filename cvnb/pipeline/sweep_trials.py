@@ -79,7 +79,7 @@ class Trial:
     values: dict[str, Any]           # "stage.param" -> value
     seed: int = 0                    # added to the recipe's seeds
     state: str = "to do"             # to do, running, done, failed, pruned
-    figure: dict | None = None       # value, low, high, n of the metric that is compared
+    metric_estimate: dict | None = None   # value, low, high, n of the metric that is compared
     curve: list[float] = field(default_factory=list)   # the metric after each epoch, where the stage records it
     seconds: float = 0.0             # time spent in this sweep
     why: str = ""                    # reason of a failure or of pruning
@@ -92,6 +92,20 @@ class Trial:
         text = ",".join(f"{k}={v}" for k, v in given.items()) or "as-is"
         plain = re.sub(r"[^\w.,=+-]+", "-", text)
         return plain if plain == text and len(text) <= 80 else f"{plain[:70].strip('-.')}-{digest(given)[:8]}"
+
+# %% ../../nbs/pipeline/07_sweep_trials.ipynb #7e4d832b
+def _trial_to_record(
+    trial: Trial,   # a trial
+) -> dict:          # as sweep.json holds it
+    "Return a trial as a record of sweep.json."
+    return {"figure" if name == "metric_estimate" else name: value for name, value in asdict(trial).items()}
+
+# %% ../../nbs/pipeline/07_sweep_trials.ipynb #71257d1e
+def _trial_from_record(
+    record: dict,   # a trial of sweep.json
+) -> Trial:         # the trial
+    "Read a trial from a record of sweep.json; raise `TypeError` for a record that is not a trial's."
+    return Trial(**{"metric_estimate" if name == "figure" else name: value for name, value in {**record}.items()})
 
 # %% ../../nbs/pipeline/07_sweep_trials.ipynb #3725926c
 SEARCH_METHODS = ("grid", "random", "optuna")
@@ -128,7 +142,7 @@ class Sweep:
         trials: list[Trial],   # of one configuration
     ) -> dict | None:          # value, low, high, n: the mean over seeds with its t interval, or a single run's own
         "Estimate the metric of a configuration."
-        found = [t.figure for t in trials if t.state == "done" and t.figure]
+        found = [t.metric_estimate for t in trials if t.state == "done" and t.metric_estimate]
         if len(found) < 2: return found[0] if found else None
         from cvnb.metrics.estimates import estimate_mean
         estimate = vars(estimate_mean([f["value"] for f in found]))
@@ -221,7 +235,8 @@ def make_sweep(
     prune: bool = True,              # whether a search stops unpromising trials
 ) -> Sweep:                          # ready for `run_sweep`
     "Describe a sweep and find its existing trials; raise `UsageError` for a description that makes no sense."
-    known, base = known or read_contracts(), deepcopy(base) if base else RunParameters()
+    known = known or read_contracts()
+    base = deepcopy(base) if base else RunParameters()
     if not sets and seeds == 1:
         raise UsageError("there is nothing to sweep: no parameter varies, and --seeds is 1",
                          "Vary a parameter, --set train.lr=1e-3,3e-3, or the seed, --seeds 3. `cvnb run` runs once.")
@@ -273,7 +288,8 @@ def chain_keys(
     seen: dict[str, dict] | None = None,   # key parts of stages from a recent call; is added to
 ) -> dict[str, str]:              # stage -> 64 hexadecimal digits
     "Digest all that each stage depends on, through the stages that it needs."
-    keys, seen = {}, {} if seen is None else seen
+    keys = {}
+    seen = {} if seen is None else seen
     for s in stages:
         seen[s] = key_parts(known[s], parameters.for_stage(known[s], root), root, seen.get(s))
         keys[s] = digest([s, seen[s], [keys[n] for n in known[s].needs]])
@@ -303,7 +319,8 @@ def _read_recorded_trials(
     sweep: Sweep,   # a sweep
 ) -> list[Trial]:   # in their recorded states
     "Read sweep.json, or the trials' runs; raise `UsageError` for a folder of anything else or of other parameters."
-    path, names = sweep.folder/"sweep.json", {a.name for a in sweep.axes}
+    path = sweep.folder/"sweep.json"
+    names = {a.name for a in sweep.axes}
     if sweep.folder.is_file(): raise UsageError(f"{sweep.folder} is a file", "Give a folder with --out.")
     trials = _read_record(path, sweep) if path.exists() else _find_trials(sweep.folder)
     if odd := next((t for t in trials if set(t.values) != names), None):
@@ -319,13 +336,14 @@ def _read_record(
     "Read the trials of sweep.json; raise `UsageError` if it is damaged."
     try:
         record = read_json(path)
-        trials = [Trial(**t) for t in record["trials"]]
+        trials = [_trial_from_record(t) for t in record["trials"]]
         same_metric = (record["metric"], record["minimize"]) == (sweep.metric, sweep.minimize)
     except (CvnbError, KeyError, TypeError) as e:
         what = f"{path} is damaged ({type(e).__name__})"
         raise UsageError(what, "Delete it; trials are found again by their folders.") from None
     for t in [] if same_metric else trials:
-        t.state, t.curve = "to do" if t.state == "pruned" else t.state, []
+        t.state = "to do" if t.state == "pruned" else t.state
+        t.curve = []
     return trials
 
 # %% ../../nbs/pipeline/07_sweep_trials.ipynb #9f738956
@@ -343,7 +361,8 @@ def _trial_from_run(
     path: Path,     # run.json of a trial
 ) -> Trial | None:  # None if it is not a sweep's
     "Reconstruct a trial from its run."
-    record, values = read_json(path), {}
+    record = read_json(path)
+    values = {}
     for s, origins in record["origins"].items():
         values |= {f"{s}.{p}": record["given"][s][p] for p, origin in origins.items() if origin == "sweep"}
     return next((t for seed in range(1000) if (t := Trial(values, seed)).name == path.parent.name), None)
@@ -391,12 +410,16 @@ def update_trial_states(
     "Compare every trial with its run: done if its stages are fresh, still pruned if nothing has changed."
     seen: dict[str, dict] = {}
     for t in sweep.trials:
-        parameters, run = trial_parameters(sweep, t, known), sweep.run_folder(t)
+        parameters = trial_parameters(sweep, t, known)
+        run = sweep.run_folder(t)
         key = digest(chain_keys(parameters, sweep.stages, known, root, seen))
         done = fresh_stages(run, parameters, sweep.stages, known, root, seen) == sweep.stages
-        if done: t.state, t.figure, t.why = "done", read_metric(sweep, t), ""
+        if done: t.state, t.metric_estimate, t.why = "done", read_metric(sweep, t), ""
         elif t.state != "pruned" or t.key != key or not sweep.prune:
-            t.state, t.figure, t.why, t.curve = "to do", None, "", []
+            t.state = "to do"
+            t.metric_estimate = None
+            t.why = ""
+            t.curve = []
         t.key = key
 
 # %% ../../nbs/pipeline/07_sweep_trials.ipynb #01026b4b
@@ -421,4 +444,4 @@ def write_sweep(
     write_json(sweep.folder/"sweep.json", dict(
         sweep=sweep.folder.name, metric=sweep.metric, minimize=sweep.minimize, search=sweep.search, seeds=sweep.seeds,
         stages=sweep.stages, axes=axes, updated=timestamp(), cvnb=cvnb.__version__, given=plain(sweep.base.given),
-        trials=[plain(asdict(t)) for t in [*sweep.trials, *sweep.others]]))
+        trials=[plain(_trial_to_record(t)) for t in [*sweep.trials, *sweep.others]]))

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -37,6 +37,8 @@ class Task(ABC):
     main_metric: ClassVar[str]           # key of the first of `metrics`; larger is better
     output_name: ClassVar[str]           # of the exported graph's output
     has_classes: ClassVar[bool] = True   # whether outputs are classes, which can be counted, balanced and mixed
+    strata_are_classes: ClassVar[bool] = False      # whether each stratum is a class, so that none may be merged
+    geometric_augmentation: ClassVar[bool] = True   # whether targets stay right when `augment_batch` moves pixels
 
     def normalize_labels(self,
         labels: pd.Series,   # text, from the manifest
@@ -51,6 +53,14 @@ class Task(ABC):
     ) -> list[str]:                           # one name per output, in their order
         "Name the outputs."
 
+    def select_classes(self,
+        audited: list[str],                   # the distinct labels that the audit found
+        labels: pd.Series,                    # text, from the manifest
+        paths: Sequence[str] | None = None,   # of the images, for messages
+    ) -> list[str]:                           # one name per output, in their order
+        "Name the outputs of a training."
+        return self.classes(labels, paths)
+
     def n_outputs(self,
         classes: list[str],   # from `classes`
     ) -> int:                 # of the model's head
@@ -60,7 +70,7 @@ class Task(ABC):
     def output_shape(self,
         classes: list[str],   # from `classes`
     ) -> list[int | str]:     # text for a free dimension
-        "Return the shape of the exported graph's output."
+        "Return the shape of logits and of the exported graph's output."
         return ["batch", self.n_outputs(classes)]
 
     @abstractmethod
@@ -78,6 +88,15 @@ class Task(ABC):
         "Stack the targets of a batch."
         return torch.from_numpy(targets[np.asarray(index)])
 
+    def augment_batch(self,
+        images: Tensor,               # uint8 (B, S, S, 3)
+        targets: Tensor,              # from `collate_targets` (B, …)
+        augment: Callable[[Tensor, torch.Generator], Tensor],   # changes images, such as an `Augmentation`
+        generator: torch.Generator,   # on the CPU
+    ) -> tuple[Tensor, Tensor]:       # images, targets
+        "Augment the images of a batch; their targets do not change."
+        return augment(images, generator), targets
+
     def soft_targets(self,
         targets: Tensor,   # of a batch (B, …)
         n_outputs: int,    # from `n_outputs`
@@ -90,6 +109,19 @@ class Task(ABC):
     ) -> Tensor:                     # (N, …)
         "Join batches in their order."
         return torch.cat(tuple(batches))
+
+    def select(self,
+        batch: Tensor,    # logits or targets (B, …)
+        images: slice,    # positions in the batch
+    ) -> Tensor:          # (M, …)
+        "Select images of a batch."
+        return batch[images]
+
+    def are_finite(self,
+        logits: Tensor,   # (N, …)
+    ) -> Tensor:          # bool (N,)
+        "Find the images whose logits are all finite."
+        return logits.isfinite().flatten(1).all(1)
 
     def target_scale(self,
         targets: np.ndarray,          # of the training images
@@ -190,7 +222,8 @@ def _class_indices(
     found = [index.get(name, -1) for name in names]
     if -1 not in found: return np.array(found, np.int64)
     first = found.index(-1)
-    name, image = names[first], _image_name(images[first], paths)
+    name = names[first]
+    image = _image_name(images[first], paths)
     raise CvnbError(f"'{name}' of {image} is not among the {len(classes)} classes", did_you_mean(name, classes)[:200])
 
 # %% ../../nbs/tasks/01_labels.ipynb #87b6ab6d
@@ -199,8 +232,12 @@ class Classification(Task):
     name = "classification"
     main_metric = "accuracy"
     output_name = "probabilities"
+    strata_are_classes = True
 
     def classes(self, labels: pd.Series, paths: Sequence[str] | None = None) -> list[str]: return sorted(set(labels))
+
+    def select_classes(self, audited: list[str], labels: pd.Series, paths: Sequence[str] | None = None) -> list[str]:
+        return audited
 
     def encode(self, labels: pd.Series, classes: list[str], paths: Sequence[str] | None = None) -> np.ndarray:
         return _class_indices(list(labels), classes, range(len(labels)), paths)   # int64 (N,)
@@ -281,12 +318,14 @@ class Multilabel(Task):
     def predict(self, logits: Tensor) -> Tensor: return logits.sigmoid()
 
     def score(self, logits: Tensor, targets: Tensor) -> float:
-        predicted, true = logits > 0, targets > 0.5
+        predicted = logits > 0
+        true = targets > 0.5
         return (2 * (predicted & true).sum() / (predicted.sum() + true.sum())).item()
 
     def metrics(self, logits: np.ndarray, targets: np.ndarray) -> dict[str, Estimate]:
         from cvnb.metrics.classification import accuracy, f1, mean_average_precision
-        true, predicted = np.asarray(targets) > 0.5, np.asarray(logits) > 0
+        true = np.asarray(targets) > 0.5
+        predicted = np.asarray(logits) > 0
         return dict(f1=f1(true, predicted), f1_macro=f1(true, predicted, "macro"),
                     mean_average_precision=mean_average_precision(true, logits),
                     all_labels_right=accuracy((true == predicted).all(1)))
@@ -419,6 +458,7 @@ def with_strata(
     ranges: int = 10,        # of numbers
 ) -> pd.DataFrame:           # a copy whose readable rows have their stratum as label
     "Replace labels by strata."
-    out, readable = table.copy(), table[table.ok]
+    out = table.copy()
+    readable = table[table.ok]
     out.loc[table.ok, "label"] = task.strata(readable.label, ranges, readable.path)
     return out

@@ -22,7 +22,8 @@ from ..core.files import atomic_path, write_json
 from .module import TrainingModule, gather_weights
 
 # %% auto #0
-__all__ = ['write_history', 'EpochHistory', 'ResumeCheckpoint', 'BestWeights', 'AveragedWeights', 'ResumableEarlyStopping']
+__all__ = ['PROGRESS_INTERVAL_S', 'write_history', 'EpochHistory', 'ResumeCheckpoint', 'BestWeights', 'AveragedWeights',
+           'ResumableEarlyStopping']
 
 # %% ../../nbs/training/08_callbacks.ipynb #write-curves
 def write_history(
@@ -33,16 +34,16 @@ def write_history(
     with atomic_path(folder/"history.csv") as temp: history.drop(columns="images_per_s").to_csv(temp, index=False)
 
 # %% ../../nbs/training/08_callbacks.ipynb #cell-17
+PROGRESS_INTERVAL_S = 0.2   # least seconds between two calls of `progress` within an epoch
+
 class EpochHistory(pl.Callback):
     "Keep a row per epoch, and report progress."
     def __init__(self,
         folder: Path,   # gets history.csv and checkpoints/history.json
         progress: Callable[..., None] | None = None,   # called with the fraction that is done, a text, and curves
-        every_s: float = 0.2,   # least seconds between two calls of `progress`
     ):
         self.folder = folder
         self.progress = progress
-        self.every_s = every_s
         self.rows: list[dict] = []
         self._metrics: dict[str, float] = {}    # of the last validation
         self._began = 0.0            # when training began, without the time of validations
@@ -82,7 +83,7 @@ class EpochHistory(pl.Callback):
         trainer: pl.Trainer, pl_module: TrainingModule, outputs: Any, batch: Any, batch_idx: int,
     ) -> None:
         if not self.progress or not trainer.is_global_zero: return
-        if time.perf_counter() - self._last_progress < self.every_s: return
+        if time.perf_counter() - self._last_progress < PROGRESS_INTERVAL_S: return
         done = (pl_module.current_epoch + (batch_idx + 1) / trainer.num_training_batches) / trainer.max_epochs
         # the end is reported with the metrics of its epoch
         if done < 1: self._report(done, trainer, f" · {self._images_per_s(trainer):,.0f} images/s")
@@ -130,10 +131,9 @@ class ResumeCheckpoint(pl.Callback):
     "Save the state of a training atomically: a kill during saving leaves the previous checkpoint."
     def __init__(self,
         path: Path,   # of the checkpoint
-        every_s: float | None = None,   # seconds between two checkpoints; $CVNB_SAVE_EVERY or 60 by default
     ):
         self.path = path
-        self.every_s = float(os.environ.get("CVNB_SAVE_EVERY", 60)) if every_s is None else every_s
+        self.every_s = float(os.environ.get("CVNB_SAVE_EVERY", 60))   # seconds between two checkpoints
         self._saved = time.monotonic()
         self._seconds_to_save = 0.0   # the last time
 

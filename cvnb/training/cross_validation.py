@@ -71,7 +71,7 @@ def _select_holdout(
     if options.keep == "last" and not options.patience and options.tune == "full": return None
     common = strata[strata.label.map(_count_units(strata)).fillna(0) >= 10]   # rarer strata are only trained on
     if common.empty:
-        raise UsageError("folds of so few images cannot choose an epoch or a head too",
+        raise UsageError("too few images per fold to hold some out for choosing an epoch or a head",
                          "Use keep=last, patience=0 and tune=full, or folds=0.")
     tenths = assign_folds(common, 10, options.seed)
     sizes = tenths.value_counts()   # they differ, because groups can be large
@@ -99,7 +99,7 @@ def _plan_folds(
     "Assign images to folds and to holdouts."
     ranges = max(1, min(10, len(rows) // (2 * k)))   # of numbers, so that each range is in every fold
     strata = with_strata(task, rows.assign(ok=True), ranges)
-    merged = strata if task.name == "classification" else _merge_rare_strata(strata, k)
+    merged = strata if task.strata_are_classes else _merge_rare_strata(strata, k)
     assigned = assign_folds(merged, k, options.seed).to_numpy()
     folds = []
     for i in range(k):
@@ -119,7 +119,7 @@ def _check_fold(
 ) -> None:
     "Raise `UsageError` if a fold has no training image of a class."
     if missing := missing_classes(task, targets[fold.train], classes):
-        raise UsageError(f"fold {fold.number + 1} would have to learn {', '.join(missing)} without an image of it",
+        raise UsageError(f"fold {fold.number + 1} has no training image of {', '.join(missing)}",
                          "Add images, leave it out of the data, or do without folds.")
 
 # %% ../../nbs/training/14_cross_validation.ipynb #cell-7
@@ -130,10 +130,10 @@ def _fold_progress(
     "Map the progress of a fold to that of the cross-validation, without the fold's curves."
     if not progress: return None
 
-    def report(done: float, text: str, **curves: list[float]) -> None:
+    def fold_progress(done: float, text: str, **curves: list[float]) -> None:
         progress((fold.number + done) / fold.k, f"fold {fold.number + 1}/{fold.k} · {text}")
 
-    return report
+    return fold_progress
 
 # %% ../../nbs/training/14_cross_validation.ipynb #cell-8
 def _train_fold(
@@ -203,7 +203,7 @@ def cross_validate(
     k: int = 5,              # folds
     progress: Callable[..., None] | None = None,   # called with the fraction that is done, and a text
 ) -> CrossValidation:
-    "Train on all folds but one, k times; raise `UsageError` if a fold would learn a class without an image of it."
+    "Train on all folds but one, k times; raise `UsageError` if a fold has no training image of a class."
     spec = make_model().spec
     task = task_of(spec)
     folds = _plan_folds(rows, task, options, k)

@@ -126,7 +126,7 @@ def select_accelerator(
     gpus = torch.cuda.device_count()
     needed = options.devices // count_nodes()
     if options.device == "gpu" and not gpus:
-        raise CvnbError("device is gpu, and torch finds none",
+        raise CvnbError("device is gpu, but torch finds no GPU",
                         "Use device=auto, or install a torch that fits the driver (`nvidia-smi` shows it).")
     if options.device != "cpu" and 0 < gpus < needed:
         raise CvnbError(f"training needs {needed} devices here, and there are {gpus} GPUs", f"Use devices={gpus}.")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..core.cache import take_rows
-from ..core.errors import CvnbError
+from ..core.errors import CvnbError, UsageError
 from ..core.files import digest
 from ..core.html import html_table
 from ..data.image_grid import plot_image_grid
@@ -34,6 +34,16 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['LabelledImages', 'load_labelled', 'missing_classes', 'check_classes', 'SplitImages', 'load_splits', 'derive_seed',
            'TrainLoader', 'show_batch']
+
+# %% ../../nbs/training/02_loaders.ipynb #23ac876c
+def _to_json(
+    value: Any,   # targets, or a part of them: arrays, tensors, lists, dictionaries and numbers
+) -> Any:         # JSON types
+    "Convert nested targets, so that equal targets have equal text."
+    if isinstance(value, dict): return {key: _to_json(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)): return [_to_json(v) for v in value]
+    if not hasattr(value, "tolist"): return value
+    return [str(value.dtype), list(value.shape), _to_json(value.tolist())]
 
 # %% ../../nbs/training/02_loaders.ipynb #cell-5
 @dataclass(frozen=True)
@@ -50,7 +60,9 @@ class LabelledImages:
     def identity(self) -> str:   # 64 hexadecimal digits
         "Digest images and targets."
         if self.digest: return self.digest
-        h = hashlib.sha256(np.ascontiguousarray(self.targets).tobytes())
+        objects = self.targets.dtype.hasobject   # their bytes are addresses
+        content = digest(_to_json(self.targets)).encode() if objects else np.ascontiguousarray(self.targets).tobytes()
+        h = hashlib.sha256(content)
         for i in range(0, len(self), 4096): h.update(np.ascontiguousarray(self.images[i:i + 4096]).tobytes())
         return h.hexdigest()
 
@@ -146,7 +158,7 @@ def load_splits(
     "Load the splits of a run and check their classes; raise `CvnbError` for labels that the task cannot learn."
     kind = get_task(task)
     table = read_manifest(manifest)
-    classes = audit["classes"] if task == "classification" else kind.classes(table.label, table.path)
+    classes = kind.select_classes(audit["classes"], table.label, table.path)
     size = image_size or auto_image_size(table.width, table.height, least=min_size)
     rows = {split: read_manifest(manifest, split) for split in SPLITS}
     images = {split: load_labelled(audit["root"], rows[split], classes, size, progress, task) for split in SPLITS}
@@ -198,6 +210,19 @@ def _cache_on_gpu(
     if device.type != "cuda" or images.nbytes > torch.cuda.mem_get_info(device)[0] / 3: return images
     return images.to(device)
 
+# %% ../../nbs/training/02_loaders.ipynb #59ae0819
+def _check_augmentation(
+    task: Task,              # of the targets
+    augment: Augmentation,   # changes to the images
+    mixup: float,            # alpha of MixUp
+    cutmix: float,           # alpha of CutMix
+) -> None:
+    "Raise `UsageError` if pixels would move away from the places that targets name."
+    moves = augment.name != "none" or augment.flip or augment.shift   # every policy has geometric operations
+    if task.geometric_augmentation or not (moves or mixup or cutmix): return
+    raise UsageError(f"the targets of the task {task.name} cannot be mirrored, shifted, warped or mixed with the images",
+                     "Set augment=none, flip=false, shift=0, mixup=0 and cutmix=0, or write the task's augment_batch.")
+
 # %% ../../nbs/training/02_loaders.ipynb #cell-18
 class TrainLoader:
     "Augmented training batches: images uint8 (B, S, S, 3), targets (B, …), positions of the images (B,)."
@@ -224,6 +249,7 @@ class TrainLoader:
         self.n_outputs = n_outputs
         self.mixup = mixup
         self.cutmix = cutmix
+        _check_augmentation(self.task, self.augment, mixup, cutmix)
         self.device = torch.device(device)
         self.workers = workers
         self.rank = rank
@@ -273,8 +299,9 @@ class TrainLoader:
         begin = number * self.batch_size + self.rank * share
         index = order[begin:begin + share]
         generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch, number, self.rank))
-        images = self.augment(self._fetch(index), generator)
+        images = self._fetch(index)
         targets = self.task.collate_targets(self.data.targets, index).to(self.device, non_blocking=True)
+        images, targets = self.task.augment_batch(images, targets, self.augment, generator)
         if self.mixup or self.cutmix:
             soft = self.task.soft_targets(targets, self.n_outputs)
             images, targets = mix_batch(images, soft, self.mixup, self.cutmix, generator)

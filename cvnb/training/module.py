@@ -31,7 +31,7 @@ class SequentialLoader:
     def __init__(self,
         data: LabelledImages,    # images
         task: Task,              # collates the targets
-        batch_size: int = 256,   # images per batch
+        batch_size: int,         # images per batch
     ):
         self.data = data
         self.task = task
@@ -211,8 +211,11 @@ class TrainingModule(pl.LightningModule):
     ) -> Tensor:                  # bool (B,): images whose own loss is not finite; all of them if there are none
         "Compute the loss image by image."
         criterion = self.criterion if images is not None else self._loss
-        single = [criterion(logits[i:i + 1], targets[i:i + 1], images[i:i + 1] if images is not None else None)
-                  for i in range(len(logits))]
+        single = []
+        for i in range(len(logits)):
+            one = slice(i, i + 1)
+            pair = (self.task.select(batch, one) for batch in (logits, targets))
+            single.append(criterion(*pair, images[one] if images is not None else None))
         bad = ~torch.stack(single).isfinite().cpu()
         return bad if bad.any() else torch.ones_like(bad)
 
@@ -231,7 +234,7 @@ class TrainingModule(pl.LightningModule):
         "Measure the images validated since the last call; raise `CvnbError` for logits that are not finite."
         logits, targets = (self.task.concatenate(batches) for batches in zip(*self._outputs))
         self._outputs = []
-        bad = (~logits.isfinite().flatten(1).all(1)).nonzero()[:, 0]
+        bad = (~self.task.are_finite(logits)).nonzero()[:, 0]
         if len(bad):   # the last step has spoiled the weights
             shown = _list_images(self.trainer.datamodule.val.names, bad.tolist())
             raise CvnbError(f"the predictions are not finite after epoch {self.current_epoch + 1} "

@@ -190,8 +190,8 @@ def live_progress(
     if _in_kernel(): display = _NotebookOutput(2.0, 0.0) if in_batch else _NotebookOutput(0.2, 0.02)
     elif sys.stderr.isatty() and not in_batch: display = _TerminalLine()
 
-    def report(done: float, text: str = "", **curves: list[float]) -> None:
+    def show_progress(done: float, text: str = "", **curves: list[float]) -> None:
         if progress: progress(done, text, **curves)
         if display: display(done, text, curves)
 
-    return report
+    return show_progress

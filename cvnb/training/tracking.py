@@ -237,30 +237,29 @@ def plot_best_and_worst(
                            row_names=("worst", "best"))
 
 # %% ../../nbs/training/12_tracking.ipynb #cell-12
+_N_LOGGED = 8   # images of the worst and of the best predictions
+
 def log_predictions(
     tracker: Any,          # from `open_tracker`
     table: pd.DataFrame,   # predictions of a split
     images: np.ndarray,    # its images, uint8 (N, S, S, 3), in the same order
-    name: str = "val",     # of the split
-    n: int = 8,            # images of the worst and of the best
 ) -> None:
-    "Log the worst and the best predictions as images with captions."
+    "Log the worst and the best validation predictions as images with captions."
     if not tracker: return
     order = rank_predictions(table)
-    for end, shown in dict(worst=order[:n], best=order[::-1][:n]).items():
+    for end, shown in dict(worst=order[:_N_LOGGED], best=order[::-1][:_N_LOGGED]).items():
         captions = [f"{row.path}: {_prediction_caption(row)}" for row in table.iloc[shown].itertuples()]
-        tracker.log_images(f"{name}/{end}", images[shown], captions)
+        tracker.log_images(f"val/{end}", images[shown], captions)
 
 # %% ../../nbs/training/12_tracking.ipynb #cell-44
 def log_confusion(
     tracker: Any,          # from `open_tracker`
-    table: pd.DataFrame,   # predictions of a classification's split: label and predicted
-    name: str = "val",     # of the split
+    table: pd.DataFrame,   # validation predictions of a classification: label and predicted
 ) -> None:
     "Log the confusion matrix without its empty cells: a thousand classes have a million cells and few errors."
     if not tracker: return
     counts = table.groupby(["label", "predicted"]).size().reset_index(name="n")
-    tracker.log_confusion_counts(f"{name}/confusion", counts, f"{name}: confusion matrix")
+    tracker.log_confusion_counts("val/confusion", counts, "confusion matrix of the validation images")
 
 # %% ../../nbs/training/12_tracking.ipynb #cell-34
 def log_audit(

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -35,11 +35,8 @@ from .module import DataModule, TrainingModule
 from .optim import make_optimizer
 from .options import FitOptions
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 # %% auto #0
-__all__ = ['find_batch_size', 'find_lr', 'plot_lr', 'TunedOptions', 'autotune']
+__all__ = ['find_batch_size', 'find_lr', 'TunedOptions', 'autotune']
 
 # %% ../../nbs/training/13_tuning.ipynb #cell-5
 def find_batch_size(
@@ -146,22 +143,6 @@ def find_lr(
     lowest = float(curve.lr[curve.loss.idxmin()])
     steepest = found.suggestion() or lowest / 100
     return float(f"{math.sqrt(steepest * lowest / 10):.2g}"), curve
-
-# %% ../../nbs/training/13_tuning.ipynb #cell-9
-def plot_lr(
-    curve: pd.DataFrame,   # lr and loss
-    chosen: float,         # learning rate
-) -> Figure:               # closed
-    "Plot the loss over the learning rate."
-    import matplotlib.pyplot as plt
-    figure, ax = plt.subplots(figsize=(4, 2.4))
-    ax.plot(curve.lr, curve.loss)
-    ax.axvline(chosen, color="C1", lw=1, ls="--")
-    ax.set(xscale="log", xlabel="learning rate", ylabel="loss")
-    ax.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    plt.close(figure)
-    return figure
 
 # %% ../../nbs/training/13_tuning.ipynb #cell-13
 def _pick_precision(

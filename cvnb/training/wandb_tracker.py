@@ -27,7 +27,7 @@ from ..core.project import project_root
 from ..core.stage import Stage
 
 # %% auto #0
-__all__ = ['WandbTracker', 'open_wandb']
+__all__ = ['UPLOAD_LIMIT_S', 'WandbTracker', 'open_wandb']
 
 # %% ../../nbs/training/11_wandb_tracker.ipynb #27e4e0e8
 def _wandb_settings(
@@ -119,6 +119,8 @@ def _server_responds(
     return True
 
 # %% ../../nbs/training/11_wandb_tracker.ipynb #2aeda1d8
+UPLOAD_LIMIT_S = 600   # longest wait for artifacts at the end of a run
+
 class WandbTracker(WandbLogger):
     "W&B as a Lightning logger; a run that cannot continue online continues offline."
     def __init__(self,
@@ -240,10 +242,10 @@ class WandbTracker(WandbLogger):
         for file in files: artifact.add_file(str(file), policy="immutable")
         self.uploads.append(self.attempt(lambda run: run.log_artifact(artifact)))
 
-    def _wait_for_uploads(self, longest_s: float = 600) -> None:
+    def _wait_for_uploads(self) -> None:
         "Wait for artifacts while the server responds, because `finish` waits only some seconds."
         run = self.experiment
-        end = time.monotonic() + longest_s
+        end = time.monotonic() + UPLOAD_LIMIT_S
         if run.offline: return
 
         def wait() -> None:   # without a limit, because W&B cancels an upload when a limit has passed

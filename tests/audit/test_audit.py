@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pandas as pd
@@ -20,7 +21,9 @@ from sklearn.model_selection import cross_val_predict
 from cvnb.audit.checks import CHECKS
 from cvnb.audit.embeddings import out_of_fold_view
 from cvnb.audit.label_errors import check_labels, pca_features
+from cvnb.audit.report import Policy
 from cvnb.core.files import read_json, sha256_file
+from cvnb.pipeline.params import read_contracts
 
 CVNB = Path(sys.executable).with_name("cvnb")
 FILES = ("manifest.parquet", "findings.parquet", "embeddings.npy", "audit.json", "report.html")
@@ -179,3 +182,8 @@ def test_importing_audit_modules_loads_no_heavy_package():
     done = python(f"import sys\nfrom cvnb.audit import {modules}\n"
                   "print({'torch', 'fiftyone', 'sklearn', 'cleanlab', 'matplotlib'} & sys.modules.keys())")
     assert done.stdout == "set()\n", done.stderr or done.stdout
+
+
+def test_stage_offers_every_policy():
+    params = {p.name: p for p in read_contracts()["audit"].params}
+    assert params["policy"].type == Policy and params["policy"].default in get_args(Policy)

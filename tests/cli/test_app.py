@@ -1,17 +1,24 @@
 """Wrong calls of the command line: one message that names the fault and the remedy, exit code 2, nothing written."""
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 from PIL import Image
 
 from cvnb.cli import app as cli
 from cvnb.cli.audit import audit_app
-from cvnb.cli.data import data_app
+from cvnb.cli.data import data_app, data_split_command
+from cvnb.cli.runs import run_command
+from cvnb.cli.sweeps import sweep_command
 from cvnb.data.named import NAMED_DATASETS
+from cvnb.pipeline.params import read_contracts
+from cvnb.pipeline.sweep_trials import SEARCH_METHODS
+from cvnb.tasks.labels import TASKS
 
 
 @pytest.fixture
@@ -136,3 +143,23 @@ def test_listing_commands(call, monkeypatch):
     assert "passes over the training set" in table and "1 … 1000" in table and "timm model" in table
     assert '"maximum": 1000' in call("params", "train", "--json")[1]
     assert "complete" in call("doctor")[1]
+
+
+# Help texts, written without the modules that they describe: importing those takes seconds
+
+
+def option_help(command: object, name: str) -> str:
+    "Return the help text of a command's option."
+    return get_type_hints(command, include_extras=True)[name].__metadata__[0].help
+
+
+def test_help_of_run_lists_every_stage_in_order():
+    assert run_command.__doc__.rstrip(".").split(": ")[1].split(", ") == list(read_contracts())
+
+
+def test_help_of_data_split_lists_every_task():
+    assert re.split(", | or ", option_help(data_split_command, "task").split(":")[0]) == list(TASKS)
+
+
+def test_help_of_sweep_lists_every_search_method():
+    assert re.split(", | or ", option_help(sweep_command, "search").split(".")[0]) == list(SEARCH_METHODS)

@@ -1,6 +1,8 @@
 """Distillation losses against the formulas of their papers, and the criterion that mixes them with the labels."""
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch.nn import functional as F
 from cvnb.compress.distill import DISTILLATION_LOSSES, DistillationLoss
 from cvnb.models.vision_model import VisionModel
 from cvnb.models.weights import create_model
+from cvnb.pipeline.params import read_contracts
 
 
 def make_model(seed: int = 0) -> VisionModel:
@@ -67,3 +70,8 @@ def test_identity_depends_on_teacher_and_every_option() -> None:
                 DistillationLoss(teacher, temperature=2), DistillationLoss(teacher, teacher_weight=0.5)]
     assert len({criterion.identity for criterion in variants}) == len(variants)
     assert DistillationLoss(make_model()).identity == DistillationLoss(teacher).identity
+
+
+def test_stage_offers_every_loss() -> None:
+    params = {p.name: p for p in read_contracts()["compress"].params}
+    assert get_args(params["loss"].type) == tuple(DISTILLATION_LOSSES)

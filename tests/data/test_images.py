@@ -70,7 +70,7 @@ def test_unreadable_image_is_recorded_with_its_reason(name, tmp_path):
     assert not found["ok"] and reason in found["error"] and str(tmp_path) not in found["error"]
 
 
-def test_forbidden_file_is_recorded(tmp_path):
+def test_file_without_read_permission_is_recorded_as_unreadable(tmp_path):
     (tmp_path/"secret.png").write_bytes(encode("png"))
     (tmp_path/"secret.png").chmod(0)
     is_root = os.geteuid() == 0

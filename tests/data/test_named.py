@@ -244,7 +244,7 @@ locate_data("cifar10")"""
     assert cached(cache) == ["cifar10", "other"]   # after a day it cannot
 
 
-def test_result_of_a_faster_process_is_used(server, cache, monkeypatch):
+def test_dataset_fetched_meanwhile_by_another_process_is_used(server, cache, monkeypatch):
     def win(folder: Path, progress: Callable) -> None:
         (cache/"data"/"digits"/"0").mkdir(parents=True)
         (folder/"0.png").touch()

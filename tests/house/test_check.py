@@ -12,6 +12,7 @@ def test_notebooks_and_tests_follow_the_changed_packages() -> None:
     files = ["nbs/audit/02_duplicates.ipynb", "cvnb/audit/duplicates.py", "nbs/stages/train.ipynb", "README.md",
              "tests/data/test_named.py"]
     assert check.notebooks(files) == ["nbs/audit/02_duplicates.ipynb"]
+    assert check.notebooks(["nbs/audit/99_gone.ipynb"]) == []
     assert check.test_folders(files) == ["tests/audit", "tests/data", "tests/pipeline"]
     assert check.test_folders(["README.md", "dev/house.py", "tests/house/test_house.py"]) == []
     assert [name for name, _ in check.steps(files)][:2] == ["lint", "house rules"]
@@ -27,7 +28,7 @@ def test_uncommitted_changes_count_else_the_last_commit(tmp_path: Path) -> None:
     (tmp_path/"a.py").write_text("x = 1")
     (tmp_path/"new.py").touch()
     (tmp_path/"gone.py").unlink()
-    assert check.changed(tmp_path) == ["a.py", "new.py"]
+    assert check.changed(tmp_path) == ["a.py", "gone.py", "new.py"]
 
 
 def test_failed_and_unfinished_steps_are_named() -> None:

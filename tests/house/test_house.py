@@ -325,7 +325,8 @@ print({"torch", "pandas", "fiftyone", "pytorch_lightning"} & sys.modules.keys())
 @pytest.mark.parametrize("name", SOURCES)
 def test_code_is_documented_and_functions_are_short(name: str) -> None:
     source = SOURCES[name]
-    assert house.undocumented(source) + house.long_functions(source) + house.star_imports(source) == []
+    faults = house.undocumented(source) + house.long_functions(source) + house.star_imports(source)
+    assert faults + house.packed_assignments(source) == []
 
 
 def test_code_faults_are_found() -> None:
@@ -333,6 +334,7 @@ def test_code_faults_are_found() -> None:
     assert house.undocumented(planted) == [
         "A.f: parameter a has no annotation", "A.f: result has no annotation", "g has no docstring"]
     assert house.long_functions("def f():\n" + "    1\n" * 60) == ["f has 61 lines"]
+    assert house.packed_assignments("a, b = b, a\nc, d = f()\ng, h = 1, a") == ["line 3: g, h = (1, a)"]
     assert house.star_imports("from os import *") == ["line 1: from os import *"]
 
 

@@ -15,7 +15,8 @@ from train_job import fresh
 from cvnb.models.inference import predict_logits
 from cvnb.models.weights import create_model
 from cvnb.tasks.labels import get_task
-from cvnb.training.callbacks import AveragedWeights, EpochHistory
+from cvnb.training import callbacks
+from cvnb.training.callbacks import AveragedWeights
 from cvnb.training.fit import fit
 from cvnb.training.module import TrainingModule
 from cvnb.training.optim import make_ema_update
@@ -23,7 +24,7 @@ from cvnb.training.optim import make_ema_update
 
 def test_progress_ends_with_the_metrics_of_the_last_epoch(data, tmp_path, monkeypatch):
     "The end is not reported after the last batch, when its metrics are not known yet."
-    monkeypatch.setattr(EpochHistory.__init__, "__defaults__", (None, 0.0))   # reports every batch
+    monkeypatch.setattr(callbacks, "PROGRESS_INTERVAL_S", 0.0)
     progress = Recorder()
     fit(fresh(NO_BATCHNORM), *data, PLAIN, tmp_path, progress=progress)
     epochs = [len(values["loss_val"]) for done, values in zip(progress.done, progress.curves) if done >= 1]

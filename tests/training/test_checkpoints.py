@@ -70,7 +70,7 @@ def kill_after_saves(pid: int, checkpoint: Path, saves: int, seconds: float) -> 
     return torch.load(checkpoint, weights_only=True)["global_step"]
 
 
-def test_killed_training_ends_like_one_left_alone(data, tmp_path, monkeypatch):
+def test_killed_training_gives_the_same_result_as_without_interruption(data, tmp_path, monkeypatch):
     "With many options on, and kills within an epoch: weights, predictions and curves are the same."
     whole, resumed, rng = fresh(BATCHNORM), fresh(BATCHNORM), random.Random(5)
     expected = fit(whole, *data, RICH, tmp_path/"whole")

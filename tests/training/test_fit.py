@@ -174,7 +174,7 @@ def test_missing_label_of_several_stops_training(data, tmp_path):
 
 def test_gpu_options_are_refused_on_a_cpu(data, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    cases = {"torch finds none": dict(device="gpu"), "16-mixed needs a GPU.*bf16-mixed": dict(precision="16-mixed")}
+    cases = {"torch finds no GPU": dict(device="gpu"), "16-mixed needs a GPU.*bf16-mixed": dict(precision="16-mixed")}
     for text, options in cases.items():
         with pytest.raises(CvnbError, match=text): fit(fresh(NO_BATCHNORM), *data, replace(PLAIN, **options), tmp_path)
         with pytest.raises(CvnbError, match=text):

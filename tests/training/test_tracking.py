@@ -77,7 +77,7 @@ def test_offline_run_holds_images_confusion_matrix_and_audit(stage: Stage) -> No
     table, images = make_predictions()
     tracker = open_tracker(stage)
     log_audit(tracker, make_audit())
-    log_predictions(tracker, table, images, n=5)
+    log_predictions(tracker, table, images)
     log_confusion(tracker, table)
     close_tracker(tracker)
     run = read_run(stage)
@@ -94,7 +94,7 @@ def test_offline_run_holds_images_confusion_matrix_and_audit(stage: Stage) -> No
     assert [row[:3] for row in checks["data"]] == [["near_duplicates", 3, 60], ["label_errors", 5, 60]]
 
 
-def test_nothing_else_is_collected(stage: Stage) -> None:
+def test_offline_run_holds_no_code_and_no_console_output(stage: Stage) -> None:
     close_tracker(open_tracker(stage))
     names = {p.name for p in run_folder(stage).rglob("*") if p.is_file()}
     assert not names & {"requirements.txt", "output.log"}
