@@ -76,6 +76,8 @@ def _photo_crops(
         crops.append(np.asarray(photo.resize((size, size), box=(left, top, left + side, top + side))))
     return np.stack(crops)
 
+_N_OOD_SAMPLES = 40   # of each kind; at most a quarter of the images, but ten
+
 def make_ood_samples(
     images: np.ndarray,   # uint8 (N, S, S, 3)
     seed: int = 0,        # of the samples

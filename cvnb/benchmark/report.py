@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import io
 from collections import Counter
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from .table import Benchmark, benchmark_table
 from ..core.files import atomic_path
 from ..core.system import machine_info, timestamp
-from ..export.runtimes import RUNTIMES
+from ..export.runtimes import MODELS, RUNTIMES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 __all__ = ['plot_benchmark', 'benchmark_summary', 'benchmark_html', 'write_benchmark_report']
 
 # %% ../../nbs/benchmark/04_report.ipynb #2f391c93
-_COLORS = dict(trained="#4c72b0", compressed="#dd8452")   # by model
+_PALETTE = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860")   # used again after the last
+_COLORS = dict(zip(MODELS, cycle(_PALETTE)))   # by model
 
 # %% ../../nbs/benchmark/04_report.ipynb #f5afd59d
 def plot_benchmark(

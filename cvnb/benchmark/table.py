@@ -23,8 +23,19 @@ if TYPE_CHECKING:
     from cvnb.metrics.estimates import Estimate
 
 # %% auto #0
-__all__ = ['BASELINE', 'PEER', 'list_candidates', 'sample_images', 'model_size_mb', 'benchmark_rows', 'benchmark_table',
-           'Benchmark', 'run_benchmark']
+__all__ = ['BASELINE', 'PEER', 'list_candidates', 'list_left_out', 'sample_images', 'model_size_mb', 'benchmark_rows',
+           'benchmark_table', 'Benchmark', 'run_benchmark']
+
+# %% ../../nbs/benchmark/03_table.ipynb #30c8bc51
+def _candidate_reasons(
+    run: Path,                  # a run directory
+    exclude: Collection[str],   # packages whose runtimes are left out
+) -> dict[Candidate, str]:      # candidate -> why it cannot be measured; "" where it can
+    "List every candidate with the reason for leaving it out."
+    pairs = [(model, r) for model in MODELS for r in RUNTIMES.values() if not r.is_peer]
+    pairs += [("trained", r) for r in RUNTIMES.values() if r.is_peer]
+    reason = lambda model, r: f"package {r.package} is excluded" if r.package in exclude else r.missing(run, model)
+    return {Candidate(model, r, str(r.model_path(run, model))): reason(model, r) for model, r in pairs}
 
 # %% ../../nbs/benchmark/03_table.ipynb #a814450e
 def list_candidates(
@@ -32,10 +43,15 @@ def list_candidates(
     exclude: Collection[str] = (),  # packages whose runtimes are left out
 ) -> list[Candidate]:
     "List what a run's benchmark compares."
-    runtimes = [r for r in RUNTIMES.values() if r.installed and r.package not in exclude]
-    pairs = [(model, r) for model in MODELS for r in runtimes if not r.is_peer]
-    pairs += [("trained", r) for r in runtimes if r.is_peer]
-    return [Candidate(model, r, str(r.model_path(run, model))) for model, r in pairs]
+    return [candidate for candidate, reason in _candidate_reasons(run, exclude).items() if not reason]
+
+# %% ../../nbs/benchmark/03_table.ipynb #01459d3e
+def list_left_out(
+    run: Path,                      # a run whose export has finished
+    exclude: Collection[str] = (),  # packages whose runtimes are left out
+) -> dict[str, str]:                # such as "trained, openvino int8" -> "package openvino is not installed"
+    "List what a run's benchmark leaves out, and why."
+    return {candidate.name: reason for candidate, reason in _candidate_reasons(run, exclude).items() if reason}
 
 # %% ../../nbs/benchmark/03_table.ipynb #49e28887
 def sample_images(
@@ -168,7 +184,7 @@ def run_benchmark(
     batch_size: int = 32,             # images per batch for throughput
     progress: Callable[[float, str], None] = lambda fraction, text: None,   # takes the share that is done, and a text
 ) -> Benchmark:
-    "Measure candidates and make their table."
+    "Measure candidates and make their table; classification only."
     from cvnb.metrics.classification import accuracy
     from cvnb.metrics.estimates import Estimate
     known = {(p["model"], p["runtime"]): Estimate(**p["accuracy"]) for p in parity}

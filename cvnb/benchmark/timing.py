@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .workers import Candidate, RuntimeWorker
+from ..core.errors import CvnbError
 
 if TYPE_CHECKING:
     from cvnb.metrics.estimates import Estimate
 
 # %% auto #0
-__all__ = ['CONTROL_RUNTIME', 'CONTROL_LIMITS', 'Timings', 'bootstrap_rounds', 'speed_ratio', 'check_control', 'load_average',
-           'Measurements', 'measure_candidates']
+__all__ = ['CONTROL', 'CONTROL_LIMITS', 'Timings', 'bootstrap_rounds', 'speed_ratio', 'find_control', 'check_control',
+           'load_average', 'Measurements', 'measure_candidates']
 
 # %% ../../nbs/benchmark/02_timing.ipynb #29d624f1
 @dataclass(frozen=True)
@@ -34,31 +35,31 @@ class Timings:
 
 # %% ../../nbs/benchmark/02_timing.ipynb #d17edecd
 def _time_in_rounds(
-    workers: list[RuntimeWorker],   # loaded
-    rounds: int,                    # number of rounds
+    workers: dict[str, RuntimeWorker],   # loaded, by name
+    rounds: int,                         # number of rounds
     progress: Callable[[float, str], None],   # takes the share that is done, and a text
-    **arguments: Any,               # of `RuntimeServer.time`
-) -> list[np.ndarray]:              # per worker: seconds (rounds, calls)
+    **arguments: Any,                    # of `RuntimeServer.time`
+) -> dict[str, np.ndarray]:              # per worker: seconds (rounds, calls)
     "Time every worker in each round, beginning with another worker in every round."
-    seconds: list[list] = [[] for _ in workers]
+    seconds: dict[str, list] = {name: [] for name in workers}
     for r in range(rounds):
         progress(r / rounds, f"round {r + 1} of {rounds}, batch {arguments['batch_size']}")
-        for i in np.roll(np.arange(len(workers)), -r):
-            seconds[i].append(workers[i].call("time", **arguments, round_number=r))
-    return [np.array(s) for s in seconds]
+        for name in np.roll(np.array(list(workers)), -r).tolist():
+            seconds[name].append(workers[name].call("time", **arguments, round_number=r))
+    return {name: np.array(s) for name, s in seconds.items()}
 
 # %% ../../nbs/benchmark/02_timing.ipynb #dd01f701
 @contextlib.contextmanager
 def _start_workers(
-    candidates: list[Candidate],        # one process for each
-    images: list[np.ndarray],           # raw images to time on
-) -> Iterator[list[RuntimeWorker]]:     # loaded workers
+    processes: dict[str, Candidate],        # what each process runs, by the process's name
+    images: list[np.ndarray],               # raw images to time on
+) -> Iterator[dict[str, RuntimeWorker]]:    # loaded workers, by the same names
     "Start all workers at once, wait until each has loaded, and end them afterwards."
     with TemporaryDirectory() as temp, contextlib.ExitStack() as stack:
         file = Path(temp)/"images.npz"
         np.savez(file, **{f"image_{i}": image for i, image in enumerate(images)})
-        workers = [stack.enter_context(RuntimeWorker(candidate, file)) for candidate in candidates]
-        for worker in workers: worker.receive()
+        workers = {name: stack.enter_context(RuntimeWorker(c, file)) for name, c in processes.items()}
+        for worker in workers.values(): worker.receive()
         yield workers
 
 # %% ../../nbs/benchmark/02_timing.ipynb #c57e7c4c
@@ -81,8 +82,17 @@ def speed_ratio(
     return bootstrap_rounds(lambda a, b: float(np.median(a) / np.median(b)), reference, other)
 
 # %% ../../nbs/benchmark/02_timing.ipynb #a22daec9
-CONTROL_RUNTIME = "onnx fp32"   # the trained model runs in it twice
-CONTROL_LIMITS = (0.95, 1.05)   # of the ratio of the candidate to itself
+CONTROL = ("trained", "onnx fp32")   # model and runtime that run in two processes
+CONTROL_LIMITS = (0.95, 1.05)        # of the ratio of the candidate to itself
+
+# %% ../../nbs/benchmark/02_timing.ipynb #625a5d47
+def find_control(
+    candidates: list[Candidate],   # what a benchmark compares
+) -> Candidate:                    # the one that runs twice
+    "Find the candidate of the control; raise `CvnbError` if it is missing."
+    for candidate in candidates:
+        if (candidate.model, candidate.runtime.name) == CONTROL: return candidate
+    raise CvnbError(f"the control, {', '.join(CONTROL)}, is not among the candidates", "Run the export stage again.")
 
 # %% ../../nbs/benchmark/02_timing.ipynb #4eae3020
 def check_control(
@@ -128,16 +138,16 @@ def measure_candidates(
 ) -> Measurements:
     "Measure candidates in alternating rounds, each in its own process."
     load_before = load_average()
-    control = next(c for c in candidates if c.runtime.name == CONTROL_RUNTIME)
-    progress(0, f"starting {len(candidates) + 1} processes")
-    with _start_workers([*candidates, control], images) as workers:
+    control = find_control(candidates)
+    processes = {c.name: c for c in candidates} | dict(control=control)
+    progress(0, f"starting {len(processes)} processes")
+    with _start_workers(processes, images) as workers:
         n = -(-n_calls // rounds)
         single = _time_in_rounds(workers, rounds, progress, n=n, batch_size=1, warm_up=3)
-        memory = [worker.call("measure_memory") for worker in workers]
+        memory = {name: worker.call("measure_memory") for name, worker in workers.items()}
         batch = _time_in_rounds(workers, max(3, rounds // 3), progress, n=1, batch_size=batch_size, warm_up=1)
         progress(1, "classifying the test images")
-        of = dict(zip(candidates, workers))
-        classes = {c: of[c].call("classify", paths=paths) for c, paths in (classify or {}).items()}
-    timings = {c: Timings(*measured) for c, *measured in zip(candidates, single, batch, memory)}
-    checked = check_control(control, timings[control].seconds, single[-1])
+        classes = {c: workers[c.name].call("classify", paths=paths) for c, paths in (classify or {}).items()}
+    timings = {c: Timings(single[c.name], batch[c.name], memory[c.name]) for c in candidates}
+    checked = check_control(control, single[control.name], single["control"])
     return Measurements(timings, checked, classes, (load_before, load_average()))

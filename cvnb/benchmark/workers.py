@@ -108,7 +108,7 @@ class RuntimeServer:
     def classify(self,
         paths: list[str],   # image files
     ) -> list[int]:         # their classes
-        "Classify image files."
+        "Classify image files; classification only."
         return predict_files(self.predict, paths).argmax(1).tolist()
 
     def measure_memory(self) -> float:   # megabytes

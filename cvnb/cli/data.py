@@ -89,7 +89,7 @@ def data_split_command(
         help="classification, multilabel or regression: splits are stratified by class, rare label or range.",
     )] = "classification",
 ) -> None:
-    "Write a data set's splits to a table: by content, so that copies stay in one split and added images move few others."
+    "Write a table of splits by content: copies stay in one split, and added images move few others."
     from cvnb.data.splits import assign_folds, assign_splits, check_shares
     if out.suffix.lower() != ".csv": raise UsageError(f"--out {out} does not end in .csv", "Give a CSV file.")
     if out.exists(): raise UsageError(f"{out} exists already", "Give another file; nothing was written.")

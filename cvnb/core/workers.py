@@ -78,7 +78,7 @@ class WorkerProcess:
         return bool(select.select([self._process.stdout], [], [], 0)[0])
 
     def receive(self) -> Any:   # the reply
-        "Wait for the next reply; raise `CvnbError` with the last line of the worker's output if the process has ended without one."
+        "Wait for the next reply; raise `CvnbError` with the last line of the log if the process has ended without one."
         line = self._process.stdout.readline()
         if line.endswith(b"\n"): return json.loads(line)
         with open(self.log, "rb") as log:

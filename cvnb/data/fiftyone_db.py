@@ -268,7 +268,7 @@ def _connect(
         if not record and not started: continue   # the keeper was about to end
         if not record:
             errors = re.findall(r"^\w*Error: (.*)", _keeper_files()[2].read_text(), re.M)
-            raise OSError(errors[-1] if errors else "the process that starts the database ended without an error message")
+            raise OSError(errors[-1] if errors else "the process that starts the database gave no error message")
         client = MongoClient("127.0.0.1", record["port"], serverSelectionTimeoutMS=1000)
         try: client.admin.command("ping")
         except PyMongoError:   # the database has just died, or the machine is very busy

@@ -190,7 +190,7 @@ def _format_percent(
 # %% ../../nbs/evaluate/03_dashboard.ipynb #cell-26
 def _card_html(
     title: str,           # what is measured
-    value: str,           # the figure
+    value: str,           # the number
     note: str,            # its interval and count
     css_class: str = "",  # more classes
 ) -> str:                 # HTML
@@ -204,7 +204,7 @@ def cards_html(
     filters: Filters,      # of the page
     calibration: Estimate, # calibration error of the split
 ) -> str:                  # HTML
-    "Write the figures of the split and of the filtered images."
+    "Write the metrics of the split and of the filtered images."
     split = apply_filters(data.table, Filters(filters.split, show="all"))
     selection = apply_filters(data.table, filters, "show")
     n_errors = int((~selection.correct).sum())

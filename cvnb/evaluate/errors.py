@@ -219,7 +219,7 @@ class ErrorAnalysis:
     def _repr_html_(self) -> str:
         rows = [("images", self.n), ("errors", self.n_errors), ("accuracy", self.accuracy),
                 ("calibration error", self.calibration_error), ("slices below the accuracy", len(self.slices_below))]
-        return html_table(pd.DataFrame(rows, columns=["figure", f"{self.split} split"]))
+        return html_table(pd.DataFrame(rows, columns=["metric", f"{self.split} split"]))
 
 # %% ../../nbs/evaluate/01_errors.ipynb #7aa67f7b
 def analyze_errors(
@@ -228,7 +228,7 @@ def analyze_errors(
     split: str,            # name of the split
     bins: int = 10,        # of the calibration, of equally many images
     n_images: int = 16,    # how many of the most confident errors to list
-) -> ErrorAnalysis:        # with every figure
+) -> ErrorAnalysis:        # with every metric
     "Measure a model's errors on one split."
     return ErrorAnalysis(
         split=split, classes=list(classes), n=len(table), n_errors=int((~table.correct).sum()),

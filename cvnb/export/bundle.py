@@ -17,7 +17,8 @@ import cvnb
 from ..core.errors import CvnbError, UsageError
 from ..core.files import digest, file_record, read_json, sha256_file, write_json
 from ..core.project import resolve_run
-from .runtimes import BATCH_SIZE, RUNTIMES, OnnxModel, batch_by_memory, predict_mixed_sizes, read_pixels
+from .runtimes import BATCH_SIZE, RUNTIMES, Predict, Runtime, batch_by_memory, count_outputs
+from .runtimes import predict_mixed_sizes, read_pixels
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,12 +26,19 @@ if TYPE_CHECKING:
     from cvnb.models.vision_model import ModelSpec
 
 # %% auto #0
-__all__ = ['BUNDLE_RUNTIMES', 'BUNDLE_FILES', 'REFERENCE_TOLERANCE', 'write_bundle', 'reference_rows', 'find_bundle', 'Bundle',
-           'to_image_array', 'bundle_digest']
+__all__ = ['bundle_runtimes', 'bundle_files', 'write_bundle', 'reference_rows', 'find_bundle', 'Bundle', 'to_image_array',
+           'bundle_digest']
 
 # %% ../../nbs/export/05_bundle.ipynb #e8b9a841
-BUNDLE_RUNTIMES = {runtime.precision: runtime for runtime in RUNTIMES.values() if runtime.in_bundle}
-BUNDLE_FILES = (*(runtime.file_name("model") for runtime in BUNDLE_RUNTIMES.values()), "labels.txt", "reference.npz")
+def bundle_runtimes() -> dict[str, Runtime]:   # by name, in the order of `RUNTIMES`
+    "List the runtimes whose files a bundle has."
+    return {name: runtime for name, runtime in RUNTIMES.items() if runtime.in_bundle}
+
+# %% ../../nbs/export/05_bundle.ipynb #efee7078
+def bundle_files() -> list[str]:   # names, each once
+    "List the files that bundle.json describes."
+    models = dict.fromkeys(runtime.file_name("model") for runtime in bundle_runtimes().values())
+    return [*models, "labels.txt", "reference.npz"]
 
 # %% ../../nbs/export/05_bundle.ipynb #34319d13
 _INPUT = dict(name="images", dtype="uint8", shape=["batch", "height", "width", 3], channels="RGB",
@@ -38,25 +46,26 @@ _INPUT = dict(name="images", dtype="uint8", shape=["batch", "height", "width", 3
 
 # %% ../../nbs/export/05_bundle.ipynb #93bc0242
 def _describe_bundle(
-    folder: Path,              # has `BUNDLE_FILES`
+    folder: Path,              # has `bundle_files`
     spec: ModelSpec,           # what the model is
     details: dict[str, Any],   # run, shipped, metrics: what only the stage knows
 ) -> dict[str, Any]:           # bundle.json
     "Describe a bundle."
     from cvnb.models.vision_model import task_of
+    from cvnb.tasks.labels import Classification
     task = task_of(spec)
-    output = dict(name=task.output_name, dtype="float32", shape=task.output_shape(spec.classes),
-                  meaning="one per label, sum 1")
-    files = {name: file_record(folder/name) for name in BUNDLE_FILES}
+    output = dict(name=task.output_name, dtype="float32", shape=task.output_shape(spec.classes))
+    if isinstance(task, Classification): output["meaning"] = "one per label, sum 1"
+    files = {name: file_record(folder/name) for name in bundle_files()}
     return dict(format=1, task=spec.task, labels=spec.classes, input=_INPUT | dict(resized_to=spec.image_size),
                 output=output, backbone=spec.backbone, **details, files=files, cvnb=cvnb.__version__)
 
 # %% ../../nbs/export/05_bundle.ipynb #0ec5e800
 def _reference_key(
-    precision: str,   # a key of `BUNDLE_RUNTIMES`
-) -> str:             # such as "model_int8"
-    "Return the name of a runtime's predictions in reference.npz."
-    return Path(BUNDLE_RUNTIMES[precision].file_name("model")).stem
+    runtime: Runtime,   # from `bundle_runtimes`
+) -> str:               # such as "model_int8"
+    "Return the name of the predictions of a runtime's file in reference.npz."
+    return runtime.file_name("model").removesuffix(".onnx")   # files of other formats keep their suffix
 
 # %% ../../nbs/export/05_bundle.ipynb #8ce46b93
 def write_bundle(
@@ -67,16 +76,20 @@ def write_bundle(
     images: list[np.ndarray],   # a few raw images for the self-test, each uint8 (H, W, 3)
     details: dict[str, Any],    # run, shipped, metrics: what only the stage knows
 ) -> Path:                      # the folder
-    "Write a bundle beside its place, then move it there as a whole."
+    "Write a bundle beside its place, then move it there as a whole; raise `CvnbError` if a runtime cannot run."
     folder = Path(folder)
     temp = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temp, ignore_errors=True)
     temp.mkdir(parents=True)
     try:
         predictions = {}
-        for precision, runtime in BUNDLE_RUNTIMES.items():
-            file = shutil.copyfile(runtime.model_path(run, model), temp/runtime.file_name("model"))
-            predictions[_reference_key(precision)] = predict_mixed_sizes(runtime.load(file, 1), images)
+        for name, runtime in bundle_runtimes().items():
+            if reason := runtime.missing(run, model):
+                raise CvnbError(f"the bundle needs {name}, and {reason}", "Install what is missing, and export again.")
+            file = temp/runtime.file_name("model")
+            if file.exists(): continue   # an earlier runtime runs the same file
+            shutil.copyfile(runtime.model_path(run, model), file)
+            predictions[_reference_key(runtime)] = predict_mixed_sizes(runtime.load(file, 1), images)
         (temp/"labels.txt").write_text("".join(f"{name}\n" for name in spec.classes), encoding="utf-8")
         raw = {f"image_{i}": image for i, image in enumerate(images)}
         np.savez_compressed(temp/"reference.npz", **predictions, **raw)
@@ -111,37 +124,47 @@ class Bundle:
     def __init__(self,
         folder: Path,                  # the bundle
         description: dict[str, Any],   # bundle.json
-        model: OnnxModel,              # the opened model
-        precision: str,                # "fp32" or "int8"
+        model: Predict,                # the opened model
+        runtime: Runtime,              # what opened it
     ):
         self.folder = folder
         self.description = description
         self.model = model
-        self.precision = precision
+        self.runtime = runtime
+        self.precision = runtime.precision
         self.labels: list[str] = description["labels"]
 
     def __repr__(self) -> str:
         return f"Bundle({self.folder.name}: {self.description['task']}, {len(self.labels)} labels, {self.precision})"
 
+# %% ../../nbs/export/05_bundle.ipynb #b769e737
+def _select_runtime(
+    precision: str,   # such as "fp32", or the name of a runtime
+) -> Runtime:         # the first one that has it
+    "Find the runtime that opens a bundle; raise `UsageError` that names the precisions if there is none."
+    runtimes = bundle_runtimes()
+    for runtime in runtimes.values():
+        if precision in (runtime.precision, runtime.name): return runtime
+    known = " or ".join(f"'{p}'" for p in dict.fromkeys(runtime.precision for runtime in runtimes.values()))
+    raise UsageError(f"precision '{precision}' does not exist", f"Use {known}.")
+
 # %% ../../nbs/export/05_bundle.ipynb #2d0c6c23
 @patch(cls_method=True)
 def load(cls: Bundle,
     where: Path | str,        # a bundle, or a run directory
-    precision: str = "fp32",  # "fp32", or "int8": smaller and faster
+    precision: str = "fp32",  # "fp32", or "int8": smaller and faster; or the name of a runtime in `bundle_runtimes`
     threads: int = 0,         # 0 uses every core
 ) -> Bundle:                  # ready to predict
     "Load a bundle; raise `UsageError` if there is none and `CvnbError` if it is damaged."
-    if precision not in BUNDLE_RUNTIMES:
-        known = " or ".join(f"'{p}'" for p in BUNDLE_RUNTIMES)
-        raise UsageError(f"precision '{precision}' does not exist", f"Use {known}.")
+    runtime = _select_runtime(precision)
     folder = find_bundle(where)
     description = read_json(folder/"bundle.json")
-    file = folder/BUNDLE_RUNTIMES[precision].file_name("model")
-    model = BUNDLE_RUNTIMES[precision].load(file, threads)
+    file = folder/runtime.file_name("model")
+    model = runtime.load(file, threads)
     labels = description.get("labels") if isinstance(description, dict) else None
-    if not isinstance(labels, list) or model.n_outputs != len(labels):
+    if not isinstance(labels, list) or count_outputs(model) != len(labels):
         raise CvnbError(f"{folder/'bundle.json'} does not belong to {file.name}", "Run the export stage again.")
-    return cls(folder, description, model, precision)
+    return cls(folder, description, model, runtime)
 
 # %% ../../nbs/export/05_bundle.ipynb #145a083a
 def to_image_array(
@@ -161,7 +184,7 @@ def predict(self: Bundle,
     images: Any,                    # a path or array, or several: paths, or uint8 arrays (H, W, 3) of any sizes
     batch_size: int = BATCH_SIZE,   # images in memory at a time
 ) -> list[dict[str, Any]]:          # per image: path (None for an array), label, confidence 0 … 1, probabilities
-    "Classify images; raise `UsageError` that names an image that is missing or cannot be read."
+    "Classify images (classification only); raise `UsageError` that names an image that is missing or cannot be read."
     single = isinstance(images, (str, Path)) or (isinstance(images, np.ndarray) and images.ndim == 3)
     images = [images] if single else list(images)
     predictions: list[dict[str, Any]] = []
@@ -173,9 +196,6 @@ def predict(self: Bundle,
                                     probabilities=dict(zip(self.labels, p.tolist()))))
     return predictions
 
-# %% ../../nbs/export/05_bundle.ipynb #ebe4d731
-REFERENCE_TOLERANCE = dict(fp32=1e-3, int8=0.1)   # difference of a probability between machines
-
 # %% ../../nbs/export/05_bundle.ipynb #34ccc48f
 @patch
 def verify(self: Bundle) -> dict[str, Any]:   # {"files", "images", "max_difference"}
@@ -183,15 +203,15 @@ def verify(self: Bundle) -> dict[str, Any]:   # {"files", "images", "max_differe
     remedy = "Copy the bundle again, or run the export stage again."
     for name, record in self.description["files"].items():
         file = self.folder/name
-        if name in BUNDLE_FILES and (not file.is_file() or sha256_file(file) != record["sha256"]):
+        if name in bundle_files() and (not file.is_file() or sha256_file(file) != record["sha256"]):
             raise CvnbError(f"{file} is missing or not the file that was exported", remedy)
     with np.load(self.folder/"reference.npz", allow_pickle=False) as reference:
-        expected = reference[_reference_key(self.precision)]
+        expected = reference[_reference_key(self.runtime)]
         images = [reference[f"image_{i}"] for i in range(len(expected))]
     difference = float(np.abs(predict_mixed_sizes(self.model, images) - expected).max())
-    if not difference <= REFERENCE_TOLERANCE[self.precision]:
+    if not difference <= self.runtime.reference_tolerance:
         raise CvnbError(f"{self.folder} predicts differently here: a probability is off by {difference:.4f}",
-                        "Update onnxruntime.")
+                        f"Update {self.runtime.package}.")
     return dict(files=len(self.description["files"]), images=len(images), max_difference=difference)
 
 # %% ../../nbs/export/05_bundle.ipynb #2c8f6acb

@@ -5,6 +5,7 @@
 # %% ../../nbs/export/04_parity.ipynb #cd9df36e
 from __future__ import annotations
 
+import html
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.errors import CvnbError
-from .runtimes import RUNTIMES, predict_files
+from .runtimes import RUNTIMES, Runtime, predict_files
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,6 +29,11 @@ __all__ = ['REFERENCE_RUNTIME', 'predict_with_runtimes', 'ParityResult', 'measur
 # %% ../../nbs/export/04_parity.ipynb #233e4715
 REFERENCE_RUNTIME = "torch eager"   # the others are compared with it
 
+# %% ../../nbs/export/04_parity.ipynb #f64c1fe6
+def _compared_runtimes() -> list[Runtime]:   # in the order of `RUNTIMES`
+    "List the runtimes that are compared with torch."
+    return [runtime for runtime in RUNTIMES.values() if runtime.in_parity and runtime.name != REFERENCE_RUNTIME]
+
 # %% ../../nbs/export/04_parity.ipynb #ecf755f0
 def predict_with_runtimes(
     model: VisionModel,      # the model in torch
@@ -36,14 +42,14 @@ def predict_with_runtimes(
     root: Path | str,        # the data folder
     paths: Iterable[str],    # N test images, relative to the data folder
 ) -> dict[str, np.ndarray]:  # runtime -> probabilities (N, C)
-    "Predict the same images in torch and in every installed runtime with `in_parity`, each with its own decoding."
+    "Predict the same images in torch and in every runtime with `in_parity` that can run, each with its own decoding."
     from cvnb.data.images import load_images
     from cvnb.models.inference import predict_proba
     paths = list(paths)
     files = [Path(root)/path for path in paths]
     found = {REFERENCE_RUNTIME: predict_proba(model, load_images(root, paths, model.spec.image_size))}
-    for runtime in RUNTIMES.values():
-        if runtime.name == REFERENCE_RUNTIME or not (runtime.in_parity and runtime.installed): continue
+    for runtime in _compared_runtimes():
+        if runtime.missing(run, name): continue
         found[runtime.name] = predict_files(runtime.load(runtime.model_path(run, name), 0), files)
     return found
 
@@ -65,7 +71,7 @@ def measure_parity(
     labels: np.ndarray,     # int (N,), true classes
     paths: Iterable[str],   # N names, to name the worst
 ) -> ParityResult:
-    "Compare a runtime's predictions with torch's."
+    "Compare a runtime's class probabilities with torch's; classification only."
     from cvnb.metrics.classification import accuracy
     gap = np.abs(expected - found).max(1)   # (N,)
     worst = int(np.argmax(np.where(np.isnan(gap), np.inf, gap)))   # NaN counts as the largest difference
@@ -112,12 +118,18 @@ class ParityReport:
     "Every runtime of every model compared with torch over the same images."
     results: dict[str, dict[str, ParityResult]]    # model -> runtime -> comparison
     correct: dict[str, dict[str, np.ndarray]]      # model -> runtime -> bool (N,), whether each prediction is right
+    left_out: dict[str, str]                       # "model, runtime" -> why it was not compared
 
-    def __repr__(self) -> str: return parity_table(self.results).to_string(index=False)
+    @property
+    def notes(self) -> list[str]:   # one line per runtime that was left out
+        "Say which runtimes were left out, and why."
+        return [f"{name} was left out: {reason}." for name, reason in self.left_out.items()]
+
+    def __repr__(self) -> str: return "\n".join([parity_table(self.results).to_string(index=False), *self.notes])
 
     def _repr_html_(self) -> str:
         from cvnb.core.html import html_table
-        return html_table(parity_table(self.results))
+        return html_table(parity_table(self.results)) + "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
 
     def require(self,
         tolerance: float,   # largest acceptable difference of a probability, 0 … 1
@@ -152,15 +164,19 @@ def check_parity(
     test: pd.DataFrame,               # test rows of the manifest
     classes: list[str],               # names, in the order of the models' outputs
 ) -> ParityReport:
-    "Compare every model in every runtime over the test set."
-    labels = np.array([classes.index(label) for label in test.label])
+    "Compare every model in every runtime over the test set; classification only."
+    from cvnb.models.vision_model import task_of
     results = {}
     correct = {}
+    left_out = {}
     for name, model in models.items():
+        labels = task_of(model.spec).encode(test.label, classes, test.path)
         predictions = predict_with_runtimes(model, name, run, root, test.path)
         results[name] = compare_runtimes(predictions, labels, test.path)
         correct[name] = {runtime: found.argmax(1) == labels for runtime, found in predictions.items()}
-    return ParityReport(results, correct)
+        reasons = {f"{name}, {runtime.name}": runtime.missing(run, name) for runtime in _compared_runtimes()}
+        left_out |= {candidate: reason for candidate, reason in reasons.items() if reason}
+    return ParityReport(results, correct, left_out)
 
 # %% ../../nbs/export/04_parity.ipynb #5ed5f849
 def choose_shipped_model(
@@ -181,7 +197,8 @@ def bundle_metrics(
     results: dict[str, ParityResult],   # from `compare_runtimes`, for the model that ships
 ) -> dict[str, Any]:                    # estimates as {"value", "low", "high", "n"}
     "Collect the metrics that a bundle carries."
-    shipped = {runtime: results[runtime.name] for runtime in RUNTIMES.values() if runtime.in_bundle}
+    in_bundle = [runtime for runtime in RUNTIMES.values() if runtime.in_bundle and runtime.name in results]
+    shipped = {runtime: results[runtime.name] for runtime in in_bundle}
     quantized = {runtime: r for runtime, r in shipped.items() if runtime.precision != "fp32"}
     found = {f"accuracy_{runtime.metric_suffix}": asdict(r.accuracy) for runtime, r in shipped.items()}
     found |= {f"same_answer_{runtime.metric_suffix}": asdict(r.same) for runtime, r in quantized.items()}

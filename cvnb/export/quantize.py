@@ -133,7 +133,7 @@ def kl_divergence(
     expected: np.ndarray,   # probabilities (N, C)
     found: np.ndarray,      # probabilities (N, C)
 ) -> float:                 # nats; 0 for equal probabilities
-    "Compute the mean Kullback-Leibler divergence between two sets of predictions."
+    "Compute the mean Kullback-Leibler divergence between two sets of class probabilities; classification only."
     p = np.clip(expected, 1e-7, 1)
     q = np.clip(found, 1e-7, 1)
     return float((p * np.log(p / q)).sum(1).mean())
@@ -202,7 +202,7 @@ def quantize(
     tolerance: float = 0.005,   # acceptable loss of accuracy, 0 … 1
     weight_bits: int = 8,       # 8, or 7 for processors without VNNI that do not run the file with `open_session`
 ) -> QuantizationResult:
-    "Write an INT8 model, keeping as many layers in FP32 as the tolerance requires."
+    "Write an INT8 classifier, keeping as many layers in FP32 as the tolerance requires; classification only."
     from tempfile import TemporaryDirectory
 
     import onnx
@@ -245,12 +245,13 @@ def load_quantization_data(
     n_validation: int,     # validation images, at most
     seed: int = 0,         # of the choice of images
 ) -> QuantizationData:
-    "Sample and load the images that quantization needs."
+    "Sample and load the images that quantization needs, with their classes; classification only."
     from cvnb.data.images import load_images
+    from cvnb.tasks.labels import Classification
     calibration = train.sample(min(n_calibration, len(train)), random_state=seed)
     validation = val.sample(min(n_validation, len(val)), random_state=seed)
     load = lambda rows: load_images(root, rows.path, image_size, digests=rows.file_sha256)
-    labels = np.array([classes.index(label) for label in validation.label])
+    labels = Classification().encode(validation.label, classes, validation.path)
     return QuantizationData(load(calibration), load(validation), labels)
 
 # %% ../../nbs/export/03_quantize.ipynb #606bb526

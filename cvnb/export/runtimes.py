@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['Predict', 'MODELS', 'RUNTIMES', 'BATCH_SIZE', 'BATCH_BYTES', 'open_session', 'OnnxModel', 'load_torch',
-           'load_openvino', 'Runtime', 'predict_batches', 'predict_mixed_sizes', 'batch_by_memory', 'read_pixels',
-           'predict_files']
+           'load_openvino', 'Runtime', 'count_outputs', 'predict_batches', 'predict_mixed_sizes', 'batch_by_memory',
+           'read_pixels', 'predict_files']
 
 # %% ../../nbs/export/01_runtimes.ipynb #94d47179
 Predict = Callable[[np.ndarray], np.ndarray]   # uint8 (N, H, W, 3) to probabilities (N, C)
@@ -117,13 +117,14 @@ class Runtime:
     load: Callable[[Path | str, int], Predict]   # takes what `model_path` returns and a number of threads
     file: str                 # pattern of the file that it runs, such as "{model}.onnx"; "" for torch's folder
     package: str              # top-level module that has to be installed
-    precision: str            # "fp32" or "int8"
+    precision: str            # such as "fp32" or "int8"
     metric_suffix: str        # name in metrics and JSON keys
     marker: str               # of matplotlib, in plots
-    device: str = "cpu"       # where it computes
+    device: str = "cpu"       # where it computes; `cvnb doctor` shows it
     in_parity: bool = False   # whether the export stage compares it with torch
-    in_bundle: bool = False   # whether the bundle has its file
+    in_bundle: bool = False   # whether the bundle has its file; needs `file` and `in_parity`
     is_peer: bool = False     # whether it runs the trained model only, as the alternative to cvnb's compression
+    reference_tolerance: float = 1e-3   # difference of a probability between machines that `Bundle.verify` accepts
 
     @property
     def installed(self) -> bool:   # whether it can be loaded here
@@ -143,19 +144,36 @@ class Runtime:
         "Return the path of a run's model in the form that it runs."
         return run/"export"/self.file_name(model) if self.file else run/MODELS[model]
 
+    def missing(self,
+        run: Path,    # a run directory
+        model: str,   # a key of `MODELS`
+    ) -> str:         # such as "package openvino is not installed"; "" where it can run the model
+        "Say why it cannot run a model of a run here."
+        if not self.installed: return f"package {self.package} is not installed"
+        path = self.model_path(run, model)
+        return "" if path.exists() else f"{path.relative_to(run)} does not exist"
+
 # %% ../../nbs/export/01_runtimes.ipynb #c3a67990
 _ENTRIES = [
     Runtime("torch eager", load_torch, "", "torch", "fp32", metric_suffix="torch_eager", marker="o", in_parity=True),
     Runtime("onnx fp32", OnnxModel, "{model}.onnx", "onnxruntime", "fp32", metric_suffix="fp32", marker="s",
             in_parity=True, in_bundle=True),
     Runtime("onnx int8", OnnxModel, "{model}_int8.onnx", "onnxruntime", "int8", metric_suffix="int8", marker="D",
-            in_parity=True, in_bundle=True),
+            in_parity=True, in_bundle=True, reference_tolerance=0.1),   # INT8 kernels differ between processors
     Runtime("openvino fp32", load_openvino, "{model}.onnx", "openvino", "fp32", metric_suffix="openvino_fp32",
             marker="^", is_peer=True),
     Runtime("openvino int8", load_openvino, "{model}_int8.onnx", "openvino", "int8", metric_suffix="openvino_int8",
             marker="v", is_peer=True),
 ]
 RUNTIMES: dict[str, Runtime] = {runtime.name: runtime for runtime in _ENTRIES}
+
+# %% ../../nbs/export/01_runtimes.ipynb #f757520d
+def count_outputs(
+    predict: Predict,   # an opened model
+) -> int:               # for one image
+    "Count the outputs of a model."
+    if isinstance(predict, OnnxModel): return predict.n_outputs
+    return predict(np.zeros((1, 32, 32, 3), np.uint8)).shape[-1]
 
 # %% ../../nbs/export/01_runtimes.ipynb #52eb05e2
 BATCH_SIZE = 64       # images that a model gets at a time, at most

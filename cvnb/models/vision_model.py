@@ -232,7 +232,7 @@ def check_image_size(
     model: VisionModel,      # stays unchanged
     size: int | None = None, # side in pixels of the network's input; that of the model if None
 ) -> None:
-    "Raise `UsageError` if a network does not support an image size, or does not return the outputs of the model's task."
+    "Raise `UsageError` if a network does not support an image size, or its outputs do not fit the model's task."
     spec = replace(model.spec, image_size=size or model.spec.image_size)
     was_training = model.training
     blank = torch.zeros(2, 3, spec.image_size, spec.image_size, device=next(model.parameters()).device)

@@ -163,9 +163,12 @@ def group_configurations(
 def declared_metrics(
     contract: Contract,   # a stage
 ) -> list[str]:           # names of the metrics that it records; * stands for a part that its code fills in
-    "Read from a stage's code which metrics it records, without running it."
+    "Read which metrics a stage records, without running it: from `- metrics: [...]` in its title cell, or its code."
+    cells = read_cells(contract.path)
+    title = re.search(r"^- metrics: \[(.*)\]$", cells[0]["source"], re.M) if cells else None
+    if title: return sorted(name.strip() for name in title[1].split(","))
     found = set()
-    for cell in read_cells(contract.path):
+    for cell in cells:
         try: tree = ast.parse(cell["source"]) if cell["cell_type"] == "code" else ast.parse("")
         except SyntaxError: return ["*"]   # an IPython line, which may record anything
         for node in ast.walk(tree):

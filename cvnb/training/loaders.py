@@ -220,7 +220,7 @@ def _check_augmentation(
     "Raise `UsageError` if pixels would move away from the places that targets name."
     moves = augment.name != "none" or augment.flip or augment.shift   # every policy has geometric operations
     if task.geometric_augmentation or not (moves or mixup or cutmix): return
-    raise UsageError(f"the targets of the task {task.name} cannot be mirrored, shifted, warped or mixed with the images",
+    raise UsageError(f"the targets of the task {task.name} cannot be mirrored, shifted, warped or mixed with images",
                      "Set augment=none, flip=false, shift=0, mixup=0 and cutmix=0, or write the task's augment_batch.")
 
 # %% ../../nbs/training/02_loaders.ipynb #cell-18

@@ -25,9 +25,12 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_peers_run_the_trained_model_and_come_last(run: Path) -> None:
-    names = [(c.model, c.runtime.is_peer) for c in table.list_candidates(run)]
-    assert names[:6] == [(model, False) for model in MODELS for _ in range(3)]
-    assert set(names[6:]) <= {("trained", True)}
+    candidates = table.list_candidates(run)
+    peers = [c for c in candidates if c.runtime.is_peer]
+    others = [c for c in candidates if not c.runtime.is_peer]
+    assert candidates == others + peers and {c.model for c in peers} <= {"trained"}
+    names = [name for name, runtime in RUNTIMES.items() if not runtime.is_peer]
+    assert [(c.model, c.runtime.name) for c in others] == [(model, name) for model in MODELS for name in names]
     assert not any(c.runtime.package == "openvino" for c in table.list_candidates(run, exclude=["openvino"]))
 
 
@@ -43,10 +46,11 @@ def test_benchmark_classifies_only_what_export_did_not_compare(run: Path, monkey
 
     monkeypatch.setattr(table, "measure_candidates", measure)
     exported = vars(accuracy(np.ones(50, bool)))
-    parity = [dict(model=c.model, runtime=c.runtime.name, accuracy=exported) for c in candidates[:-1]]
+    parity = [dict(model=c.model, runtime=c.runtime.name, accuracy=exported) for c in candidates if c is not peer]
     result = table.run_benchmark(candidates, [], ["a.png", "b.png"], np.array([0, 1]), parity)
-    assert [r["n"] for r in result.rows] == [50] * 6 + [2]
-    assert result.rows[-1]["accuracy"] == 0.5 and result.rows[-1]["vs_peer"] == 1
+    rows = {f"{r['model']}, {r['runtime']}": r for r in result.rows}
+    assert {name: r["n"] for name, r in rows.items()} == {c.name: 2 if c is peer else 50 for c in candidates}
+    assert rows[peer.name]["accuracy"] == 0.5 and rows[peer.name]["vs_peer"] == 1
     assert all(r["vs_peer"] is not None for r in result.rows)
 
 
@@ -55,3 +59,11 @@ def test_dead_worker_is_named_with_its_last_words(run: Path) -> None:
     message = r"worker for trained, onnx fp32 ended with code 1 \(.*cannot be opened.*Run the stage again"
     with pytest.raises(CvnbError, match=message):
         measure_candidates([candidate], [np.zeros((4, 4, 3), np.uint8)], n_calls=3, rounds=1)
+
+
+def test_benchmark_without_its_control_is_refused(run: Path) -> None:
+    (run/"export/trained.onnx").unlink()
+    candidates = table.list_candidates(run)
+    assert table.list_left_out(run)["trained, onnx fp32"] == "export/trained.onnx does not exist"
+    with pytest.raises(CvnbError, match="the control, trained, onnx fp32, is not among the candidates"):
+        measure_candidates(candidates, [np.zeros((4, 4, 3), np.uint8)], n_calls=3, rounds=1)

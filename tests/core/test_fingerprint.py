@@ -11,7 +11,7 @@ from cvnb.core.fingerprint import code_fingerprint, imported_packages, reached_c
 CELL = "from cvnb.high.first import train\ntrain()"
 MODULES = {
     "high/__init__.py": "", "low/__init__.py": "",
-    "high/first.py": "import torch\nfrom ..low.second import helper\ndef train(): return helper()\ndef other(): return 0\n",
+    "high/first.py": "import torch\nfrom ..low.second import helper\ndef train(): return helper()\n",
     "low/second.py": "def helper(): return 1\ndef unused(): return 2\n",
     "flat.py": "def f(): return 3\n",
 }
@@ -51,9 +51,13 @@ def test_code_of_a_package_init_is_reached(package: Path) -> None:
     assert changed(package, "low/__init__.py", "", "print('imported')") == {"low"}
 
 
-@pytest.mark.parametrize("cell", ["from cvnb.train import fit", "import cvnb.train", "from cvnb.high.frist import train"])
+UNKNOWN = ["from cvnb.train import fit", "import cvnb.train", "from cvnb.high.frist import train"]
+
+
+@pytest.mark.parametrize("cell", UNKNOWN)
 def test_import_of_an_unknown_module_is_refused(cell: str, package: Path) -> None:
-    with pytest.raises(CvnbError, match="a cell imports cvnb.*, which is no module of cvnb"): reached_code([cell], package)
+    with pytest.raises(CvnbError, match="a cell imports cvnb.*, which is no module of cvnb"):
+        reached_code([cell], package)
 
 
 def test_training_code_is_part_of_a_checkpoints_identity() -> None:

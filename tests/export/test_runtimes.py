@@ -12,12 +12,14 @@ import torch
 from PIL import Image
 
 from cvnb.benchmark.report import benchmark_html, benchmark_summary, plot_benchmark
-from cvnb.benchmark.table import Benchmark, benchmark_rows, list_candidates
+from cvnb.benchmark.table import Benchmark, benchmark_rows, list_candidates, list_left_out
 from cvnb.benchmark.timing import Measurements, Timings, check_control
-from cvnb.core.errors import CvnbError
-from cvnb.export.bundle import BUNDLE_FILES, BUNDLE_RUNTIMES
-from cvnb.export.parity import REFERENCE_RUNTIME, check_parity, parity_table
-from cvnb.export.runtimes import MODELS, RUNTIMES, Predict, Runtime, load_torch
+from cvnb.cli.doctor import check_installation
+from cvnb.core.errors import CvnbError, UsageError
+from cvnb.export.bundle import Bundle, bundle_files, bundle_runtimes, write_bundle
+from cvnb.export.onnx import export_onnx
+from cvnb.export.parity import REFERENCE_RUNTIME, bundle_metrics, check_parity, parity_table
+from cvnb.export.runtimes import MODELS, RUNTIMES, OnnxModel, Predict, Runtime, load_torch
 from cvnb.metrics.classification import accuracy
 from cvnb.models.weights import create_model, load_model, save_model
 
@@ -25,18 +27,19 @@ CLASSES = ["cat", "dog"]
 
 
 def test_entries_are_unambiguous() -> None:
-    for name, runtime in RUNTIMES.items(): assert runtime.name == name and runtime.precision in ("fp32", "int8")
+    for name, runtime in RUNTIMES.items():
+        assert runtime.name == name
+        assert not runtime.in_bundle or (runtime.file and runtime.in_parity)
     for field in "metric_suffix", "marker":
         values = [getattr(runtime, field) for runtime in RUNTIMES.values()]
         assert len(set(values)) == len(values), f"two runtimes have the same {field}"
     assert RUNTIMES[REFERENCE_RUNTIME].in_parity
 
 
-def test_bundle_has_one_file_per_precision() -> None:
-    assert {precision: r.file_name("model") for precision, r in BUNDLE_RUNTIMES.items()} == {
-        "fp32": "model.onnx", "int8": "model_int8.onnx"}
-    assert BUNDLE_FILES == ("model.onnx", "model_int8.onnx", "labels.txt", "reference.npz")
-    assert len(BUNDLE_RUNTIMES) == sum(runtime.in_bundle for runtime in RUNTIMES.values())
+def test_bundle_has_file_of_every_runtime_in_it() -> None:
+    assert {name: r.file_name("model") for name, r in bundle_runtimes().items()} == {
+        "onnx fp32": "model.onnx", "onnx int8": "model_int8.onnx"}
+    assert bundle_files() == ["model.onnx", "model_int8.onnx", "labels.txt", "reference.npz"]
 
 
 def test_modules_of_production_import_nothing_heavy() -> None:
@@ -89,14 +92,14 @@ def test_parity_refuses_runtime_that_differs(run: Path, new_runtime: Runtime, mo
 
 
 def test_benchmark_and_report_list_new_runtime(run: Path, new_runtime: Runtime) -> None:
-    candidates = list_candidates(run)
-    names = [c.name for c in candidates]
-    assert names == ["trained, torch eager", "trained, new fp32", "compressed, torch eager", "compressed, new fp32"]
-    assert candidates[1].metric_suffix == "trained_new_fp32" and candidates[1].path == str(run/"train")
+    candidates = {c.name: c for c in list_candidates(run)}
+    assert list(candidates) == [f"{model}, {runtime}" for model in MODELS for runtime in ("torch eager", "new fp32")]
+    new = candidates["trained, new fp32"]
+    assert new.metric_suffix == "trained_new_fp32" and new.path == str(run/"train")
     rng = np.random.default_rng(0)
-    timings = {c: Timings(rng.lognormal(-6, 0.1, (5, 4)), np.full((3, 1), 0.1), 100.0) for c in candidates}
-    rows = benchmark_rows(timings, {c: accuracy(rng.random(50) < 0.9) for c in candidates}, batch_size=8)
-    control = check_control(candidates[1], timings[candidates[1]].seconds, timings[candidates[1]].seconds)
+    timings = {c: Timings(rng.lognormal(-6, 0.1, (5, 4)), np.full((3, 1), 0.1), 100.0) for c in candidates.values()}
+    rows = benchmark_rows(timings, {c: accuracy(rng.random(50) < 0.9) for c in timings}, batch_size=8)
+    control = check_control(new, timings[new].seconds, timings[new].seconds)
     result = Benchmark(Measurements(timings, control, {}, (0.0, 0.0)), rows)
     bundle = dict(shipped=dict(model="trained"), files={})
     page = benchmark_html(benchmark_summary("x", result, [np.zeros((4, 4, 3), np.uint8)], bundle))
@@ -105,8 +108,83 @@ def test_benchmark_and_report_list_new_runtime(run: Path, new_runtime: Runtime) 
     assert [line[0].get_marker() for line in lines] == ["o", "*"] * 2
 
 
-def test_runtime_whose_package_is_missing_is_left_out(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runtime_that_cannot_run_is_left_out_and_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in RUNTIMES.keys() - {REFERENCE_RUNTIME}: monkeypatch.delitem(RUNTIMES, name)
     absent = Runtime("absent fp32", load_torch, "", "no_such_package", "fp32", metric_suffix="absent", marker="P",
-                     in_parity=True)
+                     device="gpu", in_parity=True)
+    unwritten = Runtime("own fp16", load_torch, "{model}.own", "torch", "fp16", metric_suffix="own", marker="X",
+                        in_parity=True)
+    for runtime in absent, unwritten: monkeypatch.setitem(RUNTIMES, runtime.name, runtime)
+    expected = {}
+    for model in MODELS:
+        expected[f"{model}, absent fp32"] = "package no_such_package is not installed"
+        expected[f"{model}, own fp16"] = f"export/{model}.own does not exist"
+    assert {c.runtime.name for c in list_candidates(run)} == {REFERENCE_RUNTIME}
+    assert list_left_out(run) == expected
+    test = pd.DataFrame(dict(path=["0.png"], label=["cat"]))
+    parity = check_parity({name: load_model(run/folder) for name, folder in MODELS.items()}, run, run, test, CLASSES)
+    assert parity.left_out == expected and list(parity.results["trained"]) == [REFERENCE_RUNTIME]
+    assert "trained, absent fp32 was left out: package no_such_package is not installed." in repr(parity)
+    row = next(row for row in check_installation() if row["part"] == "runtime absent fp32")
+    assert row["found"] == "package no_such_package not installed, device gpu" and not row["ok"]
+
+
+@pytest.fixture
+def exported(run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    "A run whose trained model has an ONNX file; of the runtimes, torch and ONNX FP32 are left."
+    for name in RUNTIMES.keys() - {REFERENCE_RUNTIME, "onnx fp32"}: monkeypatch.delitem(RUNTIMES, name)
+    (run/"export").mkdir()
+    export_onnx(load_model(run/"train"), run/"export/trained.onnx")
+    return run
+
+
+def write_test_bundle(run: Path) -> Path:
+    "Write a bundle of the trained model, with parity over three images."
+    model = load_model(run/"train")
+    test = pd.DataFrame(dict(path=[f"{i}.png" for i in range(3)], label=["cat", "dog", "cat"]))
+    metrics = bundle_metrics(check_parity(dict(trained=model), run, run, test, CLASSES).results["trained"])
+    images = [np.asarray(Image.open(run/path)) for path in test.path]
+    details = dict(run="x", shipped=dict(model="trained"), metrics=metrics)
+    return write_bundle(run/"bundle", run, "trained", model.spec, images, details)
+
+
+def test_bundle_keeps_two_runtimes_of_one_precision(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_copy(path: Path, threads: int) -> Predict:
+        model = OnnxModel(path, threads)
+        return lambda images: model(images)   # without `n_outputs`
+
+    def load_half(path: Path, threads: int) -> Predict:
+        model = OnnxModel(path, threads)
+        return lambda images: model(images).astype(np.float16).astype(np.float32)
+
+    (exported/"export/trained.copy").write_bytes((exported/"export/trained.onnx").read_bytes())
+    fields = dict(in_parity=True, in_bundle=True)
+    for runtime in (
+        Runtime("copy fp32", load_copy, "{model}.copy", "onnxruntime", "fp32", "copy", "P", **fields),
+        Runtime("same fp32", load_copy, "{model}.onnx", "onnxruntime", "fp32", "same", "X", **fields),
+        Runtime("half fp16", load_half, "{model}.onnx", "onnxruntime", "fp16", "half", "*", **fields,
+                reference_tolerance=0.01),
+    ): monkeypatch.setitem(RUNTIMES, runtime.name, runtime)
+    bundle = write_test_bundle(exported)
+    names = {file.name for file in bundle.iterdir()}
+    assert names == {"model.onnx", "model.copy", "labels.txt", "reference.npz", "bundle.json"}
+    with np.load(bundle/"reference.npz") as reference: assert {"model", "model.copy"} < set(reference.files)
+    for precision, name in dict(fp32="onnx fp32", fp16="half fp16").items():
+        assert Bundle.load(bundle, precision).runtime.name == name
+    for name in bundle_runtimes():
+        loaded = Bundle.load(bundle, name)
+        assert loaded.runtime.name == name and loaded.verify()["images"] == 3
+    with pytest.raises(UsageError, match="precision 'int8' does not exist.*'fp32' or 'fp16'"):
+        Bundle.load(bundle, "int8")
+    with pytest.raises(CvnbError, match="does not belong to model.copy"):
+        (bundle/"bundle.json").write_text((bundle/"bundle.json").read_text().replace('"cat",', '"cat", "eel",'))
+        Bundle.load(bundle, "copy fp32")
+
+
+def test_bundle_is_refused_without_runtime_in_it(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = Runtime("absent fp32", load_torch, "{model}.onnx", "no_such_package", "fp32", "absent", "P",
+                     in_parity=True, in_bundle=True)
     monkeypatch.setitem(RUNTIMES, absent.name, absent)
-    assert not absent.installed and "absent fp32" not in {c.runtime.name for c in list_candidates(run)}
+    with pytest.raises(CvnbError, match="the bundle needs absent fp32, and package no_such_package is not installed"):
+        write_test_bundle(exported)
+    assert not (exported/"bundle").exists()

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from wandb_file import read_wandb_file
 
 from cvnb.core.files import read_json, sha256_file
 from cvnb.core.stage import split_accesses
+from cvnb.pipeline.params import read_contracts
 from cvnb.pipeline.runner import read_run_parameters, stage_states
+from cvnb.pipeline.sweep_trials import declared_metrics
 
 STAGES = ["audit", "train", "errors", "compress", "export", "benchmark"]
 CVNB = Path(sys.executable).with_name("cvnb")
@@ -162,3 +165,10 @@ def test_refused_value_keeps_earlier_result(copy):
     (copy/"train/stage.json").unlink()
     assert cvnb("run", "train", "--run", copy, "--set", "train.weights=elsewhere").returncode == 2
     assert read_json(copy/"train/stage.json")["status"] == "failed" and states(copy)["train"] == "failed"
+
+
+def test_recorded_metrics_are_those_that_the_stages_declare(smoke_run):
+    for stage, contract in read_contracts().items():
+        patterns = [re.escape(name).replace(r"\*", ".*") for name in declared_metrics(contract)]
+        recorded = read_json(smoke_run/stage/"stage.json")["metrics"]
+        assert [name for name in recorded if not any(re.fullmatch(p, name) for p in patterns)] == [], stage

@@ -312,7 +312,9 @@ def test_search_counts_only_trials_inside_its_axes(project):
 
 
 def test_interval_of_shares_stays_between_zero_and_one():
-    share = lambda v, low=0.1, high=0.99: Trial({}, state="done", metric_estimate=dict(value=v, low=low, high=high, n=9))
+    def share(value, low=0.1, high=0.99):
+        return Trial({}, state="done", metric_estimate=dict(value=value, low=low, high=high, n=9))
+
     empty = Sweep(Path("x"), [], RunParameters(), [])
     two = empty.estimate([share(0.2), share(0.9)])
     assert two["low"] == 0 and two["high"] == 1

@@ -1,4 +1,4 @@
-"""Interrupted trainings: they resume from their last checkpoint and end like a training that was left alone."""
+"""Interrupted trainings: they resume from their last checkpoint and end like an uninterrupted training."""
 from __future__ import annotations
 
 import contextlib

@@ -1,4 +1,4 @@
-"""No server can stop or slow a training, and the caller's own W&B runs are left alone."""
+"""No server can stop or slow a training, and the tracker does not touch the caller's own W&B runs."""
 from __future__ import annotations
 
 import json
