@@ -83,7 +83,7 @@ def test_offline_run_holds_images_confusion_matrix_and_audit(stage: Stage) -> No
     run = read_run(stage)
     logged, files = logged_values(run), run_folder(stage)/"files"
     order = rank_predictions(table)
-    for end, positions in dict(worst=order[:5], best=order[::-1][:5]).items():
+    for end, positions in dict(worst=order[:8], best=order[::-1][:8]).items():
         captions = [caption.split(":")[0] for caption in logged[f"val/{end}/captions"]]
         assert captions == table.path.iloc[positions].tolist()
         for file, i in zip(logged[f"val/{end}/filenames"], positions):
