@@ -21,6 +21,7 @@ from ..core.files import atomic_path, read_json
 from ..core.project import project_root, resolve_run
 from ..core.system import timestamp
 from ..core.stage import read_stage_manifest
+from ..data.tables import LABEL_SEPARATOR
 from ..data.fiftyone_db import database_errors
 
 if TYPE_CHECKING:
@@ -237,12 +238,11 @@ def _check_class_names(
     task: str = "classification",   # what labels are
 ) -> None:
     "Raise `UsageError` for a label that is no class."
-    from cvnb.tasks.labels import SEPARATOR   # imports torch
-    parts = lambda label: sorted({p.strip() for p in label.split(SEPARATOR)}) if task == "multilabel" else [label]
+    parts = lambda label: sorted({p.strip() for p in label.split(LABEL_SEPARATOR)}) if task == "multilabel" else [label]
     names = {part for c in classes for part in parts(c)}
 
     def is_known(label: str) -> bool:
-        numbers = pd.to_numeric(pd.Series(label.split(SEPARATOR)), errors="coerce")
+        numbers = pd.to_numeric(pd.Series(label.split(LABEL_SEPARATOR)), errors="coerce")
         return {*parts(label)} <= names or (task == "regression" and bool(numbers.notna().all()))
 
     relabelled = corrections[corrections.action == "relabel"]

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['IMAGE_SUFFIXES', 'TABLE_SUFFIXES', 'SPLITS', 'list_images', 'data_root', 'scan_dataset', 'check_folder', 'read_table',
-           'describe_dataset', 'write_table', 'read_manifest', 'auto_image_size', 'locate_data']
+__all__ = ['IMAGE_SUFFIXES', 'TABLE_SUFFIXES', 'SPLITS', 'LABEL_SEPARATOR', 'list_images', 'data_root', 'scan_dataset',
+           'check_folder', 'read_table', 'describe_dataset', 'write_table', 'read_manifest', 'auto_image_size',
+           'locate_data']
 
 # %% ../../nbs/data/02_tables.ipynb #cell-5
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
@@ -29,6 +30,7 @@ TABLE_SUFFIXES = {".csv", ".tsv", ".parquet"}
 SPLITS = ("train", "val", "test")
 _SPLIT_NAMES = dict(train="train", training="train", val="val", valid="val", validation="val",
                     test="test", testing="test")
+LABEL_SEPARATOR = "|"   # between several labels, or numbers, of one image
 
 # %% ../../nbs/data/02_tables.ipynb #cell-6
 def list_images(

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.errors import CvnbError, UsageError, did_you_mean
+from ..data.tables import LABEL_SEPARATOR
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,10 +24,7 @@ if TYPE_CHECKING:
     from cvnb.metrics.estimates import Estimate
 
 # %% auto #0
-__all__ = ['SEPARATOR', 'TASKS', 'Task', 'Classification', 'Multilabel', 'Regression', 'get_task', 'with_strata']
-
-# %% ../../nbs/tasks/01_labels.ipynb #7646747b
-SEPARATOR = "|"   # between the labels of one image
+__all__ = ['TASKS', 'Task', 'Classification', 'Multilabel', 'Regression', 'get_task', 'with_strata']
 
 # %% ../../nbs/tasks/01_labels.ipynb #0f8e98f1
 @dataclass(frozen=True)
@@ -287,19 +285,20 @@ class Multilabel(Task):
     output_name = "probabilities"
 
     def split_labels(self,
-        labels: pd.Series,                    # names joined by `SEPARATOR`
+        labels: pd.Series,                    # names joined by `LABEL_SEPARATOR`
         paths: Sequence[str] | None = None,   # of the images, for messages
     ) -> list[list[str]]:                     # names of each image
         "Split labels into names; raise `CvnbError` for an empty name."
-        parts = [[p.strip() for p in str(label).split(SEPARATOR)] for label in labels]
+        parts = [[p.strip() for p in str(label).split(LABEL_SEPARATOR)] for label in labels]
         for i, p in enumerate(parts):
             if "" not in p: continue
             raise CvnbError(f"the label '{labels.iloc[i]}' of {_image_name(i, paths)} has an empty part",
-                            f"Join names by one '{SEPARATOR}' each.")
+                            f"Join names by one '{LABEL_SEPARATOR}' each.")
         return parts
 
     def normalize_labels(self, labels: pd.Series) -> pd.Series:
-        return labels.map(lambda label: SEPARATOR.join(sorted({p.strip() for p in str(label).split(SEPARATOR)})))
+        parts = labels.map(lambda label: {p.strip() for p in str(label).split(LABEL_SEPARATOR)})
+        return parts.map(lambda names: LABEL_SEPARATOR.join(sorted(names)))
 
     def classes(self, labels: pd.Series, paths: Sequence[str] | None = None) -> list[str]:
         return sorted({p for parts in self.split_labels(labels, paths) for p in parts})
@@ -336,7 +335,7 @@ class Multilabel(Task):
         names = np.array(classes, dtype=object)
         table = rows[["path", "split", "label"]].reset_index(drop=True)
         true = self.encode(table.label, classes, table.path) > 0.5
-        table["predicted"] = [SEPARATOR.join(names[p]) for p in predicted]
+        table["predicted"] = [LABEL_SEPARATOR.join(names[p]) for p in predicted]
         table["confidence"] = np.maximum(probabilities, 1 - probabilities).prod(1).astype(float)
         return table.assign(correct=(true == predicted).all(1), probabilities=list(probabilities))
 
@@ -375,21 +374,21 @@ class Regression(Task):
     has_classes = False
 
     def normalize_labels(self, labels: pd.Series) -> pd.Series:
-        parts = labels.map(lambda label: str(label).split(SEPARATOR))
-        return parts.map(lambda numbers: SEPARATOR.join(_shortest_number(p.strip()) for p in numbers))
+        parts = labels.map(lambda label: str(label).split(LABEL_SEPARATOR))
+        return parts.map(lambda numbers: LABEL_SEPARATOR.join(_shortest_number(p.strip()) for p in numbers))
 
     def classes(self, labels: pd.Series, paths: Sequence[str] | None = None) -> list[str]:
-        k = str(labels.iloc[0]).count(SEPARATOR) + 1
+        k = str(labels.iloc[0]).count(LABEL_SEPARATOR) + 1
         return ["value"] if k == 1 else [f"value_{i + 1}" for i in range(k)]
 
     def encode(self, labels: pd.Series, classes: list[str], paths: Sequence[str] | None = None) -> np.ndarray:
         import pandas as pd
-        parts = [str(label).split(SEPARATOR) for label in labels]
+        parts = [str(label).split(LABEL_SEPARATOR) for label in labels]
         for i, p in enumerate(parts):
             if len(p) == len(classes): continue
             raise CvnbError(f"the label '{labels.iloc[i]}' of {_image_name(i, paths)} has {len(p)} parts where "
                             f"{len(classes)} were expected",
-                            f"Give every image as many numbers, joined by '{SEPARATOR}'.")
+                            f"Give every image as many numbers, joined by '{LABEL_SEPARATOR}'.")
         numbers = pd.Series([v.strip() for p in parts for v in p], dtype=object)
         values = pd.to_numeric(numbers, errors="coerce").to_numpy(float).reshape(len(parts), len(classes))
         with np.errstate(over="ignore"): values = values.astype(np.float32)   # (N, K)
@@ -429,7 +428,7 @@ class Regression(Task):
     def prediction_table(self, classes: list[str], rows: pd.DataFrame, logits: np.ndarray) -> pd.DataFrame:
         table = rows[["path", "split", "label"]].reset_index(drop=True)
         error = np.linalg.norm(logits - self.encode(table.label, classes, table.path), axis=1)
-        table["predicted"] = [SEPARATOR.join(f"{v:.6g}" for v in row) for row in logits]
+        table["predicted"] = [LABEL_SEPARATOR.join(f"{v:.6g}" for v in row) for row in logits]
         return table.assign(error=error.astype(float), values=list(np.asarray(logits, np.float32)))
 
     def strata(self, labels: pd.Series, ranges: int = 10, paths: Sequence[str] | None = None) -> pd.Series:

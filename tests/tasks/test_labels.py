@@ -21,12 +21,12 @@ from sklearn.metrics import (
 from cvnb.core.errors import CvnbError, UsageError
 from cvnb.core.files import write_json
 from cvnb.data.splits import assign_splits
-from cvnb.data.tables import write_table
+from cvnb.data.tables import LABEL_SEPARATOR, write_table
 from cvnb.models.inference import predict_logits
 from cvnb.models.vision_model import ModelSpec, task_of
 from cvnb.models.weights import create_model, load_classifier, load_model, save_model
 from cvnb.pipeline.params import read_contract
-from cvnb.tasks.labels import SEPARATOR, TASKS, get_task, with_strata
+from cvnb.tasks.labels import TASKS, get_task, with_strata
 from cvnb.training.tracking import rank_predictions
 
 LABELS = dict(classification=["cat", "dog", "cat", "eel"] * 5, multilabel=["red|big", "red", "blue", "big|blue"] * 5,
@@ -206,7 +206,7 @@ def test_multilabel_predictions_are_labels_above_one_half() -> None:
     rows = pd.DataFrame(dict(path="x.png", split="test", label=labels))
     table = task.prediction_table(classes, rows, logits)
     for claimed, text in zip(logits > 0, table.predicted):
-        assert [c for c, yes in zip(classes, claimed) if yes] == (text.split(SEPARATOR) if text else [])
+        assert [c for c, yes in zip(classes, claimed) if yes] == (text.split(LABEL_SEPARATOR) if text else [])
     assert table.correct.tolist() == (targets == (logits > 0)).all(1).tolist() and table.correct.nunique() == 2
     assert 1 > table.confidence.max() and table.confidence.min() >= 0.5 ** len(classes)
 
