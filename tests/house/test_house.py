@@ -121,7 +121,7 @@ def test_one_page_of_each_kind_is_processed(project: Path) -> None:
     assert "show_doc(CvnbError)" in errors and "class CvnbError" not in errors
     cells = house.cells(project/"_proc/stages/train.ipynb")
     train = "\n".join(c["source"] for c in cells if c["cell_type"] == "markdown")
-    assert "name | type | default | range | meaning" in train and "`epochs` | `int` |" in train
+    assert "name | type | default | values | meaning" in train and "`epochs` | `int` |" in train
 
 
 def test_sidebar_names_every_page() -> None:

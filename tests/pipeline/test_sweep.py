@@ -352,7 +352,7 @@ def ray_cluster():
     cluster.shutdown()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ray_restarts_trials_of_lost_workers_and_nodes(project, ray_cluster):
     args = ("--set", "train.lr=0.02,0.05,0.1,0.2,0.3", "--set", "train.wait=0.5", "--set", "train.epochs=6",
             "--engine", "ray", "--address", ray_cluster.address)
