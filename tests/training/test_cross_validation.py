@@ -89,7 +89,7 @@ def test_holdout_is_about_a_tenth_for_any_groups(seed):
     assert cross_validation._select_holdout(rows, PLAIN) is None
     assert 3 <= cross_validation._select_holdout(rows, options).sum() <= 12
     copies = rows.assign(pixel_sha256=[str(i % 9) for i in range(60)], group=None)
-    with pytest.raises(UsageError, match="so few"): cross_validation._select_holdout(copies, options)
+    with pytest.raises(UsageError, match="too few images per fold"): cross_validation._select_holdout(copies, options)
 
 
 def test_each_fold_selects_its_images_twice(data, tmp_path, monkeypatch):
