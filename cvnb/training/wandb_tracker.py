@@ -118,6 +118,14 @@ def _server_responds(
     except (OSError, http.client.HTTPException): return False
     return True
 
+# %% ../../nbs/training/11_wandb_tracker.ipynb #5b1d07ae
+def _define_axes(
+    run: Any,   # of W&B
+) -> None:
+    "Set what the metrics of steps and of epochs are plotted over."
+    run.define_metric("step/*", step_metric="trainer/global_step")
+    run.define_metric("epoch/*", step_metric="epoch")
+
 # %% ../../nbs/training/11_wandb_tracker.ipynb #2aeda1d8
 UPLOAD_LIMIT_S = 600   # longest wait for artifacts at the end of a run
 
@@ -138,7 +146,9 @@ class WandbTracker(WandbLogger):
                               config=stage.params | picked, settings=_wandb_settings(timeout))
         run, why = _open_online(self.arguments) if mode == "online" else (None, "")
         super().__init__(experiment=run)   # Lightning would warn about its own settings if it opened the run
-        if run: self._record("online", "")
+        if run:
+            self._record("online", "")
+            self.attempt(_define_axes)
         else: self._continue_offline(why)
 
     @property
@@ -150,6 +160,7 @@ class WandbTracker(WandbLogger):
         import wandb
         self._experiment = wandb.init(mode="offline", **self.arguments)
         self._record("offline", why)
+        _define_axes(self._experiment)
         if why: self._print(f"{why}. The run is tracked offline")
 
     def _print(self, message: str) -> None:
@@ -162,8 +173,6 @@ class WandbTracker(WandbLogger):
         folder = Path(self._experiment.dir).parent.relative_to(self.stage.run).as_posix()
         self.stage.environment["wandb"] = dict(id=self._experiment.id, asked=self.requested_mode, mode=mode, why=why,
                                                folder=folder, earlier=self.earlier)
-        self._experiment.define_metric("step/*", step_metric="trainer/global_step")
-        self._experiment.define_metric("epoch/*", step_metric="epoch")
 
     def attempt(self,
         act: Callable[[Any], Any],   # takes the W&B run

@@ -163,6 +163,24 @@ class KillsWandb(pl.Callback):
         if trainer.current_epoch == 1 and batch_idx == 2: wandb_process().send_signal(signal.SIGKILL)
 
 
+def test_process_that_ends_as_a_run_opens_is_replaced(
+        stage: Stage, serve: Callable[[], QuietServer], monkeypatch: pytest.MonkeyPatch) -> None:
+    serve()
+    open_online = wandb_tracker._open_online
+
+    def open_and_kill(arguments: dict) -> tuple[object, str]:
+        opened = open_online(arguments)
+        wandb_process().kill()
+        time.sleep(1)   # until the connection is closed
+        return opened
+
+    monkeypatch.setattr(wandb_tracker, "_open_online", open_and_kill)
+    close_tracker(open_tracker(stage, "online", timeout=2), dict(answer=42))
+    record = stage.environment["wandb"]
+    assert record["mode"] == "offline" and "its process has ended" in record["why"] and len(record["earlier"]) == 1
+    assert read_run(stage)["summary"]["answer"] == 42
+
+
 def test_training_continues_after_wandb_was_killed(stage: Stage, capfd: pytest.CaptureFixture) -> None:
     tracker = open_tracker(stage)
     first = stage.environment["wandb"]["id"]
