@@ -1,7 +1,6 @@
 """What a tracked run holds, and what tracking costs."""
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from cvnb.core.errors import UsageError
 from cvnb.core.files import read_json, sha256_file
 from cvnb.core.stage import Stage, read_stage_manifest
 from cvnb.metrics.classification import accuracy
+from cvnb.training import tracking
 from cvnb.training.tracking import (
     StepTracker,
     close_tracker,
@@ -118,23 +118,42 @@ def test_gradient_norm_is_measured_before_clipping(stage: Stage) -> None:
     assert len(recorder.norms) == 20 and min(recorder.norms) > 1e-3
 
 
+class Clock:
+    "A clock that runs only while a step or a logger says how long it takes."
+    seconds = 0.0
+
+    def perf_counter(self) -> float: return self.seconds
+
+
 class SlowLogger(pl.loggers.CSVLogger):
     "A logger that needs twenty milliseconds for each call."
-    calls = 0
+    def __init__(self, folder: Path, clock: Clock) -> None:
+        super().__init__(folder)
+        self.clock = clock
+        self.calls = 0
 
     def log_metrics(self, metrics: dict, step: int | None = None) -> None:
         self.calls += 1
-        time.sleep(0.02)
+        self.clock.seconds += 0.02
 
 
-def test_step_tracker_keeps_to_its_share_of_the_time(tmp_path: Path) -> None:
-    unlimited, limited = SlowLogger(tmp_path), SlowLogger(tmp_path)
-    train_adder(unlimited, StepTracker(every=1, share=1), steps=100)
-    callback, begin = StepTracker(every=1, share=0.1), time.perf_counter()
-    train_adder(limited, callback, steps=100, pause_s=0.005)
-    seconds = time.perf_counter() - begin
+class TakesTime(pl.Callback):
+    "Let each step take five milliseconds."
+    def __init__(self, clock: Clock) -> None: self.clock = clock
+
+    def on_train_batch_start(self, *_: object) -> None: self.clock.seconds += 0.005
+
+
+def test_step_tracker_keeps_to_its_share_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(tracking, "time", clock)
+    unlimited, limited = SlowLogger(tmp_path, clock), SlowLogger(tmp_path, clock)
+    train_adder(unlimited, StepTracker(every=1, share=1), TakesTime(clock), steps=100)
+    begin, callback = clock.seconds, StepTracker(every=1, share=0.1)
+    train_adder(limited, callback, TakesTime(clock), steps=100)
+    seconds = clock.seconds - begin
     assert unlimited.calls == 200 and 1 <= limited.calls < 60
-    assert callback.seconds_spent <= 0.1 * seconds + 0.1   # the last step may begin just within the share
+    assert callback.seconds_spent <= 0.1 * seconds + 0.02   # the last step may begin just within the share
 
 
 def test_untracked_steps_cost_nothing_and_weights_do_not_change(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
