@@ -50,7 +50,7 @@ from cvnb.audit.duplicates import (
     transform_image,
 )
 from cvnb.data.images import load_images, open_image
-from cvnb.data.tables import locate_data, scan_dataset
+from cvnb.data.dataset import locate_data, scan_dataset
 
 sys.path.insert(0, str(Path(__file__).parent))
 from table import show  # noqa: E402

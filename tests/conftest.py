@@ -172,7 +172,7 @@ def smoke_run(traced_run) -> Path:
 @pytest.fixture
 def small_photos(tmp_path) -> Path:
     "Sixty real images of handwritten digits in two classes."
-    from cvnb.data.tables import locate_data
+    from cvnb.data.dataset import locate_data
     folder = tmp_path/"photos"
     for label in "1", "7":
         (folder/label).mkdir(parents=True)

@@ -21,7 +21,7 @@ from .checks import Check, make_check
 from ..core.errors import UsageError
 from ..core.system import n_cores
 from ..data.images import open_image
-from ..data.tables import data_root, scan_dataset
+from ..data.dataset import Dataset, read_dataset
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
@@ -306,22 +306,18 @@ def _copy_paths(
     return targets
 
 # %% ../../nbs/audit/05_privacy.ipynb #cell-61
-def _copy_table(
-    source: Path,   # a table
-    target: Path,   # its copy
-    paths: dict[str, str],   # normal path -> path in the copy
+def _write_rows(
+    dataset: Dataset,   # with a table
+    folder: Path,       # of the copy
+    paths: pd.Series,   # of each row in the copy
 ) -> None:
-    "Copy a table with all its rows; rewrite its paths if an image has another path in the copy."
-    if all(path == os.path.normpath(copy) for path, copy in paths.items()):
-        shutil.copyfile(source, target)
-        return
-    is_parquet = source.suffix.lower() == ".parquet"
-    sep = "\t" if source.suffix.lower() == ".tsv" else ","
-    as_text = dict(sep=sep, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    table = pd.read_parquet(source) if is_parquet else pd.read_csv(source, **as_text)
-    table["path"] = [paths[os.path.normpath(path)] for path in table.path]
-    if is_parquet: table.to_parquet(target, index=False)
-    else: table.to_csv(target, sep=sep, index=False)
+    "Write the rows of a data set as a table: under its name, or as labels.csv where it lies in a folder of images."
+    kind = dataset.source.suffix.lower()
+    name = "labels.csv" if dataset.source.is_dir() else dataset.source.name
+    if kind in (".txt", ".jsonl"): name = f"{dataset.source.stem}.csv"
+    rows = dataset.rows.assign(path=paths).rename(columns=lambda c: c.removeprefix("meta_"))
+    if kind == ".parquet": rows.to_parquet(folder/name, index=False)
+    else: rows.to_csv(folder/name, sep="\t" if kind == ".tsv" else ",", index=False)
 
 # %% ../../nbs/audit/05_privacy.ipynb #cell-62
 def _copy_files(
@@ -341,15 +337,15 @@ def _copy_files(
     return reasons
 
 def copy_without_metadata(
-    data: Path | str,   # a folder of classes, or a table
+    data: Dataset | Path | str,   # a data set, or a folder or table
     out: Path | str,    # a folder that does not exist yet
     progress: Callable[[float, str], None] | None = None,   # takes the fraction that is done and a text
 ) -> pd.DataFrame:      # path, copy (its path in `out`), removed (kinds), refused (why there is no copy, or '')
     "Copy a data set without metadata; raise `UsageError` if `out` exists or lies inside the data folder."
-    data = Path(data)
     out = Path(out)
-    root = data_root(data)
-    table = scan_dataset(data)
+    dataset = data if isinstance(data, Dataset) else read_dataset(data)
+    root = dataset.root
+    table = dataset.rows
     if out.exists(): raise UsageError(f"{out} exists already", "Give a folder that does not exist yet.")
     if out.resolve().is_relative_to(root.resolve()):
         raise UsageError(f"{out} is inside the data folder", "Give a folder outside of it.")
@@ -359,7 +355,7 @@ def copy_without_metadata(
     try:
         temp.mkdir(parents=True)
         refused = _copy_files(root, temp, targets, table.path, progress)
-        if root != data: _copy_table(data, temp/data.name, {os.path.normpath(k): v for k, v in targets.items()})
+        if dataset.columns: _write_rows(dataset, temp, table.path.map(targets))
         os.replace(temp, out)
     finally: shutil.rmtree(temp, ignore_errors=True)
     return pd.DataFrame(dict(path=table.path, copy=table.path.map(targets), removed=removed, refused=refused))

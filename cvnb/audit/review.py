@@ -21,7 +21,7 @@ from ..core.files import atomic_path, read_json
 from ..core.project import project_root, resolve_run
 from ..core.system import timestamp
 from ..core.stage import read_stage_manifest
-from ..data.tables import LABEL_SEPARATOR
+from ..data.columns import LABEL_SEPARATOR
 from ..data.fiftyone_db import database_errors
 
 if TYPE_CHECKING:

@@ -36,9 +36,12 @@ from ..core.html import html_table
 from ..core.stage import Stage, subprogress
 from ..data.fiftyone_db import start_database
 from ..data.images import inspect_images, load_images
-from ..data.sources import open_data
+from ..data.layouts import Reading
+from ..data.sources import open_dataset
 from ..data.splits import assign_splits, check_shares
-from ..data.tables import SPLITS, auto_image_size, data_root, scan_dataset, write_table
+from ..data.dataset import Dataset, check_trainable, describe_columns
+from ..data.splits import SPLITS
+from ..data.tables import auto_image_size, write_table
 from ..data.versions import data_revision, dataset_digest
 
 if TYPE_CHECKING:
@@ -56,8 +59,7 @@ __all__ = ['AuditData', 'open_audit', 'SectionResult', 'FileResult', 'audit_file
 class AuditData:
     "The data of an audit, with the settings that several sections use."
     name: str                  # as given: a known name, a folder, a table, or torchvision:…, hf:…, fiftyone:…
-    source: Path               # a folder of classes, or a table
-    root: Path                 # the folder that paths are relative to
+    dataset: Dataset           # its labelled images, and how they were found
     version: dict[str, Any]    # digest of the data; revision in DVC or git, None where there is none
     task: Task                 # what labels are
     limits: dict[str, float]   # check -> largest share of images
@@ -67,13 +69,21 @@ class AuditData:
     seed: int                  # of splits, planted faults and folds
     max_images: int            # findings shown of each check
 
+    @property
+    def root(self) -> Path:
+        "Return the folder that paths are relative to."
+        return self.dataset.root
+
     def _repr_html_(self) -> str:
-        rows = dict(data=self.name, folder=self.root, task=self.task.name) | self.version
-        return html_table(pd.DataFrame([{k: "" if v is None else v for k, v in rows.items()}]))
+        rows = dict(data=self.name, folder=self.root, layout=self.dataset.layout, task=self.task.name) | self.version
+        shown = html_table(pd.DataFrame([{k: "" if v is None else v for k, v in rows.items()}]))
+        columns = [f"<p>Columns: {html.escape(describe_columns(self.dataset))}</p>"] if self.dataset.columns else []
+        return shown + "".join([*columns, *(f"<p>{html.escape(note)}</p>" for note in self.dataset.notes)])
 
 # %% ../../nbs/audit/13_sections.ipynb #216db33c
 def open_audit(
     data: str,              # a known name, a folder, a table, or torchvision:…, hf:…, fiftyone:…
+    reading: Reading,       # how it is to be read
     task: str,              # a name in `cvnb.tasks.labels.TASKS`
     limits: list[str],      # "check=share"
     predictions: Path | str,   # out_of_fold.parquet of a training; '' for none
@@ -88,11 +98,12 @@ def open_audit(
     parsed = parse_limits(limits)
     check_shares(val_share, test_share)
     out_of_fold = read_out_of_fold(predictions)
-    source = open_data(data, progress)
+    dataset = open_dataset(data, reading, progress)
+    check_trainable(dataset, task)
     start_database()   # in the background, while images are decoded
-    version = dict(digest=dataset_digest(source), revision=data_revision(source))
-    return AuditData(data, source, data_root(source), version, get_task(task), parsed, out_of_fold,
-                     val_share, test_share, seed, max_images)
+    version = dict(digest=dataset_digest(dataset), revision=data_revision(dataset.source))
+    return AuditData(data, dataset, version, get_task(task), parsed, out_of_fold, val_share, test_share, seed,
+                     max_images)
 
 # %% ../../nbs/audit/13_sections.ipynb #e139f609
 _MAX_ROWS = 60   # of a table that is shown
@@ -167,7 +178,7 @@ def audit_files(
     progress: Callable[..., None],   # called with the fraction done, 0 … 1, and a text
 ) -> FileResult:                     # unreadable, wrong_ending, animated, one_colour, odd_size, odd_aspect
     "Decode every file once, apply corrections, and check the files."
-    inspected = inspect_images(data.root, scan_dataset(data.source), progress, measure=measure_appearance)
+    inspected = inspect_images(data.root, data.dataset.rows, progress, measure=measure_appearance)
     files = read_metadata(data.root, inspected)
     files["label"] = data.task.normalize_labels(files.label)   # a|b is b|a, and 1 is 1.0
     given = read_corrections(corrections)
@@ -380,7 +391,8 @@ def write_audit(
     write_audit_page(stage.path("report.html"), audit.report, data.root)
     rows = audit.manifest[table.ok].assign(ok=True)   # images in quarantine too
     dataset = write_dataset(stage.run, data.root, rows, expand_to_files(table, audit.components), findings, progress)
-    about = dict(data=data.name, root=data.root, fiftyone_dataset=dataset, corrections=audit.applied.to_dict("records"),
+    about = dict(data=data.name, root=data.root, layout=data.dataset.layout, notes=data.dataset.notes,
+                 columns=data.dataset.columns, fiftyone_dataset=dataset, corrections=audit.applied.to_dict("records"),
                  n_answered=int(unique.pixel_sha256.isin(list(data.out_of_fold)).sum()))
     write_json(stage.path("audit.json"), about | audit_summary(audit.report, audit.manifest, data.task.name))
     enforce_limits(audit.report)

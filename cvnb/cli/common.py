@@ -6,23 +6,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from shlex import quote
+from typing import TYPE_CHECKING, Any
 
 from ..core.errors import UsageError, did_you_mean
 from ..core.project import asset_folder
 
 if TYPE_CHECKING:
     from cvnb.cli.console import ProgressLines
+    from cvnb.data.dataset import Dataset
     from cvnb.pipeline.params import Contract
     from cvnb.pipeline.runner import RunParameters
 
 # %% auto #0
-__all__ = ['DATA_HELP', 'RECIPE_HELP', 'INTERRUPTED', 'choose_recipe', 'default_name', 'collect_parameters', 'complete_parameter',
+__all__ = ['DATA_HELP', 'LAYOUT_HELP', 'LEAVE_OUT_HELP', 'TAKE_IN_HELP', 'RECIPE_HELP', 'INTERRUPTED', 'choose_recipe',
+           'default_name', 'collect_parameters', 'complete_parameter', 'describe_reading', 'reading_parameters',
            'fetch_data', 'existing_run']
 
 # %% ../../nbs/cli/02_common.ipynb #27b12471
-DATA_HELP = ("A name that `cvnb data` lists, a folder with one sub-folder per class, a table, or torchvision:…, hf:…, "
-             "fiftyone:…")
+DATA_HELP = ("A name that `cvnb data` lists, a folder with one sub-folder per class, a table, a zip file, or "
+             "torchvision:…, hf:…, fiftyone:…")
+LAYOUT_HELP = "How the folder is read: auto, classes, splits/classes or table. Default: auto, which recognises it."
+LEAVE_OUT_HELP = "File or folder that is not read, such as masks or '*_mask.png'. Can be repeated."
+TAKE_IN_HELP = "Folder that is read although its name says unlabelled or made by a tool. Can be repeated."
 RECIPE_HELP = "Recipe: a YAML file, or the name of one in configs/."
 INTERRUPTED = "interrupted", "What finished is kept; the same command resumes."   # message and remedy after Ctrl-C
 
@@ -61,6 +67,7 @@ def collect_parameters(
     recipe: Path | None,         # the recipe in use
     sets: list[str],             # --set
     known: dict[str, Contract],  # the stages
+    read: dict[str, Any] | None = None,   # from `reading_parameters`
 ) -> RunParameters:              # the run's given parameters
     "Lay recipe, --data and --set over each other; without a recipe, start from the parameters of the existing run."
     from cvnb.pipeline.params import check_parameters
@@ -72,6 +79,7 @@ def collect_parameters(
         given = {"data": absolute_data_name(data)}
         takers = {s: c for s, c in known.items() if "data" in c.names}
         parameters.add({s: check_parameters(c, given, "--data") for s, c in takers.items()}, "--data")
+    if read: parameters.add({"audit": check_parameters(known["audit"], read, "--layout")}, "--layout")
     for text in sets:
         stage, name, value = parse_set_option(text, known)
         parameters.add({stage: {name: value}}, "--set")
@@ -86,6 +94,30 @@ def complete_parameter(
     from cvnb.pipeline.recipes import complete_set_option
     return complete_set_option(incomplete, read_contracts())
 
+# %% ../../nbs/cli/02_common.ipynb #f6c0ffee
+_MOST_NOTES = 5   # lines that a command prints of a longer list
+
+def describe_reading(
+    dataset: Dataset,   # read
+) -> list[str]:         # lines to print
+    "Say in a few lines how a data set was read, and what was left out."
+    from cvnb.data.dataset import describe_columns
+    lines = [f"layout: {dataset.layout} · {len(dataset.images):,} images"]
+    if dataset.columns: lines.append(f"columns: {describe_columns(dataset)}")
+    lines += [f"! {note}" for note in dataset.notes[:_MOST_NOTES]]
+    n = len(dataset.notes) - _MOST_NOTES
+    if n > 0: lines.append(f"! and {n} more notes: cvnb data check {quote(str(dataset.source))}")
+    return lines
+
+def reading_parameters(
+    layout: str | None,             # --layout
+    leave_out: list[str] | None,    # --leave-out
+    take_in: list[str] | None,      # --take-in
+) -> dict[str, Any]:                # the given ones, as parameters of the audit
+    "Collect the options that say how data is read."
+    given = dict(layout=layout, leave_out=leave_out, take_in=take_in)
+    return {name: value for name, value in given.items() if value}
+
 # %% ../../nbs/cli/02_common.ipynb #631e3102
 def fetch_data(
     parameters: RunParameters,   # given parameters
@@ -93,12 +125,17 @@ def fetch_data(
     known: dict[str, Contract],  # the stages
     lines: ProgressLines,        # shows the progress
 ) -> None:
-    "Open the data of all stages, and fetch what is missing; raise `UsageError` for data that cannot be used."
-    from cvnb.data.sources import open_data
+    "Read the data of all stages, and say how; raise `UsageError` for data that cannot be used."
+    from cvnb.data.dataset import check_trainable
+    from cvnb.data.layouts import read_options
+    from cvnb.data.sources import open_dataset
+    progress = lambda fraction, text: lines("data", "progress", fraction, text)
     for contract in known.values():
         if "data" not in contract.names: continue
-        data = parameters.for_stage(contract, folder)["data"]
-        open_data(data, lambda fraction, text: lines("data", "progress", fraction, text))
+        params = parameters.for_stage(contract, folder)
+        dataset = open_dataset(params["data"], read_options(params), progress)
+        check_trainable(dataset, params.get("task", "classification"))
+        for line in describe_reading(dataset): lines.note(line)
     lines.drop("data")
 
 # %% ../../nbs/cli/02_common.ipynb #a3c2f069

@@ -9,17 +9,19 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from .common import DATA_HELP
+from .common import DATA_HELP, LAYOUT_HELP, LEAVE_OUT_HELP, TAKE_IN_HELP
 from .console import ProgressLines, print_table
 from ..core.errors import UsageError
 from ..core.files import atomic_path
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from cvnb.data.dataset import Dataset
 
 # %% auto #0
 __all__ = ['data_app', 'data_command', 'data_get_command', 'data_check_command', 'data_split_command', 'data_clean_command']
@@ -57,21 +59,43 @@ def data_get_command(
     with ProgressLines(sys.stderr) as lines: where = open_data(name, lambda f, text: lines(name, "progress", f, text))
     print(where)
 
+# %% ../../nbs/cli/05_data.ipynb #a7c0ffee
+def _read(
+    data: str,                      # the argument
+    layout: str,                    # --layout
+    leave_out: list[str] | None,    # --leave-out
+    take_in: list[str] | None,      # --take-in
+) -> Dataset:
+    "Read a data set; show the progress of a download."
+    from cvnb.data.layouts import Reading
+    from cvnb.data.sources import open_dataset
+    reading = Reading(layout, tuple(leave_out or ()), tuple(take_in or ()))
+    with ProgressLines(sys.stderr) as lines:
+        return open_dataset(data, reading, lambda fraction, text: lines("data", "progress", fraction, text))
+
 # %% ../../nbs/cli/05_data.ipynb #3af20f4c
 @data_app.command("check")
 def data_check_command(
     data: Annotated[str, typer.Argument(help=DATA_HELP)],
+    layout: Annotated[str, typer.Option(help=LAYOUT_HELP)] = "auto",
+    leave_out: Annotated[Optional[list[str]], typer.Option(help=LEAVE_OUT_HELP)] = None,
+    take_in: Annotated[Optional[list[str]], typer.Option(help=TAKE_IN_HELP)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    "Describe a data set and its possible mistakes, without opening an image."
-    from cvnb.data.sources import open_data, source_notes
-    from cvnb.data.tables import SPLITS, describe_dataset
-    with ProgressLines(sys.stderr) as lines: where = open_data(data, lambda f, text: lines("data", "progress", f, text))
-    found = describe_dataset(where)
-    found["notes"] += source_notes(where)
+    "Say how a data set is read and what is left out, count its images, and note possible mistakes."
+    from cvnb.data.dataset import describe_columns, describe_dataset
+    from cvnb.data.splits import SPLITS
+    dataset = _read(data, layout, leave_out, take_in)
+    found = describe_dataset(dataset)
     if as_json: return print(json.dumps(found, indent=1))
     splits = [s for s in (*SPLITS, "unsplit") if any(s in n for n in found["classes"].values())]
-    print(f"{found['root']}: {found['images']:,} images, {len(found['classes'])} classes\n")
+    print(f"{found['root']}: {found['images']:,} images, {len(found['classes'])} classes")
+    print(f"layout: {found['layout']}")
+    if dataset.columns: print(f"columns: {describe_columns(dataset)}")
+    if g := found["groups"]:
+        print(f"groups: {g['n']:,} of {g['smallest']:,} to {g['largest']:,} images, median {g['median']:g}; "
+              f"{g['without']:,} images without")
+    print()
     rows = [(label, *(f"{n.get(s, 0):,}" for s in splits)) for label, n in found["classes"].items()]
     print_table("", {"class": "left"} | dict.fromkeys(splits, "right"), rows)
     for note in found["notes"]: print(f"! {note}")
@@ -85,6 +109,9 @@ def data_split_command(
     test: Annotated[float, typer.Option(help="Share of each class for the test.", min=0, max=0.5)] = 0.15,
     folds: Annotated[int, typer.Option(help="Folds for cross-validation, in a column `fold`; 0 for none.", min=0)] = 0,
     seed: Annotated[int, typer.Option(help="Another seed gives another split.", min=0)] = 0,
+    layout: Annotated[str, typer.Option(help=LAYOUT_HELP)] = "auto",
+    leave_out: Annotated[Optional[list[str]], typer.Option(help=LEAVE_OUT_HELP)] = None,
+    take_in: Annotated[Optional[list[str]], typer.Option(help=TAKE_IN_HELP)] = None,
     task: Annotated[str, typer.Option(
         help="classification, multilabel or regression: splits are stratified by class, rare label or range.",
     )] = "classification",
@@ -94,7 +121,7 @@ def data_split_command(
     if out.suffix.lower() != ".csv": raise UsageError(f"--out {out} does not end in .csv", "Give a CSV file.")
     if out.exists(): raise UsageError(f"{out} exists already", "Give another file; nothing was written.")
     check_shares(val, test)
-    root, table, strata = _inspect_for_splits(data, task)
+    root, table, strata = _inspect_for_splits(data, task, layout, leave_out, take_in)
     table["split"] = assign_splits(strata, val, test, seed).split
     if folds: table["meta_fold"] = assign_folds(strata, folds, seed)
     rows = _write_split_table(root, table, out)
@@ -106,23 +133,20 @@ def data_split_command(
 def _inspect_for_splits(
     data: str,   # --data
     name: str,   # of a task
+    *reading: Any,   # --layout, --leave-out and --take-in
 ) -> tuple[Path, pd.DataFrame, pd.DataFrame]:   # root of the paths, the images, the same with the task's strata
     "Open every image of a data set."
     from cvnb.data.images import inspect_images
-    from cvnb.data.sources import open_data
-    from cvnb.data.tables import data_root, scan_dataset
     task = None
     if name != "classification":
         from cvnb.tasks.labels import get_task
         task = get_task(name)   # refuses an unknown one before the images are opened
+    dataset = _read(data, *reading)
     with ProgressLines(sys.stderr) as lines:
-        progress = lambda fraction, text: lines("data", "progress", fraction, text)
-        where = open_data(data, progress)
-        root = data_root(where)
-        table = inspect_images(root, scan_dataset(where), progress)
-    if task is None: return root, table, table
+        table = inspect_images(dataset.root, dataset.rows, lambda f, text: lines("data", "progress", f, text))
+    if task is None: return dataset.root, table, table
     from cvnb.tasks.labels import with_strata
-    return root, table, with_strata(task, table)
+    return dataset.root, table, with_strata(task, table)
 
 # %% ../../nbs/cli/05_data.ipynb #dabf70dc
 def _write_split_table(
@@ -144,13 +168,15 @@ def _write_split_table(
 def data_clean_command(
     data: Annotated[str, typer.Argument(help=DATA_HELP)],
     out: Annotated[Path, typer.Option(help="Folder to write; it must not exist yet.")],
+    layout: Annotated[str, typer.Option(help=LAYOUT_HELP)] = "auto",
+    leave_out: Annotated[Optional[list[str]], typer.Option(help=LEAVE_OUT_HELP)] = None,
+    take_in: Annotated[Optional[list[str]], typer.Option(help=TAKE_IN_HELP)] = None,
 ) -> None:
     "Copy a data set without metadata about people: places, names, serial numbers, dates. The pixels stay the same."
     from cvnb.audit.privacy import copy_without_metadata
-    from cvnb.data.sources import open_data
+    dataset = _read(data, layout, leave_out, take_in)
     with ProgressLines(sys.stderr) as lines:
-        progress = lambda fraction, text: lines("data", "progress", fraction, text)
-        files = copy_without_metadata(open_data(data, progress), out, progress)
+        files = copy_without_metadata(dataset, out, lambda f, text: lines("data", "progress", f, text))
     refused = files[files.refused != ""]
     cleaned = files[(files.refused == "") & (files.removed != "")]
     print(f"{out}: {len(files) - len(refused):,} files, metadata removed from {len(cleaned):,}")

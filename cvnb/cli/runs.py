@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from .common import DATA_HELP, INTERRUPTED, RECIPE_HELP, choose_recipe, collect_parameters, complete_parameter
-from .common import default_name, existing_run, fetch_data
+from .common import DATA_HELP, INTERRUPTED, LAYOUT_HELP, LEAVE_OUT_HELP, RECIPE_HELP, TAKE_IN_HELP
+from .common import choose_recipe, collect_parameters, complete_parameter, default_name, existing_run
+from .common import fetch_data, reading_parameters
 from .console import ProgressLines, print_table, shell_path
 from ..core.errors import CvnbError, UsageError, did_you_mean
 from ..core.files import read_json
@@ -37,6 +38,9 @@ def run_command(
     config: Annotated[Optional[Path], typer.Option(help=RECIPE_HELP)] = None,
     sets: Annotated[Optional[list[str]], typer.Option(
         "--set", help="A parameter, as stage.param=value. Can be repeated.", autocompletion=complete_parameter)] = None,
+    layout: Annotated[Optional[str], typer.Option(help=LAYOUT_HELP)] = None,
+    leave_out: Annotated[Optional[list[str]], typer.Option(help=LEAVE_OUT_HELP)] = None,
+    take_in: Annotated[Optional[list[str]], typer.Option(help=TAKE_IN_HELP)] = None,
     force: Annotated[bool, typer.Option("--force", help="Run the stages even if nothing changed.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -47,7 +51,8 @@ def run_command(
     select_stages(stages, known)
     recipe = choose_recipe(data, config)
     folder = run.expanduser().resolve() if run else project_root()/"runs"/default_name(data, config, recipe)
-    parameters = collect_parameters(folder, data, recipe, sets or [], known)
+    read = reading_parameters(layout, leave_out, take_in)
+    parameters = collect_parameters(folder, data, recipe, sets or [], known, read)
     with ProgressLines(sys.stderr if as_json else sys.stdout) as lines:
         fetch_data(parameters, folder, known, lines)
         lines.note(f"{folder}" + (f" · recipe {recipe.name}" if recipe else ""))
@@ -176,9 +181,9 @@ def init_command(
 ) -> None:
     "Write a new project: the six stages to edit, a recipe, a .gitignore and a README."
     from cvnb.data.named import NAMED_DATASETS
-    from cvnb.data.sources import absolute_data_name, open_data
+    from cvnb.data.sources import absolute_data_name, open_dataset
     from cvnb.pipeline.scaffold import init_project
-    if data not in NAMED_DATASETS: open_data(data)
+    if data not in NAMED_DATASETS: open_dataset(data)
     written = init_project(folder, absolute_data_name(data))
     name = quote(folder.resolve().name)
     print(f"{folder}: {len(written)} files. Next:\n  cd {quote(str(folder))}\n  cvnb run --config {name}")

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,14 +19,17 @@ from ..core.cache import cache_dir
 from ..core.errors import CvnbError, UsageError, did_you_mean
 from ..core.files import atomic_path, digest
 from .named import NAMED_DATASETS
-from .tables import _SPLIT_NAMES, locate_data, write_table
+from .dataset import Dataset, locate_data, read_dataset
+from .layouts import AUTO_READING, Reading
+from .splits import parse_split_name
+from .tables import write_table
 
 if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['SOURCE_TABLE', 'TORCHVISION_SPLITS', 'SOURCES', 'SOURCES_HELP', 'source_notes', 'open_data', 'absolute_data_name',
-           'default_run_name']
+__all__ = ['SOURCE_TABLE', 'TORCHVISION_SPLITS', 'SOURCES', 'SOURCES_HELP', 'source_notes', 'open_data', 'open_dataset',
+           'absolute_data_name', 'default_run_name']
 
 # %% ../../nbs/data/06_sources.ipynb #cell-5
 SOURCE_TABLE = "images.parquet"   # file name of every table that this module writes
@@ -249,7 +253,9 @@ def _torchvision_table(
         for i in range(len(dataset)):
             if len(rows) % 500 == 0: progress(len(rows) / total, f"{name} {len(rows)}/{total}")
             image, target = dataset[i]
-            if target is None: unlabelled += 1; continue
+            if target is None:
+                unlabelled += 1
+                continue
             label = names[target] if int(target) < len(names) else str(int(target))
             path = _image_path(image, temp, f"images/{split or 'all'}/{i:07}")
             rows.append(dict(path=path, label=label, split=split))
@@ -361,9 +367,6 @@ def _write_original(
     target.write_bytes(content)
     return target.relative_to(folder).as_posix()
 
-# %% ../../nbs/data/06_sources.ipynb #cell-39
-_HUB_SPLITS = _SPLIT_NAMES | dict(dev="val")   # name of a split on the hub or of a tag in FiftyOne -> split
-
 # %% ../../nbs/data/06_sources.ipynb #cell-40
 def _hf_table(
     temp: Path,           # folder to fill
@@ -392,10 +395,12 @@ def _hf_table(
         for i, row in enumerate(dataset.cast_column(image, decoded).select_columns([image, label, *others])):
             if i % 500 == 0: progress(len(rows) / total, f"{_slug(name)} {len(rows)}/{total}")
             text = value(label, row)
-            if row[image] is None or text in (None, ""): unlabelled += 1; continue
+            if row[image] is None or text in (None, ""):
+                unlabelled += 1
+                continue
             path = _write_original(row[image], home, temp, f"images/{split or 'all'}/{i:07}")
             metadata = _rename_metadata({c: value(c, row) for c in others})
-            rows.append(dict(path=path, label=str(text), split=_HUB_SPLITS.get(split.lower(), "")) | metadata)
+            rows.append(dict(path=path, label=str(text), split=parse_split_name(split)) | metadata)
     shutil.rmtree(temp/"cache", ignore_errors=True)
     return _build_table(rows, unlabelled, f"hf:{name}")
 
@@ -443,7 +448,7 @@ def _split_from_tags(
     path: str,         # its file, for the message
 ) -> str:              # train, val, test or ""
     "Read the split of a sample from its tags; raise `UsageError` if they name two."
-    found = sorted({_HUB_SPLITS[t.lower()] for t in tags if t.lower() in _HUB_SPLITS})
+    found = sorted({split for t in tags if (split := parse_split_name(t))})
     if len(found) > 1: raise UsageError(f"{path} has the tags {' and '.join(found)}", "Keep one of them in FiftyOne.")
     return found[0] if found else ""
 
@@ -468,7 +473,7 @@ def _fiftyone_table(
     others = [k for k, f in dataset.get_field_schema().items() if isinstance(f, plain) and k not in usual]
     paths, tags, texts, *values = dataset.values(["filepath", "tags", labels[field], *others])
     tags = [found or [] for found in tags]
-    columns = sorted({t for found in tags for t in found if t.lower() not in _HUB_SPLITS})
+    columns = sorted({t for found in tags for t in found if not parse_split_name(t)})
     rows = []
     for path, own, label, *metadata in zip(paths, tags, texts, *values):
         if not label: continue
@@ -559,15 +564,25 @@ SOURCES_HELP = "torchvision:NAME, hf:NAME, hf:/folder, fiftyone:NAME or fiftyone
 
 # %% ../../nbs/data/06_sources.ipynb #cell-64
 def open_data(
-    data: Path | str,   # a known name, a folder of classes, a table, or a name with a prefix of `SOURCES`
+    data: Path | str,   # a known name, a folder, a table, a zip file, or a name with a prefix of `SOURCES`
     progress: Callable[[float, str], None] = lambda fraction, text: None,   # takes the fraction that is done and a text
 ) -> Path:              # a folder of classes, or a table; absolute
     "Find a data set: a name with a prefix becomes a table in the cache; for all others see `locate_data`."
     prefix, _, rest = str(data).partition(":")
     if prefix not in SOURCES or not rest: return locate_data(data, progress)
-    table = SOURCES[prefix](rest, progress)
-    try: return locate_data(table)
-    except UsageError as e: raise UsageError(e.what.replace(str(table), str(data)), e.remedy) from None
+    return locate_data(SOURCES[prefix](rest, progress))
+
+# %% ../../nbs/data/06_sources.ipynb #e5c0ffee
+def open_dataset(
+    data: Path | str,               # what `open_data` takes
+    reading: Reading = AUTO_READING,   # how it is to be read
+    progress: Callable[[float, str], None] = lambda fraction, text: None,   # takes the fraction that is done and a text
+) -> Dataset:
+    "Find a data set and list its labelled images; raise `UsageError` if a model cannot be trained on it."
+    source = open_data(data, progress)
+    try: dataset = read_dataset(source, reading)
+    except UsageError as e: raise UsageError(e.what.replace(str(source), str(data)), e.remedy) from None
+    return replace(dataset, notes=source_notes(source) + dataset.notes)
 
 # %% ../../nbs/data/06_sources.ipynb #cell-65
 def absolute_data_name(

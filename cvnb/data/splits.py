@@ -5,6 +5,8 @@
 # %% ../../nbs/data/04_splits.ipynb #d33c86e7
 from __future__ import annotations
 
+import re
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from ..core.errors import UsageError
@@ -14,7 +16,30 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['group_ids', 'check_shares', 'assign_splits', 'assign_folds']
+__all__ = ['SPLITS', 'parse_split_name', 'group_ids', 'check_shares', 'assign_splits', 'assign_folds']
+
+# %% ../../nbs/data/04_splits.ipynb #b2c0ffee
+SPLITS = ("train", "val", "test")
+_SPLIT_WORDS = (dict.fromkeys(("train", "training", "trn"), "train")
+                | dict.fromkeys(("val", "valid", "validation", "dev", "devel"), "val")
+                | dict.fromkeys(("test", "testing", "tst", "eval", "evaluation", "holdout"), "test"))
+_BESIDE_SPLITS = {"set", "data", "dataset", "images", "image", "img", "imgs", "seg", "split", "subset", "photos",
+                  "pictures", "samples", "sample", "folder"}
+
+# %% ../../nbs/data/04_splits.ipynb #c3c0ffee
+@lru_cache(maxsize=4096)
+def parse_split_name(
+    name: str,   # of a folder, a table, or a value in one
+) -> str:        # train, val or test; '' if it names no split
+    "Read the name of a split: train, valid, dev, holdout, train_set, seg_test, TrainImages, val2017, …"
+    words = re.split(r"[\W_\d]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.strip()).lower())
+    words = [w for w in words if w and w not in _BESIDE_SPLITS]
+    if len(words) > 1: words = ["".join(words)]   # hold-out
+    if not words: return ""
+    for beside in ("", *_BESIDE_SPLITS):
+        if beside and not words[0].endswith(beside): continue
+        if found := _SPLIT_WORDS.get(words[0].removesuffix(beside)): return found
+    return ""
 
 # %% ../../nbs/data/04_splits.ipynb #cell-29
 def group_ids(

@@ -11,27 +11,30 @@ from pathlib import Path
 
 from ..core.cache import cache_dir
 from ..core.files import digest, read_json, sha256_file, write_json
-from .tables import data_root, list_images, read_table
+from .dataset import Dataset, data_root, read_dataset
 
 # %% auto #0
 __all__ = ['dataset_digest', 'data_revision']
 
 # %% ../../nbs/data/05_versions.ipynb #cell-46
 def dataset_digest(
-    data: Path | str,   # a folder of classes, or a table
-) -> str:               # 64 hexadecimal digits
-    "Digest the names and contents of a data set's files; of a table, the table and the images that it names."
-    data = Path(data).resolve()
+    data: Dataset | Path | str,   # a data set, or the folder or table that holds it
+) -> str:                         # 64 hexadecimal digits
+    "Digest the names and contents of a data set's labelled images, and of the tables that name them."
+    dataset = data if isinstance(data, Dataset) else read_dataset(Path(data))
+    data = dataset.source.resolve()
     folder = data_root(data)
     index = cache_dir()/"digests-2"/f"{digest(str(data))[:32]}.json"   # 2 is the version of the format
     old = read_json(index) if index.exists() else {}
     new: dict[str, list] = {}
     unreadable: list[str] = []
-    names = list_images(folder) if folder == data else [data.name, *sorted(set(read_table(data).path))]
+    names = [*dataset.files, *sorted({path for path, _, _ in dataset.images})]
     for name in names:
         try: stat = os.stat(os.path.join(folder, name))
         except (FileNotFoundError, NotADirectoryError): continue   # the audit reports a missing file
-        except OSError: unreadable.append(name); continue
+        except OSError:
+            unreadable.append(name)
+            continue
         stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]   # a program cannot set back the last one
         known = old.get(name)
         if known and known[:3] == stamp: new[name] = known

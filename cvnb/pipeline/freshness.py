@@ -19,7 +19,8 @@ from ..core.errors import UsageError
 from ..core.files import digest, sha256_file
 from ..core.fingerprint import code_digest, project_modules, reached_code
 from ..core.stage import read_stage_manifest, stage_key
-from ..data.sources import open_data
+from ..data.layouts import read_options
+from ..data.sources import open_dataset
 from ..data.versions import dataset_digest
 from .params import Contract, read_cells
 
@@ -103,14 +104,15 @@ def key_parts(
     "Collect all that a stage's result depends on and that is known before the stage runs."
     plain = json.loads(json.dumps({k: v for k, v in params.items() if k != "run"}, default=str))
     files = {name: sha256_file(f) if f.is_file() else None for name, f in named_files(contract, params, root).items()}
-    if like and like["params"].get("data") == plain.get("data"): return like | dict(params=plain, files=files)
+    same_data = like and all(like["params"].get(k) == plain.get(k) for k in ("data", "layout", "leave_out", "take_in"))
+    if same_data: return like | dict(params=plain, files=files)
     code = read_code_cells(contract)
     own = project_modules(code, root)
     functions = {}
     for sources in code, *([source] for source in own.values()):   # each module imports for itself
         functions |= reached_code(sources)
     functions |= {name: code_digest(source)[:16] for name, source in own.items()}
-    data = dataset_digest(open_data(params["data"])) if "data" in params else None
+    data = dataset_digest(open_dataset(params["data"], read_options(params))) if "data" in params else None
     return dict(code=digest([code_digest(c) for c in code]), functions=functions, params=plain, files=files, data=data,
                 lock=lock_digest(root))
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.errors import CvnbError, UsageError, did_you_mean
-from ..data.tables import LABEL_SEPARATOR
+from ..data.columns import LABEL_SEPARATOR
 
 if TYPE_CHECKING:
     import pandas as pd

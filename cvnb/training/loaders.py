@@ -24,7 +24,8 @@ from ..core.files import digest
 from ..core.html import html_table
 from ..data.image_grid import plot_image_grid
 from ..data.images import load_images
-from ..data.tables import SPLITS, auto_image_size, read_manifest
+from ..data.splits import SPLITS
+from ..data.tables import auto_image_size, read_manifest
 from ..tasks.labels import Classification, Task, get_task
 from .augment import Augmentation, mix_batch
 

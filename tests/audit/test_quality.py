@@ -15,8 +15,8 @@ from PIL import Image, ImageCms, ImageFilter, PngImagePlugin
 from cvnb.audit.privacy import check_privacy, copy_without_metadata, inspect_metadata, read_metadata, strip_metadata
 from cvnb.audit.quality import _huge_header, check_integrity, check_quality, measure_appearance
 from cvnb.core.errors import UsageError
+from cvnb.data.dataset import scan_dataset
 from cvnb.data.images import UnreadableImage, inspect_images, open_image
-from cvnb.data.tables import scan_dataset
 
 SECRETS = (b"Ann Person", b"SN-4711", b"2021:02:03", b"2021-02-03", b"hidden words")
 rng = np.random.default_rng(0)

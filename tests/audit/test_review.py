@@ -33,10 +33,11 @@ from cvnb.audit.review import (
 from cvnb.core.errors import CvnbError, UsageError
 from cvnb.core.files import write_json
 from cvnb.core.stage import Stage
+from cvnb.data.dataset import locate_data, scan_dataset
 from cvnb.data.fiftyone_db import fiftyone
 from cvnb.data.images import inspect_images
 from cvnb.data.splits import assign_splits
-from cvnb.data.tables import locate_data, scan_dataset, write_table
+from cvnb.data.tables import write_table
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")   # of FiftyOne
 CVNB = Path(sys.executable).with_name("cvnb")

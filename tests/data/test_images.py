@@ -19,8 +19,10 @@ from PIL import Image, ImageCms, ImageOps, TiffImagePlugin
 from cvnb.core.errors import UsageError
 from cvnb.core.files import read_json
 from cvnb.data import images
+from cvnb.data.dataset import scan_dataset
 from cvnb.data.images import inspect_image, inspect_images, load_images, open_image
-from cvnb.data.tables import list_images, read_manifest, scan_dataset
+from cvnb.data.listing import list_images
+from cvnb.data.tables import read_manifest
 
 CVNB = Path(sys.executable).with_name("cvnb")
 rng = np.random.default_rng(0)

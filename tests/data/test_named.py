@@ -22,7 +22,7 @@ from PIL import Image
 
 from cvnb.core.errors import CvnbError
 from cvnb.data import named
-from cvnb.data.tables import locate_data, scan_dataset
+from cvnb.data.dataset import locate_data, scan_dataset
 
 CLASSES = named._make_cifar10.keywords["classes"]
 rng = np.random.default_rng(0)
@@ -223,7 +223,7 @@ def test_interrupted_download_leaves_no_files(moment, server, cache, monkeypatch
 def test_killed_download_is_not_taken_for_a_data_set(server, cache, monkeypatch):
     code = f"""from dataclasses import replace
 from cvnb.data import named
-from cvnb.data.tables import locate_data
+from cvnb.data.dataset import locate_data
 source = replace(named._make_cifar10.keywords["sources"][0], name="{server}/hangs/")
 make = named.partial(named._make_cifar10, sources=[source])
 named.NAMED_DATASETS["cifar10"] = replace(named.NAMED_DATASETS["cifar10"], make=make)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from cvnb.data.dataset import data_root, scan_dataset
 from cvnb.data.images import inspect_images
 from cvnb.data.splits import group_ids
-from cvnb.data.tables import data_root, scan_dataset
 
 CVNB = Path(sys.executable).with_name("cvnb")
 

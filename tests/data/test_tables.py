@@ -12,8 +12,11 @@ import pytest
 from PIL import Image
 
 from cvnb.core.errors import UsageError
+from cvnb.data.dataset import data_root, describe_dataset, scan_dataset
 from cvnb.data.images import inspect_images
-from cvnb.data.tables import data_root, describe_dataset, list_images, locate_data, read_table, scan_dataset
+from cvnb.data.listing import list_images
+from cvnb.data.sources import open_dataset
+from cvnb.data.tables import read_table
 
 CVNB = Path(sys.executable).with_name("cvnb")
 
@@ -29,9 +32,9 @@ def save_image(path: Path) -> None:
 @pytest.mark.parametrize("name, what, remedy", [
     ("absent/folder", "absent/folder does not exist", "--data"),
     ("empty", "empty is empty", "one sub-folder per class"),
-    ("text", "text has no images", "Known endings: .bmp"),
+    ("text", "text has no images (1 .txt files", "Known endings: .apng"),
     ("one", "one has one class (cat)", "one sub-folder per class"),
-    ("flat", "flat has no classes", "one sub-folder per class"),
+    ("flat", "flat has no labels", "Write a table with the columns path and label"),
     ("flat/a.png", "a.png is a file", "one sub-folder per class"),
 ])
 def test_unusable_folder_is_refused_with_a_remedy(name, what, remedy, tmp_path, cache):
@@ -40,7 +43,7 @@ def test_unusable_folder_is_refused_with_a_remedy(name, what, remedy, tmp_path, 
     (tmp_path/"text"/"cat"/"a.txt").touch()
     save_image(tmp_path/"one"/"train"/"cat"/"a.png")
     save_image(tmp_path/"flat"/"a.png")
-    with pytest.raises(UsageError) as e: locate_data(tmp_path/name)
+    with pytest.raises(UsageError) as e: open_dataset(tmp_path/name)
     assert what in e.value.what and remedy in e.value.remedy and e.value.exit_code == 2
     assert "\n" not in str(e.value) and not cache.exists()
 
@@ -51,7 +54,7 @@ def test_unusable_folder_is_refused_with_a_remedy(name, what, remedy, tmp_path, 
     "one class and an empty one": (dict(cat=3, dog=0), "one class (cat), and two are needed"),
 }.values())
 def test_folder_without_two_distinct_classes_is_refused(n, message, write_classes, tmp_path):
-    with pytest.raises(UsageError) as e: locate_data(write_classes(tmp_path/"data", **n))
+    with pytest.raises(UsageError) as e: open_dataset(write_classes(tmp_path/"data", **n))
     assert message in str(e.value)
 
 
@@ -61,7 +64,7 @@ NEAREST = {"cifar": "cifar10", "fashion_mnist": "fashion-mnist", "mnist": "mnist
 @pytest.mark.parametrize("name, nearest", NEAREST.items())
 def test_unknown_name_suggests_the_nearest(name, nearest, tmp_path, cache, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError) as e: locate_data(name)
+    with pytest.raises(UsageError) as e: open_dataset(name)
     assert str(e.value) == f"data '{name}' is neither a known name nor a folder. Did you mean '{nearest}'?"
     assert not cache.exists()
 
@@ -84,7 +87,7 @@ def test_describe_dataset_notes_possible_mistakes(write_classes, tmp_path):
     save_image(folder/"stray.png")
     notes = " | ".join(describe_dataset(folder)["notes"])
     parts = ("single image", "dog", "1 folders have no images: bird", "1 images are in no class's folder",
-             "1 other files", "'cat' has 30")
+             "1 .txt files", "'cat' has 30")
     for part in parts: assert part in notes
     done = subprocess.run([CVNB, "data", "check", folder], capture_output=True, text=True)
     assert done.returncode == 0 and "31 images, 2 classes" in done.stdout and done.stdout.count("! ") == 5
@@ -134,24 +137,25 @@ def test_repeated_rows_and_missing_files_are_noted(write_table):
 
 
 BAD_TABLES = {
-    "no path": (lambda t: t.rename(columns=dict(path="file")), "has no column 'path'; it has file, label, camera"),
-    "no label": (lambda t: t.drop(columns="label"), "has no column 'label'"),
+    "no path": (lambda t: t.rename(columns=dict(path="where")), "has no column 'path'; it has where, label, camera"),
+    "no label": (lambda t: t.drop(columns="label").assign(day="x"), "has no column 'label'"),
     "no rows": (lambda t: t.head(0), "has no rows"),
-    "an empty label": (lambda t: t.assign(label=["", *t.label[1:]]), "row 2 has no label"),
+    "no label in any row": (lambda t: t.assign(label=""), "has no row with a label"),
+    "an empty path": (lambda t: t.assign(path=["", *t.path[1:]]), "row 2 has no path"),
     "an unknown split": (lambda t: t.assign(split=["train"] * 11 + ["tset"]),
                          "row 13 has the split 'tset'. Did you mean 'test'"),
     "one class": (lambda t: t.assign(label="cat"), "has one class (cat)"),
-    "another folder": (lambda t: t.assign(path="else/" + t.path), "12 of 12 images are missing"),
+    "another folder": (lambda t: t.assign(path="else/" + t.path + "x"), "12 of 12 images are missing, such as else/"),
     "case only": (lambda t: t.assign(label=["cat", "Cat"] * 6), "differ in case only"),
     "two labels": (lambda t: pd.concat([t, t.head(1).assign(label="dog", path="./" + t.path)]),
-                   "images/cat/0-0.png has two labels, 'cat' and 'dog'"),
+                   "1 images have two labels: images/cat/0-0.png ('cat', 'dog')"),
 }
 
 
 @pytest.mark.parametrize("name", BAD_TABLES)
 def test_unusable_table_is_refused_with_its_fault(name, write_table):
     change, message = BAD_TABLES[name]
-    with pytest.raises(UsageError) as e: locate_data(write_table(change))
+    with pytest.raises(UsageError) as e: open_dataset(write_table(change))
     assert message in str(e.value)
 
 
@@ -163,7 +167,7 @@ NO_TABLES = {"latin1.csv": "path,label\nä.png,x\n".encode("latin-1"), "no.parqu
 def test_file_that_is_no_table_is_refused_without_traceback(name, content, tmp_path):
     (tmp_path/name).write_bytes(content)
     done = subprocess.run([CVNB, "data", "check", tmp_path/name], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith(f"cvnb: {tmp_path/name} ") and "Traceback" not in done.stderr
+    assert done.returncode == 2 and done.stderr.startswith(f"cvnb: {tmp_path/name}") and "Traceback" not in done.stderr
 
 
 def test_columns_of_any_type_become_text_or_numbers(write_classes, tmp_path):

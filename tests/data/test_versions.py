@@ -3,8 +3,8 @@ from __future__ import annotations
 
 from PIL import Image
 
+from cvnb.data.dataset import scan_dataset
 from cvnb.data.images import inspect_images
-from cvnb.data.tables import scan_dataset
 from cvnb.data.versions import dataset_digest
 
 

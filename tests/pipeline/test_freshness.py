@@ -15,7 +15,7 @@ import pytest
 
 import cvnb
 from cvnb.core.files import read_json
-from cvnb.data.tables import locate_data
+from cvnb.data.dataset import locate_data
 from cvnb.pipeline import freshness
 from cvnb.pipeline.freshness import key_parts
 from cvnb.pipeline.params import read_contracts

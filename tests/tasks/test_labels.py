@@ -20,8 +20,9 @@ from sklearn.metrics import (
 
 from cvnb.core.errors import CvnbError, UsageError
 from cvnb.core.files import write_json
+from cvnb.data.columns import LABEL_SEPARATOR
 from cvnb.data.splits import assign_splits
-from cvnb.data.tables import LABEL_SEPARATOR, write_table
+from cvnb.data.tables import write_table
 from cvnb.models.inference import predict_logits
 from cvnb.models.vision_model import ModelSpec, task_of
 from cvnb.models.weights import create_model, load_classifier, load_model, save_model
