@@ -21,7 +21,9 @@ from .checks import Check, make_check
 from ..core.errors import UsageError
 from ..core.system import n_cores
 from ..data.images import open_image
+from ..data.columns import read_raw_table, value_to_text
 from ..data.dataset import Dataset, read_dataset
+from ..data.tables import open_table
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
@@ -307,17 +309,24 @@ def _copy_paths(
 
 # %% ../../nbs/audit/05_privacy.ipynb #cell-61
 def _write_rows(
-    dataset: Dataset,   # with a table
-    folder: Path,       # of the copy
-    paths: pd.Series,   # of each row in the copy
+    dataset: Dataset,          # with a table
+    folder: Path,              # of the copy
+    targets: dict[str, str],   # path -> path in the copy
 ) -> None:
-    "Write the rows of a data set as a table: under its name, or as labels.csv where it lies in a folder of images."
-    kind = dataset.source.suffix.lower()
-    name = "labels.csv" if dataset.source.is_dir() else dataset.source.name
-    if kind in (".txt", ".jsonl"): name = f"{dataset.source.stem}.csv"
-    rows = dataset.rows.assign(path=paths).rename(columns=lambda c: c.removeprefix("meta_"))
-    if kind == ".parquet": rows.to_parquet(folder/name, index=False)
-    else: rows.to_csv(folder/name, sep="\t" if kind == ".tsv" else ",", index=False)
+    "Write the table of a data set with other paths; for tables inside a folder of images, one labels.csv."
+    source = dataset.source
+    if source.is_dir():
+        rows = dataset.rows.assign(path=dataset.rows.path.map(targets))
+        return rows.rename(columns=lambda c: c.removeprefix("meta_")).to_csv(folder/"labels.csv", index=False)
+    frame = read_raw_table(source).frame
+    column = next(c for c in frame.columns if dataset.columns[str(c).strip()] == "path")
+    files = open_table(source).files
+    frame[column] = [targets.get(files.get(value_to_text(v), "")) for v in frame[column]]
+    frame = frame[frame[column].notna()]
+    kind = source.suffix.lower()
+    if kind == ".parquet": frame.to_parquet(folder/source.name, index=False)
+    elif kind == ".jsonl": frame.to_json(folder/source.name, orient="records", lines=True)
+    else: frame.to_csv(folder/source.name, sep="\t" if kind == ".tsv" else ",", index=False)
 
 # %% ../../nbs/audit/05_privacy.ipynb #cell-62
 def _copy_files(
@@ -355,7 +364,7 @@ def copy_without_metadata(
     try:
         temp.mkdir(parents=True)
         refused = _copy_files(root, temp, targets, table.path, progress)
-        if dataset.columns: _write_rows(dataset, temp, table.path.map(targets))
+        if dataset.columns: _write_rows(dataset, temp, targets)
         os.replace(temp, out)
     finally: shutil.rmtree(temp, ignore_errors=True)
     return pd.DataFrame(dict(path=table.path, copy=table.path.map(targets), removed=removed, refused=refused))

@@ -122,7 +122,8 @@ def _drop_comments(
     lines: list[int],           # line of each record
 ) -> tuple[list[list[str]], list[int], list[str]]:   # the rest, its lines, a sentence if there were comments
     "Drop lines that begin with # and do not have the header's number of values."
-    width = len(records[0])
+    header = next((r for r in records if not r[0].lstrip().startswith("#")), records[0])
+    width = len(header)
     is_comment = lambda i, r: r[0].lstrip().startswith("#") and (len(r) != width or i == 0)
     keep = [not is_comment(i, r) for i, r in enumerate(records)]
     n = len(keep) - sum(keep)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ class ImageTable:
     columns: dict[str, str]    # column as written -> path, label, split, group, metadata or index
     notes: list[str]           # sentences
     n_missing: int = 0         # rows whose file does not exist
+    files: dict[str, str] = field(default_factory=dict)   # path as written -> path in the rows
 
 # %% ../../nbs/data/02_tables.ipynb #8ec51f61
 def _normalize_column(
@@ -149,13 +150,15 @@ def parse_table(
     table = table[labelled].reset_index(drop=True)
     if table.empty: raise UsageError(f"{path} has no row with a label", "Fill in the column of labels.")
     table["label"], joined = clean_labels(table.label, str(path))
+    written = table.path
     table["path"], n_missing, found = _find_files(path, table, images)
+    files = dict(zip(written, table.path))
     table, repeated = _read_once(path, table)
     names = {c: str(c).strip() for c in frame.columns}
     if lost := _lost_classes(table, path.parent) if n_missing else []:
         found.append(f"{len(lost)} classes lose all their images, because the files are missing: {_examples(lost)}")
     columns = {names[c]: _role_of(c, roles) for c in frame.columns}
-    return ImageTable(table, columns, raw.notes + roles.notes + notes + joined + found + repeated, n_missing)
+    return ImageTable(table, columns, raw.notes + roles.notes + notes + joined + found + repeated, n_missing, files)
 
 # %% ../../nbs/data/02_tables.ipynb #fa6a90e3
 def _lost_classes(
