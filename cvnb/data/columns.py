@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['LABEL_SEPARATOR', 'PATH_COLUMNS', 'LABEL_COLUMNS', 'SPLIT_COLUMNS', 'GROUP_COLUMNS', 'RawTable', 'value_to_text',
-           'read_raw_table', 'Roles', 'indicator_values', 'assign_roles', 'parse_splits']
+           'read_raw_table', 'Roles', 'indicator_values', 'find_path_columns', 'assign_roles', 'parse_splits']
 
 # %% ../../nbs/data/11_columns.ipynb #159cf6ca
 @dataclass
@@ -65,7 +65,8 @@ def value_to_text(
 
 # %% ../../nbs/data/11_columns.ipynb #80f41d67
 PATH_COLUMNS = ("path", "image_path", "img_path", "file_path", "filepath", "filename", "file_name", "image_file",
-                "file", "image", "img", "image_name", "img_name", "image_id", "img_id", "id", "name", "uri")
+                "file", "image", "img", "image_name", "img_name", "image_index", "image_id", "img_id", "id", "name",
+                "uri")
 LABEL_COLUMNS = ("label", "labels", "class", "class_name", "classname", "class_label", "category", "target",
                  "species", "choice")
 SPLIT_COLUMNS = ("split", "subset", "set", "partition", "fold", "usage", "is_valid", "is_val", "is_test")
@@ -298,16 +299,21 @@ def _find_label(
                      "Rename the one that holds the classes to 'label'.")
 
 # %% ../../nbs/data/11_columns.ipynb #2a29277c
+def find_path_columns(
+    frame: pd.DataFrame,   # a table
+) -> list[str]:            # columns as written, the likeliest first
+    "Find the columns that can hold paths: those with a usual name, first those whose values end like image files."
+    found = _find_column({_column_key(c): c for c in reversed(frame.columns)}, PATH_COLUMNS)
+    ends = [c for c in found if frame[c].head(50).map(lambda v: isinstance(v, str) and _looks_like_image(v)).any()]
+    named = [c for c in found if _column_key(c) == "path"]
+    return [*dict.fromkeys([*named, *ends, *found])]
+
 def _find_path(
     path: Path,              # a table, for messages
     frame: pd.DataFrame,     # its columns
-    keys: dict[str, str],    # compared form -> column as written
 ) -> str:                    # the column as written
-    "Find the paths of a table: a column with a usual name, best one whose values end like image files."
-    found = _find_column(keys, PATH_COLUMNS)
-    if found and _column_key(found[0]) == "path": return found[0]
-    ends = [c for c in found if frame[c].head(50).map(lambda v: isinstance(v, str) and _looks_like_image(v)).any()]
-    if ends or found: return (ends or found)[0]
+    "Choose the column of the paths; raise `UsageError` if there is none."
+    if found := find_path_columns(frame): return found[0]
     names = ", ".join(map(str, frame.columns)) or "none"
     raise UsageError(f"{path} has no column 'path'; it has {names}", "Rename the one that holds the paths to 'path'.")
 
@@ -323,7 +329,7 @@ def assign_roles(
     keys: dict[str, str] = {}
     for c in frame.columns:
         if c not in index: keys.setdefault(_column_key(c), c)
-    paths = _find_path(path, frame, keys)
+    paths = _find_path(path, frame)
     group = next(iter(_find_column(keys, GROUP_COLUMNS)), "")
     split, notes = _find_split(path, frame, keys)
     taken = {paths, group, *_find_column(keys, SPLIT_COLUMNS), *index}

@@ -108,8 +108,8 @@ def _folder_notes(
     "Note folders of classes and splits without images."
     used = {path.rpartition("/")[0] for path in listing.images}
     used |= {"/".join(path.split("/")[:i]) for path in used for i in range(1, path.count("/") + 1)}
-    depth = 0 if layout.kind != "splits/classes" else 1
-    empty = [f for f in listing.folders if f not in used and f.count("/") <= depth + layout.text.count("/")]
+    depth = 1 if layout.kind == "table" else layout.text.partition(",")[0].count("/")
+    empty = [f for f in listing.folders if f not in used and f.count("/") <= depth]
     splits = [f for f in empty if parse_split_name(f.rpartition("/")[2])]
     notes = [f"the split {f}/ has no images" for f in splits]
     rest = [f for f in empty if f not in splits]

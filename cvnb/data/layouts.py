@@ -15,7 +15,9 @@ from textwrap import shorten
 from typing import TYPE_CHECKING
 
 from ..core.errors import UsageError
+from .columns import find_path_columns, read_raw_table, value_to_text
 from .listing import Listing, matches_any
+from .paths import resolve_paths
 from .splits import SPLITS, parse_split_name
 from .tables import ImageTable, parse_table
 
@@ -242,7 +244,8 @@ def _split_layout(
              + _describe_folders(unlabelled, "are in a folder whose name says that they have no label")
              + _loose_images([base, *labelled.values()]))
     text = ", ".join(f"{_prefix(f)}CLASS" for f in labelled.values())
-    for f in [*flat, *unlabelled, *others]: text += f", {_prefix(f)} unlabelled (left out)"
+    for f in [*flat, *unlabelled]: text += f", {_prefix(f)} unlabelled (left out)"
+    for f in others: text += f", {_prefix(f)} (left out)"
     return Layout("splits/classes", text, rows, notes=notes)
 
 # %% ../../nbs/data/13_layouts.ipynb #8c5e8550
@@ -365,6 +368,28 @@ def _agrees(
     return bool(both) and sum(a == b for a, b in both) >= 0.99 * len(both)
 
 # %% ../../nbs/data/13_layouts.ipynb #738745c4
+def _are_numbered_parts(
+    base: _Folder,   # its sub-folders may be classes
+) -> bool:
+    "Say whether the names of sub-folders differ in a number only, such as images_001 and images_002."
+    return len({re.sub(r"\d+", "", name) for name in base.folders}) == 1 < len(base.folders)
+
+def _unclear_table(
+    folder: Path,              # the data's folder
+    listing: Listing,          # its files
+    refused: dict[str, str],   # tables that could not be used
+) -> str:                      # one that names the images, '' for none
+    "Find a table whose labels are not clear, although it names the folder's images."
+    for path in refused:
+        try: raw = read_raw_table(folder/path)
+        except UsageError: continue
+        columns = find_path_columns(raw.frame)
+        if not columns or raw.frame.empty: continue
+        written = [value_to_text(v) for v in raw.frame[columns[0]].head(200)]
+        found = resolve_paths(written, (folder/path).parent, lambda: listing.images, path)
+        if len(found.files) > len(found.missing): return path
+    return ""
+
 def _flat_layout(
     folder: Path,        # the data's folder
     listing: Listing,    # its files
@@ -386,8 +411,12 @@ def _classes_or_table(
     table = _table_layout(listing, base, _choose_tables(str(folder), base, read)) if read else None
     if len(base.folders) < 2 and table: return table
     layout = _class_layout(str(folder), base, checked=True)
+    classes = f"the classes {shorten(', '.join(base.folders), 60)}"
+    if unclear := _unclear_table(folder, listing, refused) if _are_numbered_parts(base) else "":
+        raise _refuse(str(folder), [classes, f"images that {unclear} names"],
+                      f"Rename the column with the labels in {unclear} to 'label', or choose --layout classes.")
     if table and not _agrees(layout, table):
-        raise _refuse(str(folder), [f"the classes {shorten(', '.join(base.folders), 60)}", table.text],
+        raise _refuse(str(folder), [classes, table.text],
                       "Choose with --layout classes or --layout table (audit.layout).")
     unread = [*read, *refused]
     if unread: layout.notes.append(f"the labels are those of the folders; not read: {shorten(', '.join(unread), 80)}")

@@ -93,7 +93,7 @@ def test_wrapped_classes_are_read_with_a_note(write_files):
 def test_unlabelled_images_are_left_out_and_counted(extra, note, write_files):
     data = read_dataset(write_files("train/cat/", "train/dog/", extra))
     assert count(data) == {("cat", "train"): 3, ("dog", "train"): 3}
-    assert any(n.startswith(note) for n in data.notes) and "unlabelled (left out)" in data.layout
+    assert any(n.startswith(note) for n in data.notes) and "(left out)" in data.layout
 
 
 def test_folder_that_is_taken_in_is_a_class(write_files):
@@ -142,7 +142,7 @@ def test_options_choose_a_reading(write_files):
     assert "3 images are beside the folders of splits and are left out: bus/" in splits.notes
     assert count(read_dataset(folder, Reading(leave_out=("bus",)))) == count(splits)
     done = subprocess.run([CVNB, "data", "check", folder, "--layout", "splits/classes"], capture_output=True, text=True)
-    assert "layout: train/CLASS, bus/ unlabelled (left out)" in done.stdout
+    assert "layout: train/CLASS, bus/ (left out)" in done.stdout
     done = subprocess.run([CVNB, "data", "check", folder, "--layout", "clases"], capture_output=True, text=True)
     assert done.returncode == 2 and "no layout 'clases'. Did you mean 'classes'?" in done.stderr
 
@@ -190,6 +190,13 @@ def test_table_that_contradicts_the_folders_is_refused(write_files):
     with pytest.raises(UsageError, match="--layout classes or --layout table"): read_dataset(folder)
     assert {label for label, _ in count(read_dataset(folder, Reading("table")))} == {"a", "b"}
     assert {label for label, _ in count(read_dataset(folder, Reading("classes")))} == {"part1", "part2"}
+
+
+def test_numbered_parts_are_no_classes_if_a_table_names_their_images(write_files):
+    rows = [f"{i},nv,back" for i in range(3)]
+    folder = write_files("part_1/", "part_2/7.png", meta_csv="image_id,dx,site\n" + "\n".join([*rows, "7,mel,ear"]))
+    with pytest.raises(UsageError, match="Rename the column with the labels in meta.csv"): read_dataset(folder)
+    assert len(read_dataset(folder, Reading("classes")).images) == 4
 
 
 def test_table_that_agrees_with_the_folders_is_named(write_files):
