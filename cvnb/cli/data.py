@@ -45,8 +45,8 @@ def data_command(
     if as_json: return print(json.dumps(rows, indent=1))
     columns = dict.fromkeys(("name", "images", "about", "source", "licence", "fetched"), "left") | dict(images="right")
     print_table("", columns, [(*list(r.values())[:-1], "yes" if r["here"] else "–") for r in rows])
-    print("\nOr give a folder with one sub-folder per class, with or without train/, val/ and test/ above them, or a "
-          "CSV or Parquet table with the columns path and label, and perhaps split and group.\n"
+    print("\nOr give a folder with one sub-folder per class, with or without train/, val/ and test/ above them, a zip "
+          "file of one, or a CSV or Parquet table with the columns path and label, and perhaps split and group.\n"
           f"Or a data set of another library: {SOURCES_HELP}.")
 
 # %% ../../nbs/cli/05_data.ipynb #0ff4e6bf

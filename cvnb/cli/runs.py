@@ -181,9 +181,9 @@ def init_command(
 ) -> None:
     "Write a new project: the six stages to edit, a recipe, a .gitignore and a README."
     from cvnb.data.named import NAMED_DATASETS
-    from cvnb.data.sources import absolute_data_name, open_dataset
+    from cvnb.data.sources import absolute_data_name, open_data
     from cvnb.pipeline.scaffold import init_project
-    if data not in NAMED_DATASETS: open_dataset(data)
+    if data not in NAMED_DATASETS: open_data(data)
     written = init_project(folder, absolute_data_name(data))
     name = quote(folder.resolve().name)
     print(f"{folder}: {len(written)} files. Next:\n  cd {quote(str(folder))}\n  cvnb run --config {name}")
