@@ -17,7 +17,7 @@ import pandas as pd
 from .checks import Check, CheckValidation, make_findings
 from ..core.errors import UsageError
 from ..core.stage import subprogress
-from ..data.images import inspect_image, open_image, resize_images
+from ..data.images import DEFAULT_DECODING, Decoding, inspect_image, open_image, resize_images
 from ..metrics.classification import accuracy
 from ..metrics.estimates import Estimate, estimate_proportion
 
@@ -57,6 +57,7 @@ def validate_exact_duplicates(
     root: Path | str,      # the data folder
     table: pd.DataFrame,   # from `mark_duplicates`
     seed: int = 0,         # of the choice of images
+    decoding: Decoding = DEFAULT_DECODING,   # of the data set
 ) -> CheckValidation:      # recall; no precision is predicted, because equal digests mean equal pixels
     "Write lossless copies of 60 images at most, and count how many are found to be exact copies."
     import tempfile
@@ -65,8 +66,9 @@ def validate_exact_duplicates(
     with tempfile.TemporaryDirectory() as folder:
         for i, row in enumerate(sample.itertuples()):
             copy = Path(folder)/f"{i}.{('png', 'bmp', 'tiff')[i % 3]}"
-            open_image(Path(root)/row.path).save(copy)
-            hits.append(inspect_image(copy).get("pixel_sha256") == row.pixel_sha256)
+            open_image(Path(root)/row.path, decoding).save(copy)
+            found = inspect_image(copy, decoding=decoding)   # the copy has 8 bits
+            hits.append(found["pixel_sha256"] == row.pixel_sha256)
     note = f"{len(hits)} lossless copies in other formats"
     return CheckValidation(accuracy(hits), estimate_proportion(0, 0), note=note)
 
@@ -405,6 +407,7 @@ def plant_copies(
     size: int = THUMBNAIL_SIDE,   # pixels; the side to which the images themselves were resized
     n: int = 600,         # copies, at most one of each image
     seed: int = 0,        # of the choice of images
+    decoding: Decoding = DEFAULT_DECODING,   # of the data set
 ) -> PlantedCopies:
     "Make changed copies of some images."
     import torch
@@ -418,7 +421,7 @@ def plant_copies(
     for i, position in enumerate(source):
         kind = names[i % len(names)]
         strength = COPY_TRANSFORMS[kind][i // len(names) % len(COPY_TRANSFORMS[kind])]
-        copy = transform_image(open_image(Path(root)/paths[position]), kind, strength, rng)
+        copy = transform_image(open_image(Path(root)/paths[position], decoding), kind, strength, rng)
         pixels = torch.from_numpy(np.array(copy))[None]
         images.append(resize_images(pixels, size).numpy())   # in the loop: full photographs would fill the memory
         kinds.append(kind)

@@ -14,6 +14,7 @@ import pandas as pd
 
 from .checks import Check
 from ..data.image_grid import plot_image_grid, truncate
+from ..data.images import DEFAULT_DECODING, Decoding
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,6 +30,7 @@ def plot_findings(
     check: Check,            # with findings
     table: pd.DataFrame,     # path, label, split
     n: int = 12,             # findings at most
+    decoding: Decoding = DEFAULT_DECODING,   # of the data set
 ) -> Figure | str:           # a sentence where there is nothing to show
     "Plot the worst findings of a check; titles are red where class or split of two images differ."
     if check.findings.empty or not n: return f"{len(check.paths)} of {check.n_checked} images, none shown."
@@ -45,16 +47,18 @@ def plot_findings(
         images += [Path(root)/path for path, _ in shown]
         titles += [title for _, title in shown]
         colors += ["firebrick" if other and this != other else "black"] * len(shown)
-    return plot_image_grid(images, titles, colors, cell=_CELL, fontsize=6.5)
+    return plot_image_grid(images, titles, colors, cell=_CELL, fontsize=6.5, decoding=decoding)
 
 # %% ../../nbs/audit/10_pictures.ipynb #cell-31
 def plot_images(
     root: Path | str,    # the data folder
     paths: list[str],    # images, relative to it
+    decoding: Decoding = DEFAULT_DECODING,   # of the data set
 ) -> Figure:             # eight images in a line
     "Plot images with the names of their folders."
     images = [Path(root)/path for path in paths]
-    return plot_image_grid(images, [truncate(path.parent.name, 12) for path in images], cell=_CELL, fontsize=6.5)
+    titles = [truncate(path.parent.name, 12) for path in images]
+    return plot_image_grid(images, titles, cell=_CELL, fontsize=6.5, decoding=decoding)
 
 # %% ../../nbs/audit/10_pictures.ipynb #cell-33
 _MAP_IMAGES = 5000   # drawn at most

@@ -20,9 +20,9 @@ import pandas as pd
 from .checks import Check, make_check
 from ..core.errors import UsageError
 from ..core.system import n_cores
-from ..data.images import open_image
 from ..data.columns import read_raw_table, value_to_text
 from ..data.dataset import Dataset, read_dataset
+from ..data.images import open_image, read_deep_values
 from ..data.tables import open_table
 
 if TYPE_CHECKING:
@@ -272,16 +272,23 @@ def strip_metadata(
         return strip(Path(path).read_bytes(), exif) if strip else _resave(image, exif)
 
 # %% ../../nbs/audit/05_privacy.ipynb #cell-59
+def _all_bits(
+    path: Path,      # an image file
+) -> np.ndarray:     # values (H, W) or (H, W, C) of an image with more than 8 bits, otherwise uint8 (H, W, 3)
+    "Read the pixels of an image in full depth."
+    values = read_deep_values(path)
+    return np.asarray(open_image(path)) if values is None else values
+
 def _copy_and_verify(
     source: Path,   # an image file
     target: Path,   # of the copy
 ) -> str:           # why the copy is refused; "" for a good one
     "Copy one image without metadata, and compare its pixels and metadata."
-    before = np.asarray(open_image(source))
+    before = _all_bits(source)
     target.write_bytes(strip_metadata(source))
     left = inspect_metadata(target)["private"]
     if left: return f"{left} would be left"
-    return "" if np.array_equal(before, np.asarray(open_image(target))) else "its pixels would change"
+    return "" if np.array_equal(before, _all_bits(target), equal_nan=True) else "its pixels would change"
 
 def _copy_file(
     source: Path,   # an image file

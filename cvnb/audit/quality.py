@@ -16,16 +16,16 @@ import pandas as pd
 
 from .checks import Check, CheckValidation, make_check
 from ..core.system import n_cores
-from ..data.images import UnreadableImage, open_image
+from ..data.images import DEFAULT_DECODING, Decoding, UnreadableImage, open_image
 from ..metrics.estimates import Estimate, estimate_proportion
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
 
 # %% auto #0
-__all__ = ['MAX_FLAGGED_SHARE', 'READ_ERRORS', 'MEASURE_SIDE', 'QUALITY_FAULTS', 'pick_f1_threshold', 'bound_precision',
-           'validate_threshold', 'iqr_outlier_scores', 'check_integrity', 'measure_appearance', 'QualityFault',
-           'plant_faults', 'check_quality']
+__all__ = ['MAX_FLAGGED_SHARE', 'READ_ERRORS', 'MEASURE_SIDE', 'QUALITY_FAULTS', 'WHOLE_SET_FAULTS', 'pick_f1_threshold',
+           'bound_precision', 'validate_threshold', 'iqr_outlier_scores', 'check_integrity', 'measure_appearance',
+           'QualityFault', 'plant_faults', 'WholeSetFault', 'whole_set_notes', 'check_quality']
 
 # %% ../../nbs/audit/04_quality.ipynb #cell-6
 MAX_FLAGGED_SHARE = 0.05   # of the user's images; a threshold that flags more is not supported
@@ -92,7 +92,8 @@ READ_ERRORS = dict(   # kind of `UnreadableImage` -> reason
     empty="an empty file",
     no_image="the file holds no image",
     truncated="the file is cut off",
-    too_large="more pixels than are safe to decode",
+    too_large="more pixels than audit.max_megapixels",
+    unsupported="the format or its layout is not decoded",
     broken="the image is broken",
 )
 
@@ -177,9 +178,10 @@ def _huge_header(
 # %% ../../nbs/audit/04_quality.ipynb #cell-22
 def _is_unreadable(
     path: Path,
+    decoding: Decoding,   # of the data set
 ) -> bool:
     "Test whether an image cannot be decoded."
-    try: open_image(path)
+    try: open_image(path, decoding)
     except UnreadableImage: return True
     return False
 
@@ -187,20 +189,22 @@ def _validate_reading(
     root: Path,          # the data folder
     paths: list[str],    # readable files, relative to `root`
     seed: int = 0,       # of the choice of files and of the cuts
+    decoding: Decoding = DEFAULT_DECODING,   # of the data set
 ) -> CheckValidation:    # recall by kind
     "Damage copies of 40 files, and count which cannot be read."
     import tempfile
     rng = np.random.default_rng(seed)
     found = dict(truncated=[], empty=[], no_image=[], too_large=[])
+    huge = _huge_header(max(60_000, round(2000 * decoding.max_megapixels ** 0.5)))   # four times the limit
     with tempfile.TemporaryDirectory() as folder:
         for i in rng.permutation(len(paths))[:40]:
             content = (root/paths[i]).read_bytes()
             target = Path(folder)/f"a{Path(paths[i]).suffix}"
             cut = content[:int(rng.uniform(0.1, 0.9) * len(content))]
-            damaged = dict(truncated=cut, empty=b"", no_image=b"words " * 9, too_large=_huge_header())
+            damaged = dict(truncated=cut, empty=b"", no_image=b"words " * 9, too_large=huge)
             for kind, data in damaged.items():
                 target.write_bytes(data)
-                found[kind].append(_is_unreadable(target))
+                found[kind].append(_is_unreadable(target, decoding))
     note = ("Copies were cut to 10 … 90 %, emptied, overwritten with text, or given a header of 60,000 × 60,000 "
             "pixels. A file that cannot be decoded is a fact, so no precision is predicted.")
     return CheckValidation.from_hits(found, note)
@@ -210,20 +214,21 @@ def _read_error(
     row: Any,   # a row of the table of `inspect_images`
 ) -> str:
     "Describe why a file cannot be read."
-    detail = f": {row.error}" if row.kind in ("too_large", "broken") else ""
+    detail = f": {row.error}" if row.kind in ("too_large", "unsupported", "broken") else ""
     return READ_ERRORS[row.kind] + detail
 
 def check_integrity(
     root: Path | str,      # the data folder
     table: pd.DataFrame,   # from `inspect_images`
     seed: int = 0,         # of the damaged files in the validation
+    decoding: Decoding = DEFAULT_DECODING,   # of the data set
 ) -> list[Check]:          # unreadable, wrong_ending, animated, one_colour, odd_size, odd_aspect
     "Find files that cannot be read, or are not what they seem."
     readable = table[table.ok]
     n = len(readable)
     unreadable = table[~table.ok]
     errors = [_read_error(row) for row in unreadable.itertuples()]
-    validation = _validate_reading(Path(root), [*readable.path], seed)
+    validation = _validate_reading(Path(root), [*readable.path], seed, decoding)
     misnamed = readable[_wrong_ending(readable)]
     endings = [f"the bytes are {format_}, the ending is {Path(path).suffix}"
                for path, format_ in zip(misnamed.path, misnamed.format)]
@@ -248,7 +253,9 @@ def _shrink(
     "Reduce a large image by averaging."
     from PIL import Image, ImageOps
     if max(image.size) <= side: return image
-    return ImageOps.contain(image, (side, side), Image.Resampling.BOX)
+    if max(image.size) < 2 * side * min(image.size): return ImageOps.contain(image, (side, side), Image.Resampling.BOX)
+    factor = side / max(image.size)   # `contain` would round the shorter side of a long strip to 0
+    return image.resize([max(1, round(factor * length)) for length in image.size], Image.Resampling.BOX)
 
 # %% ../../nbs/audit/04_quality.ipynb #cell-27
 def _sharpness(
@@ -329,12 +336,14 @@ def plant_faults(
     root: Path | str,      # the data folder
     paths: list[str],      # readable images, relative to `root`
     seed: int = 0,         # of the choice of images
+    decoding: Decoding = DEFAULT_DECODING,   # of the data set
 ) -> pd.DataFrame:         # check, kind, fit (whether it sets the threshold), and the columns of `measure_appearance`
     "Measure the appearance of copies of 150 images with every fault; nothing is written."
     chosen = np.random.default_rng(seed).permutation(len(paths))[:150]
 
     def measure_copies(k: int) -> list[dict]:
-        image = _shrink(open_image(Path(root)/paths[chosen[k]]), 4 * MEASURE_SIDE)   # amounts are relative to the size
+        image = open_image(Path(root)/paths[chosen[k]], decoding)
+        image = _shrink(image, 4 * MEASURE_SIDE)   # amounts are relative to the size
         rows = []
         for check, fault in QUALITY_FAULTS.items():
             for kind, amount in fault.amounts.items():
@@ -345,12 +354,48 @@ def plant_faults(
     with ThreadPoolExecutor(n_cores()) as pool: parts = [*pool.map(measure_copies, range(len(chosen)))]
     return pd.DataFrame(sum(parts, []))
 
+# %% ../../nbs/audit/04_quality.ipynb #b386f3af
+@dataclass(frozen=True)
+class WholeSetFault:
+    "A fault that most images of a set can have."
+    about: str       # about an image, for reasons
+    several: str     # about several images, for notes
+    column: str      # of the table from `inspect_images` with `measure=measure_appearance`
+    least: float     # value from which an image has the fault
+
+WHOLE_SET_FAULTS = dict(   # check -> its fault
+    one_colour=WholeSetFault("all pixels have one colour", "have one colour only", "one_colour", 1),
+    dark=WholeSetFault("nearly black", "are nearly black: 99 % of the pixels are below a tenth of white", "dark", 0.9),
+    low_information=WholeSetFault("nearly one level", "have nearly one level: the contrast is below 5 of 255", "flat",
+                                  1 - 5 / 127.5))
+_MOST = 0.5   # share of the images from which the set as a whole has a fault
+
+def _whole_set_faults(
+    table: pd.DataFrame,       # from `inspect_images` with `measure=measure_appearance`
+) -> dict[str, pd.Series]:     # check -> bool, as the table is indexed; only faults of most readable images
+    "Find faults that most images of a set have."
+    found = {}
+    for name, fault in WHOLE_SET_FAULTS.items():
+        has = table.ok & (table[fault.column].astype(float) >= fault.least)
+        if has.sum() and has.sum() >= _MOST * table.ok.sum(): found[name] = has
+    return found
+
+def whole_set_notes(
+    table: pd.DataFrame,   # from `inspect_images` with `measure=measure_appearance`
+) -> list[str]:            # sentences; empty for a set as it should be
+    "Say what most images of a set have in common that they should not."
+    n = int(table.ok.sum())
+    remedy = "Look at the images; audit.depth sets the scale of images with more than 8 bits."
+    return [f"{int(has.sum()):,} of {n:,} images {WHOLE_SET_FAULTS[name].several}. {remedy}"
+            for name, has in _whole_set_faults(table).items()]
+
 # %% ../../nbs/audit/04_quality.ipynb #cell-38
 def _quality_check(
     name: str,               # a key of `QUALITY_FAULTS`
     own: pd.DataFrame,       # readable images with the columns of `measure_appearance`
     planted: pd.DataFrame,   # rows of the check from `plant_faults`
     share: float,            # assumed share of images with the fault, 0 … 1
+    faulty: np.ndarray,      # bool (N,): images that have the fault with most others, from `_whole_set_faults`
 ) -> Check:                  # with threshold and validation
     "Pick the measure and the threshold with the highest F1 on planted faults, and flag images."
     from scipy.stats import rankdata
@@ -361,12 +406,16 @@ def _quality_check(
     measure = max(picked, key=lambda m: picked[m][1])
     threshold, _ = picked[measure]
     scores = own[measure].to_numpy()
-    flagged = scores >= (np.inf if threshold is None else threshold)
+    above = scores >= (np.inf if threshold is None else threshold)
+    flagged = above | faulty
     note = f"Synthetic faults, measured by '{measure}'. The check may miss other kinds of faults."
     if threshold is None: note += " No threshold separates the planted faults from these images, so nothing is flagged."
     worse = rankdata(-scores, method="ordinal")[flagged] - 1   # images with a higher score
     reasons = []
-    for n_worse, score in zip(worse, scores[flagged]):
+    for n_worse, score, alone in zip(worse, scores[flagged], above[flagged]):
+        if not alone:
+            reasons.append(f"{WHOLE_SET_FAULTS[name].about}, like most images of the set ({measure} {score:.3f})")
+            continue
         rank = f"worse than all but {n_worse}" if n_worse else "the worst"
         reasons.append(f"{rank} of {len(own):,} images ({measure} {score:.3f}, flagged from {threshold:.3f})")
     held = planted[~planted.fit]
@@ -379,8 +428,14 @@ def check_quality(
     table: pd.DataFrame,   # from `inspect_images` with `measure=measure_appearance`
     share: float = 0.01,   # assumed share of images with each fault, 0 … 1; a larger one flags more
     seed: int = 0,         # of the choice of images in which faults are planted
+    decoding: Decoding = DEFAULT_DECODING,   # of the data set
 ) -> list[Check]:          # blurry, dark, bright, low_information
     "Find images of low quality; `check_integrity` finds those of one colour."
     own = table[table.ok & ~table.one_colour]
-    planted = plant_faults(root, [*own.path], seed)
-    return [_quality_check(name, own, planted[planted.check == name], share) for name in QUALITY_FAULTS]
+    if own.empty: return [make_check(name, own, [], 0) for name in QUALITY_FAULTS]
+    planted = plant_faults(root, [*own.path], seed, decoding)
+    faulty = _whole_set_faults(table)
+    none = pd.Series(False, own.index)
+    is_faulty = lambda name: faulty.get(name, none)[own.index].to_numpy()
+    return [_quality_check(name, own, planted[planted.check == name], share, is_faulty(name))
+            for name in QUALITY_FAULTS]

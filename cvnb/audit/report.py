@@ -19,7 +19,7 @@ from .checks import CHECKS, Check
 from ..core.errors import CvnbError, UsageError, did_you_mean
 from ..core.files import atomic_path
 from ..core.html import html_page, html_table
-from ..data.images import open_image
+from ..data.images import DEFAULT_DECODING, Decoding, open_image
 
 
 # %% auto #0
@@ -52,6 +52,7 @@ class AuditReport:
     checks: list[Check]           # in the order of the report
     limits: dict[str, float] = field(default_factory=dict)   # check -> largest share of images
     policy: Policy = "report"   # what happens when a limit is exceeded
+    notes: list[str] = field(default_factory=list)   # sentences about the data as a whole
 
     @property
     def exceeded(self) -> list[Check]:   # checks whose share of flagged images is above their limit
@@ -95,15 +96,17 @@ class AuditReport:
         checks = {c.name: dict(about=c.about, n=len(c.paths), n_checked=c.n_checked, share=asdict(c.share),
                                threshold=c.threshold, limit=self.limits.get(c.name), over=c.name in exceeded,
                                proof=c.validation and c.validation.to_json()) for c in self.checks}
-        return dict(data=self.data, n_files=self.n_files, n_images=self.n_images, policy=self.policy, checks=checks)
+        return dict(data=self.data, n_files=self.n_files, n_images=self.n_images, policy=self.policy, checks=checks,
+                    notes=self.notes)
 
     def __repr__(self) -> str: return f"AuditReport: {self.verdict}"
 
-    def _repr_html_(self) -> str:   # the verdict and the table
+    def _repr_html_(self) -> str:   # the verdict, the notes and the table
         exceeded = {c.name for c in self.exceeded}
         rows = {i for i, c in enumerate(self.checks) if c.name in exceeded}
         void = " class=void" if exceeded else ""
-        return f"<p{void}>{html.escape(self.verdict)}</p>{html_table(self.table, rows)}"
+        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
+        return f"<p{void}>{html.escape(self.verdict)}</p>{notes}{html_table(self.table, rows)}"
 
 # %% ../../nbs/audit/07_report.ipynb #cell-12
 def quarantine(
@@ -141,11 +144,12 @@ def enforce_limits(
 
 # %% ../../nbs/audit/07_report.ipynb #cell-19
 def _thumbnail_html(
-    path: Path,        # an image file
-    side: int = 148,   # longer side in pixels, at most
+    path: Path,           # an image file
+    decoding: Decoding,   # of the data set
+    side: int = 148,      # longer side in pixels, at most
 ) -> str:              # an <img>; empty for a file that cannot be decoded
     "Embed a small copy of an image."
-    try: image = open_image(path)
+    try: image = open_image(path, decoding)
     except ValueError: return ""
     image.thumbnail((side, side))
     image.save(out := io.BytesIO(), "JPEG", quality=80)
@@ -156,6 +160,7 @@ def _check_html(
     check: Check,   # with findings
     root: Path,     # the data folder
     n: int,         # findings at most
+    decoding: Decoding,   # of the data set
 ) -> str:           # HTML
     "Write the section of a check."
     validation = check.validation
@@ -165,7 +170,7 @@ def _check_html(
     if validation and validation.note: lines.append(validation.note)
     tiles = ""
     for row in check.findings.drop_duplicates("path").head(n).itertuples():
-        images = "".join(_thumbnail_html(root/path) for path in (row.path, row.other) if path)
+        images = "".join(_thumbnail_html(root/path, decoding) for path in (row.path, row.other) if path)
         tiles += f"<figure>{images}<br>{html.escape(row.path)}<br>{html.escape(row.reason)}</figure>"
     title = html.escape(check.name.replace("_", " ").capitalize())
     note = f"<span class=note>{html.escape(' '.join(lines))}</span>"
@@ -177,10 +182,11 @@ def write_audit_page(
     report: AuditReport,   # of the audit
     root: Path | str,      # the data folder
     n: int = 8,            # findings shown of each check
+    decoding: Decoding = DEFAULT_DECODING,   # of the data set
 ) -> Path:                 # `path`
     "Write the report as a page that needs no other file."
     body = report._repr_html_()
     body += "<p class=note>Shares, recall and precision have 95 % intervals and counts.</p>"
-    body += "".join(_check_html(c, Path(root), n) for c in report.checks if c.paths)
+    body += "".join(_check_html(c, Path(root), n, decoding) for c in report.checks if c.paths)
     with atomic_path(path) as temp: temp.write_text(html_page(f"Audit of {report.data}", body), encoding="utf-8")
     return Path(path)

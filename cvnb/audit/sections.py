@@ -9,7 +9,7 @@ import base64
 import html
 import io
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,14 +28,16 @@ from .label_errors import check_labels, pca_features
 from .manifest import audit_summary, make_manifest
 from .pictures import plot_embedding_map, plot_findings, plot_images
 from .privacy import check_privacy, read_metadata
-from .quality import check_integrity, check_quality, measure_appearance
+from .quality import check_integrity, check_quality, measure_appearance, whole_set_notes
 from .report import AuditReport, Policy, enforce_limits, parse_limits, quarantine, write_audit_page
 from .review import apply_corrections, drop_reviewed, read_corrections
 from ..core.files import write_json
 from ..core.html import html_table
 from ..core.stage import Stage, subprogress
 from ..data.fiftyone_db import start_database
-from ..data.images import inspect_images, load_images
+from ..data.deep_images import inspect_depth
+from ..data.depth import parse_depth
+from ..data.images import DEFAULT_DECODING, MAX_MEGAPIXELS, Decoding, load_images
 from ..data.layouts import Reading
 from ..data.sources import open_dataset
 from ..data.splits import assign_splits, check_shares
@@ -68,6 +70,8 @@ class AuditData:
     test_share: float          # of each class, 0 … 1
     seed: int                  # of splits, planted faults and folds
     max_images: int            # findings shown of each check
+    depth: str = "auto"        # auto, bits, or a range, as for `parse_depth`
+    decoding: Decoding = DEFAULT_DECODING   # the limit on the images' size; with their scale in `FileResult.data`
 
     @property
     def root(self) -> Path:
@@ -92,10 +96,13 @@ def open_audit(
     seed: int,              # of splits, planted faults and folds
     max_images: int,        # findings shown of each check
     progress: Callable[..., None],   # called with the fraction done, 0 … 1, and a text
+    depth: str = "auto",    # of images with more than 8 bits: auto, bits, or a range, as for `parse_depth`
+    max_megapixels: float = MAX_MEGAPIXELS,   # largest image that is decoded, in millions of pixels
 ) -> AuditData:             # opened
     "Check the parameters of an audit and open its data; raise `UsageError` for faulty ones."
     from cvnb.tasks.labels import get_task
     parsed = parse_limits(limits)
+    parse_depth(depth)
     check_shares(val_share, test_share)
     out_of_fold = read_out_of_fold(predictions)
     dataset = open_dataset(data, reading, progress)
@@ -103,7 +110,7 @@ def open_audit(
     start_database()   # in the background, while images are decoded
     version = dict(digest=dataset_digest(dataset), revision=data_revision(dataset.source))
     return AuditData(data, dataset, version, get_task(task), parsed, out_of_fold, val_share, test_share, seed,
-                     max_images)
+                     max_images, depth, Decoding(max_megapixels=max_megapixels))
 
 # %% ../../nbs/audit/13_sections.ipynb #e139f609
 _MAX_ROWS = 60   # of a table that is shown
@@ -144,6 +151,7 @@ class SectionResult:
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)    # caption -> table
     figures: dict[str, Figure | str] = field(default_factory=dict)   # caption -> figure, or a sentence in its place
     metrics: dict[str, Any] = field(default_factory=dict)            # name -> estimate, for `stage.json`
+    notes: list[str] = field(default_factory=list)                   # sentences about the data as a whole
 
     def __getitem__(self, name: str) -> Check: return next(c for c in self.checks if c.name == name)
 
@@ -152,7 +160,8 @@ class SectionResult:
         return f"{type(self).__name__}: {counts}"
 
     def _repr_html_(self) -> str:
-        parts = [html_table(pd.DataFrame([c.row for c in self.checks]))]
+        parts = [f"<p>{html.escape(note)}</p>" for note in self.notes]
+        parts.append(html_table(pd.DataFrame([c.row for c in self.checks])))
         parts += [_figure_html(caption, figure) for caption, figure in self.figures.items()]
         return "\n".join(parts + [_table_html(caption, table) for caption, table in self.tables.items()])
 
@@ -163,7 +172,7 @@ def _example_figures(
     table: pd.DataFrame,    # path, label, split
 ) -> dict[str, Figure | str]:   # caption -> figure, or a sentence in its place
     "Plot the worst findings of checks."
-    return {c.about: plot_findings(data.root, c, table, data.max_images) for c in checks}
+    return {c.about: plot_findings(data.root, c, table, data.max_images, data.decoding) for c in checks}
 
 # %% ../../nbs/audit/13_sections.ipynb #d4818718
 @dataclass(frozen=True, repr=False, eq=False, kw_only=True)
@@ -178,21 +187,22 @@ def audit_files(
     progress: Callable[..., None],   # called with the fraction done, 0 … 1, and a text
 ) -> FileResult:                     # unreadable, wrong_ending, animated, one_colour, odd_size, odd_aspect
     "Decode every file once, apply corrections, and check the files."
-    inspected = inspect_images(data.root, data.dataset.rows, progress, measure=measure_appearance)
-    files = read_metadata(data.root, inspected)
+    inspected = inspect_depth(data.root, data.dataset.rows, data.depth, data.decoding, progress, measure_appearance)
+    data = replace(data, decoding=inspected.decoding)
+    files = read_metadata(data.root, inspected.table)
     files["label"] = data.task.normalize_labels(files.label)   # a|b is b|a, and 1 is 1.0
     given = read_corrections(corrections)
     for name in "was", "label": given[name] = data.task.normalize_labels(given[name])
     corrected, applied = apply_corrections(files, given)
     table = mark_duplicates(corrected)
-    checks = check_integrity(data.root, table[~table.excluded], data.seed)
+    checks = check_integrity(data.root, table[~table.excluded], data.seed, data.decoding)
     sizes = table[table.ok][["width", "height", "brightness", "contrast"]].describe().loc[["min", "50%", "max"]]
     sizes = sizes.rename(dict(zip(sizes.index, ("smallest", "median", "largest")))).rename_axis("").reset_index()
     tables = {"Readable images: sides in pixels, brightness and contrast from 0 to 255.": sizes.round(1),
               "Corrections, each with its state.": applied}
     unreadable = [c for c in checks if c.name == "unreadable"]
     return FileResult(data=data, checks=checks, tables=tables, figures=_example_figures(data, unreadable, table),
-                      table=table, applied=applied)
+                      table=table, applied=applied, notes=inspected.notes + whole_set_notes(table))
 
 # %% ../../nbs/audit/13_sections.ipynb #b1708196
 @dataclass(frozen=True, repr=False, eq=False, kw_only=True)
@@ -215,8 +225,8 @@ def audit_duplicates(
     data = files.data
     unique = select_unique_images(files.table)
     size = embed_size or max(64, auto_image_size(unique.width, unique.height))
-    images = load_images(data.root, unique.path, size, subprogress(progress, 0, 0.5), unique.file_sha256)
-    copies = plant_copies(data.root, unique.path, size, seed=data.seed)
+    images = load_images(data.root, unique.path, size, subprogress(progress, 0, 0.5), unique.file_sha256, data.decoding)
+    copies = plant_copies(data.root, unique.path, size, seed=data.seed, decoding=data.decoding)
     near = find_near_duplicates(make_thumbnails(images), make_thumbnails(copies.images), copies, precision, similarity,
                                 progress=subprogress(progress, 0.5, 1))
     strata = with_strata(data.task, files.table)
@@ -225,7 +235,7 @@ def audit_duplicates(
     table = files.table.assign(split=split)
     strata = strata.assign(split=split)
     unique = select_unique_images(table)
-    exact = validate_exact_duplicates(data.root, table, seed=data.seed)
+    exact = validate_exact_duplicates(data.root, table, data.seed, data.decoding)
     checks = check_duplicates(table, pair_table(near.pairs, unique), near, exact, data.task.has_classes)
     counts = strata[strata.ok].groupby(["label", "split"]).size().unstack(fill_value=0)
     counts = counts[[s for s in SPLITS if s in counts]].rename_axis(columns=None).reset_index()
@@ -275,7 +285,7 @@ def audit_quality(
 ) -> QualityResult:                # blurry, dark, bright, low_information
     "Find images on which little can be seen; show those of the check with the most findings."
     data = duplicates.data
-    checks = check_quality(data.root, duplicates.table, fault_share, seed=data.seed)
+    checks = check_quality(data.root, duplicates.table, fault_share, data.seed, data.decoding)
     most = max(checks, key=lambda c: len(c.findings))
     return QualityResult(data=data, checks=checks, figures=_example_figures(data, [most], duplicates.table))
 
@@ -308,7 +318,7 @@ def audit_coverage(
     extremes = [*scores.uniqueness.nlargest(8).index, *scores.uniqueness.nsmallest(8).index]
     figures = _example_figures(data, [outlier], duplicates.table)
     figures["First line: the images that bring the most new information. Second line: the least."] = plot_images(
-        data.root, duplicates.unique.path[extremes].tolist())
+        data.root, duplicates.unique.path[extremes].tolist(), data.decoding)
     tables = {"Metadata that predicts a class, with the class that it predicts best.": features,
               "Tests of validation and test against training.": tests,
               "Classes, and their combinations with metadata.": count_groups(readable)}
@@ -364,10 +374,12 @@ def combine_sections(
     table = duplicates.table
     checks = []
     metrics = {}
+    notes = [*data.dataset.notes]
     for section in (files, duplicates, labels, quality, coverage, privacy):
         checks += [drop_reviewed(c, table) for c in section.checks]
         metrics |= section.metrics
-    report = AuditReport(data.name, len(table), int(table.ok.sum()), checks, data.limits, policy)
+        notes += section.notes
+    report = AuditReport(data.name, len(table), int(table.ok.sum()), checks, data.limits, policy, notes)
     with_scores = add_image_columns(table, coverage.uniqueness)
     manifest = quarantine(report, make_manifest(with_scores, checks, labels.scores))
     metrics |= dict(n_images=int(manifest.ok.sum()), n_unreadable=int((table.kind != "").sum()))
@@ -388,11 +400,12 @@ def write_audit(
     write_table(stage.path("manifest.parquet"), audit.manifest)
     write_table(stage.path("findings.parquet"), findings)
     write_array(stage.path("embeddings.npy"), expand_to_files(table, audit.vectors))
-    write_audit_page(stage.path("report.html"), audit.report, data.root)
+    write_audit_page(stage.path("report.html"), audit.report, data.root, decoding=data.decoding)
     rows = audit.manifest[table.ok].assign(ok=True)   # images in quarantine too
     dataset = write_dataset(stage.run, data.root, rows, expand_to_files(table, audit.components), findings, progress)
-    about = dict(data=data.name, root=data.root, layout=data.dataset.layout, notes=data.dataset.notes,
-                 columns=data.dataset.columns, fiftyone_dataset=dataset, corrections=audit.applied.to_dict("records"),
+    about = dict(data=data.name, root=data.root, layout=data.dataset.layout, columns=data.dataset.columns,
+                 decoding=data.decoding.to_json(), fiftyone_dataset=dataset,
+                 corrections=audit.applied.to_dict("records"),
                  n_answered=int(unique.pixel_sha256.isin(list(data.out_of_fold)).sum()))
     write_json(stage.path("audit.json"), about | audit_summary(audit.report, audit.manifest, data.task.name))
     enforce_limits(audit.report)

@@ -15,6 +15,7 @@ import numpy as np
 
 from .timing import Measurements, Timings, bootstrap_rounds, measure_candidates, speed_ratio
 from .workers import Candidate
+from ..data.images import DEFAULT_DECODING, Decoding
 from ..export.runtimes import MODELS, RUNTIMES, read_pixels
 
 if TYPE_CHECKING:
@@ -59,9 +60,11 @@ def sample_images(
     rows: pd.DataFrame,    # test rows of the manifest
     n: int = 16,           # images, at most
     seed: int = 0,         # of the choice
+    decoding: Decoding = DEFAULT_DECODING,   # of the data set
 ) -> list[np.ndarray]:     # raw images, each uint8 (H, W, 3)
     "Sample test images at their own sizes."
-    return [read_pixels(Path(root)/path) for path in rows.sample(min(n, len(rows)), random_state=seed).path]
+    chosen = rows.sample(min(n, len(rows)), random_state=seed)
+    return [read_pixels(Path(root)/path, decoding) for path in chosen.path]
 
 # %% ../../nbs/benchmark/03_table.ipynb #32953ef3
 BASELINE = ("trained", "torch eager")   # of `speedup`
@@ -183,6 +186,7 @@ def run_benchmark(
     rounds: int = 10,                 # number of rounds that the calls are spread over
     batch_size: int = 32,             # images per batch for throughput
     progress: Callable[[float, str], None] = lambda fraction, text: None,   # takes the share that is done, and a text
+    decoding: Decoding = DEFAULT_DECODING,   # of the test images
 ) -> Benchmark:
     "Measure candidates and make their table; classification only."
     from cvnb.metrics.classification import accuracy
@@ -190,6 +194,6 @@ def run_benchmark(
     known = {(p["model"], p["runtime"]): Estimate(**p["accuracy"]) for p in parity}
     accuracies = {c: known[c.model, c.runtime.name] for c in candidates if (c.model, c.runtime.name) in known}
     classify = {c: test_files for c in candidates if c not in accuracies}
-    measured = measure_candidates(candidates, images, n_calls, rounds, batch_size, classify, progress)
+    measured = measure_candidates(candidates, images, n_calls, rounds, batch_size, classify, progress, decoding)
     accuracies |= {c: accuracy(np.array(classes) == labels) for c, classes in measured.classes.items()}
     return Benchmark(measured, benchmark_rows(measured.timings, accuracies, batch_size))

@@ -17,6 +17,7 @@ import numpy as np
 
 from .workers import Candidate, RuntimeWorker
 from ..core.errors import CvnbError
+from ..data.images import DEFAULT_DECODING, Decoding
 
 if TYPE_CHECKING:
     from cvnb.metrics.estimates import Estimate
@@ -135,6 +136,7 @@ def measure_candidates(
     batch_size: int = 32,          # images per batch for throughput
     classify: dict[Candidate, list[str]] | None = None,   # candidate -> image files to classify
     progress: Callable[[float, str], None] = lambda fraction, text: None,   # takes the share that is done, and a text
+    decoding: Decoding = DEFAULT_DECODING,   # of the files to classify
 ) -> Measurements:
     "Measure candidates in alternating rounds, each in its own process."
     load_before = load_average()
@@ -147,7 +149,8 @@ def measure_candidates(
         memory = {name: worker.call("measure_memory") for name, worker in workers.items()}
         batch = _time_in_rounds(workers, max(3, rounds // 3), progress, n=1, batch_size=batch_size, warm_up=1)
         progress(1, "classifying the test images")
-        classes = {c: workers[c.name].call("classify", paths=paths) for c, paths in (classify or {}).items()}
+        classes = {c: workers[c.name].call("classify", paths=paths, decoding=decoding.to_json())
+                   for c, paths in (classify or {}).items()}
     timings = {c: Timings(single[c.name], batch[c.name], memory[c.name]) for c in candidates}
     checked = check_control(control, single[control.name], single["control"])
     return Measurements(timings, checked, classes, (load_before, load_average()))

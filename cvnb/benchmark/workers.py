@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..core.workers import WorkerProcess, serve_requests
+from ..data.images import Decoding
 from ..export.runtimes import RUNTIMES, Predict, Runtime, predict_files
 
 # %% auto #0
@@ -107,9 +108,10 @@ class RuntimeServer:
 
     def classify(self,
         paths: list[str],   # image files
+        decoding: dict[str, Any] | None = None,   # of `Decoding.to_json`
     ) -> list[int]:         # their classes
         "Classify image files; classification only."
-        return predict_files(self.predict, paths).argmax(1).tolist()
+        return predict_files(self.predict, paths, Decoding.from_json(decoding or {})).argmax(1).tolist()
 
     def measure_memory(self) -> float:   # megabytes
         "Read the peak of the process's memory."

@@ -153,10 +153,16 @@ def predict_command(
     model: Annotated[Path, typer.Argument(help="Run directory or bundle.")],
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")] = False,
+    max_megapixels: Annotated[float, typer.Option(
+        help="Largest image that is decoded, in millions of pixels. Default: as in the audit.", min=0)] = 0,
 ) -> None:
     "Classify images with a run's bundle; needs neither torch nor the training packages."
     from cvnb.export.bundle import Bundle
-    predictions = Bundle.load(model).predict(images)
+    bundle = Bundle.load(model, max_megapixels=max_megapixels)
+    predictions = bundle.predict(images)
+    if clipped := sum(p.get("clipped", 0) > 0 for p in predictions):
+        print(f"! {clipped} of {len(predictions)} images have values outside of the bundle's scale "
+              f"({bundle.decoding.scale.name}), which are clipped", file=sys.stderr)
     if as_json:
         for p in predictions: print(json.dumps(p))
     else:

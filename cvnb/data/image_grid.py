@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .images import open_image
+from .images import DEFAULT_DECODING, Decoding, open_image
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,6 +39,7 @@ def plot_image_grid(
     cell: tuple[float, float] = (1.3, 1.7),   # width and height of an image and its title, inches
     fontsize: float = 8,                    # of the titles, in points
     row_names: Sequence[str] = (),          # text at the left of each line
+    decoding: Decoding = DEFAULT_DECODING,        # of the files
 ) -> Figure:                                # closed, so that a notebook shows it once
     "Draw images in lines, each with its title."
     import matplotlib.pyplot as plt
@@ -50,7 +51,8 @@ def plot_image_grid(
         axis.spines[:].set_visible(False)
     for axis, name in zip(axes[:, 0], row_names): axis.set_ylabel(name, parse_math=False)
     for axis, image, title, color in zip(axes.flat, images, titles, colors or ["black"] * len(images)):
-        with contextlib.suppress(ValueError): axis.imshow(open_image(image) if isinstance(image, Path) else image)
+        with contextlib.suppress(ValueError):
+            axis.imshow(open_image(image, decoding) if isinstance(image, Path) else image)
         axis.set_title(title, fontsize=fontsize, color=color, pad=3, parse_math=False)
     figure.tight_layout()
     plt.close(figure)

@@ -5,22 +5,26 @@
 # %% ../../nbs/data/03_images.ipynb #cell-3
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
+import re
 import struct
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..core.cache import RowCache
 from ..core.errors import CvnbError, UsageError
 from ..core.files import sha256_file
 from ..core.system import n_cores
+from .depth import PixelScale
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,7 +33,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 # %% auto #0
-__all__ = ['UnreadableImage', 'open_image', 'resize_images', 'decoder_version', 'load_images', 'inspect_image', 'inspect_images']
+__all__ = ['MAX_MEGAPIXELS', 'DEFAULT_DECODING', 'UnreadableImage', 'Decoding', 'is_deep', 'open_image', 'open_and_count',
+           'read_deep_values', 'resize_images', 'decoder_version', 'load_images', 'inspect_image', 'inspect_files',
+           'inspect_images']
 
 # %% ../../nbs/data/03_images.ipynb #cell-5
 def _to_rgb(
@@ -38,18 +44,20 @@ def _to_rgb(
     "Convert an image of any mode to RGB as an image viewer shows it."
     from PIL import Image
     profile = image.info.get("icc_profile")
+    if image.mode == "LAB": return _lab_to_srgb(image)
     if image.mode == "F" or image.mode.startswith("I"): image = _to_8_bits(image)
     elif "transparency" in image.info or image.mode in ("RGBA", "RGBa", "LA", "La", "PA"):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     if profile and image.mode in ("RGB", "L", "CMYK"): image = _to_srgb(image, profile)
-    return image.convert("RGB")
+    try: return image.convert("RGB")
+    except ValueError: raise UnreadableImage("unsupported", f"mode {image.mode} has no RGB", _CONVERT) from None
 
 # %% ../../nbs/data/03_images.ipynb #cell-6
 def _to_8_bits(
     image: Image.Image,   # one channel of 16 or 32 bits per pixel
 ) -> Image.Image:         # mode L
-    "Scale an image to 8 bits per pixel: integers from 16 bits, floats from 0 … 1 if none is larger."
+    "Take 8 bits per pixel without a scale: integers as 16 bits, floats from 0 … 1 if none is larger."
     import numpy as np
     from PIL import Image
     pixels = np.asarray(image).astype(np.float64)
@@ -72,34 +80,96 @@ def _to_srgb(
         return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (ImageCms.PyCMSError, OSError): return image
 
+# %% ../../nbs/data/03_images.ipynb #f181da67
+def _lab_to_srgb(
+    image: Image.Image,   # LAB
+) -> Image.Image:         # RGB
+    "Convert CIELAB to sRGB, which Pillow's `convert` does not do."
+    from PIL import ImageCms
+    return ImageCms.profileToProfile(image, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"),
+                                     outputMode="RGB")
+
 # %% ../../nbs/data/03_images.ipynb #cell-8
 class UnreadableImage(ValueError):
     "An image that cannot be decoded completely."
 
     def __init__(self,
-        kind: str,     # missing | forbidden | empty | no_image | truncated | too_large | broken
-        reason: str,   # explanation for the user, without the path
+        kind: str,          # missing | forbidden | empty | no_image | truncated | too_large | unsupported | broken
+        reason: str,        # explanation for the user, without the path
+        remedy: str = "",   # what the user can do, for an audit
     ):
         self.kind = kind
-        super().__init__(reason)
+        self.reason = reason
+        self.remedy = remedy
+        super().__init__(f"{reason}; {remedy}" if remedy else reason)
+
+# %% ../../nbs/data/03_images.ipynb #1e233f3a
+_CONVERT = "convert it to a PNG or TIFF with one or three bands of 8 or 16 bits"
+_BITS, _PHOTOMETRIC, _BANDS, _PLANAR, _SAMPLE_FORMAT = 258, 262, 277, 284, 339   # tags of a TIFF
+_NUMBERS = {1: "unsigned", 2: "signed", 3: "floating point"}   # by their sample format
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+
+@lru_cache(1)
+def _register_heif() -> None:
+    "Let Pillow open HEIC files, if the optional package is installed."
+    with contextlib.suppress(ImportError):
+        from pi_heif import register_heif_opener
+        register_heif_opener()
+
+def _tiff_tags(
+    path: Path | str,    # a file
+) -> dict[int, Any]:     # tag -> value; empty for a file that is no TIFF
+    "Read the tags of a TIFF's first image."
+    from PIL.TiffImagePlugin import ImageFileDirectory_v2
+    with open(path, "rb") as file, contextlib.suppress(Exception):   # damaged tags raise many types
+        header = file.read(8)
+        if header[:4] in (b"II+\0", b"MM\0+"): header += file.read(8)   # the TIFF of files above 4 GB
+        if header[:2] not in (b"II", b"MM"): return {}
+        tags = ImageFileDirectory_v2(header)
+        file.seek(tags.next)
+        tags.load(file)
+        return dict(tags)
+    return {}
+
+def _unsupported(
+    path: Path | str,            # a file that Pillow cannot open
+) -> UnreadableImage | None:     # None for unknown bytes
+    "Name the format or the layout of a file that is an image all the same."
+    with open(path, "rb") as file: header = file.read(12)
+    if header[4:8] == b"ftyp" and header[8:12] in _HEIF_BRANDS:
+        return UnreadableImage("unsupported", "a HEIC image needs the package pi-heif", "pip install 'cvnb[heif]'")
+    tags = _tiff_tags(path)
+    if _BITS not in tags: return None
+    bands = tags.get(_BANDS, 1)
+    bits = " and ".join(map(str, dict.fromkeys(tags[_BITS])))
+    numbers = _NUMBERS.get(tags.get(_SAMPLE_FORMAT, (1,))[0], "other")
+    planes = ", planes apart" if tags.get(_PLANAR) == 2 else ""
+    layout = f"{bands} band{'s' * (bands != 1)}, {bits} bits, {numbers}{planes}"
+    return UnreadableImage("unsupported", f"Pillow does not decode a TIFF of this layout ({layout})", _CONVERT)
 
 # %% ../../nbs/data/03_images.ipynb #cell-9
 def _explain_failure(
     path: Path | str,    # an image file
     error: Exception,    # raised when the file was opened or decoded
+    max_megapixels: float = 0,   # largest image that is decoded, in millions of pixels
 ) -> UnreadableImage:    # its kind and reason
     "Find out why an image cannot be read."
     from PIL import Image, UnidentifiedImageError
+    if isinstance(error, UnreadableImage): return error
     text = getattr(error, "strerror", None) or str(error)
     reason = text.replace(f" file {str(path)!r}", "") or type(error).__name__
     if isinstance(error, FileNotFoundError): return UnreadableImage("missing", reason)
     if isinstance(error, PermissionError): return UnreadableImage("forbidden", reason)
     if isinstance(error, UnidentifiedImageError):
         if not os.path.getsize(path): return UnreadableImage("empty", "it is empty")
-        return UnreadableImage("no_image", "its bytes are no image")
+        return _unsupported(path) or UnreadableImage("no_image", "its bytes are no image")
     too_large = (Image.DecompressionBombError, Image.DecompressionBombWarning)
-    if isinstance(error, too_large): return UnreadableImage("too_large", reason)
-    return UnreadableImage("truncated", "it is cut off") if "runcated" in reason else UnreadableImage("broken", reason)
+    if isinstance(error, too_large):
+        pixels = re.search(r"(\d+) pixels", reason)
+        return _too_large(int(pixels[1]) / 1e6, max_megapixels) if pixels else UnreadableImage("too_large", reason)
+    if "runcated" not in reason: return UnreadableImage("broken", reason)
+    apart = _tiff_tags(path).get(_PLANAR) == 2   # Pillow takes planes of 16 bits for cut ones
+    return apart and _unsupported(path) or UnreadableImage("truncated", "it is cut off")
 
 # %% ../../nbs/data/03_images.ipynb #no-bomb-warnings
 @lru_cache(1)
@@ -111,13 +181,36 @@ def _silence_bomb_warnings() -> None:
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 # %% ../../nbs/data/03_images.ipynb #check-pixels
+MAX_MEGAPIXELS = 90.0   # default of the audit's parameter `max_megapixels`
+_LARGEST_LIMIT = 10_000   # megapixels; the parameter's range ends here
+
+def _too_large(
+    megapixels: float,       # of the image, in millions of pixels
+    max_megapixels: float,   # the limit
+    size: str = "",          # such as "12,000 × 8,000 pixels are "
+) -> UnreadableImage:        # with the remedy
+    "Explain why an image is not decoded."
+    remedy = f"set audit.max_megapixels={math.ceil(megapixels)}" if megapixels <= _LARGEST_LIMIT else ""
+    reason = f"{size}{megapixels:,.4g} megapixels, more than max_megapixels={max_megapixels:g}"
+    return UnreadableImage("too_large", reason, remedy)
+
 def _check_pixels(
-    image: Image.Image,   # opened, not decoded yet
+    image: Image.Image,      # opened, not decoded yet
+    max_megapixels: float,   # largest image that is decoded, in millions of pixels
 ) -> None:
-    "Raise Pillow's error for an image with too many pixels; Pillow itself only warns up to twice the limit."
+    "Raise `UnreadableImage` for an image with too many pixels."
+    megapixels = image.width * image.height / 1e6
+    if megapixels <= max_megapixels: return
+    raise _too_large(megapixels, max_megapixels, f"{image.width:,} × {image.height:,} pixels are ")
+
+def _permit_pixels(
+    max_megapixels: float,   # largest image that is decoded, in millions of pixels
+) -> None:
+    "Let Pillow open images as large as the limit; by itself it refuses more than 179 million pixels."
     from PIL import Image
-    if image.width * image.height <= (Image.MAX_IMAGE_PIXELS or math.inf): return
-    raise Image.DecompressionBombError(f"{image.width} × {image.height} pixels could be a decompression bomb")
+    _silence_bomb_warnings()
+    if not Image.MAX_IMAGE_PIXELS or max_megapixels * 1e6 <= 2 * Image.MAX_IMAGE_PIXELS: return
+    Image.MAX_IMAGE_PIXELS = math.ceil(max_megapixels * 1e6)
 
 # %% ../../nbs/data/03_images.ipynb #upright
 def _apply_orientation(
@@ -132,31 +225,218 @@ def _apply_orientation(
              6: T.ROTATE_270, 7: T.TRANSVERSE, 8: T.ROTATE_90}
     return image.transpose(turns[orientation]) if orientation in turns else image
 
-# %% ../../nbs/data/03_images.ipynb #cell-10
-def _decode(
+# %% ../../nbs/data/03_images.ipynb #6c0d0246
+@dataclass(frozen=True)
+class Decoding:
+    "How the images of a data set are decoded."
+    scale: PixelScale | None = None   # of images with more than 8 bits; None takes the upper 8 of 16 bits
+    max_megapixels: float = MAX_MEGAPIXELS   # largest image that is decoded, in millions of pixels
+
+    @classmethod
+    def from_json(cls,
+        record: dict[str, Any],   # as of `to_json`; what is absent has its default
+    ) -> Decoding:
+        "Read the decoding of a file; raise `CvnbError` if it is none."
+        try:
+            depth = record.get("depth")
+            scale = PixelScale(float(depth["low"]), float(depth["high"]), str(depth["name"])) if depth else None
+            found = cls(scale, float(record.get("max_megapixels", MAX_MEGAPIXELS)))
+        except (TypeError, ValueError, KeyError, AttributeError): found = None
+        if found and (not found.scale or found.scale.low < found.scale.high): return found
+        raise CvnbError(f"{str(record)[:80]} does not say how images are decoded", "Run again from the audit on.")
+
+    @classmethod
+    def from_audit(cls,
+        audit: dict[str, Any],   # content of audit.json
+    ) -> Decoding:               # that of before scales, for an older run
+        "Read the decoding that an audit has found."
+        return cls.from_json(audit.get("decoding", {}))
+
+    def to_json(self) -> dict[str, Any]:   # depth (None or low, high, name), max_megapixels
+        "Return the decoding as audit.json holds it."
+        return dict(depth=self.scale and self.scale.to_json(), max_megapixels=self.max_megapixels)
+
+    @property
+    def cache_suffix(self) -> str:   # empty without a scale
+        "Name the scale in the names of caches."
+        return f"-{self.scale.low!r}-{self.scale.high!r}" if self.scale else ""
+
+DEFAULT_DECODING = Decoding()   # of images of 8 bits
+
+# %% ../../nbs/data/03_images.ipynb #441bca98
+def _raw_mode(
+    image: Image.Image,   # opened, not decoded yet
+) -> str:                 # such as "RGB;16B"; empty where the decoder has none
+    "Read how an image's bytes are arranged."
+    args = image.tile[0][3] if getattr(image, "tile", None) else ""
+    if isinstance(args, tuple): args = args[0] if args else ""
+    return args if isinstance(args, str) else ""
+
+def is_deep(
+    image: Image.Image,   # opened, not decoded yet
+) -> bool:
+    "Say whether an image has more than 8 bits per value."
+    if image.mode == "F" or image.mode.startswith("I"): return True
+    return ";16" in _raw_mode(image) and image.mode in ("RGB", "RGBA", "CMYK")
+
+def _decode_as(
     path: Path | str,   # an image file
-) -> tuple[Image.Image, dict]:   # upright RGB image; format, mode and frames of the file
-    "Decode an image completely; raise `UnreadableImage` if that is not possible."
+    raw_mode: str,      # how its bytes are arranged, such as "RGB;16L"
+) -> np.ndarray:        # uint16 (H, W, C), 0 … 255, upright
+    "Decode an image as if its bytes were arranged in another way."
+    import numpy as np
     from PIL import Image
-    _silence_bomb_warnings()
+    with Image.open(path) as image:
+        swap = lambda args: (raw_mode, *args[1:]) if isinstance(args, tuple) else raw_mode
+        image.tile = [tile._replace(args=swap(tile.args)) for tile in image.tile]
+        return np.asarray(_apply_orientation(image)).astype(np.uint16)
+
+def _read_colors(
+    path: Path | str,   # an image of 16 bits per channel
+    raw_mode: str,      # how its bytes are arranged, such as "RGB;16B"
+) -> np.ndarray:        # uint16 (H, W, C)
+    "Decode all 16 bits of a colour image."
+    import numpy as np
+    name, _, order = raw_mode.partition(";")
+    if name == "LA":   # grey and opacity, two bytes each
+        pairs = _decode_as(path, "RGBA")
+        return np.stack([pairs[..., 0] << 8 | pairs[..., 1]] * 3 + [pairs[..., 2] << 8 | pairs[..., 3]], axis=-1)
+    straight = "RGBA" if name == "RGBa" else name
+    first = _decode_as(path, f"{straight};16B")    # the first byte of each value
+    second = _decode_as(path, f"{straight};16L")
+    if order == "16B" or order == "16N" and sys.byteorder == "big": return first << 8 | second
+    return second << 8 | first
+
+# %% ../../nbs/data/03_images.ipynb #59d0b8c3
+def _read_greys(
+    image: Image.Image,    # decoded, mode F or I…
+    upright: Image.Image,  # the same, rotated
+) -> np.ndarray:           # (H, W), of the file's numbers
+    "Read the values of a grey image: unsigned integers, and black as the lowest value."
+    import numpy as np
+    values = np.asarray(upright)
+    tags = dict(getattr(image, "tag_v2", {}))
+    unsigned = image.format == "TIFF" and tags.get(_BITS) == (32,) and tags.get(_SAMPLE_FORMAT, (1,))[0] == 1
+    if values.dtype.kind == "i" and unsigned: values = values.view(np.uint32)
+    if values.dtype.kind == "u" and values.itemsize == 2:
+        values = values.astype(np.uint16)
+        if tags.get(_PHOTOMETRIC) == 0: values = 65_535 - values   # white is the lowest value
+    return values
+
+def _read_deep(
+    path: Path | str,      # an image file
+    image: Image.Image,    # decoded
+    upright: Image.Image,  # the same, rotated
+    raw_mode: str,         # how its bytes are arranged
+) -> tuple[np.ndarray, np.ndarray | None]:   # values (H, W) or (H, W, C); opacity 0 … 1 (H, W, 1), or None
+    "Read all bits of an image with more than 8."
+    import numpy as np
+    if image.mode == "F" or image.mode.startswith("I"): return _read_greys(image, upright), None
+    values = _read_colors(path, raw_mode)
+    if image.mode != "RGBA": return values, None
+    opacity = values[..., 3:] / 65_535
+    values = values[..., :3]
+    if raw_mode.startswith("RGBa"): values = values / np.maximum(opacity, 1 / 65_535)   # was multiplied by it
+    return values, opacity
+
+def _scale_image(
+    values: np.ndarray,            # (H, W), or (H, W, C) in RGB or CMYK
+    opacity: np.ndarray | None,    # 0 … 1 (H, W, 1)
+    scale: PixelScale,             # of the data set
+    profile: bytes | None,         # ICC profile of the file
+) -> Image.Image:                  # L, RGB or CMYK
+    "Make an image of 8 bits; transparent parts become white."
+    import numpy as np
+    from PIL import Image
+    levels = scale.to_levels(values)
+    if opacity is not None: levels = np.rint(levels * opacity + 255 * (1 - opacity)).astype(np.uint8)
+    mode = "L" if levels.ndim == 2 else "CMYK" if levels.shape[2] == 4 else "RGB"
+    image = Image.frombytes(mode, levels.shape[1::-1], levels.tobytes())
+    if profile: image.info["icc_profile"] = profile
+    return image
+
+# %% ../../nbs/data/03_images.ipynb #247ede38
+_DECODING_ERRORS = (OSError, EOFError, SyntaxError, TypeError, ValueError, LookupError, ArithmeticError, struct.error)
+
+@contextlib.contextmanager
+def _opened(
+    path: Path | str,      # an image file
+    max_megapixels: float, # largest image that is decoded, in millions of pixels
+) -> Iterator[Image.Image]:   # opened, not decoded yet
+    "Open an image; raise `UnreadableImage` for what goes wrong until it is closed."
+    from PIL import Image
+    _permit_pixels(max_megapixels)
+    _register_heif()
     try:
         with Image.open(path) as image:
-            _check_pixels(image)
-            image.load()
-            _check_pixels(image)   # the size of an icon is known only now
-            frames = image.n_frames if getattr(image, "is_animated", False) else 1
-            facts = dict(format=image.format, mode=image.mode, frames=frames)
-            return _to_rgb(_apply_orientation(image)), facts
-    except (OSError, EOFError, SyntaxError, TypeError, ValueError, LookupError, ArithmeticError, struct.error,
-            Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
-        raise _explain_failure(path, e) from None
+            _check_pixels(image, max_megapixels)
+            yield image
+    except (*_DECODING_ERRORS, Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
+        raise _explain_failure(path, e, max_megapixels) from None
 
-# %% ../../nbs/data/03_images.ipynb #cell-11
+def _refuse_misread(
+    image: Image.Image,   # opened
+) -> None:
+    "Raise `UnreadableImage` for a TIFF that Pillow decodes to wrong pixels without an error."
+    tags = dict(getattr(image, "tag_v2", {}))
+    if tags.get(_PLANAR) == 2 and tags.get(_BANDS, 1) > 1 and tags.get(_BITS, (8,))[0] != 8:
+        raise UnreadableImage("unsupported", "Pillow does not decode a TIFF of 16 bits with planes apart", _CONVERT)
+    if image.mode == "L" and tags.get(_SAMPLE_FORMAT, (1,))[0] == 2:
+        raise UnreadableImage("unsupported", "Pillow does not decode a TIFF of signed values of 8 bits", _CONVERT)
+
+def _load_upright(
+    image: Image.Image,      # opened
+    max_megapixels: float,   # largest image that is decoded, in millions of pixels
+) -> Image.Image:            # rotated as its metadata says
+    "Decode an opened image."
+    _refuse_misread(image)
+    image.load()
+    _check_pixels(image, max_megapixels)   # the size of an icon is known only now
+    return _apply_orientation(image)
+
+# %% ../../nbs/data/03_images.ipynb #7f95e0ff
+def _decode(
+    path: Path | str,     # an image file
+    decoding: Decoding,   # of the data set
+) -> tuple[Image.Image, dict]:   # upright RGB image; format, mode and frames; with a scale also `clipped`
+    "Decode an image completely; raise `UnreadableImage` if that is not possible."
+    with _opened(path, decoding.max_megapixels) as image:
+        raw_mode = _raw_mode(image)
+        deep = decoding.scale and is_deep(image)
+        upright = _load_upright(image, decoding.max_megapixels)
+        frames = image.n_frames if getattr(image, "is_animated", False) else 1
+        facts = dict(format=image.format, mode=image.mode, frames=frames)
+        if deep:
+            values, opacity = _read_deep(path, image, upright, raw_mode)
+            facts["clipped"] = decoding.scale.count_clipped(values) / values.size
+            upright = _scale_image(values, opacity, decoding.scale, image.info.get("icc_profile"))
+        return _to_rgb(upright), facts
+
+# %% ../../nbs/data/03_images.ipynb #df56a09b
 def open_image(
-    path: Path | str,   # an image file
-) -> Image.Image:       # RGB, upright
+    path: Path | str,     # an image file
+    decoding: Decoding = DEFAULT_DECODING,   # of the data set
+) -> Image.Image:         # RGB, upright
     "Decode an image completely; raise `UnreadableImage` with the reason if that is not possible."
-    return _decode(path)[0]
+    return _decode(path, decoding)[0]
+
+def open_and_count(
+    path: Path | str,     # an image file
+    decoding: Decoding = DEFAULT_DECODING,   # of the data set
+) -> tuple[Image.Image, float]:   # RGB, upright; share of its values outside of the scale, 0 … 1
+    "Decode an image like `open_image`, and say how much of it the scale clips."
+    image, facts = _decode(path, decoding)
+    return image, facts.get("clipped", 0.0)
+
+def read_deep_values(
+    path: Path | str,     # an image file
+    decoding: Decoding = DEFAULT_DECODING,   # the limit on its size; no scale is applied
+) -> np.ndarray | None:   # (H, W) or (H, W, C) as in the file; None for an image of 8 bits
+    "Read the values of an image with more than 8 bits; raise `UnreadableImage` if that is not possible."
+    with _opened(path, decoding.max_megapixels) as image:
+        raw_mode = _raw_mode(image)
+        if not is_deep(image): return None
+        return _read_deep(path, image, _load_upright(image, decoding.max_megapixels), raw_mode)[0]
 
 # %% ../../nbs/data/03_images.ipynb #cell-16
 def resize_images(
@@ -175,13 +455,14 @@ def _load_at_size(
     path: Path,    # an image file
     size: int,     # side in pixels
     digest: str,   # SHA-256 that the file must have, or ''
+    decoding: Decoding,   # of the data set
 ) -> np.ndarray:   # uint8 (size, size, 3), RGB
     "Load and resize an image; raise `CvnbError` if the file has changed, `UnreadableImage` if it cannot be decoded."
     import numpy as np
     import torch
     if digest and sha256_file(path) != digest:
         raise CvnbError(f"{path} has changed since the audit", "Run again from the audit on.")
-    return resize_images(torch.from_numpy(np.array(open_image(path)))[None], size)[0].numpy()
+    return resize_images(torch.from_numpy(np.array(open_image(path, decoding)))[None], size)[0].numpy()
 
 # %% ../../nbs/data/03_images.ipynb #decoding
 def decoder_version() -> str:   # part of the names of caches
@@ -196,6 +477,7 @@ def load_images(
     size: int,               # side in pixels
     progress: Callable[[float, str], None] | None = None,   # takes the fraction that is done and a text
     digests: Iterable[str] | None = None,   # SHA-256 of each file; with them the pixels are cached
+    decoding: Decoding = DEFAULT_DECODING,        # of the data set
 ) -> np.ndarray:             # uint8 (N, size, size, 3), RGB
     "Decode and resize images in parallel, in the order of `paths`."
     import numpy as np
@@ -204,14 +486,16 @@ def load_images(
     keys = list(digests) if digests is not None else [""] * len(paths)
 
     def load(positions: list[int], out: np.ndarray) -> None:
-        def load_one(i: int) -> None: out[i] = _load_at_size(root/paths[positions[i]], size, keys[positions[i]])
+        def load_one(i: int) -> None:
+            out[i] = _load_at_size(root/paths[positions[i]], size, keys[positions[i]], decoding)
         n = len(positions)
         with ThreadPoolExecutor(n_cores()) as pool:
             for i, _ in enumerate(pool.map(load_one, range(n))):
                 if progress and i % 500 == 0: progress(i / n, f"decoding {i}/{n}")
 
     if digests is not None:
-        return RowCache(f"images-{decoder_version()}-{size}", (size, size, 3), "uint8").get_or_compute(keys, load)
+        name = f"images-{decoder_version()}-{size}{decoding.cache_suffix}"
+        return RowCache(name, (size, size, 3), "uint8").get_or_compute(keys, load)
     out = np.empty((len(paths), size, size, 3), np.uint8)
     load(list(range(len(paths))), out)
     return out
@@ -224,12 +508,13 @@ _UNREADABLE_FACTS = dict(width=0, height=0, brightness=float("nan"), contrast=fl
 def inspect_image(
     path: Path,   # an image file
     measure: Callable[[Image.Image], dict] | None = None,   # returns more columns for a decoded image
+    decoding: Decoding = DEFAULT_DECODING,   # of the data set
 ) -> dict:        # ok, kind, error, file_sha256, and the columns of `_UNREADABLE_FACTS`; brightness 0 … 255
     "Decode an image and collect facts about it."
     import numpy as np
     try:
         file_sha256 = sha256_file(path)
-        image, facts = _decode(path)
+        image, facts = _decode(path, decoding)
     except (ValueError, OSError) as e:   # the text of an OSError would hold the path
         failure = e if isinstance(e, UnreadableImage) else _explain_failure(path, e)
         return dict(ok=False, kind=failure.kind, error=str(failure), file_sha256="", **_UNREADABLE_FACTS)
@@ -253,41 +538,42 @@ def _digest_if_readable(
 # %% ../../nbs/data/03_images.ipynb #cell-28
 def _open_facts_cache(
     measure: Callable | None,   # as for `inspect_image`
+    decoding: Decoding,         # of the data set
 ) -> RowCache | None:           # None if the code of `measure` is in no file, so that a change would not be noticed
     "Open the cache of facts about images."
     code = getattr(sys.modules[measure.__module__], "__file__", None) if measure else None
     if measure and not code: return None
     kind = f"{measure.__name__}-{sha256_file(code)[:16]}" if measure else "plain"
-    return RowCache(f"facts-{decoder_version()}-{kind}", (), "S4096")
+    return RowCache(f"facts-{decoder_version()}-{kind}{decoding.cache_suffix}", (), "S4096")
 
 # %% ../../nbs/data/03_images.ipynb #f7018cfa
 def _is_outdated(
     row: dict,     # cached facts about an image
     digest: str,   # SHA-256 of the file
+    max_megapixels: float,   # largest image that is decoded, in millions of pixels
 ) -> bool:
-    "Say whether an image has to be inspected again: it was unreadable for a moment, or has changed meanwhile."
-    return row["kind"] in ("missing", "forbidden", "broken") or row["ok"] and row["file_sha256"] != digest
+    "Say whether an image has to be inspected again: it could not be read, has changed, or is too large now."
+    if not row["ok"]: return row["kind"] not in ("empty", "truncated")   # a package or a limit can have changed
+    return row["file_sha256"] != digest or row["width"] * row["height"] > max_megapixels * 1e6
 
-# %% ../../nbs/data/03_images.ipynb #cell-29
-def inspect_images(
-    root: Path | str,      # folder of the data set
-    table: pd.DataFrame,   # from `scan_dataset`
+# %% ../../nbs/data/03_images.ipynb #457caf23
+def inspect_files(
+    paths: list[Path],     # image files
     progress: Callable[[float, str], None] | None = None,   # takes the fraction that is done and a text
     measure: Callable[[Image.Image], dict] | None = None,   # returns more columns for a decoded image
-) -> pd.DataFrame:         # `table` with the columns of `inspect_image`
-    "Inspect all images of a table in parallel; raise `UsageError` if fewer than two classes can be read."
-    import pandas as pd
-    paths = [Path(root)/p for p in table.path]
+    decoding: Decoding = DEFAULT_DECODING,   # of the data set
+) -> list[dict]:           # from `inspect_image`, in the order of `paths`
+    "Inspect image files in parallel."
     done = []
     with ThreadPoolExecutor(n_cores()) as pool:
         digests = [*pool.map(_digest_if_readable, paths)]
-        cache = _open_facts_cache(measure)
+        cache = _open_facts_cache(measure, decoding)
 
         def inspect(position: int) -> dict:
             done.append(position)
             n = len(done)
             if progress and n % 500 == 1: progress(n / len(paths), f"reading {n}/{len(paths)}")
-            return inspect_image(paths[position], measure)
+            return inspect_image(paths[position], measure, decoding)
 
         def compute(positions: list[int], out: np.ndarray) -> None:
             out[:] = [json.dumps(row).encode() for row in pool.map(inspect, (known[i] for i in positions))]
@@ -295,12 +581,25 @@ def inspect_images(
         known = [i for i, digest in enumerate(digests) if digest and cache]
         cached = cache.get_or_compute([digests[i] for i in known], compute, chunk_size=4096) if known else []
         rows = dict(zip(known, map(json.loads, cached)))
-        again = [i for i in known if _is_outdated(rows[i], digests[i])]
+        again = [i for i in known if _is_outdated(rows[i], digests[i], decoding.max_megapixels)]
         rows |= zip(again, pool.map(inspect, again))
         rest = [i for i in range(len(paths)) if i not in rows]
         rows |= zip(rest, pool.map(inspect, rest))
-    found = pd.concat([table.reset_index(drop=True), pd.DataFrame([rows[i] for i in range(len(paths))])], axis=1)
+    return [rows[i] for i in range(len(paths))]
+
+# %% ../../nbs/data/03_images.ipynb #8092b962
+def inspect_images(
+    root: Path | str,      # folder of the data set
+    table: pd.DataFrame,   # from `scan_dataset`
+    progress: Callable[[float, str], None] | None = None,   # takes the fraction that is done and a text
+    measure: Callable[[Image.Image], dict] | None = None,   # returns more columns for a decoded image
+    decoding: Decoding = DEFAULT_DECODING,   # of the data set
+) -> pd.DataFrame:         # `table` with the columns of `inspect_image`
+    "Inspect all images of a table in parallel; raise `UsageError` if fewer than two classes can be read."
+    import pandas as pd
+    rows = inspect_files([Path(root)/p for p in table.path], progress, measure, decoding)
+    found = pd.concat([table.reset_index(drop=True), pd.DataFrame(rows)], axis=1)
     if found[found.ok].label.nunique() < 2:
-        raise UsageError(f"{root}: {int((~found.ok).sum())} of {len(paths)} images cannot be read, and fewer than two "
+        raise UsageError(f"{root}: {int((~found.ok).sum())} of {len(found)} images cannot be read, and fewer than two "
                          "classes are left", "Check the files: " + "; ".join(found[~found.ok].error.head(2)))
     return found

@@ -28,7 +28,7 @@ from ..core.files import read_json
 from ..core.project import project_root
 from ..core.stage import read_stage_manifest
 from ..data.image_grid import truncate
-from ..data.images import open_image
+from ..data.images import DEFAULT_DECODING, Decoding, open_image
 from .errors import confused_pairs, prediction_table, slice_accuracy
 from .voila_server import check_trained_run
 from ..metrics.classification import accuracy, calibration_error, calibration_table, confusion_matrix
@@ -49,6 +49,7 @@ class DashboardData:
     table: pd.DataFrame      # from `prediction_table`, all splits
     backbone: str = ""       # timm model name
     saliency: dict[str, Path] = field(default_factory=dict)   # image path -> saliency picture
+    decoding: Decoding = DEFAULT_DECODING   # of the images
 
 # %% ../../nbs/evaluate/03_dashboard.ipynb #cell-6
 def _saliency_files(
@@ -78,7 +79,7 @@ def read_dashboard_data(
         raise CvnbError(f"the predictions of run {run.name} cannot be read ({str(e)[:120]})",
                         f"Run `cvnb run train --run {run} --force`.") from None
     return DashboardData(run.name, Path(audit["root"]), list(audit["classes"]), table, model.get("backbone", ""),
-                         _saliency_files(run))
+                         _saliency_files(run), Decoding.from_audit(audit))
 
 # %% ../../nbs/evaluate/03_dashboard.ipynb #cell-8
 def newest_run(
@@ -131,9 +132,10 @@ _THUMBNAIL_SIDE = 192   # pixels; a larger image is made smaller
 @lru_cache(maxsize=4096)
 def thumbnail(
     path: Path,   # an image file
+    decoding: Decoding = DEFAULT_DECODING,   # of the data set
 ) -> str:         # a data URI, or "" where there is no readable image
     "Make a small copy of an image for a page."
-    try: image = open_image(path)
+    try: image = open_image(path, decoding)
     except ValueError: return ""
     image.thumbnail((2 * _THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
     kind = "png" if max(image.size) <= 64 else "jpeg"
@@ -150,7 +152,7 @@ def _image_uri(
     "Find the picture of an image; a path that leaves the data folder is not followed."
     if explain and path in data.saliency: return thumbnail(data.saliency[path])
     inside = not Path(path).is_absolute() and ".." not in Path(path).parts
-    return thumbnail(data.root/path) if inside else ""
+    return thumbnail(data.root/path, data.decoding) if inside else ""
 
 # %% ../../nbs/evaluate/03_dashboard.ipynb #cell-18
 def _tile_html(

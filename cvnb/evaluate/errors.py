@@ -16,6 +16,7 @@ import pandas as pd
 from ..core.errors import CvnbError
 from ..core.html import html_table
 from ..data.image_grid import plot_image_grid, truncate
+from ..data.images import DEFAULT_DECODING, Decoding
 from ..metrics.classification import accuracy, calibration_error, calibration_table, confusion_matrix
 from ..metrics.classification import per_class_metrics
 from ..metrics.estimates import Estimate, estimate_proportion
@@ -57,12 +58,13 @@ def most_confident_errors(
 def plot_predictions(
     root: Path | str,     # the data folder
     rows: pd.DataFrame,   # from `prediction_table`
+    decoding: Decoding = DEFAULT_DECODING,   # of the data set
 ) -> Figure | str:        # a matplotlib figure, or a sentence where there is nothing to show
     "Plot images with true class, predicted class and confidence; the titles of errors are red."
     if rows.empty: return "No errors to show."
     titles = [f"{truncate(row.label)} → {truncate(row.predicted)}\n{row.confidence:.1%}" for row in rows.itertuples()]
     colors = ["black" if correct else "firebrick" for correct in rows.correct]
-    return plot_image_grid([Path(root)/path for path in rows.path], titles, colors)
+    return plot_image_grid([Path(root)/path for path in rows.path], titles, colors, decoding=decoding)
 
 # %% ../../nbs/evaluate/01_errors.ipynb #cell-19
 def plot_confusion(

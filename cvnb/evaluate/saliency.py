@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.image_grid import plot_image_grid, truncate
-from ..data.images import load_images
+from ..data.images import DEFAULT_DECODING, Decoding, load_images
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -79,13 +79,14 @@ def render_saliency(
     rows: pd.DataFrame,     # from `most_confident_errors`
     progress: Callable[[float, str], None] | None = None,   # called with the fraction that is done and a text
     batch_size: int = 16,   # images at a time
+    decoding: Decoding = DEFAULT_DECODING,   # of the data set
 ) -> list[Image]:           # one picture per row
     "Draw each image beside its saliency map."
     index = {name: i for i, name in enumerate(model.spec.classes)}
     pictures = []
     for i in range(0, len(rows), batch_size):
         batch = rows.iloc[i:i + batch_size]
-        images = load_images(root, batch.path, model.spec.image_size)
+        images = load_images(root, batch.path, model.spec.image_size, decoding=decoding)
         heat = saliency_maps(model, images, batch.predicted.map(index).to_numpy(), batch.label.map(index).to_numpy())
         pictures += map(overlay_heatmap, images, heat)
         if progress: progress(len(pictures) / len(rows), f"saliency {len(pictures)}/{len(rows)}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,9 @@ import cvnb
 from ..core.errors import CvnbError, UsageError
 from ..core.files import digest, file_record, read_json, sha256_file, write_json
 from ..core.project import resolve_run
+from ..data.images import DEFAULT_DECODING, Decoding
 from .runtimes import BATCH_SIZE, RUNTIMES, Predict, Runtime, batch_by_memory, count_outputs
-from .runtimes import predict_mixed_sizes, read_pixels
+from .runtimes import predict_mixed_sizes, read_and_count
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,6 +51,7 @@ def _describe_bundle(
     folder: Path,              # has `bundle_files`
     spec: ModelSpec,           # what the model is
     details: dict[str, Any],   # run, shipped, metrics: what only the stage knows
+    decoding: Decoding,        # of the data set
 ) -> dict[str, Any]:           # bundle.json
     "Describe a bundle."
     from cvnb.models.vision_model import task_of
@@ -57,8 +60,11 @@ def _describe_bundle(
     output = dict(name=task.output_name, dtype="float32", shape=task.output_shape(spec.classes))
     if isinstance(task, Classification): output["meaning"] = "one per label, sum 1"
     files = {name: file_record(folder/name) for name in bundle_files()}
-    return dict(format=1, task=spec.task, labels=spec.classes, input=_INPUT | dict(resized_to=spec.image_size),
-                output=output, backbone=spec.backbone, **details, files=files, cvnb=cvnb.__version__)
+    usual = DEFAULT_DECODING.to_json()
+    unusual = {name: value for name, value in decoding.to_json().items() if value != usual[name]}
+    return dict(format=1, task=spec.task, labels=spec.classes,
+                input=_INPUT | dict(resized_to=spec.image_size) | unusual, output=output,
+                backbone=spec.backbone, **details, files=files, cvnb=cvnb.__version__)
 
 # %% ../../nbs/export/05_bundle.ipynb #0ec5e800
 def _reference_key(
@@ -75,6 +81,7 @@ def write_bundle(
     spec: ModelSpec,            # what the model is
     images: list[np.ndarray],   # a few raw images for the self-test, each uint8 (H, W, 3)
     details: dict[str, Any],    # run, shipped, metrics: what only the stage knows
+    decoding: Decoding = DEFAULT_DECODING,   # of the data set
 ) -> Path:                      # the folder
     "Write a bundle beside its place, then move it there as a whole; raise `CvnbError` if a runtime cannot run."
     folder = Path(folder)
@@ -93,7 +100,7 @@ def write_bundle(
         (temp/"labels.txt").write_text("".join(f"{name}\n" for name in spec.classes), encoding="utf-8")
         raw = {f"image_{i}": image for i, image in enumerate(images)}
         np.savez_compressed(temp/"reference.npz", **predictions, **raw)
-        write_json(temp/"bundle.json", _describe_bundle(temp, spec, details))
+        write_json(temp/"bundle.json", _describe_bundle(temp, spec, details, decoding))
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temp, folder)
     finally: shutil.rmtree(temp, ignore_errors=True)   # what a full disk leaves
@@ -132,6 +139,7 @@ class Bundle:
         self.model = model
         self.runtime = runtime
         self.precision = runtime.precision
+        self.decoding = Decoding.from_json(description.get("input", {}))   # of image files
         self.labels: list[str] = description["labels"]
 
     def __repr__(self) -> str:
@@ -154,6 +162,7 @@ def load(cls: Bundle,
     where: Path | str,        # a bundle, or a run directory
     precision: str = "fp32",  # "fp32", or "int8": smaller and faster; or the name of a runtime in `bundle_runtimes`
     threads: int = 0,         # 0 uses every core
+    max_megapixels: float = 0,   # largest image that is decoded, in millions of pixels; 0: as in the audit
 ) -> Bundle:                  # ready to predict
     "Load a bundle; raise `UsageError` if there is none and `CvnbError` if it is damaged."
     runtime = _select_runtime(precision)
@@ -164,36 +173,50 @@ def load(cls: Bundle,
     labels = description.get("labels") if isinstance(description, dict) else None
     if not isinstance(labels, list) or count_outputs(model) != len(labels):
         raise CvnbError(f"{folder/'bundle.json'} does not belong to {file.name}", "Run the export stage again.")
-    return cls(folder, description, model, runtime)
+    bundle = cls(folder, description, model, runtime)
+    if max_megapixels: bundle.decoding = replace(bundle.decoding, max_megapixels=max_megapixels)
+    return bundle
 
 # %% ../../nbs/export/05_bundle.ipynb #145a083a
 def to_image_array(
     image: Any,     # a path, or uint8 (H, W, 3)
-) -> np.ndarray:    # uint8 (H, W, 3)
+    decoding: Decoding = DEFAULT_DECODING,   # of image files
+) -> tuple[np.ndarray, float]:    # uint8 (H, W, 3); share of a file's values outside of the scale, 0 … 1
     "Read an image, or check that an array is one; raise `UsageError` for anything else."
-    if isinstance(image, (str, Path)): return read_pixels(image)
+    if isinstance(image, (str, Path)): return read_and_count(image, decoding)
     is_array = isinstance(image, np.ndarray)
-    if is_array and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size: return image
+    fits = is_array and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size
+    if fits: return image, 0.0
     got = f"{image.dtype} {image.shape}" if is_array else type(image).__name__
     message = f"an image has to be a path or a uint8 array (height, width, 3), and this is {got}"
-    raise UsageError(message, "Convert it first.")
+    scaled = "bundle.decoding.scale.to_levels maps the values of a file to levels." if decoding.scale else ""
+    raise UsageError(message, f"Convert it first. {scaled}".strip())
 
 # %% ../../nbs/export/05_bundle.ipynb #e3d8da90
 @patch
 def predict(self: Bundle,
     images: Any,                    # a path or array, or several: paths, or uint8 arrays (H, W, 3) of any sizes
     batch_size: int = BATCH_SIZE,   # images in memory at a time
-) -> list[dict[str, Any]]:          # per image: path (None for an array), label, confidence 0 … 1, probabilities
+) -> list[dict[str, Any]]:          # per image: path (None for an array), label, confidence 0 … 1, probabilities,
+                                    # and for a bundle with a scale `clipped`: share of values outside of it, 0 … 1
     "Classify images (classification only); raise `UsageError` that names an image that is missing or cannot be read."
     single = isinstance(images, (str, Path)) or (isinstance(images, np.ndarray) and images.ndim == 3)
     images = [images] if single else list(images)
     predictions: list[dict[str, Any]] = []
-    for batch in batch_by_memory(map(to_image_array, images), batch_size):
+    shares: list[float] = []   # of clipped values
+
+    def read(image: Any) -> np.ndarray:
+        pixels, clipped = to_image_array(image, self.decoding)
+        shares.append(clipped)
+        return pixels
+
+    for batch in batch_by_memory(map(read, images), batch_size):
         given = images[len(predictions):]
         for image, p in zip(given, predict_mixed_sizes(self.model, batch)):
             path = None if isinstance(image, np.ndarray) else str(image)
             predictions.append(dict(path=path, label=self.labels[int(p.argmax())], confidence=float(p.max()),
                                     probabilities=dict(zip(self.labels, p.tolist()))))
+    if self.decoding.scale: predictions = [p | dict(clipped=share) for p, share in zip(predictions, shares)]
     return predictions
 
 # %% ../../nbs/export/05_bundle.ipynb #34ccc48f

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.errors import CvnbError
+from ..data.images import DEFAULT_DECODING, Decoding
 from .runtimes import RUNTIMES, Runtime, predict_files
 
 if TYPE_CHECKING:
@@ -41,16 +42,18 @@ def predict_with_runtimes(
     run: Path,               # the run directory, which has its exported files
     root: Path | str,        # the data folder
     paths: Iterable[str],    # N test images, relative to the data folder
+    decoding: Decoding = DEFAULT_DECODING,   # of the data set
 ) -> dict[str, np.ndarray]:  # runtime -> probabilities (N, C)
     "Predict the same images in torch and in every runtime with `in_parity` that can run, each with its own decoding."
     from cvnb.data.images import load_images
     from cvnb.models.inference import predict_proba
     paths = list(paths)
     files = [Path(root)/path for path in paths]
-    found = {REFERENCE_RUNTIME: predict_proba(model, load_images(root, paths, model.spec.image_size))}
+    images = load_images(root, paths, model.spec.image_size, decoding=decoding)
+    found = {REFERENCE_RUNTIME: predict_proba(model, images)}
     for runtime in _compared_runtimes():
         if runtime.missing(run, name): continue
-        found[runtime.name] = predict_files(runtime.load(runtime.model_path(run, name), 0), files)
+        found[runtime.name] = predict_files(runtime.load(runtime.model_path(run, name), 0), files, decoding)
     return found
 
 # %% ../../nbs/export/04_parity.ipynb #641f699b
@@ -163,6 +166,7 @@ def check_parity(
     root: Path | str,                 # the data folder
     test: pd.DataFrame,               # test rows of the manifest
     classes: list[str],               # names, in the order of the models' outputs
+    decoding: Decoding = DEFAULT_DECODING,   # of the data set
 ) -> ParityReport:
     "Compare every model in every runtime over the test set; classification only."
     from cvnb.models.vision_model import task_of
@@ -171,7 +175,7 @@ def check_parity(
     left_out = {}
     for name, model in models.items():
         labels = task_of(model.spec).encode(test.label, classes, test.path)
-        predictions = predict_with_runtimes(model, name, run, root, test.path)
+        predictions = predict_with_runtimes(model, name, run, root, test.path, decoding)
         results[name] = compare_runtimes(predictions, labels, test.path)
         correct[name] = {runtime: found.argmax(1) == labels for runtime, found in predictions.items()}
         reasons = {f"{name}, {runtime.name}": runtime.missing(run, name) for runtime in _compared_runtimes()}

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..core.files import atomic_path
+from ..data.images import DEFAULT_DECODING, Decoding
 from .runtimes import RUNTIMES, OnnxModel, predict_batches
 
 if TYPE_CHECKING:
@@ -244,13 +245,14 @@ def load_quantization_data(
     n_calibration: int,    # training images, at most
     n_validation: int,     # validation images, at most
     seed: int = 0,         # of the choice of images
+    decoding: Decoding = DEFAULT_DECODING,   # of the data set
 ) -> QuantizationData:
     "Sample and load the images that quantization needs, with their classes; classification only."
     from cvnb.data.images import load_images
     from cvnb.tasks.labels import Classification
     calibration = train.sample(min(n_calibration, len(train)), random_state=seed)
     validation = val.sample(min(n_validation, len(val)), random_state=seed)
-    load = lambda rows: load_images(root, rows.path, image_size, digests=rows.file_sha256)
+    load = lambda rows: load_images(root, rows.path, image_size, digests=rows.file_sha256, decoding=decoding)
     labels = Classification().encode(validation.label, classes, validation.path)
     return QuantizationData(load(calibration), load(validation), labels)
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..core.errors import CvnbError, UsageError
 from ..core.system import n_cores
-from ..data.images import open_image
+from ..data.images import DEFAULT_DECODING, Decoding, UnreadableImage, open_and_count
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['Predict', 'MODELS', 'RUNTIMES', 'BATCH_SIZE', 'BATCH_BYTES', 'open_session', 'OnnxModel', 'load_torch',
            'load_openvino', 'Runtime', 'count_outputs', 'predict_batches', 'predict_mixed_sizes', 'batch_by_memory',
-           'read_pixels', 'predict_files']
+           'read_pixels', 'read_and_count', 'predict_files']
 
 # %% ../../nbs/export/01_runtimes.ipynb #94d47179
 Predict = Callable[[np.ndarray], np.ndarray]   # uint8 (N, H, W, 3) to probabilities (N, C)
@@ -216,25 +216,43 @@ def batch_by_memory(
     if batch: yield batch
 
 # %% ../../nbs/export/01_runtimes.ipynb #56fe0475
+def _read_remedy(
+    failure: UnreadableImage,
+) -> str:   # a sentence
+    "Say what helps where an image cannot be read for a prediction."
+    if failure.kind == "too_large": return "Give --max-megapixels to cvnb predict, or max_megapixels to Bundle.load."
+    if failure.remedy: return failure.remedy[0].upper() + failure.remedy[1:] + "."
+    return "Give a whole PNG, JPEG or WebP file."
+
 def read_pixels(
     path: Path | str,   # an image file
+    decoding: Decoding = DEFAULT_DECODING,   # of the data set
 ) -> np.ndarray:        # uint8 (H, W, 3)
     "Decode an image at its own size; raise `UsageError` that names a missing file or one that is no image."
+    return read_and_count(path, decoding)[0]
+
+def read_and_count(
+    path: Path | str,   # an image file
+    decoding: Decoding = DEFAULT_DECODING,   # of the data set
+) -> tuple[np.ndarray, float]:   # uint8 (H, W, 3); share of the values outside of the scale, 0 … 1
+    "Decode an image like `read_pixels`, and say how much of it the scale clips."
     if Path(path).is_dir(): raise UsageError(f"{path} is a folder, not an image", "Name its files: FOLDER/*.png.")
     if not Path(path).is_file(): raise UsageError(f"image {path} does not exist", "Check the path.")
-    try: return np.asarray(open_image(path))
-    except ValueError as e:
-        remedy = "Give a whole PNG, JPEG or WebP file."
-        raise UsageError(f"{path} is not an image that can be read ({e})", remedy) from None
+    try: image, clipped = open_and_count(path, decoding)
+    except UnreadableImage as e:
+        raise UsageError(f"{path} is not an image that can be read ({e.reason})", _read_remedy(e)) from None
+    return np.asarray(image), clipped
 
 # %% ../../nbs/export/01_runtimes.ipynb #2569c55e
 def predict_files(
     predict: Predict,              # an opened model
     paths: Iterable[Path | str],   # N image files
+    decoding: Decoding = DEFAULT_DECODING,   # of the data set
 ) -> np.ndarray:                   # float32 (N, C)
     "Compute the predictions for image files, decoding in parallel."
     paths = list(paths)
+    read = lambda path: read_pixels(path, decoding)
     with ThreadPoolExecutor(n_cores()) as pool:
-        chunks = (pool.map(read_pixels, paths[i:i + 16]) for i in range(0, len(paths), 16))   # not all ahead of time
+        chunks = (pool.map(read, paths[i:i + 16]) for i in range(0, len(paths), 16))   # not all ahead of time
         images = (image for chunk in chunks for image in chunk)
         return np.concatenate([predict_mixed_sizes(predict, batch) for batch in batch_by_memory(images)])

@@ -23,7 +23,7 @@ from ..core.errors import CvnbError, UsageError
 from ..core.files import digest
 from ..core.html import html_table
 from ..data.image_grid import plot_image_grid
-from ..data.images import load_images
+from ..data.images import DEFAULT_DECODING, Decoding, load_images
 from ..data.splits import SPLITS
 from ..data.tables import auto_image_size, read_manifest
 from ..tasks.labels import Classification, Task, get_task
@@ -83,11 +83,13 @@ def load_labelled(
     size: int,             # side in pixels
     progress: Callable[[float, str], None] | None = None,   # called with the fraction that is done and a text
     task: str = "classification",   # key of `TASKS`
+    decoding: Decoding = DEFAULT_DECODING,   # of the data set
 ) -> LabelledImages:       # in the order of `rows`
     "Load the images of manifest rows, and encode their labels."
-    images = load_images(root, rows.path, size, progress, rows.file_sha256)
+    images = load_images(root, rows.path, size, progress, rows.file_sha256, decoding)
     targets = get_task(task).encode(rows.label, classes, rows.path)
-    key = digest([size, task, classes, *rows.file_sha256, *rows.label])
+    scale = [decoding.scale.to_json()] if decoding.scale else []
+    key = digest([size, task, classes, *scale, *rows.file_sha256, *rows.label])
     return LabelledImages(images, targets, list(rows.path), key)
 
 # %% ../../nbs/training/02_loaders.ipynb #cell-9
@@ -129,6 +131,7 @@ class SplitImages:
     rows: dict[str, pd.DataFrame]      # split -> manifest rows
     images: dict[str, LabelledImages]  # split -> images, in the order of `rows`
     notes: list[str]                   # what the user should know about the data
+    decoding: Decoding = DEFAULT_DECODING   # that the audit found
 
     @property
     def target_scale(self) -> dict[str, list[float]]:   # arguments of `create_model`
@@ -140,7 +143,7 @@ class SplitImages:
     ) -> tuple[pd.DataFrame, LabelledImages]:   # manifest rows, images in their order
         "Join splits, such as for a cross-validation."
         rows = pd.concat([self.rows[split] for split in splits], ignore_index=True)
-        return rows, load_labelled(self.root, rows, self.classes, self.image_size, task=self.task.name)
+        return rows, load_labelled(self.root, rows, self.classes, self.image_size, None, self.task.name, self.decoding)
 
     def _repr_html_(self) -> str:
         counts = [(f"{split} images", len(data)) for split, data in self.images.items()]
@@ -150,7 +153,7 @@ class SplitImages:
 # %% ../../nbs/training/02_loaders.ipynb #5690cba3
 def load_splits(
     manifest: Path | str,     # manifest.parquet of the audit
-    audit: dict,              # content of audit.json: root, classes, task
+    audit: dict,              # content of audit.json: root, classes, task, decoding
     task: str = "classification",   # key of `TASKS`
     image_size: int = 0,      # side in pixels; 0 takes the images' own size, within `min_size` … 128
     min_size: int = 16,       # smallest side that `image_size=0` picks, in pixels
@@ -162,12 +165,14 @@ def load_splits(
     classes = kind.select_classes(audit["classes"], table.label, table.path)
     size = image_size or auto_image_size(table.width, table.height, least=min_size)
     rows = {split: read_manifest(manifest, split) for split in SPLITS}
-    images = {split: load_labelled(audit["root"], rows[split], classes, size, progress, task) for split in SPLITS}
+    decoding = Decoding.from_audit(audit)
+    images = {split: load_labelled(audit["root"], rows[split], classes, size, progress, task, decoding)
+              for split in SPLITS}
     notes = check_classes(images, kind, classes)
     if audit["task"] != task:
         notes.append(f"the audit took the labels for {audit['task']}: `task: {task}` at the top of the recipe "
                      "sets the task of all stages")
-    return SplitImages(audit["root"], kind, classes, size, rows, images, notes)
+    return SplitImages(audit["root"], kind, classes, size, rows, images, notes, decoding)
 
 # %% ../../nbs/training/02_loaders.ipynb #cell-13
 def derive_seed(

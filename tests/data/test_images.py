@@ -20,7 +20,7 @@ from cvnb.core.errors import UsageError
 from cvnb.core.files import read_json
 from cvnb.data import images
 from cvnb.data.dataset import scan_dataset
-from cvnb.data.images import inspect_image, inspect_images, load_images, open_image
+from cvnb.data.images import Decoding, inspect_image, inspect_images, load_images, open_image
 from cvnb.data.listing import list_images
 from cvnb.data.tables import read_manifest
 
@@ -59,7 +59,7 @@ UNREADABLE = {
     "truncated.jpg": (lambda: encode("jpeg", quality=95)[:700], "it is cut off"),
     "empty.png": (lambda: b"", "it is empty"),
     "text.jpg": (lambda: b"dear diary", "its bytes are no image"),
-    "huge.png": (huge_header, "decompression bomb"),
+    "huge.png": (huge_header, "3,600 megapixels, more than max_megapixels=90; set audit.max_megapixels=3600"),
 }
 
 
@@ -127,13 +127,34 @@ def test_tiff_with_a_description_of_the_wrong_type_is_recorded_as_broken(tmp_pat
 # Pixels
 
 
-def test_too_large_image_is_refused_in_every_thread(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)
+def test_too_large_image_is_refused_in_every_thread(tmp_path):
     PHOTO.save(tmp_path/"large.png")      # 64 × 64
     PHOTO.crop((0, 0, 8, 8)).save(tmp_path/"small.png")
     paths = [tmp_path/"large.png", tmp_path/"small.png"] * 100
-    with ThreadPoolExecutor(8) as pool: found = list(pool.map(inspect_image, paths))
+    inspect = lambda path: inspect_image(path, decoding=Decoding(max_megapixels=0.003))
+    with ThreadPoolExecutor(8) as pool: found = list(pool.map(inspect, paths))
     assert {(f["ok"], f["kind"]) for f in found[::2]} == {(False, "too_large")} and all(f["ok"] for f in found[1::2])
+    assert found[0]["error"].startswith("64 × 64 pixels are 0.004096 megapixels, more than max_megapixels=0.003; set ")
+
+
+@pytest.mark.parametrize("pixels", [(12_000, 8_000), (20_000, 10_000)], ids=["96 MP", "200 MP, refused by Pillow itself"])
+def test_limit_on_pixels_is_raised_by_the_parameter(tmp_path, monkeypatch, pixels):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)   # the limit is raised for the process
+    Image.new("L", pixels).save(tmp_path/"scan.png")
+    n = pixels[0] * pixels[1] // 10**6
+    with pytest.raises(images.UnreadableImage) as refused: open_image(tmp_path/"scan.png")
+    assert refused.value.kind == "too_large" and f"{n} megapixels, more than max_megapixels=90" in str(refused.value)
+    assert f"set audit.max_megapixels={n}" in str(refused.value)
+    assert open_image(tmp_path/"scan.png", Decoding(max_megapixels=n)).size == pixels
+
+
+def test_cached_facts_follow_the_limit_on_pixels(write_classes, tmp_path, monkeypatch):
+    monkeypatch.setenv("CVNB_CACHE", str(tmp_path/"cache"))
+    folder = write_classes(tmp_path/"photos", a=3, b=3)
+    PHOTO.resize((100, 100)).save(folder/"a/large.png")
+    table = scan_dataset(folder)
+    ok = lambda limit: inspect_images(folder, table, decoding=Decoding(max_megapixels=limit)).ok.sum()
+    assert [ok(limit) for limit in (1, 0.009, 1, 0.009)] == [7, 6, 7, 6]
 
 
 def test_every_pixel_format_becomes_rgb_as_a_viewer_shows_it(tmp_path):
