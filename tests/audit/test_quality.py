@@ -13,10 +13,10 @@ import pytest
 from PIL import Image, ImageCms, ImageFilter, PngImagePlugin
 
 from cvnb.audit.privacy import check_privacy, copy_without_metadata, inspect_metadata, read_metadata, strip_metadata
-from cvnb.audit.quality import _huge_header, check_integrity, check_quality, measure_appearance
+from cvnb.audit.quality import _huge_header, check_integrity, check_quality, measure_appearance, whole_set_notes
 from cvnb.core.errors import UsageError
 from cvnb.data.dataset import scan_dataset
-from cvnb.data.images import UnreadableImage, inspect_images, open_image
+from cvnb.data.images import Decoding, UnreadableImage, inspect_images, open_image
 
 SECRETS = (b"Ann Person", b"SN-4711", b"2021:02:03", b"2021-02-03", b"hidden words")
 rng = np.random.default_rng(0)
@@ -264,3 +264,65 @@ def test_quality_thresholds_depend_on_the_set(tmp_path: Path) -> None:
     table = inspect_images(tmp_path, listed, measure=measure_appearance)
     found = {c.name: c.paths for c in check_quality(tmp_path, table)}
     assert found["blurry"] == ["007.png"] and found["dark"] == [] and found["bright"] == []
+
+
+def write_table(folder: Path, images: list[Image.Image]) -> pd.DataFrame:
+    "Save images of two classes and inspect them."
+    for i, image in enumerate(images): image.save(folder/f"{i:03}.png")
+    listed = [dict(path=f"{i:03}.png", label="ab"[i % 2], split="") for i in range(len(images))]
+    return inspect_images(folder, pd.DataFrame(listed), measure=measure_appearance)
+
+
+@pytest.mark.parametrize("size", [(280, 1), (1, 20_000), (20_000, 1), (20_000, 3), (129, 1), (128, 1), (1, 1)], ids=str)
+def test_strip_passes_every_check_of_quality(size: tuple[int, int], tmp_path: Path) -> None:
+    strip = Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    table = write_table(tmp_path, [PHOTO.rotate(i) for i in range(20)] + [strip])
+    assert table.ok.all() and table[["dark", "blurry", "flat"]].notna().all(axis=None)
+    checks = {c.name: c.paths for c in [*check_integrity(tmp_path, table), *check_quality(tmp_path, table)]}
+    assert ("020.png" in checks["odd_aspect"]) == (max(size) > 1)
+
+
+def test_set_of_nearly_black_images_is_said_and_found(tmp_path: Path) -> None:
+    "Twelve bits that were taken for sixteen: no image is darker than the others."
+    table = write_table(tmp_path, [PHOTO.rotate(i).point(lambda level: level // 16) for i in range(24)])
+    found = {c.name: c for c in check_quality(tmp_path, table)}
+    assert len(found["dark"].paths) == len(found["low_information"].paths) == 24 and not found["bright"].paths
+    assert "like most images of the set" in found["dark"].findings.reason[0]
+    notes = whole_set_notes(table)
+    assert notes[0].startswith("24 of 24 images are nearly black") and "one level" in notes[1] and len(notes) == 2
+    assert "audit.depth" in notes[0]
+    assert not whole_set_notes(write_table(tmp_path, [PHOTO.rotate(i) for i in range(24)]))
+
+
+def test_set_of_images_of_one_colour_passes_the_checks_and_is_said(tmp_path: Path) -> None:
+    table = write_table(tmp_path, [Image.new("RGB", (9, 9), (200, 10 * i, 100)) for i in range(12)])
+    checks = {c.name: len(c.paths) for c in [*check_integrity(tmp_path, table), *check_quality(tmp_path, table)]}
+    assert checks["one_colour"] == 12 and checks["dark"] == 0
+    assert whole_set_notes(table)[0].startswith("12 of 12 images have one colour only")
+
+
+def test_unreadable_files_are_planted_beyond_the_limit_on_pixels(tmp_path: Path) -> None:
+    table = write_table(tmp_path, [PHOTO.rotate(i) for i in range(4)])
+    validation = check_integrity(tmp_path, table, decoding=Decoding(max_megapixels=5000))[0].validation
+    assert validation.recall_by_kind["too_large"].value == 1
+
+
+def test_too_large_image_is_reported_with_the_remedy(tmp_path: Path) -> None:
+    images = [PHOTO.rotate(i) for i in range(4)]
+    for i, image in enumerate(images): image.save(tmp_path/f"{i}.png")
+    listed = pd.DataFrame([dict(path=f"{i}.png", label="ab"[i % 2], split="") for i in range(4)])
+    PHOTO.resize((2000, 1000)).save(tmp_path/"3.png")
+    table = inspect_images(tmp_path, listed, decoding=Decoding(max_megapixels=1))
+    reason = check_integrity(tmp_path, table)[0].findings.reason[0]
+    assert "2 megapixels, more than max_megapixels=1; set audit.max_megapixels=2" in reason
+
+
+def test_copy_that_would_lose_bits_is_refused(tmp_path: Path) -> None:
+    "Pillow opens 16 bits per channel, and saves 8."
+    from tifffile import imwrite
+    for label in "ab":
+        (tmp_path/"data"/label).mkdir(parents=True)
+        PHOTO.save(tmp_path/"data"/label/"plain.png")
+    imwrite(tmp_path/"data/a/deep.tif", rng.integers(0, 65_536, (16, 16, 3), dtype=np.uint16), photometric="rgb")
+    copies = copy_without_metadata(tmp_path/"data", tmp_path/"out").set_index("path")
+    assert copies.refused["a/deep.tif"] == "its pixels would change" and copies.refused["a/plain.png"] == ""
