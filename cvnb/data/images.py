@@ -105,7 +105,11 @@ class UnreadableImage(ValueError):
 
 # %% ../../nbs/data/03_images.ipynb #1e233f3a
 _CONVERT = "convert it to a PNG or TIFF with one or three bands of 8 or 16 bits"
-_BITS, _PHOTOMETRIC, _BANDS, _PLANAR, _SAMPLE_FORMAT = 258, 262, 277, 284, 339   # tags of a TIFF
+_BITS = 258            # tags of a TIFF
+_PHOTOMETRIC = 262
+_BANDS = 277
+_PLANAR = 284
+_SAMPLE_FORMAT = 339
 _NUMBERS = {1: "unsigned", 2: "signed", 3: "floating point"}   # by their sample format
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
