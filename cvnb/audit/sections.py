@@ -29,7 +29,8 @@ from .manifest import audit_summary, make_manifest
 from .pictures import plot_embedding_map, plot_findings, plot_images
 from .privacy import check_privacy, read_metadata
 from .quality import check_integrity, check_quality, measure_appearance
-from .report import AuditReport, Policy, enforce_limits, parse_limits, quarantine, write_audit_page
+from .report import AuditReport, Policy, audit_notes, enforce_limits, parse_limits, quarantine
+from .report import write_audit_page
 from .review import apply_corrections, drop_reviewed, read_corrections
 from ..core.files import write_json
 from ..core.html import html_table
@@ -369,7 +370,7 @@ def write_audit(
     stage: Stage,                    # the audit stage
     progress: Callable[..., None],   # called with the fraction done, 0 … 1, and a text
 ) -> str:                            # name of the FiftyOne dataset
-    "Write the files of an audit; raise `CvnbError` for exceeded limits with the policy `fail`."
+    "Write the files and the notes of an audit; raise `CvnbError` for exceeded limits with the policy `fail`."
     data = audit.duplicates.data
     table = audit.duplicates.table
     unique = audit.duplicates.unique
@@ -383,5 +384,6 @@ def write_audit(
     about = dict(data=data.name, root=data.root, fiftyone_dataset=dataset, corrections=audit.applied.to_dict("records"),
                  n_answered=int(unique.pixel_sha256.isin(list(data.out_of_fold)).sum()))
     write_json(stage.path("audit.json"), about | audit_summary(audit.report, audit.manifest, data.task.name))
+    for note in audit_notes(audit.report, audit.manifest): stage.note(**note)
     enforce_limits(audit.report)
     return dataset
