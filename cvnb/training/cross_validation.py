@@ -16,7 +16,7 @@ import torch
 from ..core.errors import UsageError
 from ..core.files import digest, read_json, write_json
 from ..core.html import html_table
-from ..data.splits import assign_folds, group_ids
+from ..data.splits import assign_folds, distinct_images, group_ids
 from ..data.tables import write_table
 from ..metrics.estimates import Estimate, estimate_mean
 from ..models.vision_model import VisionModel, task_of
@@ -158,7 +158,8 @@ def _train_fold(
     logits = predict_with_tta(model, val, device="cpu" if forks else options.device)
     task = task_of(model.spec)
     row = dict(fold=fold.number, n_train=len(train), n_val=len(val))
-    row |= {name: estimate.value for name, estimate in task.metrics(logits, val.targets).items()}
+    once = distinct_images(rows.iloc[fold.val].assign(position=range(len(val)))).position.to_numpy()   # of copies one
+    row |= {name: estimate.value for name, estimate in task.metrics(logits[once], val.targets[once]).items()}
     predictions = task.prediction_table(model.spec.classes, rows.iloc[fold.val], logits)
     predictions = predictions.assign(fold=fold.number, row=fold.val)
     return row, predictions, [f"fold {fold.number + 1}: {note}" for note in notes]

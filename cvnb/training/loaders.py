@@ -24,6 +24,7 @@ from ..core.files import digest
 from ..core.html import html_table
 from ..data.image_grid import plot_image_grid
 from ..data.images import load_images
+from ..data.splits import count_copies, read_splits
 from ..data.tables import SPLITS, auto_image_size, read_manifest
 from ..tasks.labels import Classification, Task, get_task
 from .augment import Augmentation, mix_batch
@@ -160,9 +161,9 @@ def load_splits(
     table = read_manifest(manifest)
     classes = kind.select_classes(audit["classes"], table.label, table.path)
     size = image_size or auto_image_size(table.width, table.height, least=min_size)
-    rows = {split: read_manifest(manifest, split) for split in SPLITS}
+    rows = read_splits(manifest)
     images = {split: load_labelled(audit["root"], rows[split], classes, size, progress, task) for split in SPLITS}
-    notes = check_classes(images, kind, classes)
+    notes = check_classes(images, kind, classes) + count_copies(manifest)
     if audit["task"] != task:
         notes.append(f"the audit took the labels for {audit['task']}: `task: {task}` at the top of the recipe "
                      "sets the task of all stages")
