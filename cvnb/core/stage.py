@@ -256,7 +256,8 @@ def announce(self: Stage,
     text: str,   # one line
 ) -> None:
     "Record a note that the command line prints before the stage has finished."
-    self._urgent.append(self.note(text))
+    line = self.note(text)
+    if line not in self._urgent: self._urgent.append(line)
     self.progress(*self._reported)
 
 # %% ../../nbs/core/06_stage.ipynb #659f23e1
