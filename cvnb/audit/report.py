@@ -137,13 +137,14 @@ def quarantine(
 # %% ../../nbs/audit/07_report.ipynb #cell-14
 def enforce_limits(
     report: AuditReport,   # of a finished audit
+    page: Path | str = "report.html",   # that shows the findings
 ) -> None:
-    "Raise `CvnbError` that names the exceeded limits, if the policy is `fail`."
+    "Raise `CvnbError` that names the exceeded limits and the page, if the policy is `fail`."
     if report.policy != "fail" or not report.exceeded: return
     limits = report.limits
     shares = ", ".join(f"{c.name} {len(c.paths)} of {c.n_checked} (limit {limits[c.name]:g})" for c in report.exceeded)
     raise CvnbError(f"the audit of {report.data} is over its limits: {shares}",
-                    "Look at report.html, correct the data or raise audit.limits.")
+                    f"Look at {page}, correct the data or raise audit.limits.")
 
 # %% ../../nbs/audit/07_report.ipynb #9febefc2
 def _left_out_note(
