@@ -152,7 +152,7 @@ def _describe_restart(
     history = folder/"checkpoints/history.json"
     epochs = len(read_json(history)) if history.exists() else 0
     reasons = "; ".join(restart_reasons(known.get("parts", {}), parts))
-    return f"training begins anew, its checkpoint after {epochs} whole epochs is not used: {reasons}"
+    return f"training begins anew, its checkpoint (epochs finished: {epochs}) is not used: {reasons}"
 
 # %% ../../nbs/training/09_fit.ipynb #02798ef9
 def _find_checkpoint(
