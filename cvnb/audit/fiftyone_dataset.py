@@ -19,7 +19,7 @@ import pandas as pd
 from ..core.errors import CvnbError
 from ..core.files import digest
 from ..core.project import resolve_run
-from ..data.splits import SPLITS
+from ..data.split_names import SPLITS
 from ..data.fiftyone_db import database_errors, fiftyone
 
 

@@ -23,7 +23,7 @@ from ..data.images import DEFAULT_DECODING, Decoding, open_image
 
 
 # %% auto #0
-__all__ = ['Policy', 'parse_limits', 'AuditReport', 'quarantine', 'enforce_limits', 'write_audit_page']
+__all__ = ['Policy', 'parse_limits', 'AuditReport', 'quarantine', 'enforce_limits', 'audit_notes', 'write_audit_page']
 
 # %% ../../nbs/audit/07_report.ipynb #cell-6
 def parse_limits(
@@ -58,6 +58,12 @@ class AuditReport:
     def exceeded(self) -> list[Check]:   # checks whose share of flagged images is above their limit
         "List the checks that exceed their limits."
         return [c for c in self.checks if c.name in self.limits and c.n_checked and c.share.value > self.limits[c.name]]
+
+    @property
+    def unproven(self) -> list[Check]:   # checks whose silence proves nothing
+        "List the checks that examined no image, had no planted fault to find, or found less than half of them."
+        recall = {c.name: c.validation.recall.value for c in self.checks if c.validation}
+        return [c for c in self.checks if not c.n_checked or not recall.get(c.name, 1) >= 0.5]   # NaN: none was planted
 
     @property
     def table(self) -> pd.DataFrame:   # check, images, share, recall, precision, limit: a row per check
@@ -134,13 +140,47 @@ def quarantine(
 # %% ../../nbs/audit/07_report.ipynb #cell-14
 def enforce_limits(
     report: AuditReport,   # of a finished audit
+    page: Path | str = "report.html",   # that shows the findings
 ) -> None:
-    "Raise `CvnbError` that names the exceeded limits, if the policy is `fail`."
+    "Raise `CvnbError` that names the exceeded limits and the page, if the policy is `fail`."
     if report.policy != "fail" or not report.exceeded: return
     limits = report.limits
     shares = ", ".join(f"{c.name} {len(c.paths)} of {c.n_checked} (limit {limits[c.name]:g})" for c in report.exceeded)
     raise CvnbError(f"the audit of {report.data} is over its limits: {shares}",
-                    "Look at report.html, correct the data or raise audit.limits.")
+                    f"Look at {page}, correct the data or raise audit.limits.")
+
+# %% ../../nbs/audit/07_report.ipynb #9febefc2
+def _left_out_note(
+    manifest: pd.DataFrame,   # path, ok, error, kind
+) -> str:                     # a sentence; "" if every file is used
+    "Count the files that are left out, by reason."
+    out = manifest[~manifest.ok]
+    if out.empty: return ""
+    why = out.error.where(out.kind == "", "unreadable").str.partition(":")[0]
+    counts = ", ".join(f"{n} {reason}" for reason, n in why.value_counts().items())
+    example = f"{out.path.iloc[0]}: {out.error.iloc[0]}"
+    return f"{len(out)} of {len(manifest)} files are left out ({counts}), such as {example}"
+
+# %% ../../nbs/audit/07_report.ipynb #e2974141
+def audit_notes(
+    report: AuditReport,      # of a finished audit
+    manifest: pd.DataFrame,   # of the same files: path, ok, error, kind
+) -> list[dict[str, Any]]:    # arguments of `Stage.note`: text, file and exceeded
+    "Collect what a user should know about an audit, exceeded limits first."
+    page = "report.html"
+    notes = []
+    for c in report.exceeded:
+        text = f"{c.name}: {len(c.paths)} of {c.n_checked} images (limit {report.limits[c.name]:g})"
+        notes.append(dict(text=text, file=page, exceeded=True))
+    for c in [c for c in report.checks if c.name == "leak" and c.paths]:
+        first = c.findings.iloc[0]
+        text = f"leak: {first.path} and {first.other} are in different splits ({first.reason})"
+        notes.append(dict(text=text, file=page))
+    if left_out := _left_out_note(manifest): notes.append(dict(text=left_out, file="audit.json"))
+    if report.unproven:
+        names = ", ".join(c.name for c in report.unproven)
+        notes.append(dict(text=f"not proven, so no finding does not mean no fault: {names}", file=page))
+    return notes
 
 # %% ../../nbs/audit/07_report.ipynb #cell-19
 def _thumbnail_html(

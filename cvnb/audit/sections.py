@@ -29,7 +29,8 @@ from .manifest import audit_summary, make_manifest
 from .pictures import plot_embedding_map, plot_findings, plot_images
 from .privacy import check_privacy, read_metadata
 from .quality import check_integrity, check_quality, measure_appearance, whole_set_notes
-from .report import AuditReport, Policy, enforce_limits, parse_limits, quarantine, write_audit_page
+from .report import AuditReport, Policy, audit_notes, enforce_limits, parse_limits, quarantine
+from .report import write_audit_page
 from .review import apply_corrections, drop_reviewed, read_corrections
 from ..core.files import write_json
 from ..core.html import html_table
@@ -42,7 +43,7 @@ from ..data.layouts import Reading
 from ..data.sources import open_dataset
 from ..data.splits import assign_splits, check_shares
 from ..data.dataset import Dataset, check_trainable, describe_columns
-from ..data.splits import SPLITS
+from ..data.split_names import SPLITS
 from ..data.tables import auto_image_size, write_table
 from ..data.versions import data_revision, dataset_digest
 
@@ -392,7 +393,7 @@ def write_audit(
     stage: Stage,                    # the audit stage
     progress: Callable[..., None],   # called with the fraction done, 0 … 1, and a text
 ) -> str:                            # name of the FiftyOne dataset
-    "Write the files of an audit; raise `CvnbError` for exceeded limits with the policy `fail`."
+    "Write the files and the notes of an audit; raise `CvnbError` for exceeded limits with the policy `fail`."
     data = audit.duplicates.data
     table = audit.duplicates.table
     unique = audit.duplicates.unique
@@ -408,5 +409,6 @@ def write_audit(
                  corrections=audit.applied.to_dict("records"),
                  n_answered=int(unique.pixel_sha256.isin(list(data.out_of_fold)).sum()))
     write_json(stage.path("audit.json"), about | audit_summary(audit.report, audit.manifest, data.task.name))
-    enforce_limits(audit.report)
+    for note in audit_notes(audit.report, audit.manifest): stage.note(**note)
+    enforce_limits(audit.report, stage.dir/"report.html")
     return dataset

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['BASELINE', 'PEER', 'list_candidates', 'list_left_out', 'sample_images', 'model_size_mb', 'benchmark_rows',
-           'benchmark_table', 'Benchmark', 'run_benchmark']
+           'benchmark_table', 'Benchmark', 'benchmark_notes', 'run_benchmark']
 
 # %% ../../nbs/benchmark/03_table.ipynb #30c8bc51
 def _candidate_reasons(
@@ -174,6 +174,16 @@ class Benchmark:
     def _repr_html_(self) -> str:
         from cvnb.core.html import html_table
         return f"<p>{html.escape(str(self.measured))}</p>{html_table(benchmark_table(self.rows))}"
+
+# %% ../../nbs/benchmark/03_table.ipynb #018bfcec
+def benchmark_notes(
+    result: Benchmark,          # from `run_benchmark`
+    left_out: dict[str, str],   # from `list_left_out`
+) -> list[dict[str, Any]]:      # arguments of `Stage.note`: text, file and exceeded
+    "Collect what a user should know about a benchmark."
+    control = result.measured.control
+    void = [] if control["valid"] else [dict(text=control["verdict"], file="report.html", exceeded=True)]
+    return [*void, *(dict(text=f"{name} was left out: {reason}") for name, reason in left_out.items())]
 
 # %% ../../nbs/benchmark/03_table.ipynb #a55290f5
 def run_benchmark(

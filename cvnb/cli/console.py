@@ -56,12 +56,13 @@ class ProgressLines:
 
     def __call__(self,
         name: str,         # a stage or trial
-        event: str,        # "start", "progress", "fresh", or one of `marks`
+        event: str,        # "start", "progress", "fresh", "note", or one of `marks`
         fraction: float,   # progress, 0 … 1
-        text: str,         # why it starts, what it does, or its result
+        text: str,         # why it starts, what it does, a note, or its result with more lines to show below it
     ) -> None:
-        "Update a line; finish it if the event is one of `marks`."
+        "Update a line, or print a note; finish the line if the event is one of `marks`."
         now = time.perf_counter()
+        if event == "note": return self.console.print(f"! {name:<{self.width}} {text}", markup=False)
         if name not in self.tasks:
             self.tasks[name] = self.bar.add_task(text, total=1, name=name), now
             self.printed[name] = now
@@ -70,7 +71,8 @@ class ProgressLines:
         if self.bar.disable: self._print_to_file(name, event, fraction, text, now)
         if event not in self.marks: return
         spent = "   fresh" if event == "skipped" else f"{now - begin:6.1f} s"
-        self.console.print(f"{self.marks[event]} {name:<{self.width}} {spent}  {text}", markup=False)
+        result = "\n  ".join(text.split("\n"))
+        self.console.print(f"{self.marks[event]} {name:<{self.width}} {spent}  {result}", markup=False)
         self.drop(name)
 
     def _print_to_file(self, name: str, event: str, fraction: float, text: str, now: float) -> None:

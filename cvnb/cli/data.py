@@ -84,7 +84,7 @@ def data_check_command(
 ) -> None:
     "Say how a data set is read and what is left out, count its images, and note possible mistakes."
     from cvnb.data.dataset import describe_columns, describe_dataset
-    from cvnb.data.splits import SPLITS
+    from cvnb.data.split_names import SPLITS
     dataset = _read(data, layout, leave_out, take_in)
     found = describe_dataset(dataset)
     if as_json: return print(json.dumps(found, indent=1))

@@ -20,7 +20,7 @@ from .console import ProgressLines, print_table, shell_path
 from ..core.errors import CvnbError, UsageError, did_you_mean
 from ..core.files import read_json
 from ..core.project import project_root
-from ..core.stage import read_stage_manifest, split_accesses
+from ..core.stage import format_notes, read_notes, read_stage_manifest, split_accesses
 
 if TYPE_CHECKING:
     from cvnb.pipeline.runner import StageResult
@@ -66,10 +66,11 @@ def _result_record(
     folder: Path,                # run directory
     results: list[StageResult],  # from `run_pipeline`
 ) -> dict:                       # for --json
-    "Collect states and metrics of a call; models only if the call included the benchmark."
+    "Collect states, metrics and notes of a call; models only if the call included the benchmark."
     stages = {}
     for r in results:
-        stages[r.stage] = dict(state=r.state, why=r.why, seconds=round(r.seconds, 2), metrics=r.record["metrics"])
+        stages[r.stage] = dict(state=r.state, why=r.why, seconds=round(r.seconds, 2), metrics=r.record["metrics"],
+                               notes=read_notes(folder, r.stage))
     return dict(run=str(folder), stages=stages, models=_benchmark_rows(folder) if "benchmark" in stages else [])
 
 # %% ../../nbs/cli/03_runs.ipynb #f61a69a7
@@ -131,7 +132,7 @@ def status_command(
         "--why", help="List every reason: parameters, functions, inputs, data, packages.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    "Show for each stage whether it is up to date or would run again, and why."
+    "Show for each stage whether it is up to date or would run again, and why; and what it found."
     from cvnb.pipeline.runner import read_run_parameters, stage_states
     folder = existing_run(run)
     rows = stage_states(folder, read_run_parameters(folder))
@@ -141,6 +142,8 @@ def status_command(
         seconds = f"{r['seconds']:.1f}" if r["seconds"] else ""
         shown.append((r["stage"], r["state"], r["why"] or "–", seconds, r["headline"]))
     print_table(f"{folder}", dict(stage="left", state="left", because="left", seconds="right", metrics="left"), shown)
+    for r in rows:
+        if r["notes"]: print("\n  ".join([f"\n{r['stage']}:", *format_notes(folder, r["notes"])]))
     if found := split_accesses(folder):
         stages = ", ".join(f"{s} {n}" for s, n in found.items())
         print(f"\nThe test split was read {sum(found.values())} times ({stages}): "

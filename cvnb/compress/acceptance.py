@@ -19,6 +19,16 @@ __all__ = ['Acceptance', 'check_acceptance']
 @dataclass(frozen=True)
 class Acceptance(NonInferiority):
     "The result of the test that accepts or rejects a compressed model."
+    @property
+    def notes(self) -> list[str]:   # at most one sentence
+        "Say why the model is not accepted."
+        if self.accepted: return []
+        points = lambda x: f"{100 * x:+.1f}"
+        verdict = "is worse" if self.high < -self.margin else "is not shown to be good enough"
+        interval = f"{points(self.difference)} [{points(self.low)}, {points(self.high)}]"
+        return [f"not accepted: the compressed model {verdict}, its accuracy differs by {interval} points "
+                f"on {self.n} test images (limit {points(-self.margin)})"]
+
     def _repr_markdown_(self) -> str:
         points = lambda x: f"{100 * x:+.2f}"
         numbers = (

@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -132,9 +134,10 @@ def distill(
     options: FitOptions,           # how to train
     folder: Path | str,            # for checkpoints/ and history.csv
     progress: Callable[..., None] | None = None,   # called with the fraction that is done, a text, and the curves
+    announce: Callable[[str], Any] = warnings.warn,   # called before training with why it does not resume
 ) -> DistillationResult:           # with two students
     "Train a copy of a pruned model on its teacher's outputs."
     student = copy.deepcopy(pruned)
-    history = fit(student, train, val, options, folder, criterion, progress=progress)
+    history = fit(student, train, val, options, folder, criterion, progress=progress, announce=announce)
     recalibrated = recalibrate_batch_norm(copy.deepcopy(student), train.images, seed=options.seed)
     return DistillationResult(student, recalibrated, history)

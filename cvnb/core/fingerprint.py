@@ -22,7 +22,8 @@ from .errors import CvnbError, did_you_mean
 from .files import atomic_path, digest
 
 # %% auto #0
-__all__ = ['SymbolName', 'code_digest', 'CodeNode', 'reached_code', 'imported_packages', 'project_modules', 'code_fingerprint']
+__all__ = ['SymbolName', 'code_digest', 'CodeNode', 'reached_code', 'imported_packages', 'project_modules', 'code_parts',
+           'code_fingerprint']
 
 # %% ../../nbs/core/07_fingerprint.ipynb #6fae2d59
 def _syntax_nodes(
@@ -454,9 +455,17 @@ def _symbols_in_cells(
 
 # %% ../../nbs/core/07_fingerprint.ipynb #code-of
 @lru_cache   # the running code is that of the first call: a module that is edited or reloaded later is not noticed
+def code_parts(
+    cell: str,         # source of a code cell
+    *packages: str,    # installed packages whose versions count, such as "torch"
+) -> dict[str, dict[str, str]]:   # functions: "module.name" -> digest of its code; packages: name -> version
+    "Collect all code of the package that a cell reaches, and the versions of other packages; not to be changed."
+    return dict(functions=reached_code([cell]), packages={p: version(p) for p in packages})
+
 def code_fingerprint(
     cell: str,         # source of a code cell
     *packages: str,    # installed packages whose versions count, such as "torch"
 ) -> str:              # 64 hexadecimal digits
     "Digest all code of the package that a cell reaches, and the versions of other packages."
-    return digest([reached_code([cell]), [version(p) for p in packages]])
+    parts = code_parts(cell, *packages)
+    return digest([parts["functions"], list(parts["packages"].values())])

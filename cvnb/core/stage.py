@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from fastcore.basics import patch
@@ -23,8 +24,8 @@ from .project import resolve_run
 from .system import machine_info, timestamp
 
 # %% auto #0
-__all__ = ['PENDING_MANIFEST', 'STAGE_MARKER', 'ACCESS_LOG', 'lock_run', 'Stage', 'read_stage_manifest', 'split_accesses',
-           'subprogress', 'format_metric', 'stage_key']
+__all__ = ['PENDING_MANIFEST', 'STAGE_MARKER', 'ACCESS_LOG', 'MAX_NOTES', 'lock_run', 'Stage', 'read_stage_manifest',
+           'split_accesses', 'subprogress', 'format_metric', 'stage_key', 'read_notes', 'format_notes']
 
 # %% ../../nbs/core/06_stage.ipynb #cell-37
 PENDING_MANIFEST = "stage.json.ready"   # written by `finish` in a pipeline, which renames it to stage.json
@@ -55,7 +56,7 @@ def lock_run(
 
 # %% ../../nbs/core/06_stage.ipynb #cell-40
 class Stage:
-    "A stage of a run: its folder, parameters, inputs, outputs and metrics."
+    "A stage of a run: its folder, parameters, inputs, outputs, metrics and notes."
     def __init__(self,
         name: str,                   # name of the stage and of its folder
         run: Path | str,             # run directory
@@ -67,11 +68,14 @@ class Stage:
         self.dir = self.run/name
         self.inputs: dict[str, str] = {}        # "stage/file" -> SHA-256
         self.metrics: dict[str, dict] = {}      # name -> value, low, high, n
+        self.notes: list[dict] = []             # text, file and exceeded, from `note`
         self.curves: dict[str, list] = {}       # metric -> its value after each epoch
         self.data: dict | None = None           # digest and revision of the data set
         self.environment: dict[str, Any] = {}   # additional facts for the manifest's `environment`
         self.started = timestamp()
         self._outputs: dict[str, Path] = {}
+        self._reported: tuple[float, str] = (0.0, "")   # the last fraction and text of `progress`
+        self._urgent: list[str] = []                    # notes to print before the stage has finished
         self._begin = time.perf_counter()
         self.dir.mkdir(parents=True, exist_ok=True)
         (self.dir/STAGE_MARKER).touch()
@@ -172,9 +176,11 @@ def progress(self: Stage,
 ) -> None:
     "Report the progress of the stage to the command line, and its learning curves to a sweep."
     self.curves = curves or self.curves   # repeated in each report, because a sweep may have missed the last one
+    self._reported = fraction, text
     if not (target := os.environ.get("CVNB_PROGRESS")): return
+    report = dict(fraction=round(float(fraction), 3), text=text, curves=self.curves, notes=self._urgent)
     with contextlib.suppress(OSError), open(target + ".new", "w") as f:   # a failure to report must not stop a run
-        json.dump(dict(fraction=round(float(fraction), 3), text=text, curves=self.curves), f)
+        json.dump(report, f)
     with contextlib.suppress(OSError): os.replace(target + ".new", target)
 
 # %% ../../nbs/core/06_stage.ipynb #stage-part
@@ -217,8 +223,8 @@ def finish(self: Stage) -> dict:   # metric -> formatted value, for display
     parts = json.loads(os.environ.get("CVNB_KEY_PARTS", "null"))
     record = dict(stage=self.name, status="done", key=parts and stage_key(parts, self.inputs),
                   params=self.params, data=self.data, inputs=self.inputs, outputs=self._collect(), metrics=self.metrics,
-                  seconds=round(time.perf_counter() - self._begin, 2), started=self.started, cvnb=cvnb.__version__,
-                  environment=self.environment | dict(machine=machine_info(), parts=parts))
+                  notes=self.notes, seconds=round(time.perf_counter() - self._begin, 2), started=self.started,
+                  cvnb=cvnb.__version__, environment=self.environment | dict(machine=machine_info(), parts=parts))
     write_json(self.dir/(PENDING_MANIFEST if parts else "stage.json"), record)
     self.progress(1, "done")
     return {name: format_metric(metric) for name, metric in self.metrics.items()}
@@ -230,3 +236,55 @@ def stage_key(
 ) -> str:           # 64 hexadecimal digits
     "Compute the key of a stage."
     return digest(dict(parts=parts, inputs=inputs))
+
+# %% ../../nbs/core/06_stage.ipynb #e1290ae8
+@patch
+def note(self: Stage,
+    text: str,                # one line
+    file: str = "",           # an output of the stage that shows more
+    exceeded: bool = False,   # whether a limit is exceeded
+) -> str:                     # `text` without line breaks
+    "Record what a user should know about the result; a text is recorded once."
+    line = " ".join(text.split())
+    if all(line != note["text"] for note in self.notes):
+        self.notes.append(dict(text=line, file=f"{self.name}/{file}" if file else "", exceeded=exceeded))
+    return line
+
+# %% ../../nbs/core/06_stage.ipynb #60a9c70a
+@patch
+def announce(self: Stage,
+    text: str,   # one line
+) -> None:
+    "Record a note that the command line prints before the stage has finished."
+    line = self.note(text)
+    if line not in self._urgent: self._urgent.append(line)
+    self.progress(*self._reported)
+
+# %% ../../nbs/core/06_stage.ipynb #659f23e1
+def read_notes(
+    run: Path,      # run directory
+    stage: str,     # stage name
+) -> list[dict]:    # text, file in the run directory or "", exceeded; of a failed stage its error
+    "Read the notes of a stage; there are none in a manifest of an older version."
+    path = run/stage/"stage.json"
+    record = read_json(path) if path.exists() else {}
+    if record.get("status") != "failed": return record.get("notes", [])
+    error = record["environment"].get("error", "").strip().splitlines()
+    return [dict(text=error[0], file="", exceeded=True)] if error else []
+
+# %% ../../nbs/core/06_stage.ipynb #a1238452
+MAX_NOTES = 5   # lines that a terminal shows of a stage
+
+def format_notes(
+    run: Path,                # run directory
+    notes: list[dict],        # from `read_notes`
+    limit: int = MAX_NOTES,   # lines; one more says how many notes are left
+) -> list[str]:               # "! leak: 12 of 600 images (limit 0) → runs/mine/audit/report.html"
+    "Format notes for a terminal, exceeded limits first; paths are relative where they lie below the working directory."
+    shown = lambda path: quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
+    lines = []
+    for note in sorted(notes, key=lambda note: not note["exceeded"]):
+        where = f" → {shown(run/note['file'])}" if note["file"] else ""
+        lines.append(f"{'!' if note['exceeded'] else '-'} {note['text']}{where}")
+    left = len(lines) - limit
+    return lines[:limit] + ([f"… and {left} more: `cvnb status {shown(run)} --json` lists all"] if left > 0 else [])

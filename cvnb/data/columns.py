@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import UsageError
 from .listing import IMAGE_SUFFIXES
-from .splits import parse_split_name
+from .split_names import parse_split_name
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -21,7 +21,7 @@ from .columns import LABEL_SEPARATOR
 from .layouts import AUTO_READING, LAYOUTS, Layout, Reading, find_layout
 from .listing import IMAGE_SUFFIXES, TABLE_SUFFIXES, Listing, list_files, matches_any
 from .named import NAMED_DATASETS, prepare_dataset
-from .splits import SPLITS, parse_split_name
+from .split_names import SPLITS, parse_split_name
 from .tables import open_table
 
 if TYPE_CHECKING:

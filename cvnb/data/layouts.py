@@ -18,7 +18,7 @@ from ..core.errors import UsageError
 from .columns import find_path_columns, read_raw_table, value_to_text
 from .listing import Listing, matches_any
 from .paths import resolve_paths
-from .splits import SPLITS, parse_split_name
+from .split_names import SPLITS, parse_split_name
 from .tables import ImageTable, parse_table
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from ..core.files import atomic_path, digest
 from .named import NAMED_DATASETS
 from .dataset import Dataset, locate_data, read_dataset
 from .layouts import AUTO_READING, Reading
-from .splits import parse_split_name
+from .split_names import parse_split_name
 from .tables import write_table
 
 if TYPE_CHECKING:

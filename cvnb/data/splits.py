@@ -5,41 +5,19 @@
 # %% ../../nbs/data/04_splits.ipynb #d33c86e7
 from __future__ import annotations
 
-import re
-from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core.errors import UsageError
 from ..core.files import digest
+from .split_names import SPLITS
+from .tables import read_manifest
 
 if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['SPLITS', 'parse_split_name', 'group_ids', 'check_shares', 'assign_splits', 'assign_folds']
-
-# %% ../../nbs/data/04_splits.ipynb #b2c0ffee
-SPLITS = ("train", "val", "test")
-_SPLIT_WORDS = (dict.fromkeys(("train", "training", "trn"), "train")
-                | dict.fromkeys(("val", "valid", "validation", "dev", "devel"), "val")
-                | dict.fromkeys(("test", "testing", "tst", "eval", "evaluation", "holdout"), "test"))
-_BESIDE_SPLITS = {"set", "data", "dataset", "images", "image", "img", "imgs", "seg", "split", "subset", "photos",
-                  "pictures", "samples", "sample", "folder"}
-
-# %% ../../nbs/data/04_splits.ipynb #c3c0ffee
-@lru_cache(maxsize=4096)
-def parse_split_name(
-    name: str,   # of a folder, a table, or a value in one
-) -> str:        # train, val or test; '' if it names no split
-    "Read the name of a split: train, valid, dev, holdout, train_set, seg_test, TrainImages, val2017, …"
-    words = re.split(r"[\W_\d]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.strip()).lower())
-    words = [w for w in words if w and w not in _BESIDE_SPLITS]
-    if len(words) > 1: words = ["".join(words)]   # hold-out
-    if not words: return ""
-    for beside in ("", *_BESIDE_SPLITS):
-        if beside and not words[0].endswith(beside): continue
-        if found := _SPLIT_WORDS.get(words[0].removesuffix(beside)): return found
-    return ""
+__all__ = ['group_ids', 'check_shares', 'assign_splits', 'assign_folds', 'distinct_images', 'read_splits', 'count_copies']
 
 # %% ../../nbs/data/04_splits.ipynb #cell-29
 def group_ids(
@@ -160,3 +138,30 @@ def assign_folds(
             fold[name] = next((f for f in order if room[f] >= n), max(order, key=lambda f: room[f]))
             room[fold[name]] -= n
     return pd.Series(-1, table.index).where(~table.ok, unit.map(fold).reindex(table.index)).astype(int)
+
+# %% ../../nbs/data/04_splits.ipynb #72d543c6
+def distinct_images(
+    rows: pd.DataFrame,   # manifest rows: path, pixel_sha256
+) -> pd.DataFrame:        # of images with the same pixels, the first by path; in the order of `rows`
+    "Leave out exact copies, so that a metric counts each image once."
+    first = rows.sort_values("path").drop_duplicates("pixel_sha256").index
+    return rows[rows.index.isin(first)].reset_index(drop=True)
+
+# %% ../../nbs/data/04_splits.ipynb #bb2f4c12
+def read_splits(
+    manifest: Path | str,        # manifest.parquet of the audit
+) -> dict[str, pd.DataFrame]:    # split -> rows of readable images; of val and test without copies
+    "Read the splits of a manifest; validation and test hold each distinct image once."
+    rows = {split: read_manifest(manifest, split) for split in SPLITS}
+    return {split: part if split == "train" else distinct_images(part) for split, part in rows.items()}
+
+# %% ../../nbs/data/04_splits.ipynb #80a7c2c0
+def count_copies(
+    manifest: Path | str,   # manifest.parquet of the audit
+) -> list[str]:             # "test: n = 17, 4 distinct …"; empty where val and test hold no copies
+    "Say how many images of validation and test are distinct, where some are copies."
+    notes = []
+    for split, rows in read_splits(manifest).items():
+        n = len(read_manifest(manifest, split))
+        if n > len(rows): notes.append(f"{split}: n = {n}, {len(rows)} distinct; each distinct image counts once")
+    return notes

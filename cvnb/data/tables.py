@@ -18,7 +18,7 @@ from .columns import LABEL_SEPARATOR, Roles, assign_roles, indicator_values, par
 from .columns import value_to_text
 from .listing import list_images
 from .paths import resolve_paths
-from .splits import SPLITS
+from .split_names import SPLITS
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -218,6 +218,15 @@ class ErrorAnalysis:
         "List the slices whose interval lies below the overall accuracy."
         return self.slices[self.slices.below]
 
+    @property
+    def notes(self) -> list[str]:   # at most one sentence
+        "Name the least accurate of the slices below the overall accuracy."
+        if self.slices_below.empty: return []
+        worst = self.slices_below.iloc[0]
+        interval = f"{worst.accuracy:.1%} [{worst.low:.1%}, {worst.high:.1%}] (n={worst.n})"
+        return [f"{len(self.slices_below)} of {len(self.slices)} slices lie below the accuracy of "
+                f"{self.accuracy.value:.1%}, the lowest is {worst.slice} {worst['name']} with {interval}"]
+
     def _repr_html_(self) -> str:
         rows = [("images", self.n), ("errors", self.n_errors), ("accuracy", self.accuracy),
                 ("calibration error", self.calibration_error), ("slices below the accuracy", len(self.slices_below))]

@@ -20,12 +20,13 @@ from .runtimes import RUNTIMES, Runtime, predict_files
 if TYPE_CHECKING:
     import pandas as pd
 
+    from cvnb.export.quantize import QuantizedModels
     from cvnb.metrics.estimates import Estimate
     from cvnb.models.vision_model import VisionModel
 
 # %% auto #0
 __all__ = ['REFERENCE_RUNTIME', 'predict_with_runtimes', 'ParityResult', 'measure_parity', 'require_parity', 'compare_runtimes',
-           'parity_table', 'ParityReport', 'check_parity', 'choose_shipped_model', 'bundle_metrics']
+           'parity_table', 'ParityReport', 'check_parity', 'choose_shipped_model', 'export_notes', 'bundle_metrics']
 
 # %% ../../nbs/export/04_parity.ipynb #233e4715
 REFERENCE_RUNTIME = "torch eager"   # the others are compared with it
@@ -195,6 +196,16 @@ def choose_shipped_model(
     why = (f"the compressed model is {verdict} the trained one within {margin:g}: accuracy {test.difference:+.4f} "
            f"[{test.low:+.4f}, {test.high:+.4f}] on {test.n} test images")
     return dict(model="compressed" if test.accepted else "trained", why=why, test=asdict(test))
+
+# %% ../../nbs/export/04_parity.ipynb #c6d5a115
+def export_notes(
+    int8: QuantizedModels,     # from `quantize_models`
+    parity: ParityReport,      # from `check_parity`
+    shipped: dict[str, Any],   # from `choose_shipped_model`
+) -> list[str]:                # sentences
+    "Collect what a user should know about an export."
+    ships = [] if shipped["model"] == "compressed" else [f"the {shipped['model']} model ships: {shipped['why']}"]
+    return [*ships, *int8.notes, *parity.notes]
 
 # %% ../../nbs/export/04_parity.ipynb #e9083ab5
 def bundle_metrics(

@@ -265,6 +265,12 @@ class QuantizedModels:
     size_mb: dict[str, float]                 # of the same names
 
     @property
+    def notes(self) -> list[str]:   # one line per model with layers that stay FP32
+        "Say which models are not in INT8 throughout."
+        return [f"{name}, onnx int8: {len(r.kept_fp32)} of {len(r.layers)} layers stay FP32, to keep the accuracy"
+                for name, r in self.results.items() if r.kept_fp32]
+
+    @property
     def table(self) -> pd.DataFrame:   # model, file, MB, result
         "List the files with what quantization cost."
         import pandas as pd

@@ -25,8 +25,8 @@ from ..core.errors import CvnbError, UsageError, did_you_mean
 from ..core.files import atomic_path, read_json, write_json
 from ..core.fingerprint import imported_packages
 from ..core.project import project_root
-from ..core.stage import ACCESS_LOG, PENDING_MANIFEST, STAGE_MARKER, format_metric, lock_run, read_stage_manifest
-from ..core.stage import split_accesses
+from ..core.stage import ACCESS_LOG, MAX_NOTES, PENDING_MANIFEST, STAGE_MARKER, format_metric, format_notes, lock_run
+from ..core.stage import read_notes, read_stage_manifest, split_accesses
 from ..core.system import machine_info, timestamp
 from .freshness import check_named_files, key_parts, lock_digest, read_code_cells, stale_reasons
 from .freshness import summarize_reasons
@@ -179,7 +179,7 @@ def _forward_progress(
     folder: Path,         # its folder
     progress: Progress,   # called with the stage's progress
 ) -> Iterator[str]:       # path of the file that the kernel writes its progress to
-    "Forward a kernel's progress; repeat an unchanged one every ten seconds as a sign of life."
+    "Forward a kernel's progress and urgent notes; repeat unchanged progress every ten seconds as a sign of life."
     path = folder/".progress"
     stop = threading.Event()
     path.unlink(missing_ok=True)   # left by a killed run
@@ -187,12 +187,17 @@ def _forward_progress(
     def forward() -> None:
         last = ""
         sent = 0.0
+        n_notes = 0
         while not stop.wait(0.2):
             text = path.read_text() if path.exists() else ""
             if not text or (text == last and time.monotonic() < sent + 10): continue
             last = text
             sent = time.monotonic()
-            progress(stage, "progress", *(json.loads(text)[k] for k in ("fraction", "text")))
+            report = json.loads(text)
+            notes = report.get("notes", [])
+            for note in notes[n_notes:]: progress(stage, "note", report["fraction"], note)
+            n_notes = len(notes)
+            progress(stage, "progress", report["fraction"], report["text"])
 
     thread = threading.Thread(target=forward, daemon=True)
     thread.start()
@@ -401,7 +406,7 @@ def run_pipeline(
                 raise
             if why: write_run(run, root, parameters, params, time.perf_counter() - start)
             results.append(StageResult(s, "done" if why else "fresh", why, time.perf_counter() - start, record))
-            progress(s, "done" if why else "skipped", 1, headline_metrics(record))
+            progress(s, "done" if why else "skipped", 1, _result_lines(run, record, MAX_NOTES if why else 2))
     return results
 
 # %% ../../nbs/pipeline/05_runner.ipynb #e1f41c99
@@ -440,13 +445,23 @@ def headline_metrics(
     unreadable = record["metrics"].get("n_unreadable", {}).get("value")
     return " · ".join([f"{unreadable} unreadable", *parts] if unreadable else parts)
 
+# %% ../../nbs/pipeline/05_runner.ipynb #422e0e18
+def _result_lines(
+    run: Path,       # run directory
+    record: dict,    # a stage's manifest
+    limit: int,      # notes, at most
+) -> str:            # a line of metrics, and a line per note
+    "Format the result of a stage for `Progress`."
+    notes = format_notes(run, read_notes(run, record["stage"]), limit)
+    return "\n".join([headline_metrics(record), *notes])
+
 # %% ../../nbs/pipeline/05_runner.ipynb #269b8eaf
 def stage_states(
     run: Path,                   # run directory
     parameters: RunParameters,   # given parameters
     root: Path | None = None,    # the project
-) -> list[dict]:                 # per stage: stage, state, why, reasons, seconds, headline
-    """List each stage's state and the reasons for it.
+) -> list[dict]:                 # per stage: stage, state, why, reasons, seconds, headline, notes
+    """List each stage's state, the reasons for it, and its notes.
 
     States: fresh, waits (for a stage that it needs), stale, failed, missing.
     """
@@ -462,5 +477,6 @@ def stage_states(
         else: state = "stale" if record else "failed" if path.exists() else "missing"
         if above: found.append(f"the outputs of {', '.join(above)} may change")
         rows[s] = dict(stage=s, state=state, why=summarize_reasons(found), reasons=found,
-                       seconds=record and record["seconds"], headline=headline_metrics(record) if record else "")
+                       seconds=record and record["seconds"], headline=headline_metrics(record) if record else "",
+                       notes=read_notes(run, s))
     return list(rows.values())

@@ -5,9 +5,11 @@
 # %% ../../nbs/training/14_cross_validation.ipynb #cell-3
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,13 +18,13 @@ import torch
 from ..core.errors import UsageError
 from ..core.files import digest, read_json, write_json
 from ..core.html import html_table
-from ..data.splits import assign_folds, group_ids
+from ..data.splits import assign_folds, distinct_images, group_ids
 from ..data.tables import write_table
 from ..metrics.estimates import Estimate, estimate_mean
 from ..models.vision_model import VisionModel, task_of
 from ..tasks.labels import Task, with_strata
 from .distributed import FORK_STRATEGIES, resolve_strategy
-from .fit import clear_checkpoints, fit, training_identity
+from .fit import clear_checkpoints, fit, restart_reasons, training_parts
 from .loaders import LabelledImages, missing_classes
 from .options import FitOptions
 from .predict import predict_with_tta
@@ -144,12 +146,14 @@ def _train_fold(
     options: FitOptions,   # how to train
     folder: Path,          # of the fold
     progress: Callable[..., None] | None,   # of the fold
+    announce: Callable[[str], Any],         # called with why a training does not resume
 ) -> tuple[dict, pd.DataFrame, list[str]]:  # the fold's row; predictions with the positions of their rows; notes
     "Train a fold's model and predict its images."
     train = data.take(fold.train)
     val = data.take(fold.val)
     holdout = data.take(fold.holdout) if fold.chooses else val
-    history = fit(model, train, holdout, options, folder, progress=progress)
+    say = lambda text: announce(f"fold {fold.number + 1}: {text}")
+    history = fit(model, train, holdout, options, folder, progress=progress, announce=say)
     notes = history.attrs["notes"]
     # classes that the holdout lacks are measured in the fold
     if fold.chooses: notes = [note for note in notes if not note.startswith("no image in the split val")]
@@ -158,7 +162,8 @@ def _train_fold(
     logits = predict_with_tta(model, val, device="cpu" if forks else options.device)
     task = task_of(model.spec)
     row = dict(fold=fold.number, n_train=len(train), n_val=len(val))
-    row |= {name: estimate.value for name, estimate in task.metrics(logits, val.targets).items()}
+    once = distinct_images(rows.iloc[fold.val].assign(position=range(len(val)))).position.to_numpy()   # of copies one
+    row |= {name: estimate.value for name, estimate in task.metrics(logits[once], val.targets[once]).items()}
     predictions = task.prediction_table(model.spec.classes, rows.iloc[fold.val], logits)
     predictions = predictions.assign(fold=fold.number, row=fold.val)
     return row, predictions, [f"fold {fold.number + 1}: {note}" for note in notes]
@@ -172,16 +177,23 @@ def _run_fold(
     options: FitOptions,   # how to train
     folder: Path,          # of the fold
     progress: Callable[..., None] | None,    # of the fold
+    announce: Callable[[str], Any],          # called with why a finished fold is trained again
 ) -> tuple[dict, pd.DataFrame, list[str]]:   # the fold's row; predictions with the positions of their rows; notes
     "Train a fold, or read the result of an earlier call."
     torch.manual_seed(options.seed)   # the same model, whether the folds before were trained or read
     model = make_model()
-    key = digest([training_identity(model, data, options), fold.train.tolist(), fold.val.tolist()])
+    parts = training_parts(model, data, options)
+    key = digest([parts, fold.train.tolist(), fold.val.tolist()])
     known = read_json(folder/"fold.json") if (folder/"fold.json").exists() else {}
     if known.get("key") == key: return known["row"], pd.read_parquet(folder/"predictions.parquet"), known["notes"]
-    row, predictions, notes = _train_fold(fold, model, rows, data, options, folder, progress)
+    if known:
+        same = known.get("parts") == parts
+        why = "the images of the folds changed" if same else "; ".join(restart_reasons(known.get("parts", {}), parts))
+        announce(f"finished folds are trained again: {why}")
+    row, predictions, notes = _train_fold(fold, model, rows, data, options, folder, progress, announce)
     write_table(folder/"predictions.parquet", predictions)
-    write_json(folder/"fold.json", dict(key=key, row=row, notes=notes))   # last, because it marks the fold as finished
+    # last, because it marks the fold as finished
+    write_json(folder/"fold.json", dict(key=key, row=row, notes=notes, parts=parts))
     clear_checkpoints(folder)
     return row, predictions, notes
 
@@ -202,6 +214,7 @@ def cross_validate(
     folder: Path | str,      # gets a folder per fold
     k: int = 5,              # folds
     progress: Callable[..., None] | None = None,   # called with the fraction that is done, and a text
+    announce: Callable[[str], Any] = warnings.warn,   # called before a training with why it does not resume
 ) -> CrossValidation:
     "Train on all folds but one, k times; raise `UsageError` if a fold has no training image of a class."
     spec = make_model().spec
@@ -211,7 +224,7 @@ def cross_validate(
     results = []
     for fold in folds:
         part = Path(folder)/f"fold_{fold.number}"
-        results.append(_run_fold(fold, make_model, rows, data, options, part, _fold_progress(progress, fold)))
+        results.append(_run_fold(fold, make_model, rows, data, options, part, _fold_progress(progress, fold), announce))
     table = pd.DataFrame([row for row, _, _ in results])
     predictions = pd.concat([part for _, part, _ in results]).set_index("row").sort_index().reset_index(drop=True)
     names = table.columns.drop(["fold", "n_train", "n_val"])

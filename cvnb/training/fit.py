@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import os
 import shutil
 import warnings
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from ..core.errors import CvnbError, UsageError
 from ..core.files import digest, read_json, write_json
-from ..core.fingerprint import code_fingerprint
+from ..core.fingerprint import code_fingerprint, code_parts
 from ..models.inference import weights_sha256
 from ..models.vision_model import VisionModel, check_image_size, patch_coverage_notes, task_of
 from .callbacks import AveragedWeights, BestWeights, EpochHistory, ResumableEarlyStopping, ResumeCheckpoint
@@ -42,14 +43,31 @@ from .optim import make_ema_update
 from .options import FitOptions
 
 # %% auto #0
-__all__ = ['training_identity', 'clear_checkpoints', 'silence_lightning', 'select_accelerator', 'halve_batch', 'can_halve_batch',
-           'loss_class_weights', 'fit']
+__all__ = ['training_parts', 'training_identity', 'restart_reasons', 'clear_checkpoints', 'silence_lightning',
+           'select_accelerator', 'halve_batch', 'can_halve_batch', 'loss_class_weights', 'fit']
 
 # %% ../../nbs/training/09_fit.ipynb #cell-22
 _TRAINING_CODE = """from cvnb.training.fit import fit
 from cvnb.models.weights import create_model
 from cvnb.models.vision_model import task_of
 fit, create_model, task_of"""
+_TRAINING_PACKAGES = "torch", "torchvision", "timm", "pytorch-lightning"
+
+def training_parts(
+    model: VisionModel,        # with its starting weights
+    train: LabelledImages,     # training images
+    options: FitOptions,       # how to train
+    val: LabelledImages | None = None,    # validation images, which may choose the weights and the end
+    criterion: Criterion | None = None,   # loss; its attribute `identity` or its name distinguishes it from others
+) -> dict[str, Any]:           # options, model, weights, train, val, loss, code, functions, packages
+    "Collect everything that a training depends on, as JSON types."
+    name = getattr(criterion, "__qualname__", type(criterion).__qualname__)
+    loss = "" if criterion is None else getattr(criterion, "identity", "") or name
+    parts = dict(
+        options=asdict(replace(options, workers=0)), model=asdict(model.spec), weights=weights_sha256(model),
+        train=train.identity, val=val.identity if val else "", loss=loss,
+        code=code_fingerprint(_TRAINING_CODE, *_TRAINING_PACKAGES), **code_parts(_TRAINING_CODE, *_TRAINING_PACKAGES))
+    return json.loads(json.dumps(parts, default=str))
 
 def training_identity(
     model: VisionModel,        # with its starting weights
@@ -59,11 +77,49 @@ def training_identity(
     criterion: Criterion | None = None,   # loss; its attribute `identity` or its name distinguishes it from others
 ) -> str:                      # 64 hexadecimal digits
     "Digest everything that a training depends on."
-    name = getattr(criterion, "__qualname__", type(criterion).__qualname__)
-    loss = "" if criterion is None else getattr(criterion, "identity", "") or name
-    code = code_fingerprint(_TRAINING_CODE, "torch", "torchvision", "timm", "pytorch-lightning")
-    data = [train.identity, val.identity if val else ""]
-    return digest([asdict(replace(options, workers=0)), asdict(model.spec), weights_sha256(model), *data, loss, code])
+    return digest(training_parts(model, train, options, val, criterion))
+
+# %% ../../nbs/training/09_fit.ipynb #00dc678f
+def _changed_values(
+    old: dict[str, Any],   # name -> value
+    new: dict[str, Any],   # name -> value
+) -> Iterator[str]:        # "lr changed from 0.003 to 0.001"
+    "Describe the values that differ; long ones are only named."
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) == new.get(name): continue
+        values = f" from {json.dumps(old.get(name))} to {json.dumps(new.get(name))}"
+        yield f"{name} changed" + (values if len(values) < 120 else "")
+
+# %% ../../nbs/training/09_fit.ipynb #2b14f043
+_NAMED_FUNCTIONS = 3   # of those that changed
+
+def _changed_functions(
+    old: dict[str, str],   # "module.name" -> digest of its code
+    new: dict[str, str],   # the same of today
+) -> Iterator[str]:        # "cvnb.training.optim.make_optimizer changed"
+    "Name some of the functions that differ, and count the others."
+    names = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    for name in names[:_NAMED_FUNCTIONS]:
+        yield f"cvnb.{name} " + ("is new" if name not in old else "changed" if name in new else "is gone")
+    if left := names[_NAMED_FUNCTIONS:]: yield f"{len(left)} more functions of cvnb changed"
+
+# %% ../../nbs/training/09_fit.ipynb #4739b91f
+_DATA_PARTS = dict(train="the training images or their labels", val="the validation images or their labels",
+                   loss="the loss")
+
+def restart_reasons(
+    old: dict[str, Any],   # from `training_parts`, of the training that wrote a checkpoint; empty if it is unknown
+    new: dict[str, Any],   # from `training_parts`, of the training that begins
+) -> list[str]:            # why the checkpoint is not used
+    "Describe how two trainings differ."
+    if not old: return ["an earlier version of cvnb wrote it"]
+    reasons = [*_changed_values(old["options"], new["options"]), *_changed_values(old["model"], new["model"])]
+    follows = old["model"] != new["model"] or old["options"]["seed"] != new["options"]["seed"]
+    if old["weights"] != new["weights"] and not follows: reasons.append("the starting weights changed")
+    reasons += [f"{what} changed" for part, what in _DATA_PARTS.items() if old[part] != new[part]]
+    reasons += _changed_functions(old["functions"], new["functions"])
+    reasons += _changed_values(old["packages"], new["packages"])
+    return reasons or ["the code of the training changed"]
 
 # %% ../../nbs/training/09_fit.ipynb #dist-04
 def _is_intact(
@@ -77,29 +133,43 @@ def _is_intact(
 # %% ../../nbs/training/09_fit.ipynb #dist-05
 def _reset_checkpoints(
     folder: Path,      # the stage's folder
-    identity: str,     # of this training
+    parts: dict,       # from `training_parts`
     halvings: int = 0, # how often its batch was halved
 ) -> None:
-    "Delete the files of other trainings, but not the options picked for this one, and record its identity."
+    "Delete the files of other trainings, but not the options picked for this one, and record its identity and parts."
     if rank_zero_only.rank: return
     for path in (folder/"checkpoints").glob("*"):
         if path.name != "picked.json": path.unlink(missing_ok=True)
-    write_json(folder/"checkpoints/training.json", dict(identity=identity, halved=halvings))
+    write_json(folder/"checkpoints/training.json", dict(identity=digest(parts), halved=halvings, parts=parts))
 
 # %% ../../nbs/training/09_fit.ipynb #cell-23
+def _describe_restart(
+    folder: Path,   # the stage's folder
+    known: dict,    # content of training.json
+    parts: dict,    # from `training_parts`, of the training that begins
+) -> str:           # a sentence
+    "Say why a checkpoint is not used, and how many epochs that costs."
+    history = folder/"checkpoints/history.json"
+    epochs = len(read_json(history)) if history.exists() else 0
+    reasons = "; ".join(restart_reasons(known.get("parts", {}), parts))
+    return f"training begins anew, its checkpoint (epochs finished: {epochs}) is not used: {reasons}"
+
+# %% ../../nbs/training/09_fit.ipynb #02798ef9
 def _find_checkpoint(
-    folder: Path,    # the stage's folder
-    identity: str,   # of this training
-) -> tuple[Path | None, int]:   # the checkpoint to resume from, if there is one, and how often its batch was halved
+    folder: Path,   # the stage's folder
+    parts: dict,    # from `training_parts`
+) -> tuple[Path | None, int, str]:   # checkpoint to resume from, halvings of its batch, why another one is not used
     "Find the checkpoint of the same training; delete any other."
     record = folder/"checkpoints/training.json"
     checkpoint = folder/"checkpoints/last.ckpt"
     known = read_json(record) if record.exists() else {}
-    if checkpoint.exists() and known.get("identity") == identity:
-        if _is_intact(checkpoint): return checkpoint, known["halved"]
-        if not rank_zero_only.rank: warnings.warn("the checkpoint is damaged: training starts anew", stacklevel=3)
-    _reset_checkpoints(folder, identity)
-    return None, 0
+    why = ""
+    if checkpoint.exists() and known.get("identity") == digest(parts):
+        if _is_intact(checkpoint): return checkpoint, known["halved"], ""
+        why = "training begins anew: its checkpoint is damaged"
+    elif checkpoint.exists(): why = _describe_restart(folder, known, parts)
+    _reset_checkpoints(folder, parts)
+    return None, 0, why
 
 # %% ../../nbs/training/09_fit.ipynb #cell-24
 def clear_checkpoints(
@@ -230,6 +300,20 @@ def _trainer(
             enable_model_summary=False, num_sanity_val_steps=0, log_every_n_steps=1)
     except (ValueError, MisconfigurationException) as e: raise UsageError(f"Lightning refuses {where}: {e}") from e
 
+# %% ../../nbs/training/09_fit.ipynb #2ec9c887
+def _left_out_of_epoch(
+    n: int,                # training images
+    options: FitOptions,   # how to train
+) -> list[str]:            # at most one note
+    "Say how many images an epoch leaves out because they fill no batch."
+    size = options.batch_size
+    n_left = n % size if n >= size else 0
+    if not n_left or options.tune == "probe" or options.balance == "sampling": return []
+    note = f"an epoch uses {n - n_left} of the {n} training images: the others, which change, fill no batch of {size}"
+    smaller = n // (n // size + 1) // options.devices * options.devices
+    saves = smaller >= 2 * options.devices and n_left > n / 10 and n % smaller < n_left
+    return [note + (f" (with batch_size={smaller} it would use {n - n % smaller})" if saves else "")]
+
 # %% ../../nbs/training/09_fit.ipynb #cell-35
 def _check_inputs(
     model: VisionModel,      # to train
@@ -248,6 +332,7 @@ def _check_inputs(
         raise UsageError(f"tune '{options.tune}' is not full, head_first or probe")
     _check_batch_size(options)
     notes += _check_fork(options) + _unused_by_probe(options) + patch_coverage_notes(model)
+    notes += _left_out_of_epoch(len(train), options)
     _trainer(Path(), options, [], False)   # Lightning checks the values
     if options.resolution < 1 and options.tune != "probe": _check_resolution(model, options)
     if options.batch_size > len(train):
@@ -456,6 +541,7 @@ def fit(
     progress: Callable[..., None] | None = None,   # called with the fraction that is done, a text, and curves
     logger: Any = False,      # a Lightning logger
     callbacks: Sequence[pl.Callback] = (),   # additional callbacks
+    announce: Callable[[str], Any] = warnings.warn,   # called before training with why it does not resume
 ) -> pd.DataFrame:            # one row per epoch: epoch, train_loss, val_loss, val_<metric>, lr, images_per_s
     """Train a model; an interrupted call with the same arguments resumes from its last checkpoint.
 
@@ -468,9 +554,10 @@ def fit(
         raise UsageError("a linear probe has the task's own loss, no criterion", "Use tune=full.")
     job = _Job(model, train, val, Path(folder), criterion, progress, logger, callbacks)
     notes = _check_inputs(model, train, val, options)
-    identity = training_identity(model, train, options, val, criterion)
+    parts = training_parts(model, train, options, val, criterion)
     start = {k: v.clone() for k, v in model.state_dict().items()}
-    resume, halvings = _find_checkpoint(job.folder, identity)
+    resume, halvings, why = _find_checkpoint(job.folder, parts)
+    if why and not rank_zero_only.rank: announce(why)
     while True:
         now = halve_batch(options, halvings)
         try:
@@ -486,7 +573,7 @@ def fit(
         resume = None
         halvings += 1
         warnings.warn(_halved_note(halve_batch(options, halvings)), stacklevel=2)
-        _reset_checkpoints(job.folder, identity, halvings)
+        _reset_checkpoints(job.folder, parts, halvings)
         if torch.cuda.is_available(): torch.cuda.empty_cache()
     if now.keep == "best": model.load_state_dict(load_file(job.folder/"checkpoints/best.safetensors"))
     history = _read_history(job, now, halvings, notes)

@@ -24,7 +24,8 @@ from ..core.files import digest
 from ..core.html import html_table
 from ..data.image_grid import plot_image_grid
 from ..data.images import DEFAULT_DECODING, Decoding, load_images
-from ..data.splits import SPLITS
+from ..data.split_names import SPLITS
+from ..data.splits import count_copies, read_splits
 from ..data.tables import auto_image_size, read_manifest
 from ..tasks.labels import Classification, Task, get_task
 from .augment import Augmentation, mix_batch
@@ -164,11 +165,11 @@ def load_splits(
     table = read_manifest(manifest)
     classes = kind.select_classes(audit["classes"], table.label, table.path)
     size = image_size or auto_image_size(table.width, table.height, least=min_size)
-    rows = {split: read_manifest(manifest, split) for split in SPLITS}
+    rows = read_splits(manifest)
     decoding = Decoding.from_audit(audit)
     images = {split: load_labelled(audit["root"], rows[split], classes, size, progress, task, decoding)
               for split in SPLITS}
-    notes = check_classes(images, kind, classes)
+    notes = check_classes(images, kind, classes) + count_copies(manifest)
     if audit["task"] != task:
         notes.append(f"the audit took the labels for {audit['task']}: `task: {task}` at the top of the recipe "
                      "sets the task of all stages")

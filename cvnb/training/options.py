@@ -14,7 +14,7 @@ __all__ = ['FitOptions']
 @dataclass(frozen=True)
 class FitOptions:
     "How to train."
-    epochs: int = 2               # passes over the training set
+    epochs: int = 2               # passes over the training set, in whole batches
     lr: float = 3e-3              # peak learning rate
     batch_size: int = 64          # images per batch, over all processes
     weight_decay: float = 0.02    # of matrices; biases and norms have no decay

@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -23,11 +24,10 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from ..core.errors import UsageError
 from ..core.files import sha256_file
-from ..core.project import project_root
 from ..core.stage import Stage
 
 # %% auto #0
-__all__ = ['UPLOAD_LIMIT_S', 'WandbTracker', 'open_wandb']
+__all__ = ['UPLOAD_LIMIT_S', 'sync_command', 'WandbTracker', 'open_wandb']
 
 # %% ../../nbs/training/11_wandb_tracker.ipynb #27e4e0e8
 def _wandb_settings(
@@ -126,6 +126,14 @@ def _define_axes(
     run.define_metric("step/*", step_metric="trainer/global_step")
     run.define_metric("epoch/*", step_metric="epoch")
 
+# %% ../../nbs/training/11_wandb_tracker.ipynb #a4d869cd
+def sync_command(
+    stage: Stage,   # that was tracked
+) -> str:           # "wandb sync /…/train/wandb/offline-run-…"; "" for a stage without W&B
+    "Write the command that uploads the run of a stage."
+    known = stage.environment.get("wandb")
+    return f"wandb sync {quote(str(stage.run/known['folder']))}" if known else ""
+
 # %% ../../nbs/training/11_wandb_tracker.ipynb #2aeda1d8
 UPLOAD_LIMIT_S = 600   # longest wait for artifacts at the end of a run
 
@@ -164,10 +172,7 @@ class WandbTracker(WandbLogger):
         if why: self._print(f"{why}. The run is tracked offline")
 
     def _print(self, message: str) -> None:
-        folder = self.stage.run/self.stage.environment["wandb"]["folder"]
-        root = project_root()
-        shown = folder.relative_to(root) if folder.is_relative_to(root) else folder
-        print(f"W&B: {message}; `wandb sync {shown}` uploads it.")
+        print(self.stage.note(f"W&B: {message}; `{sync_command(self.stage)}` uploads it"))
 
     def _record(self, mode: str, why: str) -> None:
         folder = Path(self._experiment.dir).parent.relative_to(self.stage.run).as_posix()

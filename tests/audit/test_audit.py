@@ -94,6 +94,7 @@ def test_limits_and_corrections_decide_what_is_trained_on(small_photos, tmp_path
     failed = cvnb(*command, *limits, "--set", "audit.policy=fail")
     assert failed.returncode == 1 and "is over its limits: leak 1 of 61 (limit 0)" in failed.stderr
     assert "Traceback" not in failed.stderr and copy in (run/"audit/report.html").read_text()
+    assert f"Look at {run/'audit/report.html'}" in failed.stderr
     assert "\"done\"" not in (run/"audit/stage.json").read_text()
     refused = cvnb(*command, "--set", "audit.limits=[\"leek=0\"]")
     assert refused.returncode == 2 and "limit 'leek=0' names no check. Did you mean 'leak'?" in refused.stderr
@@ -109,6 +110,10 @@ def test_limits_and_corrections_decide_what_is_trained_on(small_photos, tmp_path
     options = ("policy=quarantine", f"corrections={tmp_path/'mine.csv'}", f"predictions={predictions}")
     done = cvnb(*command, *limits, *(word for option in options for word in ("--set", f"audit.{option}")))
     assert done.returncode == 0, done.stderr
+    notes = [line.strip() for line in done.stdout.splitlines() if line.startswith("  ")]
+    assert notes[0] == f"! leak: 1 of 60 images (limit 0) → {run/'audit/report.html'}"
+    assert notes[1].startswith(f"- leak: {copy} and {original} are in different splits")
+    assert notes[2].startswith("- 2 of 61 files are left out (1 ") and "1 quarantined" in notes[2]
     manifest = pd.read_parquet(run/"audit/manifest.parquet").set_index("path")
     summary = read_json(run/"audit/audit.json")
     assert manifest.error[~manifest.ok].to_dict() == {copy: "quarantined: leak", dropped: "left out by corrections"}

@@ -17,7 +17,7 @@ from cvnb.core.errors import UsageError
 from cvnb.data.dataset import Dataset, check_trainable, describe_dataset, read_dataset
 from cvnb.data.layouts import Reading
 from cvnb.data.sources import open_dataset
-from cvnb.data.splits import parse_split_name
+from cvnb.data.split_names import parse_split_name
 from cvnb.data.versions import dataset_digest
 
 CVNB = Path(sys.executable).with_name("cvnb")

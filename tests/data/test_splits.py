@@ -10,7 +10,9 @@ import pandas as pd
 
 from cvnb.data.dataset import data_root, scan_dataset
 from cvnb.data.images import inspect_images
-from cvnb.data.splits import group_ids
+from cvnb.data.split_names import SPLITS
+from cvnb.data.splits import count_copies, distinct_images, group_ids, read_splits
+from cvnb.data.tables import read_manifest, write_table
 
 CVNB = Path(sys.executable).with_name("cvnb")
 
@@ -27,6 +29,35 @@ def union_find(table: pd.DataFrame) -> list[str]:
         touching = [other for other in joined if other & members]
         joined = [other for other in joined if not other & members] + [members.union(*touching)]
     return [next(max(members) for members in joined if sha256 in members) for sha256 in table.pixel_sha256]
+
+
+def manifest_of(folder: Path, copies: dict[str, int]) -> Path:   # manifest.parquet
+    "Write a manifest with four distinct images in each split, and some copies of them."
+    rows = []
+    for split in SPLITS:
+        for i in range(4 + copies.get(split, 0)):
+            rows.append(dict(path=f"{split}/{i:02}.png", split=split, ok=True, pixel_sha256=f"{i % 4}"))
+    table = pd.DataFrame(rows).sample(frac=1, random_state=0, ignore_index=True)
+    return write_table(folder/"manifest.parquet", table)
+
+
+def test_validation_and_test_hold_each_distinct_image_once(tmp_path):
+    "The first by path, whatever the order of the table; training keeps its copies."
+    splits = read_splits(manifest_of(tmp_path, dict(train=3, test=13)))
+    assert {split: len(rows) for split, rows in splits.items()} == dict(train=7, val=4, test=4)
+    assert sorted(splits["test"].path) == [f"test/{i:02}.png" for i in range(4)]
+    assert count_copies(tmp_path/"manifest.parquet") == ["test: n = 17, 4 distinct; each distinct image counts once"]
+
+
+def test_manifest_without_copies_is_read_as_before(tmp_path):
+    path = manifest_of(tmp_path, {})
+    for split, rows in read_splits(path).items(): pd.testing.assert_frame_equal(rows, read_manifest(path, split))
+    assert count_copies(path) == [] and distinct_images(read_manifest(path, "val")).equals(read_manifest(path, "val"))
+
+
+def test_no_stage_reads_held_out_images_with_their_copies(root):
+    for path in sorted((root/"nbs/stages").glob("*.ipynb")):
+        assert "read_manifest" not in path.read_text(encoding="utf-8"), f"{path.name}: use read_splits"
 
 
 def test_group_ids_join_chains_of_groups_copies_and_near_duplicates():

@@ -230,6 +230,59 @@ def test_changed_code_starts_new_training(data, tmp_path, monkeypatch, ctrl_c):
     assert train_first_epoch()
 
 
+@pytest.fixture
+def interrupted(data, tmp_path) -> Path:
+    "A folder with the checkpoint of a training that was interrupted after its first epoch."
+    with pytest.raises(SystemExit):
+        fit(fresh(NO_BATCHNORM), *data, PLAIN, tmp_path/"cut", callbacks=[Interrupts()])
+    return tmp_path/"cut"
+
+
+def reason_to_restart(folder: Path, *data: object, model: object = None, options: FitOptions = PLAIN) -> str:
+    "Train, and return what was announced before the first progress; empty for a training that resumes."
+    said = []
+
+    def progress(done: float, text: str, **_: object) -> None: raise SystemExit("begun")
+
+    with pytest.raises(SystemExit):
+        fit(model or fresh(NO_BATCHNORM), *data, options, folder, progress=progress, announce=said.append)
+    return "".join(said)
+
+
+def test_training_that_resumes_announces_nothing(data, interrupted):
+    assert reason_to_restart(interrupted, *data) == ""
+
+
+def test_changed_option_is_named_before_the_training_begins(data, interrupted):
+    expected = "training begins anew, its checkpoint (epochs finished: 1) is not used: "
+    said = reason_to_restart(interrupted, *data, options=replace(PLAIN, lr=0.001, epochs=3))
+    assert said == expected + "epochs changed from 2 to 3; lr changed from 0.005 to 0.001"
+
+
+def test_changed_images_and_weights_are_named(data, interrupted):
+    train = replace(data[0], targets=data[0].targets[::-1].copy())
+    torch.manual_seed(7)
+    other = create_model(NO_BATCHNORM, CLASSES, 16)
+    said = reason_to_restart(interrupted, train, data[1], model=other)
+    assert said.endswith(": the starting weights changed; the training images or their labels changed")
+
+
+def test_changed_functions_and_packages_are_named(data, interrupted, monkeypatch):
+    parts = fit_module.code_parts(fit_module._TRAINING_CODE, *fit_module._TRAINING_PACKAGES)
+    functions = parts["functions"] | {"training.optim.make_optimizer": "0", "training.new": "1"}
+    monkeypatch.setattr(fit_module, "code_parts", lambda *_: dict(
+        functions=functions, packages=parts["packages"] | dict(torch="9.9")))
+    said = reason_to_restart(interrupted, *data)
+    assert "cvnb.training.new is new; cvnb.training.optim.make_optimizer changed; torch changed from" in said
+    assert said.endswith('to "9.9"')
+
+
+def test_checkpoint_of_an_older_version_is_named(data, interrupted):
+    record = interrupted/"checkpoints/training.json"
+    record.write_text('{"identity": "0", "halved": 0}')
+    assert reason_to_restart(interrupted, *data).endswith("is not used: an earlier version of cvnb wrote it")
+
+
 def cpu_out_of_memory() -> Exception:
     return RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
 

@@ -47,6 +47,32 @@ def test_image_does_not_influence_the_model_that_predicts_it(data, tmp_path, mon
     assert crossed.metrics["accuracy"] == estimate_mean(values, 1 / 2, (0, 1)) != estimate_mean(values, 0, (0, 1))
 
 
+def test_fold_measures_each_distinct_image_once(data, tmp_path):
+    "Twenty copies of one image weigh as one."
+    train = data[0]
+    index = np.concatenate([np.arange(100), np.zeros(20, int)])
+    train = LabelledImages(train.images[index], train.targets[index], [f"{i:03}.png" for i in range(120)])
+    rows = manifest_rows(train).assign(pixel_sha256=[str(i) for i in index])
+    crossed = cross_validate(lambda: fresh(NO_BATCHNORM), rows, train, replace(PLAIN, epochs=1), tmp_path, 3)
+    once = crossed.predictions.drop_duplicates("pixel_sha256")
+    assert len(crossed.predictions) == 120 and len(once) == 100
+    assert crossed.table.accuracy.to_list() == pytest.approx(once.groupby("fold").correct.mean().to_list())
+    assert crossed.table.accuracy.to_list() != crossed.predictions.groupby("fold").correct.mean().to_list()
+
+
+def test_folds_of_another_training_say_why_they_are_trained_again(data, tmp_path):
+    train, said = data[0].take(np.arange(60)), []
+    rows = manifest_rows(train)
+    train_folds = lambda **changes: cross_validate(
+        lambda: fresh(NO_BATCHNORM), rows, train, replace(PLAIN, batch_size=20, epochs=1, **changes), tmp_path, 2,
+        announce=said.append)
+    train_folds()
+    train_folds()
+    assert said == []
+    train_folds(lr=0.001)
+    assert said == ["finished folds are trained again: lr changed from 0.005 to 0.001"] * 2
+
+
 def test_interrupted_fold_gives_the_same_result_as_without_interruption(data, tmp_path):
     "The fold has the same starting weights, whether the folds before were trained or read."
     train, rows = data[0], manifest_rows(data[0])

@@ -227,3 +227,13 @@ def test_head_first_keeps_the_statistics_of_batch_norm(data, tmp_path):
     before = fresh(BATCHNORM).state_dict()
     running = [name for name in before if "running_" in name]
     assert running and all(torch.equal(model.state_dict()[name], before[name]) for name in running)
+
+
+def test_images_that_fill_no_batch_are_counted(data, tmp_path):
+    "With the batch size that uses nearly all, where that is worth it."
+    notes = lambda n, **changes: fit(fresh(NO_BATCHNORM), data[0].take(np.arange(n)), data[1], replace(
+        PLAIN, epochs=1, batch_size=64, **changes), tmp_path/f"{n} {changes}").attrs["notes"]
+    left_out = [note for note in notes(127) if note.startswith("an epoch uses 64 of the 127 training images")]
+    assert len(left_out) == 1 and left_out[0].endswith("(with batch_size=63 it would use 126)")
+    assert not any("an epoch uses" in note for n in (128, 60) for note in notes(n))
+    assert not any("an epoch uses" in note for note in notes(127, balance="sampling") + notes(127, tune="probe"))

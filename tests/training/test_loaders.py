@@ -1,19 +1,27 @@
 """Loaders, optimizers, schedules and predictions."""
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from fit_helpers import NO_BATCHNORM
+from PIL import Image
 from train_job import fresh
 
+from cvnb.data.dataset import scan_dataset
+from cvnb.data.images import inspect_images
+from cvnb.data.tables import write_table
+from cvnb.evaluate.errors import analyze_errors, prediction_table
 from cvnb.models.inference import predict_logits
+from cvnb.models.weights import create_model
 from cvnb.training.augment import Augmentation
-from cvnb.training.loaders import TrainLoader
+from cvnb.training.loaders import TrainLoader, load_splits
 from cvnb.training.optim import SCHEDULES, make_optimizer, make_schedule
-from cvnb.training.predict import predict_with_tta
+from cvnb.training.predict import predict_splits, predict_with_tta
 
 
 def test_each_process_draws_its_own_changes(data):
@@ -49,3 +57,32 @@ def test_tta_averages_images_and_mirror_images(data):
     averaged = predict_with_tta(model, val, "flip", "cpu")
     np.testing.assert_allclose(averaged, (logits + mirrored) / 2, atol=1e-5)
     assert not np.allclose(averaged, logits, atol=1e-3)
+
+
+def write_images(data: Path) -> None:
+    "Write random images of two classes into the three splits; the test has 17 files of 4 images."
+    rng = np.random.default_rng(0)
+    for split in "train", "val", "test":
+        for label in "a", "b":
+            (data/split/label).mkdir(parents=True)
+            for i in range(2):
+                pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(data/f"{split}/{label}/{i}.png")
+    for i in range(13): shutil.copy(data/"test/a/0.png", data/f"test/a/copy_{i}.png")
+
+
+def test_every_figure_counts_each_distinct_image_once(tmp_path):
+    "Metrics, the analysis of errors, and the note; the validation without copies is complete."
+    write_images(tmp_path/"data")
+    table = inspect_images(tmp_path/"data", scan_dataset(tmp_path/"data"))
+    manifest = table.assign(tags=[[] for _ in table.index], label_score=np.nan)
+    write_table(tmp_path/"manifest.parquet", manifest)
+    audit = dict(root=str(tmp_path/"data"), classes=["a", "b"], task="classification")
+    splits = load_splits(tmp_path/"manifest.parquet", audit)
+    predictions = predict_splits(create_model(NO_BATCHNORM, ["a", "b"], 16), splits, tta="flip", device="cpu")
+    assert {name: m.n for name, m in predictions.metrics.items() if "accuracy" in name} == dict(
+        accuracy_val=4, accuracy_test=4, balanced_accuracy_val=4, balanced_accuracy_test=4)
+    assert all(m.n == 4 for m in predictions.tta_metrics.values())
+    found = analyze_errors(prediction_table(predictions.table, manifest, "test"), ["a", "b"], "test")
+    assert found.n == found.accuracy.n == found.confusion.to_numpy().sum() == found.per_class.n.sum() == 4
+    assert splits.notes == ["test: n = 17, 4 distinct; each distinct image counts once"]

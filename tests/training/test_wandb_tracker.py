@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import signal
 import socket
 import threading
@@ -23,6 +24,7 @@ from cvnb.core.errors import UsageError
 from cvnb.core.stage import Stage
 from cvnb.training import wandb_tracker
 from cvnb.training.tracking import StepTracker, close_tracker, log_model, open_tracker
+from cvnb.training.wandb_tracker import sync_command
 
 pytestmark = pytest.mark.usefixtures("wandb_defaults")
 QUERY = re.compile(r"(?:query|mutation)\s+(\w+)")
@@ -124,8 +126,23 @@ def test_unreachable_server_makes_the_run_offline(
     record, printed = stage.environment["wandb"], capfd.readouterr()
     assert record | dict(id=name, asked="online", mode="offline") == record and record["why"]
     assert (printed.out + printed.err).count("W&B") == 1
-    assert f"wandb sync {stage.dir}/wandb/offline-run-" in printed.out
+    assert f"`{sync_command(stage)}` uploads it" in printed.out and f"{stage.dir}/wandb/offline-run-" in printed.out
+    assert [note["text"] for note in stage.notes] == [printed.out.strip()]
     assert read_run(stage)["summary"]["answer"] == 42 and len(read_run(stage)["history"]) == 6
+
+
+def test_command_to_sync_can_be_pasted_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "It names the one folder of this training, beside those of earlier ones, also in a path with blanks."
+    for _ in range(2):
+        stage = Stage("train", tmp_path/"my run")
+        close_tracker(open_tracker(stage, "offline"))
+        time.sleep(1.1)   # W&B names folders by the second
+    monkeypatch.chdir("/")
+    program, verb, folder = shlex.split(sync_command(stage))
+    assert (program, verb) == ("wandb", "sync") and Path(folder).is_absolute()
+    assert list(Path(folder).glob(f"run-{stage.environment['wandb']['id']}.wandb"))
+    assert len(list(Path(folder).parent.glob("offline-run-*"))) == 2 and not stage.notes
+    assert sync_command(Stage("train", tmp_path/"untracked")) == ""
 
 
 @pytest.mark.slow

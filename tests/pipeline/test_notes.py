@@ -1,0 +1,78 @@
+"""`cvnb run` and `cvnb status` print what a stage found; `--json` has all of it."""
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat as nbf
+import pytest
+
+from cvnb.core.files import read_json, write_json
+
+CVNB = Path(sys.executable).with_name("cvnb")
+BODY = """stage = open_stage("only", globals())
+stage.path("page.html").write_text("x")
+for i in range(n): stage.note(f"note {i}")
+stage.note("leak: 12 of 600 images (limit 0)", "page.html", exceeded=True)
+assert not fail, "planted"
+"""
+
+
+@pytest.fixture
+def project(tmp_path) -> Path:
+    "A project whose one stage has a limit exceeded and `n` notes."
+    path = tmp_path/"project/nbs/stages/only.ipynb"
+    path.parent.mkdir(parents=True)
+    code = nbf.v4.new_code_cell
+    cells = [nbf.v4.new_markdown_cell("# Only\n\n> A stage.\n\n- needs: []"),
+             code("from cvnb.pipeline.params import open_stage"),
+             code('run: str = "runs/x"\nn: int = 6\nfail: bool = False', metadata=dict(tags=["parameters"])),
+             code(BODY), code("stage.finish()")]
+    nbf.write(nbf.v4.new_notebook(cells=cells), path)
+    return tmp_path/"project"
+
+
+def call(project: Path, *args: str) -> subprocess.CompletedProcess:
+    return subprocess.run([CVNB, *args], capture_output=True, text=True, cwd=project)
+
+
+def test_notes_follow_the_stage_and_the_limit_comes_first(project):
+    done = call(project, "run", "--run", "runs/a")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("✓ only"))
+    assert lines[at + 1:] == ["  ! leak: 12 of 600 images (limit 0) → runs/a/only/page.html",
+                              *(f"  - note {i}" for i in range(4)),
+                              "  … and 2 more: `cvnb status runs/a --json` lists all"]
+    again = call(project, "run", "--run", "runs/a").stdout.splitlines()
+    assert again[-4].startswith("· only") and again[-3:-1] == lines[at + 1:at + 3] and "… and 5 more" in again[-1]
+    status = call(project, "status", "runs/a").stdout
+    assert "\nonly:\n" + "\n".join(lines[at + 1:]) in status
+
+
+def test_json_has_all_notes(project):
+    stage = json.loads(call(project, "run", "--run", "runs/a", "--json").stdout)["stages"]["only"]
+    (row,) = json.loads(call(project, "status", "runs/a", "--json").stdout)
+    assert stage["notes"] == row["notes"] == read_json(project/"runs/a/only/stage.json")["notes"]
+    assert len(row["notes"]) == 7 and sum(note["exceeded"] for note in row["notes"]) == 1
+
+
+def test_run_of_an_older_version_has_no_notes_and_stays_fresh(project):
+    call(project, "run", "--run", "runs/a")
+    path = project/"runs/a/only/stage.json"
+    record = read_json(path)
+    del record["notes"]
+    write_json(path, record)
+    (row,) = json.loads(call(project, "status", "runs/a", "--json").stdout)
+    assert row["state"] == "fresh" and row["notes"] == []
+    assert call(project, "run", "--run", "runs/a").returncode == 0
+    assert "\nonly:" not in call(project, "status", "runs/a").stdout
+
+
+def test_failed_stage_shows_its_error_in_status(project):
+    assert call(project, "run", "--run", "runs/a", "--set", "only.fail=true").returncode == 1
+    (row,) = json.loads(call(project, "status", "runs/a", "--json").stdout)
+    assert row["state"] == "failed" and "AssertionError: planted" in row["notes"][0]["text"]
+    assert "! only failed in cell [4]" in call(project, "status", "runs/a").stdout
