@@ -83,7 +83,9 @@ def f1(
     predicted = np.asarray(predicted, bool)
     hits = (truth & predicted).astype(float)
     total = truth.astype(float) + predicted   # F1 is 2 · hits / total
-    if average == "micro": hits, total = hits.sum(1, keepdims=True), total.sum(1, keepdims=True)
+    if average == "micro":
+        hits = hits.sum(1, keepdims=True)
+        total = total.sum(1, keepdims=True)
 
     def statistic(counts: np.ndarray) -> float:
         values = safe_divide(2 * (counts @ hits), counts @ total)

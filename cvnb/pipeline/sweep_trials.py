@@ -378,7 +378,8 @@ def encode_values(
     "Encode a configuration for Optuna."
     coded = {}
     for a in sweep.axes:
-        v, listed = values[a.name], [str(v) for v in a.values]   # a path comes back from JSON as text
+        v = values[a.name]
+        listed = [str(known) for known in a.values]   # a path comes back from JSON as text
         if listed:
             if str(v) not in listed: return None
             coded[a.name] = listed.index(str(v))
@@ -417,7 +418,10 @@ def update_trial_states(
         run = sweep.run_folder(t)
         key = digest(chain_keys(parameters, sweep.stages, known, root, seen))
         done = fresh_stages(run, parameters, sweep.stages, known, root, seen) == sweep.stages
-        if done: t.state, t.metric_estimate, t.why = "done", read_metric(sweep, t), ""
+        if done:
+            t.state = "done"
+            t.metric_estimate = read_metric(sweep, t)
+            t.why = ""
         elif t.state != "pruned" or t.key != key or not sweep.prune:
             t.state = "to do"
             t.metric_estimate = None

@@ -334,8 +334,22 @@ def test_code_faults_are_found() -> None:
     assert house.undocumented(planted) == [
         "A.f: parameter a has no annotation", "A.f: result has no annotation", "g has no docstring"]
     assert house.long_functions("def f():\n" + "    1\n" * 60) == ["f has 61 lines"]
-    assert house.packed_assignments("a, b = b, a\nc, d = f()\ng, h = 1, a") == ["line 3: g, h = (1, a)"]
     assert house.star_imports("from os import *") == ["line 1: from os import *"]
+
+
+@pytest.mark.parametrize("line", [
+    "g, h = 1, a", "self.x, self.y = 1, 2", "a, b = [a for a in x], 1", "n, total = 0, total + 1",
+    "now, (x, y) = f(), g()", "a[0], a[1] = 1, 2", "n += 1; continue"])
+def test_assignments_that_share_a_line_are_found(line: str) -> None:
+    found = house.packed_assignments(f"for i in j:\n    {line}")
+    assert len(found) == 1 and found[0].startswith("line 2: ")
+
+
+@pytest.mark.parametrize("line", [
+    "a, b = b, a", "now.n, before = m, now.n", "x[0], x[1] = x[1], x[0]", "c, d = f()", "a = b = 0", "if a: b = 1",
+    "try: a = 1\nexcept: b = 2"])
+def test_swaps_and_unpackings_are_no_faults(line: str) -> None:
+    assert house.packed_assignments(line) == []
 
 
 # Files
