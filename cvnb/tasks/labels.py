@@ -163,6 +163,12 @@ class Task(ABC):
     ) -> dict[str, Estimate]:      # the main metric first
         "Estimate the metrics with 95 % intervals."
 
+    def metric_range(self,
+        name: str,              # key of `metrics`
+    ) -> tuple[float, float]:   # lowest and highest value
+        "Return the range of a metric."
+        return 0.0, 1.0
+
     @abstractmethod
     def prediction_table(self,
         classes: list[str],    # from `classes`
@@ -430,6 +436,8 @@ class Regression(Task):
         error = np.linalg.norm(logits - self.encode(table.label, classes, table.path), axis=1)
         table["predicted"] = [LABEL_SEPARATOR.join(f"{v:.6g}" for v in row) for row in logits]
         return table.assign(error=error.astype(float), values=list(np.asarray(logits, np.float32)))
+
+    def metric_range(self, name: str) -> tuple[float, float]: return (-np.inf, 1.0) if name == "r2" else (0.0, np.inf)
 
     def strata(self, labels: pd.Series, ranges: int = 10, paths: Sequence[str] | None = None) -> pd.Series:
         import pandas as pd

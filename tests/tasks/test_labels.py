@@ -155,6 +155,14 @@ def test_r2_of_several_numbers_is_their_mean() -> None:
     assert list(found) == ["r2", "mae_1", "rmse_1", "mae_2", "rmse_2"]
 
 
+@pytest.mark.parametrize("name", TASKS)
+def test_metrics_lie_in_their_range(name: str) -> None:
+    task, _, _, targets, logits = make_example(name)
+    for metric, estimate in task.metrics(logits, targets).items():
+        low, high = task.metric_range(metric)
+        assert low <= estimate.low <= estimate.value <= estimate.high <= high
+
+
 def test_multilabel_smoothing_moves_both_targets_to_one_half() -> None:
     p = torch.sigmoid(torch.tensor(2.0))
     for sure, target in (2.0, 1.0), (-2.0, 0.0):     # separately: in one mean a one-sided error could cancel out
