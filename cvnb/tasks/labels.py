@@ -44,6 +44,12 @@ class Task(ABC):
         "Write labels that mean the same in the same way."
         return labels
 
+    def names_in(self,
+        label: str,    # text, from the manifest or of a correction
+    ) -> list[str]:    # each must be that of a class; a number has none
+        "List the class names in a label."
+        return [label]
+
     @abstractmethod
     def classes(self,
         labels: pd.Series,                    # text, from the manifest
@@ -306,6 +312,8 @@ class Multilabel(Task):
         parts = labels.map(lambda label: {p.strip() for p in str(label).split(LABEL_SEPARATOR)})
         return parts.map(lambda names: LABEL_SEPARATOR.join(sorted(names)))
 
+    def names_in(self, label: str) -> list[str]: return sorted({p.strip() for p in label.split(LABEL_SEPARATOR)})
+
     def classes(self, labels: pd.Series, paths: Sequence[str] | None = None) -> list[str]:
         return sorted({p for parts in self.split_labels(labels, paths) for p in parts})
 
@@ -382,6 +390,11 @@ class Regression(Task):
     def normalize_labels(self, labels: pd.Series) -> pd.Series:
         parts = labels.map(lambda label: str(label).split(LABEL_SEPARATOR))
         return parts.map(lambda numbers: LABEL_SEPARATOR.join(_shortest_number(p.strip()) for p in numbers))
+
+    def names_in(self, label: str) -> list[str]:
+        import pandas as pd
+        numbers = pd.to_numeric(pd.Series(label.split(LABEL_SEPARATOR)), errors="coerce")
+        return [] if numbers.notna().all() else [label]
 
     def classes(self, labels: pd.Series, paths: Sequence[str] | None = None) -> list[str]:
         k = str(labels.iloc[0]).count(LABEL_SEPARATOR) + 1

@@ -155,6 +155,13 @@ def test_r2_of_several_numbers_is_their_mean() -> None:
     assert list(found) == ["r2", "mae_1", "rmse_1", "mae_2", "rmse_2"]
 
 
+@pytest.mark.parametrize("name, label, names", [
+    ("classification", "red|big", ["red|big"]), ("multilabel", "red| big", ["big", "red"]),
+    ("regression", "1.5|-2e1", []), ("regression", "1.5|red", ["1.5|red"])])
+def test_label_names_its_classes(name: str, label: str, names: list[str]) -> None:
+    assert get_task(name).names_in(label) == names
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_metrics_lie_in_their_range(name: str) -> None:
     task, _, _, targets, logits = make_example(name)
