@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -183,6 +183,31 @@ class Task(ABC):
     ) -> pd.DataFrame:         # path, split, label, predicted and columns of the task
         "Put predictions beside labels, one row per image."
 
+    def rank_predictions(self,
+        table: pd.DataFrame,   # from `prediction_table` (N,)
+    ) -> np.ndarray:           # positions in the table, worst first
+        "Sort predictions from the worst to the best; keep the order if the table cannot compare them."
+        return np.arange(len(table))
+
+    def caption(self,
+        row: Any,   # of `prediction_table`, from `itertuples`
+    ) -> str:       # "1.5 → 1.25"
+        "Write a label and its prediction."
+        return f"{row.label} → {row.predicted}"
+
+    def format_target(self,
+        target: Tensor,       # of one image, from `collate_targets` or `soft_targets`
+        classes: list[str],   # from `classes`
+    ) -> str:                 # for people
+        "Write a target."
+        return " ".join(f"{v:.3g}" for v in target.flatten().tolist())
+
+    def confusion_counts(self,
+        table: pd.DataFrame,       # from `prediction_table`
+    ) -> pd.DataFrame | None:      # label, predicted, n, without empty cells; None unless an image has one class
+        "Count the images of each label and prediction."
+        return None
+
     def class_counts(self,
         targets: np.ndarray,   # from `encode`
         classes: list[str],    # from `classes`
@@ -236,8 +261,20 @@ def _class_indices(
     image = _image_name(images[first], paths)
     raise CvnbError(f"'{name}' of {image} is not among the {len(classes)} classes", did_you_mean(name, classes)[:200])
 
+# %% ../../nbs/tasks/01_labels.ipynb #c1a55e5d
+class _ClassTask(Task):
+    "Show predictions of classes with their confidence."
+    def rank_predictions(self, table: pd.DataFrame) -> np.ndarray:
+        return np.argsort(np.where(table.correct, 1, -1) * table.confidence.to_numpy(float), kind="stable")
+
+    def caption(self, row: Any) -> str: return f"{super().caption(row)} {row.confidence:.2f}"
+
+    def format_target(self, target: Tensor, classes: list[str]) -> str:
+        if target.ndim == 0: return classes[target]   # an index; otherwise shares of the classes (C,)
+        return " ".join(f"{classes[i]}:{target[i]:.1f}".removesuffix(":1.0") for i in target.nonzero().flatten())
+
 # %% ../../nbs/tasks/01_labels.ipynb #87b6ab6d
-class Classification(Task):
+class Classification(_ClassTask):
     "One class per image."
     name = "classification"
     main_metric = "accuracy"
@@ -275,6 +312,9 @@ class Classification(Task):
         table["confidence"] = probabilities.max(1).astype(float)
         return table.assign(correct=table.predicted == table.label, probabilities=list(probabilities))
 
+    def confusion_counts(self, table: pd.DataFrame) -> pd.DataFrame | None:
+        return table.groupby(["label", "predicted"]).size().reset_index(name="n")
+
     def class_counts(self, targets: np.ndarray, classes: list[str]) -> np.ndarray:
         return np.bincount(targets, minlength=len(classes)).astype(float)
 
@@ -290,7 +330,7 @@ class Classification(Task):
         return labels
 
 # %% ../../nbs/tasks/01_labels.ipynb #3851d940
-class Multilabel(Task):
+class Multilabel(_ClassTask):
     "Any number of classes per image."
     name = "multilabel"
     main_metric = "f1"
@@ -449,6 +489,9 @@ class Regression(Task):
         error = np.linalg.norm(logits - self.encode(table.label, classes, table.path), axis=1)
         table["predicted"] = [LABEL_SEPARATOR.join(f"{v:.6g}" for v in row) for row in logits]
         return table.assign(error=error.astype(float), values=list(np.asarray(logits, np.float32)))
+
+    def rank_predictions(self, table: pd.DataFrame) -> np.ndarray:
+        return np.argsort(-table.error.to_numpy(float), kind="stable")
 
     def metric_range(self, name: str) -> tuple[float, float]: return (-np.inf, 1.0) if name == "r2" else (0.0, np.inf)
 
