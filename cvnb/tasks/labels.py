@@ -135,7 +135,7 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self,
-        logits: Tensor,                  # (B, C)
+        logits: Tensor,                  # (B, …)
         targets: Tensor,                 # from `collate_targets` or `soft_targets`
         smoothing: float = 0.0,          # label smoothing, 0 … 1
         weights: Tensor | None = None,   # from `class_weights` (C,)
@@ -144,8 +144,8 @@ class Task(ABC):
 
     @abstractmethod
     def predict(self,
-        logits: Tensor,   # (N, C)
-    ) -> Tensor:          # probabilities or values (N, C)
+        logits: Tensor,   # (N, …)
+    ) -> Tensor:          # probabilities or values (N, …)
         "Turn logits into predictions; the exported graph ends with this function."
 
     def average_mirrored(self,
@@ -157,14 +157,14 @@ class Task(ABC):
 
     @abstractmethod
     def score(self,
-        logits: Tensor,    # (N, C)
+        logits: Tensor,    # (N, …)
         targets: Tensor,   # (N, …)
     ) -> float:            # larger is better
         "Compute the main metric without its interval."
 
     @abstractmethod
     def metrics(self,
-        logits: np.ndarray,        # (N, C)
+        logits: np.ndarray,        # (N, …)
         targets: np.ndarray,       # from `encode`
     ) -> dict[str, Estimate]:      # the main metric first
         "Estimate the metrics with 95 % intervals."
@@ -179,7 +179,7 @@ class Task(ABC):
     def prediction_table(self,
         classes: list[str],    # from `classes`
         rows: pd.DataFrame,    # manifest rows: path, split, label
-        logits: np.ndarray,    # (N, C)
+        logits: np.ndarray,    # (N, …)
     ) -> pd.DataFrame:         # path, split, label, predicted and columns of the task
         "Put predictions beside labels, one row per image."
 
