@@ -38,7 +38,7 @@ def check_acceptance(
     new: pd.DataFrame,         # predictions of the compressed model: path, correct
     margin: float,             # acceptable loss of accuracy, 0 … 1
 ) -> Acceptance:               # the paired test's result
-    "Test whether a model may replace another; raise `CvnbError` if they did not predict the same images."
+    "Test whether a model may replace another; raise `CvnbError` if their images differ. Classification only."
     both = reference[["path", "correct"]].merge(
         new[["path", "correct"]], on="path", validate="1:1", suffixes=("_reference", "_new"))
     if not len(both) == len(reference) == len(new):

@@ -133,7 +133,7 @@ def distill(
     folder: Path | str,            # for checkpoints/ and history.csv
     progress: Callable[..., None] | None = None,   # called with the fraction that is done, a text, and the curves
 ) -> DistillationResult:           # with two students
-    "Train a copy of a pruned model on its teacher's outputs."
+    "Train a copy of a pruned model on its teacher's outputs. Classification only."
     student = copy.deepcopy(pruned)
     history = fit(student, train, val, options, folder, criterion, progress=progress)
     recalibrated = recalibrate_batch_norm(copy.deepcopy(student), train.images, seed=options.seed)
