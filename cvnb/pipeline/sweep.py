@@ -56,8 +56,8 @@ def run_sweep(
         update_trial_states(load_trials(sweep), known, root)   # another call may have run trials meanwhile
         write_sweep(sweep)
         if not has_remaining_trials(sweep): return sweep
-        if engine is None or isinstance(engine, ProcessEngine): preload_packages([known[s] for s in sweep.stages])
         engine = engine or ProcessEngine()
+        if not engine.on_cluster: preload_packages([known[s] for s in sweep.stages])
         running: dict[str, _Running] = {}
         try:
             while True:
