@@ -163,12 +163,10 @@ def group_configurations(
 def declared_metrics(
     contract: Contract,   # a stage
 ) -> list[str]:           # names of the metrics that it records; * stands for a part that its code fills in
-    "Read which metrics a stage records, without running it: from `- metrics: [...]` in its title cell, or its code."
-    cells = read_cells(contract.path)
-    title = re.search(r"^- metrics: \[(.*)\]$", cells[0]["source"], re.M) if cells else None
-    if title: return sorted(name.strip() for name in title[1].split(","))
+    "List the metrics that a stage records, without running it: those of its contract, or else those in its code."
+    if contract.metrics: return sorted(contract.metrics)
     found = set()
-    for cell in cells:
+    for cell in read_cells(contract.path):
         try: tree = ast.parse(cell["source"]) if cell["cell_type"] == "code" else ast.parse("")
         except SyntaxError: return ["*"]   # an IPython line, which may record anything
         for node in ast.walk(tree):
