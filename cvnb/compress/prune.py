@@ -20,7 +20,7 @@ from ..core.errors import CvnbError, UsageError
 from ..models.vision_model import VisionModel
 
 # %% auto #0
-__all__ = ['PRUNABLE_LAYERS', 'check_prunable', 'channel_importance', 'ChannelSlice', 'prune_path', 'prune',
+__all__ = ['PRUNABLE_LAYERS', 'check_prunable', 'channel_importance', 'ChannelSlice', 'prune_progressively', 'prune',
            'recalibrate_batch_norm', 'compare_layers']
 
 # %% ../../nbs/compress/01_prune.ipynb #cell-5
@@ -226,7 +226,7 @@ def _unreachable_error(
                      "Raise compress.macs_fraction, or train a smaller backbone.")
 
 # %% ../../nbs/compress/01_prune.ipynb #cell-30
-def prune_path(
+def prune_progressively(
     model: VisionModel,       # trained; not changed
     fractions: list[float],   # of the model's MACs, above 0, at most 1
     images: np.ndarray,       # training images to measure importance on, uint8 (N, H, W, 3)
@@ -257,10 +257,10 @@ def prune(
     model: VisionModel,      # trained; not changed
     macs_fraction: float,    # of the model's MACs that may stay, above 0, at most 1
     images: np.ndarray,      # training images to measure importance on, uint8 (N, H, W, 3)
-    **options: Any,          # of `prune_path`
+    **options: Any,          # of `prune_progressively`
 ) -> VisionModel:            # a pruned copy in eval mode
     "Prune a copy to at most a fraction of the MACs; raise `CvnbError` if that cannot be reached. Classification only."
-    return next(prune_path(model, [macs_fraction], images, **options))
+    return next(prune_progressively(model, [macs_fraction], images, **options))
 
 # %% ../../nbs/compress/01_prune.ipynb #cell-37
 _RECALIBRATION_IMAGES = 512

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from .distill import DistillationResult
-from .prune import prune_path, recalibrate_batch_norm
+from .prune import prune_progressively, recalibrate_batch_norm
 from ..metrics.classification import accuracy
 from ..models.cost import count_macs, count_params
 from ..models.devices import torch_device
@@ -82,7 +82,7 @@ def prune_in_steps(
     "Prune in steps and measure the trade-off; raise `CvnbError` if a step cannot be reached. Classification only."
     fractions = [macs_fraction ** (i / _STEPS) for i in range(1, _STEPS + 1)]
     fractions = list(dict.fromkeys(fractions))   # a fraction of 1 has one step
-    models = list(prune_path(trained, fractions, train.images, seed=seed, progress=progress))
+    models = list(prune_progressively(trained, fractions, train.images, seed=seed, progress=progress))
     points = [measure_tradeoff("trained", trained, val, device),
               measure_tradeoff("pruned, old statistics", models[-1], val, device)]
     for fraction, model in zip(fractions, models):

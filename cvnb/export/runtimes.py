@@ -144,7 +144,7 @@ class Runtime:
         "Return the path of a run's model in the form that it runs."
         return run/"export"/self.file_name(model) if self.file else run/MODELS[model]
 
-    def missing(self,
+    def missing_reason(self,
         run: Path,    # a run directory
         model: str,   # a key of `MODELS`
     ) -> str:         # such as "package openvino is not installed"; "" where it can run the model

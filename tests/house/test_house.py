@@ -235,8 +235,9 @@ def test_alone(own): pass
 def test_sharing(shared): pass
 def test_quick(): pass
 """)
-    assert conftest.apart(tmp_path) == {f"{tmp_path.name}/test_x.py::test_alone"}
-    assert "tests/pipeline/test_kill.py::test_training_and_bundle_survive_kills" in conftest.apart(ROOT/"tests")
+    assert conftest.find_independent_slow_tests(tmp_path) == {f"{tmp_path.name}/test_x.py::test_alone"}
+    found = conftest.find_independent_slow_tests(ROOT/"tests")
+    assert "tests/pipeline/test_kill.py::test_training_and_bundle_survive_kills" in found
 
 
 def test_failed_test_is_named(tmp_path: Path) -> None:
