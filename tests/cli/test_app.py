@@ -137,7 +137,7 @@ def test_every_sub_command_has_help(call, group, app):
         assert code == 0 and f"cvnb {group} {command.name}" in out and command.callback.__doc__.split()[0] in out
 
 
-def test_listing_commands(call, monkeypatch):
+def test_listing_commands_print_tables_and_json(call, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     assert all(name in call("data")[1] for name in NAMED_DATASETS)
     table = call("params", "train")[1]

@@ -176,7 +176,7 @@ def test_docs_faults_are_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("notebook", STAGES, ids=ids)
-def test_stage_notebook(notebook: Path) -> None:
+def test_stage_notebook_keeps_the_rules(notebook: Path) -> None:
     assert house.stage_faults(notebook) == []
 
 
@@ -396,7 +396,7 @@ def test_wheel_holds_package_only(contents: zipfile.ZipFile) -> None:
     assert "cvnb/audit/duplicates.py" in modules
 
 
-def test_wheel_metadata(contents: zipfile.ZipFile) -> None:
+def test_wheel_names_extras_requirements_and_entry_points(contents: zipfile.ZipFile) -> None:
     text = lambda name: contents.read(next(n for n in contents.namelist() if n.endswith(f".dist-info/{name}"))).decode()
     metadata = text("METADATA")
     extras = set(re.findall(r"^Provides-Extra: (\w+)$", metadata, re.M))
