@@ -134,7 +134,7 @@ def _print_ranking(
     print_table("", axes | {"runs": "right", metric: "left", "seconds": "right", "state": "left"}, shown)
     if not rows or not rows[0]["figure"]: return
     print(f"\n{shell_path(sweep.folder/'sweep.png')} is a plot of the table. "
-          "The best of many trials looks better than it is: judge it by its test images.")
+          "The validation metric of the best trial is biased upwards, because it was selected. Use its test metrics.")
     best = shell_path(sweep.folder/"trials"/rows[0]["trials"][0])
     print(f"\nNext:\n  cvnb run --run {best}    the other stages, for the best\n  cvnb status {best}")
 
