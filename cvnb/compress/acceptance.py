@@ -30,7 +30,7 @@ class Acceptance(NonInferiority):
         if self.high < -self.margin:
             return f"**Rejected: the compressed model is worse by more than the margin.** {numbers}"
         return ("**Rejected: the test does not show that the compressed model is good enough.** "
-                f"{numbers} More test images, a longer distillation or a larger macs_fraction can settle it.")
+                f"{numbers} More test images, a longer distillation or a larger macs_fraction can change the result.")
 
 # %% ../../nbs/compress/04_acceptance.ipynb #e0b5d544
 def check_acceptance(

@@ -365,7 +365,8 @@ def weak_spots_html(
         slices.slice + " " + slices.name, slices.rename(columns=dict(accuracy="value")), slices.below)
     confused = _bar_list_html(
         "Most confused pairs", "Share of the true class, with its 95 % interval.",
-        pairs.label + " taken for " + pairs.predicted, pairs.rename(columns=dict(share="value")), [False] * len(pairs))
+        pairs.label + " predicted as " + pairs.predicted, pairs.rename(columns=dict(share="value")),
+        [False] * len(pairs))
     return f'<div class="lists">{worst}{confused}</div>'
 
 # %% ../../nbs/evaluate/03_dashboard.ipynb #cell-46
