@@ -90,20 +90,20 @@ def _package(module: str) -> str: return module.rpartition(".")[0]
 def upward_imports(
     sources: dict[str, str],   # module -> source
 ) -> list[str]:                # faults
-    "Find imports of a module in a package that stands higher."
+    "Find imports of a module that is in a higher package."
     found = []
     for name, source in sources.items():
         room = _room(name.split(".")[0])
         higher = [m for m in sorted(inner(source, sources, around=_package(name))) if _room(m.split(".")[0]) > room]
-        found += [f"{name} imports {other}, which stands higher" for other in higher]
+        found += [f"{name} imports {other}, which is in a higher package" for other in higher]
     return found
 
 
 def circles(
     sources: dict[str, str],   # module -> source
 ) -> list[str]:                # faults
-    "Find modules that import themselves by way of others."
-    return [f"{name} imports itself by way of {', '.join(sorted(around))}" for name in sources
+    "Find modules that import themselves through others."
+    return [f"{name} imports itself through {', '.join(sorted(around))}" for name in sources
             if name in (around := closure(sources, name, first=False))]
 
 
@@ -243,7 +243,7 @@ def cells(notebook: Path) -> list[dict]:
 
 
 def stage_faults(notebook: Path) -> list[str]:
-    "Find what a stage notebook must not have, or lacks."
+    "Find faults of a stage notebook."
     read = cells(notebook)
     code = [c for c in read if c["cell_type"] == "code"]
     found = [f"cell {i} defines {n.name}" for i, c in enumerate(read) if c["cell_type"] == "code"

@@ -256,11 +256,11 @@ def test_import_faults_are_found() -> None:
     planted = {"core.files": "def f():\n    from cvnb.data import tables", "core.errors": "import cvnb.core.system",
                "core.system": "from .stage import now", "core.stage": "from . import errors\nfrom .gone import f",
                "data.tables": "from ..core.files import f\nimport cvnb"}
-    assert house.upward_imports(planted) == ["core.files imports data.tables, which stands higher"]
+    assert house.upward_imports(planted) == ["core.files imports data.tables, which is in a higher package"]
     assert {f.split(" ")[0] for f in house.circles(planted)} == set(planted)
     assert house.unknown_imports(planted) == ["core.stage imports cvnb.core.gone.f, which does not exist"]
     del planted["core.files"]
-    assert house.circles(planted)[0].startswith("core.errors imports itself by way of core.")
+    assert house.circles(planted)[0].startswith("core.errors imports itself through core.")
 
 
 def test_no_public_name_stands_in_two_modules() -> None:
