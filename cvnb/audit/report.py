@@ -140,22 +140,24 @@ def enforce_limits(
                     "Look at report.html, correct the data or raise audit.limits.")
 
 # %% ../../nbs/audit/07_report.ipynb #cell-19
+_THUMBNAIL_SIDE = 148   # longer side in pixels, at most
+
 def _thumbnail_html(
-    path: Path,        # an image file
-    side: int = 148,   # longer side in pixels, at most
-) -> str:              # an <img>; empty for a file that cannot be decoded
+    path: Path,   # an image file
+) -> str:         # an <img>; empty for a file that cannot be decoded
     "Embed a small copy of an image."
     try: image = open_image(path)
     except ValueError: return ""
-    image.thumbnail((side, side))
+    image.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
     image.save(out := io.BytesIO(), "JPEG", quality=80)
     return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}">'
 
 # %% ../../nbs/audit/07_report.ipynb #cell-20
+_N_SHOWN = 8   # findings of each check
+
 def _check_html(
     check: Check,   # with findings
     root: Path,     # the data folder
-    n: int,         # findings at most
 ) -> str:           # HTML
     "Write the section of a check."
     validation = check.validation
@@ -164,7 +166,7 @@ def _check_html(
     if validation and validation.precision_text: lines.append(f"Predicted precision {validation.precision_text}.")
     if validation and validation.note: lines.append(validation.note)
     tiles = ""
-    for row in check.findings.drop_duplicates("path").head(n).itertuples():
+    for row in check.findings.drop_duplicates("path").head(_N_SHOWN).itertuples():
         images = "".join(_thumbnail_html(root/path) for path in (row.path, row.other) if path)
         tiles += f"<figure>{images}<br>{html.escape(row.path)}<br>{html.escape(row.reason)}</figure>"
     title = html.escape(check.name.replace("_", " ").capitalize())
@@ -176,11 +178,10 @@ def write_audit_page(
     path: Path | str,      # report.html
     report: AuditReport,   # of the audit
     root: Path | str,      # the data folder
-    n: int = 8,            # findings shown of each check
 ) -> Path:                 # `path`
     "Write the report as a page that needs no other file."
     body = report._repr_html_()
     body += "<p class=note>Shares, recall and precision have 95 % intervals and counts.</p>"
-    body += "".join(_check_html(c, Path(root), n) for c in report.checks if c.paths)
+    body += "".join(_check_html(c, Path(root)) for c in report.checks if c.paths)
     with atomic_path(path) as temp: temp.write_text(html_page(f"Audit of {report.data}", body), encoding="utf-8")
     return Path(path)
