@@ -49,8 +49,8 @@ from cvnb.audit.duplicates import (
     plant_copies,
     transform_image,
 )
-from cvnb.data.images import load_images, open_image
 from cvnb.data.dataset import locate_data, scan_dataset
+from cvnb.data.images import load_images, open_image
 
 sys.path.insert(0, str(Path(__file__).parent))
 from table import show  # noqa: E402

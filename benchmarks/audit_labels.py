@@ -48,8 +48,8 @@ from cvnb.audit.label_errors import (
     validate_label_check,
 )
 from cvnb.core.project import asset_folder
-from cvnb.data.images import inspect_images, load_images
 from cvnb.data.dataset import data_root, locate_data, scan_dataset
+from cvnb.data.images import inspect_images, load_images
 from cvnb.data.tables import auto_image_size
 from cvnb.metrics.classification import accuracy
 from cvnb.metrics.estimates import bootstrap

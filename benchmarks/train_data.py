@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cvnb.core.system import n_cores
+from cvnb.data.dataset import data_root, locate_data, scan_dataset
 from cvnb.data.images import inspect_images, open_image
 from cvnb.data.splits import assign_splits
-from cvnb.data.dataset import data_root, locate_data, scan_dataset
 from cvnb.data.tables import write_table
 
 

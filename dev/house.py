@@ -90,20 +90,20 @@ def _package(module: str) -> str: return module.rpartition(".")[0]
 def upward_imports(
     sources: dict[str, str],   # module -> source
 ) -> list[str]:                # faults
-    "Find imports of a module in a package that stands higher."
+    "Find imports of a module that is in a higher package."
     found = []
     for name, source in sources.items():
         room = _room(name.split(".")[0])
         higher = [m for m in sorted(inner(source, sources, around=_package(name))) if _room(m.split(".")[0]) > room]
-        found += [f"{name} imports {other}, which stands higher" for other in higher]
+        found += [f"{name} imports {other}, which is in a higher package" for other in higher]
     return found
 
 
 def circles(
     sources: dict[str, str],   # module -> source
 ) -> list[str]:                # faults
-    "Find modules that import themselves by way of others."
-    return [f"{name} imports itself by way of {', '.join(sorted(around))}" for name in sources
+    "Find modules that import themselves through others."
+    return [f"{name} imports itself through {', '.join(sorted(around))}" for name in sources
             if name in (around := closure(sources, name, first=False))]
 
 
@@ -189,16 +189,33 @@ def _bare(f: Definition, owner: ast.AST) -> list[str]:
 
 
 def packed_assignments(source: str) -> list[str]:
-    "Find `a, b = x, y` where no value reads an earlier target: each belongs on a line of its own."
-    found = []
+    "Find assignments and statements that share a line: `a, b = x, y` is for a swap, `a, b = f()` unpacks one value."
+    found = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Assign) and _splits(node)]
+    found += [second for first, second in _neighbours(source) if second.lineno <= first.end_lineno]
+    return [f"line {n.lineno}: {ast.unparse(n)[:60]}" for n in sorted(found, key=lambda n: (n.lineno, n.col_offset))]
+
+
+def _splits(node: ast.Assign) -> bool:
+    "Tell whether an assignment of several values could be written as one line for each."
+    several = (ast.Tuple, ast.List)
+    if not isinstance(node.value, several): return False
+    packed = [[ast.unparse(e) for e in t.elts] for t in node.targets if isinstance(t, several)]
+    return any(not any({*names[:i]} & _read(value) for i, value in enumerate(node.value.elts)) for names in packed)
+
+
+def _read(node: ast.AST) -> set[str]:
+    "List the names, attributes and items that an expression reads, without the variables of its comprehensions."
+    found = {ast.unparse(node)} if isinstance(node, (ast.Name, ast.Attribute, ast.Subscript)) else set()
+    for child in ast.iter_child_nodes(node): found |= _read(child)
+    own = [n for g in getattr(node, "generators", []) for n in ast.walk(g.target)]
+    return found - {n.id for n in own if isinstance(n, ast.Name)}
+
+
+def _neighbours(source: str) -> Iterable[tuple[ast.stmt, ast.stmt]]:
+    "Pair each statement with the next one of its block."
     for node in ast.walk(ast.parse(source)):
-        if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Tuple): continue
-        target = node.targets[0]
-        if not isinstance(target, ast.Tuple) or not all(isinstance(e, ast.Name) for e in target.elts): continue
-        names = {e.id for e in target.elts}
-        read = {n.id for n in ast.walk(node.value) if isinstance(n, ast.Name)}
-        if not names & read: found.append(f"line {node.lineno}: {ast.unparse(node)[:60]}")
-    return found
+        for block in (getattr(node, name, None) for name in ("body", "orelse", "finalbody")):
+            if isinstance(block, list): yield from zip(block, block[1:])
 
 
 def long_functions(source: str) -> list[str]:
@@ -226,7 +243,7 @@ def cells(notebook: Path) -> list[dict]:
 
 
 def stage_faults(notebook: Path) -> list[str]:
-    "Find what a stage notebook must not have, or lacks."
+    "Find faults of a stage notebook."
     read = cells(notebook)
     code = [c for c in read if c["cell_type"] == "code"]
     found = [f"cell {i} defines {n.name}" for i, c in enumerate(read) if c["cell_type"] == "code"

@@ -44,7 +44,7 @@ def run(
     return passed, seconds, said.getvalue()
 
 
-def report(
+def run_and_print(
     file: Path,     # a notebook
 ) -> list[str]:     # a line if it failed
     "Run a notebook, and print a line about it."
@@ -63,7 +63,7 @@ def run_all(
     "Run notebooks side by side."
     failed = []
     with ProcessPoolExecutor(n, get_context("fork")) as pool:   # each process imports torch once for many notebooks
-        running = {pool.submit(report, file): file for file in files}
+        running = {pool.submit(run_and_print, file): file for file in files}
         for future in as_completed(running):
             try: failed += future.result()
             except Exception as e:   # a process that died takes its notebook along, and all that wait

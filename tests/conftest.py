@@ -75,7 +75,7 @@ def own_fork_server(monkeypatch: pytest.MonkeyPatch) -> None:
 # A parallel run: the tests of a file share a process, except slow ones that share no fixture of their file.
 
 
-def apart(
+def find_independent_slow_tests(
     folder: Path,   # of the tests
 ) -> set[str]:      # "tests/test_x.py::test_y"
     "Find the slow tests that may run in a process of any other file."
@@ -95,7 +95,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
     "Distribute files, and slow tests by themselves, in the order in which they were collected."
     from xdist.scheduler import LoadFileScheduling
     if config.getvalue("dist") != "loadfile": return None
-    alone, config.option.loadscopereorder = apart(ROOT/"tests"), False
+    alone = find_independent_slow_tests(ROOT/"tests")
+    config.option.loadscopereorder = False
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
@@ -112,14 +113,15 @@ LONG = ("test_review", "test_dashboard", "test_tracking", "test_fiftyone_db", "t
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     "Order a parallel run: the smoke run, which many tests wait for, slow tests beside it, long files, then small ones."
     if not hasattr(config, "workerinput"): return
-    alone, sizes = apart(ROOT/"tests"), Counter(item.path for item in items)
+    alone = find_independent_slow_tests(ROOT/"tests")
+    sizes = Counter(item.path for item in items)
 
-    def turn(item: pytest.Item) -> tuple[int, int]:
+    def order_key(item: pytest.Item) -> tuple[int, int]:
         waits = "traced_run" in item.fixturenames
         if item.path.name == "test_runner.py": return 0, 0
         if item.nodeid.partition("[")[0] in alone: return 1 + waits, 0
         return (3, LONG.index(item.path.stem)) if item.path.stem in LONG else (5 - waits, -sizes[item.path])
-    items.sort(key=turn)
+    items.sort(key=order_key)
 
 
 @pytest.fixture(autouse=True)

@@ -149,7 +149,7 @@ def check_outliers(
     ends = np.cumsum([len(v) for v in planted.values()])
     hits = dict(zip(planted, np.split(found, ends[:-1])))
     note = ("Planted: noise, parts of two photographs, inverted and shuffled copies. "
-            "The check does not find what looks to the network like the rest.")
+            "The check does not find images whose embeddings are close to those of the set.")
     validation = CheckValidation.from_hits(hits, note)
     return make_check("outlier", table.iloc[rows], reasons, len(table), own[rows] / (own[rows] + usual),
                       threshold / (threshold + usual), validation)

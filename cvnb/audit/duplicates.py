@@ -177,12 +177,12 @@ def candidate_matches(
 def candidate_pairs(
     index: Any,            # of `vectors`
     vectors: np.ndarray,   # from `dct_features` (N, 53)
-    k: int = N_NEIGHBOURS, # neighbours of each image and of its mirror image
     min_similarity: float = -1,   # of a pair, -1 … 1
     progress: Callable[[float, str], None] | None = None,   # takes the fraction that is done and a text
 ) -> pd.DataFrame:         # i < j, mirrored, similarity; each pair once, in the orientation that is more similar
     "Find pairs of images that may be copies of each other."
-    pairs = candidate_matches(index, vectors, k + 1, min_similarity, progress)   # an image is its own neighbour
+    k = N_NEIGHBOURS + 1   # an image is its own neighbour
+    pairs = candidate_matches(index, vectors, k, min_similarity, progress)
     pairs = pairs[pairs.i != pairs.j]
     low = np.minimum(pairs.i, pairs.j)
     high = np.maximum(pairs.i, pairs.j)

@@ -233,16 +233,17 @@ def _unit_vectors(
     "Normalize the leading features for cosine similarity."
     return x[:, :64] / np.linalg.norm(x[:, :64], axis=1, keepdims=True).clip(1e-9)
 
+_N_NEIGHBOURS = 10   # of each image
+
 def cosine_neighbours(
     x: np.ndarray,       # features (N, D)
     rows: np.ndarray,    # images whose neighbours are searched (M,)
-    k: int = 10,         # neighbours
-) -> np.ndarray:         # positions (M, k), nearest first
+) -> np.ndarray:         # positions (M, 10), nearest first; fewer columns for fewer images
     "Find the nearest other images by cosine similarity."
     import faiss
     from threadpoolctl import threadpool_limits
     unit = np.ascontiguousarray(_unit_vectors(x), np.float32)
-    k = min(k, len(x) - 1)
+    k = min(_N_NEIGHBOURS, len(x) - 1)
     if not len(rows): return np.empty((0, k), int)
     index = faiss.IndexFlatIP(unit.shape[1])
     index.add(unit)

@@ -35,7 +35,7 @@ def make_manifest(
 def audit_summary(
     report: AuditReport,      # of the audit
     manifest: pd.DataFrame,   # from `make_manifest`
-    task: str = "classification",   # what labels are
+    task: str,                # what labels are: key of `TASKS`
 ) -> dict[str, Any]:          # task, classes, counts, image size, left-out files with their errors, and the report
     "Summarize an audit."
     ok = manifest[manifest.ok]

@@ -183,23 +183,25 @@ def audit_notes(
     return notes
 
 # %% ../../nbs/audit/07_report.ipynb #cell-19
+_THUMBNAIL_SIDE = 148   # longer side in pixels, at most
+
 def _thumbnail_html(
     path: Path,           # an image file
     decoding: Decoding,   # of the data set
-    side: int = 148,      # longer side in pixels, at most
-) -> str:              # an <img>; empty for a file that cannot be decoded
+) -> str:                 # an <img>; empty for a file that cannot be decoded
     "Embed a small copy of an image."
     try: image = open_image(path, decoding)
     except ValueError: return ""
-    image.thumbnail((side, side))
+    image.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
     image.save(out := io.BytesIO(), "JPEG", quality=80)
     return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}">'
 
 # %% ../../nbs/audit/07_report.ipynb #cell-20
+_N_SHOWN = 8   # findings of each check
+
 def _check_html(
     check: Check,   # with findings
     root: Path,     # the data folder
-    n: int,         # findings at most
     decoding: Decoding,   # of the data set
 ) -> str:           # HTML
     "Write the section of a check."
@@ -209,7 +211,7 @@ def _check_html(
     if validation and validation.precision_text: lines.append(f"Predicted precision {validation.precision_text}.")
     if validation and validation.note: lines.append(validation.note)
     tiles = ""
-    for row in check.findings.drop_duplicates("path").head(n).itertuples():
+    for row in check.findings.drop_duplicates("path").head(_N_SHOWN).itertuples():
         images = "".join(_thumbnail_html(root/path, decoding) for path in (row.path, row.other) if path)
         tiles += f"<figure>{images}<br>{html.escape(row.path)}<br>{html.escape(row.reason)}</figure>"
     title = html.escape(check.name.replace("_", " ").capitalize())
@@ -221,12 +223,11 @@ def write_audit_page(
     path: Path | str,      # report.html
     report: AuditReport,   # of the audit
     root: Path | str,      # the data folder
-    n: int = 8,            # findings shown of each check
     decoding: Decoding = DEFAULT_DECODING,   # of the data set
 ) -> Path:                 # `path`
     "Write the report as a page that needs no other file."
     body = report._repr_html_()
     body += "<p class=note>Shares, recall and precision have 95 % intervals and counts.</p>"
-    body += "".join(_check_html(c, Path(root), n, decoding) for c in report.checks if c.paths)
+    body += "".join(_check_html(c, Path(root), decoding) for c in report.checks if c.paths)
     with atomic_path(path) as temp: temp.write_text(html_page(f"Audit of {report.data}", body), encoding="utf-8")
     return Path(path)

@@ -21,11 +21,12 @@ from ..core.files import atomic_path, read_json
 from ..core.project import project_root, resolve_run
 from ..core.system import timestamp
 from ..core.stage import read_stage_manifest
-from ..data.columns import LABEL_SEPARATOR
+from ..data.listing import TABLE_SUFFIXES
 from ..data.fiftyone_db import database_errors
 
 if TYPE_CHECKING:
     from cvnb.audit.checks import Check
+    from cvnb.tasks.labels import Task
 
 # %% auto #0
 __all__ = ['CORRECTION_COLUMNS', 'CORRECTION_ACTIONS', 'DROPPED_ERROR', 'UNCHANGED_STATES', 'read_corrections',
@@ -227,7 +228,7 @@ def corrections_file(
     data: str,   # a name, a folder or a table, as given to the run
 ) -> Path:       # in the project
     "Return the default path of a data set's corrections."
-    is_table = Path(data).suffix.lower() in (".csv", ".tsv", ".parquet")
+    is_table = Path(data).suffix.lower() in TABLE_SUFFIXES
     name = re.sub(r"[^\w.-]+", "-", Path(data).stem if is_table else Path(data).name)   # such as torchvision-CIFAR10
     return project_root()/"corrections"/f"{name}.csv"
 
@@ -235,23 +236,20 @@ def corrections_file(
 def _check_class_names(
     corrections: pd.DataFrame,      # newly accepted
     classes: list[str],             # of the run; for several labels per image all combinations
-    task: str = "classification",   # what labels are
+    task: Task,                     # what labels are
 ) -> None:
     "Raise `UsageError` for a label that is no class."
-    parts = lambda label: sorted({p.strip() for p in label.split(LABEL_SEPARATOR)}) if task == "multilabel" else [label]
-    names = {part for c in classes for part in parts(c)}
-
-    def is_known(label: str) -> bool:
-        numbers = pd.to_numeric(pd.Series(label.split(LABEL_SEPARATOR)), errors="coerce")
-        return {*parts(label)} <= names or (task == "regression" and bool(numbers.notna().all()))
-
+    names = {name for c in classes for name in task.names_in(c)}
     relabelled = corrections[corrections.action == "relabel"]
-    wrong = relabelled[~relabelled.label.map(is_known).astype(bool)]
+    unknown = [next((name for name in task.names_in(label) if name not in names), None) for label in relabelled.label]
+    wrong = relabelled.assign(unknown=unknown).dropna(subset="unknown")
     if wrong.empty: return
     more = f" ({len(wrong) - 1} more images have such labels)" if len(wrong) > 1 else ""
-    unknown = next(p for p in parts(wrong.label.iloc[0]) if p not in names)
-    raise UsageError(f"{wrong.path.iloc[0]}: '{unknown}' is none of the {len(names)} classes{more}",
-                     f"{did_you_mean(unknown, sorted(names))} Correct it in the App, or give --new-class for it.")
+    first = wrong.iloc[0]
+    if not task.has_classes:
+        raise UsageError(f"{first.path}: '{first.unknown}' is not a number{more}", "Correct it in the App.")
+    raise UsageError(f"{first.path}: '{first.unknown}' is none of the {len(names)} classes{more}",
+                     f"{did_you_mean(first.unknown, sorted(names))} Correct it in the App, or give --new-class for it.")
 
 # %% ../../nbs/audit/12_review.ipynb #cell-31
 def accept_corrections(
@@ -261,6 +259,7 @@ def accept_corrections(
     new_class: bool = False,          # labels may name classes that the data does not have
 ) -> tuple[Path, pd.DataFrame]:       # the file; `CORRECTION_COLUMNS` and state per decision
     "Add the edits of a run's dataset to the data's corrections; raise `UsageError` for a label that is no class."
+    from cvnb.tasks.labels import get_task   # imports torch
     folder, audit = read_audit(run)
     file = Path(out) if out else corrections_file(audit["data"])
     old = read_corrections(file if file.exists() else "")
@@ -276,7 +275,7 @@ def accept_corrections(
     current = edits.pixel_sha256.to_numpy() == edits.path.map(pixels_of).to_numpy()
     folder_labels = {p: label for p, label in zip(manifest.path, manifest.get("label_was", [])) if label}
     new = edits_to_corrections(edits[current], folder.name, timestamp(), folder_labels)
-    if not new_class: _check_class_names(new, audit["classes"], audit.get("task", "classification"))
+    if not new_class: _check_class_names(new, audit["classes"], get_task(audit.get("task", "classification")))
     merged, states = merge_corrections(old, new)
     if not dry_run and set(states) - set(UNCHANGED_STATES): write_corrections(file, merged)
     stale = edits_to_corrections(edits[~current], folder.name, timestamp()).to_dict("records")

@@ -35,8 +35,11 @@ def _candidate_reasons(
     "List every candidate with the reason for leaving it out."
     pairs = [(model, r) for model in MODELS for r in RUNTIMES.values() if not r.is_peer]
     pairs += [("trained", r) for r in RUNTIMES.values() if r.is_peer]
-    reason = lambda model, r: f"package {r.package} is excluded" if r.package in exclude else r.missing(run, model)
-    return {Candidate(model, r, str(r.model_path(run, model))): reason(model, r) for model, r in pairs}
+    reasons = {}
+    for model, r in pairs:
+        excluded = f"package {r.package} is excluded" if r.package in exclude else ""
+        reasons[Candidate(model, r, str(r.model_path(run, model)))] = excluded or r.missing_reason(run, model)
+    return reasons
 
 # %% ../../nbs/benchmark/03_table.ipynb #a814450e
 def list_candidates(

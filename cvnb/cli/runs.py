@@ -93,10 +93,11 @@ def _print_result(
         accuracy = f"{m['accuracy']:.4f} [{m['accuracy_low']:.4f}, {m['accuracy_high']:.4f}]"
         rows.append((m["model"], m["runtime"], accuracy, f"{m['p50_ms']:.2f}", f"{m['size_mb']:.2f}",
                      times(m["speedup"]), times(m["vs_peer"])))
-    right = dict.fromkeys(("ms p50", "MB", "faster", "than peer"), "right")
+    right = dict.fromkeys(("ms p50", "MB", "× torch", "× peer"), "right")
     print_table("", {"model": "left", "runtime": "left", "accuracy [95 %]": "left", **right}, rows)
-    print("\nfaster: than the trained model in eager torch; than peer: than the trained model in OpenVINO INT8, "
-          "where that is installed")
+    from cvnb.benchmark.table import BASELINE, PEER
+    print(f"\n× torch: speed relative to {', '.join(BASELINE)}. × peer: speed relative to {', '.join(PEER)}, "
+          "if it was measured.")
     print(f"Control: {read_json(folder/'benchmark/benchmark.json')['control']['verdict']}")
     print(f"Compression: {_describe_compression(read_json(folder/'compress/verdict.json'))}")
     run = shell_path(folder)

@@ -24,10 +24,7 @@ if TYPE_CHECKING:
     from cvnb.pipeline.sweep_trials import Sweep
 
 # %% auto #0
-__all__ = ['ENGINES', 'sweep_command']
-
-# %% ../../nbs/cli/04_sweeps.ipynb #14981baf
-ENGINES = ("processes", "ray")   # where the trials of a sweep run
+__all__ = ['sweep_command']
 
 # %% ../../nbs/cli/04_sweeps.ipynb #e9e34d8c
 def sweep_command(
@@ -52,7 +49,7 @@ def sweep_command(
     minimize: Annotated[bool, typer.Option("--minimize", help="A lower metric is better.")] = False,
     prune: Annotated[bool, typer.Option("--prune/--no-prune", help="Stop unpromising trials of a search.")] = True,
     engine: Annotated[str, typer.Option(
-        help=f"Where trials run: {', or '.join(ENGINES)}. Default: processes, or with --address ray.")] = "",
+        help="Where trials run: processes or ray. Default: processes, or with --address ray.")] = "",
     address: Annotated[str, typer.Option(help="Address of the Ray cluster: HOST:PORT, or auto.")] = "",
     dry_run: Annotated[bool, typer.Option(
         "--dry-run", help="Show which trials are done and which stages would run; run nothing.")] = False,
@@ -61,13 +58,14 @@ def sweep_command(
     "Run a recipe with many values of its parameters: a grid, a random search or Optuna. A repeated call resumes."
     from cvnb.pipeline.params import read_contracts
     from cvnb.pipeline.sweep import plan_sweep
+    from cvnb.pipeline.sweep_engines import ENGINES
     from cvnb.pipeline.sweep_trials import make_sweep
     known = read_contracts()
     recipe = choose_recipe(data, config)
     folder = (out or project_root()/"sweeps"/default_name(data, config, recipe)).expanduser().resolve()
     engine = engine or ("ray" if address else "processes")
     if engine not in ENGINES: raise UsageError(f"no engine '{engine}'", did_you_mean(engine, list(ENGINES)))
-    if engine == "processes" and address:
+    if address and not ENGINES[engine].on_cluster:
         raise UsageError(f"--address {address} is that of a Ray cluster", "Drop it, or add --engine ray.")
     base = collect_parameters(folder, data, recipe, [], known)
     sweep = make_sweep(folder, sets or [], base, stages, metric, search, trials, known, minimize, seeds, prune)
@@ -104,7 +102,7 @@ def _run_trials(
     "Run a sweep with live lines."
     from cvnb.pipeline.params import read_contracts
     from cvnb.pipeline.sweep import has_remaining_trials, run_sweep
-    from cvnb.pipeline.sweep_engines import ProcessEngine, RayEngine
+    from cvnb.pipeline.sweep_engines import ENGINES, ProcessEngine
     from cvnb.pipeline.sweep_trials import Trial, update_trial_states
     known = read_contracts()
     with ProgressLines(stream, max([len(t.name) for t in sweep.trials] + [24])) as lines:
@@ -114,8 +112,8 @@ def _run_trials(
 
         fetch_data(sweep.base, sweep.folder, known, lines)
         update_trial_states(sweep, known, project_root())
-        use_ray = engine == "ray" and has_remaining_trials(sweep)
-        where = RayEngine(address or "auto", jobs) if use_ray else ProcessEngine(jobs or 1)
+        kind = ENGINES[engine] if has_remaining_trials(sweep) else ProcessEngine   # which needs no cluster
+        where = kind(jobs, address or "auto") if kind.on_cluster else kind(jobs)
         lines.note(f"{sweep.folder} · {' × '.join(map(str, sweep.axes)) or 'no parameter varies'}")
         try: run_sweep(sweep, where, progress)
         except KeyboardInterrupt: raise CvnbError(*INTERRUPTED) from None
@@ -136,7 +134,7 @@ def _print_ranking(
     print_table("", axes | {"runs": "right", metric: "left", "seconds": "right", "state": "left"}, shown)
     if not rows or not rows[0]["figure"]: return
     print(f"\n{shell_path(sweep.folder/'sweep.png')} is a plot of the table. "
-          "The best of many trials looks better than it is: judge it by its test images.")
+          "The validation metric of the best trial is biased upwards, because it was selected. Use its test metrics.")
     best = shell_path(sweep.folder/"trials"/rows[0]["trials"][0])
     print(f"\nNext:\n  cvnb run --run {best}    the other stages, for the best\n  cvnb status {best}")
 

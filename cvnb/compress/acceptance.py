@@ -40,7 +40,7 @@ class Acceptance(NonInferiority):
         if self.high < -self.margin:
             return f"**Rejected: the compressed model is worse by more than the margin.** {numbers}"
         return ("**Rejected: the test does not show that the compressed model is good enough.** "
-                f"{numbers} More test images, a longer distillation or a larger macs_fraction can settle it.")
+                f"{numbers} More test images, a longer distillation or a larger macs_fraction can change the result.")
 
 # %% ../../nbs/compress/04_acceptance.ipynb #e0b5d544
 def check_acceptance(
@@ -48,7 +48,7 @@ def check_acceptance(
     new: pd.DataFrame,         # predictions of the compressed model: path, correct
     margin: float,             # acceptable loss of accuracy, 0 … 1
 ) -> Acceptance:               # the paired test's result
-    "Test whether a model may replace another; raise `CvnbError` if they did not predict the same images."
+    "Test whether a model may replace another; raise `CvnbError` if their images differ. Classification only."
     both = reference[["path", "correct"]].merge(
         new[["path", "correct"]], on="path", validate="1:1", suffixes=("_reference", "_new"))
     if not len(both) == len(reference) == len(new):

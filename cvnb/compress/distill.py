@@ -136,7 +136,7 @@ def distill(
     progress: Callable[..., None] | None = None,   # called with the fraction that is done, a text, and the curves
     announce: Callable[[str], Any] = warnings.warn,   # called before training with why it does not resume
 ) -> DistillationResult:           # with two students
-    "Train a copy of a pruned model on its teacher's outputs."
+    "Train a copy of a pruned model on its teacher's outputs. Classification only."
     student = copy.deepcopy(pruned)
     history = fit(student, train, val, options, folder, criterion, progress=progress, announce=announce)
     recalibrated = recalibrate_batch_norm(copy.deepcopy(student), train.images, seed=options.seed)

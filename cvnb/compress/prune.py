@@ -20,7 +20,7 @@ from ..core.errors import CvnbError, UsageError
 from ..models.vision_model import VisionModel
 
 # %% auto #0
-__all__ = ['PRUNABLE_LAYERS', 'check_prunable', 'channel_importance', 'ChannelSlice', 'prune_path', 'prune',
+__all__ = ['PRUNABLE_LAYERS', 'check_prunable', 'channel_importance', 'ChannelSlice', 'prune_progressively', 'prune',
            'recalibrate_batch_norm', 'compare_layers']
 
 # %% ../../nbs/compress/01_prune.ipynb #cell-5
@@ -46,7 +46,7 @@ def channel_importance(
     images: Tensor,       # uint8 (N, H, W, 3)
     seed: int = 0,        # of the random directions
 ) -> dict[nn.Module, Tensor]:   # layer -> importance (channels,)
-    "Estimate how far the logits move when a channel is silenced."
+    "Estimate how far the logits move when a channel is silenced. Classification only."
     total: dict[nn.Module, Tensor] = {}
     gates: dict[nn.Module, Tensor] = {}
     generator = torch.Generator().manual_seed(seed)
@@ -226,7 +226,7 @@ def _unreachable_error(
                      "Raise compress.macs_fraction, or train a smaller backbone.")
 
 # %% ../../nbs/compress/01_prune.ipynb #cell-30
-def prune_path(
+def prune_progressively(
     model: VisionModel,       # trained; not changed
     fractions: list[float],   # of the model's MACs, above 0, at most 1
     images: np.ndarray,       # training images to measure importance on, uint8 (N, H, W, 3)
@@ -234,7 +234,7 @@ def prune_path(
     seed: int = 0,            # choice of images and random directions
     progress: Callable[[float, str], None] | None = None,   # called with the fraction that is done and a text
 ) -> Iterator[VisionModel]:   # a pruned copy per fraction, the largest first
-    "Prune a copy step by step to each of `fractions`; raise `CvnbError` for one that cannot be reached."
+    "Prune a copy to each of `fractions`; raise `CvnbError` for one that cannot be reached. Classification only."
     for fraction in fractions:
         if not 0 < fraction <= 1:
             raise UsageError(f"a fraction of the MACs has to lie between 0 and 1, and {fraction} does not")
@@ -257,10 +257,10 @@ def prune(
     model: VisionModel,      # trained; not changed
     macs_fraction: float,    # of the model's MACs that may stay, above 0, at most 1
     images: np.ndarray,      # training images to measure importance on, uint8 (N, H, W, 3)
-    **options: Any,          # of `prune_path`
+    **options: Any,          # of `prune_progressively`
 ) -> VisionModel:            # a pruned copy in eval mode
-    "Prune a copy to at most a fraction of the MACs; raise `CvnbError` if that cannot be reached."
-    return next(prune_path(model, [macs_fraction], images, **options))
+    "Prune a copy to at most a fraction of the MACs; raise `CvnbError` if that cannot be reached. Classification only."
+    return next(prune_progressively(model, [macs_fraction], images, **options))
 
 # %% ../../nbs/compress/01_prune.ipynb #cell-37
 _RECALIBRATION_IMAGES = 512

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from .distill import DistillationResult
-from .prune import prune_path, recalibrate_batch_norm
+from .prune import prune_progressively, recalibrate_batch_norm
 from ..metrics.classification import accuracy
 from ..models.cost import count_macs, count_params
 from ..models.devices import torch_device
@@ -33,7 +33,7 @@ def measure_tradeoff(
     val: LabelledImages,    # validation images
     device: str = "auto",   # "cpu" leaves a GPU alone
 ) -> dict[str, Any]:        # step, macs, params, accuracy, low, high, n
-    "Measure one point of the trade-off between accuracy and cost."
+    "Measure one point of the trade-off between accuracy and cost. Classification only."
     logits = predict_logits(model, val.images, device=torch_device(device))
     found = accuracy(logits.argmax(1) == val.targets)
     model.to("cpu")
@@ -79,10 +79,10 @@ def prune_in_steps(
     device: str = "auto",     # where to measure accuracy
     progress: Callable[[float, str], None] | None = None,   # called with the fraction that is done and a text
 ) -> PruningResult:           # with one row per step
-    "Prune a copy in steps and measure the trade-off; raise `CvnbError` for a fraction that cannot be reached."
+    "Prune in steps and measure the trade-off; raise `CvnbError` if a step cannot be reached. Classification only."
     fractions = [macs_fraction ** (i / _STEPS) for i in range(1, _STEPS + 1)]
     fractions = list(dict.fromkeys(fractions))   # a fraction of 1 has one step
-    models = list(prune_path(trained, fractions, train.images, seed=seed, progress=progress))
+    models = list(prune_progressively(trained, fractions, train.images, seed=seed, progress=progress))
     points = [measure_tradeoff("trained", trained, val, device),
               measure_tradeoff("pruned, old statistics", models[-1], val, device)]
     for fraction, model in zip(fractions, models):
@@ -109,7 +109,7 @@ def choose_model(
     val: LabelledImages,                # validation images
     device: str = "auto",               # where to measure accuracy
 ) -> ChosenModel:                       # with the highest validation accuracy
-    "Choose between the students and the pruned model on the validation images."
+    "Choose between the students and the pruned model on the validation images. Classification only."
     students = {"distilled": distillation.student, "distilled, new statistics": distillation.recalibrated}
     points = [measure_tradeoff(step, model, val, device) for step, model in students.items()]
     tradeoffs = pd.concat([pruning.tradeoffs, pd.DataFrame(points)], ignore_index=True)

@@ -98,8 +98,3 @@ class WorkerProcess:
         self._process.wait()
         self._process.stdin.close()
         self._process.stdout.close()
-
-    @property
-    def alive(self) -> bool:   # whether the process runs
-        "Ask whether the process has not ended yet."
-        return self._process.poll() is None

@@ -193,7 +193,9 @@ def _read_text_table(
     if not {_column_key(name) for name in header} & _KNOWN_COLUMNS and any(map(_looks_like_image, header)):
         header = _invent_header(path, records[0])
         notes.append(f"the first line is a row, because it names no columns: {' and '.join(header)} are assumed")
-    else: records, at = records[1:], at[1:]
+    else:
+        records = records[1:]
+        at = at[1:]
     usual = "\t" if path.suffix.lower() == ".tsv" else ","
     if separator != usual: notes.append(f"the separator is {separator!r}")
     notes += comments + _even_out(path, header, records, at)

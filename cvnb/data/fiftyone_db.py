@@ -160,7 +160,9 @@ def keep_database(
         alone = 0.0 if _tcp_ports(database, "ESTABLISHED") else alone + 0.5
         if alone < idle: continue
         with FileLock(lock):
-            if _tcp_ports(database, "ESTABLISHED"): alone = 0.0; continue
+            if _tcp_ports(database, "ESTABLISHED"):
+                alone = 0.0
+                continue
             write_json(record, dict(keeper=None, port=port))
             _leave_database(database, launched)
 

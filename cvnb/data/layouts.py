@@ -278,9 +278,10 @@ def _read_tables(
         images = [p.removeprefix(below) for p in listing.images if p.startswith(f"{within}/" if within else "")
                   and p.startswith(below)]
         try: table = parse_table(folder/path, images)
-        except UsageError as e: refused[path] = e.what; continue
-        if table.n_missing > 0.5 * len(table.rows): refused[path] = f"most of the files that {path} names are missing"
-        else: read[path] = table
+        except UsageError as e: refused[path] = e.what
+        else:
+            if table.n_missing <= 0.5 * len(table.rows): read[path] = table
+            else: refused[path] = f"most of the files that {path} names are missing"
     return read, refused
 
 # %% ../../nbs/data/13_layouts.ipynb #89bb9fe7

@@ -68,7 +68,7 @@ def _saliency_files(
 def read_dashboard_data(
     run: Path | str,   # a run directory
 ) -> DashboardData:    # what the dashboard shows
-    "Read a run's predictions; raise `CvnbError` where a file is missing or broken."
+    "Read a run's predictions; raise `CvnbError` where a file is missing or broken. Classification only."
     run = check_trained_run(run)
     audit = read_json(run/"audit"/"audit.json")
     model = read_json(run/"train"/"model.json")
@@ -367,7 +367,8 @@ def weak_spots_html(
         slices.slice + " " + slices.name, slices.rename(columns=dict(accuracy="value")), slices.below)
     confused = _bar_list_html(
         "Most confused pairs", "Share of the true class, with its 95 % interval.",
-        pairs.label + " taken for " + pairs.predicted, pairs.rename(columns=dict(share="value")), [False] * len(pairs))
+        pairs.label + " predicted as " + pairs.predicted, pairs.rename(columns=dict(share="value")),
+        [False] * len(pairs))
     return f'<div class="lists">{worst}{confused}</div>'
 
 # %% ../../nbs/evaluate/03_dashboard.ipynb #cell-46
@@ -672,7 +673,7 @@ def select_cell(self: Dashboard,
 def build_dashboard(
     run: Path | str = "",    # a run directory; by default `CVNB_RUN`, or else the newest run
 ) -> widgets.Widget:         # the page
-    "Show a run's errors, or the reason why that is impossible."
+    "Show a run's errors, or the reason why that is impossible. Classification only."
     try: return Dashboard(read_dashboard_data(run or os.environ.get("CVNB_RUN") or newest_run())).widget
     except CvnbError as e:
         text = f"<h1>There is nothing to show yet</h1><p>{escape(e.what)}.</p><p>{escape(e.remedy)}</p>"

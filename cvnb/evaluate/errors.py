@@ -37,7 +37,7 @@ def prediction_table(
     manifest: pd.DataFrame,      # from manifest.parquet
     split: str = "",             # only this split; all splits if empty
 ) -> pd.DataFrame:               # `predictions` with the columns of `_AUDIT_COLUMNS` and meta_*, ordered by path
-    "Join predictions with the audit's manifest; raise `CvnbError` where the split has no predictions."
+    "Join predictions with the audit's manifest; raise `CvnbError` where the split has none. Classification only."
     table = predictions[predictions.split == split] if split else predictions
     if table.empty:
         raise CvnbError(f"there are no predictions for split '{split or 'any'}'",
@@ -240,7 +240,7 @@ def analyze_errors(
     bins: int = 10,        # of the calibration, of equally many images
     n_images: int = 16,    # how many of the most confident errors to list
 ) -> ErrorAnalysis:        # with every metric
-    "Measure a model's errors on one split."
+    "Measure a model's errors on one split. Classification only."
     return ErrorAnalysis(
         split=split, classes=list(classes), n=len(table), n_errors=int((~table.correct).sum()),
         accuracy=accuracy(table.correct),

@@ -35,7 +35,10 @@ def saliency_maps(
     predicted: np.ndarray,   # index of the predicted class (N,)
     labels: np.ndarray,      # index of the true class (N,)
 ) -> np.ndarray:             # float32 (N, S, S), 0 … 1
-    "Compute SmoothGrad maps of the predicted logit minus the true one (Smilkov et al., arXiv:1706.03825)."
+    """Compute SmoothGrad maps of the predicted logit minus the true one. Classification only.
+
+    Smilkov et al., arXiv:1706.03825.
+    """
     import torch
     predicted = np.array(predicted)
     labels = np.array(labels)

@@ -91,7 +91,7 @@ def write_bundle(
     try:
         predictions = {}
         for name, runtime in bundle_runtimes().items():
-            if reason := runtime.missing(run, model):
+            if reason := runtime.missing_reason(run, model):
                 raise CvnbError(f"the bundle needs {name}, and {reason}", "Install what is missing, and export again.")
             file = temp/runtime.file_name("model")
             if file.exists(): continue   # an earlier runtime runs the same file

@@ -53,7 +53,7 @@ def predict_with_runtimes(
     images = load_images(root, paths, model.spec.image_size, decoding=decoding)
     found = {REFERENCE_RUNTIME: predict_proba(model, images)}
     for runtime in _compared_runtimes():
-        if runtime.missing(run, name): continue
+        if runtime.missing_reason(run, name): continue
         found[runtime.name] = predict_files(runtime.load(runtime.model_path(run, name), 0), files, decoding)
     return found
 
@@ -179,7 +179,7 @@ def check_parity(
         predictions = predict_with_runtimes(model, name, run, root, test.path, decoding)
         results[name] = compare_runtimes(predictions, labels, test.path)
         correct[name] = {runtime: found.argmax(1) == labels for runtime, found in predictions.items()}
-        reasons = {f"{name}, {runtime.name}": runtime.missing(run, name) for runtime in _compared_runtimes()}
+        reasons = {f"{name}, {runtime.name}": runtime.missing_reason(run, name) for runtime in _compared_runtimes()}
         left_out |= {candidate: reason for candidate, reason in reasons.items() if reason}
     return ParityReport(results, correct, left_out)
 

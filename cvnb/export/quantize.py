@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from cvnb.export.onnx import ExportedModels
 
 # %% auto #0
-__all__ = ['WEIGHT_OPS', 'PASSING_OPS', 'CALIBRATION_BATCH', 'SENSITIVITY_IMAGES', 'weight_layers', 'quantizable_nodes',
+__all__ = ['WEIGHT_OPS', 'INTERMEDIATE_OPS', 'CALIBRATION_BATCH', 'SENSITIVITY_IMAGES', 'weight_layers', 'quantizable_nodes',
            'CalibrationReader', 'calibrate_ranges', 'quantize_nodes', 'kl_divergence', 'layer_sensitivity',
            'QuantizationResult', 'quantize', 'QuantizationData', 'load_quantization_data', 'QuantizedModels',
            'quantize_models']
@@ -35,7 +35,7 @@ __all__ = ['WEIGHT_OPS', 'PASSING_OPS', 'CALIBRATION_BATCH', 'SENSITIVITY_IMAGES
 # %% ../../nbs/export/03_quantize.ipynb #8b8dddd6
 WEIGHT_OPS = ("Conv", "Gemm", "MatMul")   # layers with weights, which take most of the time
 # operations between them that have INT8 kernels
-PASSING_OPS = ("Add", "Mul", "Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool", "Concat")
+INTERMEDIATE_OPS = ("Add", "Mul", "Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool", "Concat")
 
 # %% ../../nbs/export/03_quantize.ipynb #33681c6d
 def weight_layers(
@@ -57,7 +57,7 @@ def quantizable_nodes(
     for node in model.graph.node:   # ONNX stores nodes in the order in which they can run
         if node.name not in layers and not reached & set(node.input): continue
         reached |= set(node.output)
-        if node.name in layers or (node.op_type in PASSING_OPS and not has_layer_norm): names.append(node.name)
+        if node.name in layers or (node.op_type in INTERMEDIATE_OPS and not has_layer_norm): names.append(node.name)
     return names
 
 # %% ../../nbs/export/03_quantize.ipynb #f77b15e3
@@ -82,7 +82,7 @@ def calibrate_ranges(
     "Measure the range of every tensor of the network."
     from onnxruntime.quantization import create_calibrator, save_tensors_data
     augmented = ranges.with_suffix(".onnx")
-    calibrator = create_calibrator(source, [*WEIGHT_OPS, *PASSING_OPS], augmented_model_path=str(augmented))
+    calibrator = create_calibrator(source, [*WEIGHT_OPS, *INTERMEDIATE_OPS], augmented_model_path=str(augmented))
     calibrator.collect_data(CalibrationReader(images, CALIBRATION_BATCH))
     save_tensors_data(calibrator.compute_data(), ranges)
     augmented.unlink()
@@ -123,7 +123,8 @@ def quantize_nodes(
     from onnxruntime.quantization import QuantType, quantize_static
     with atomic_path(target) as temp, _without_advice():
         if not nodes: return Path(shutil.copyfile(source, temp)) and target   # to ONNX Runtime an empty list means all
-        quantize_static(source, temp, None, op_types_to_quantize=[*WEIGHT_OPS, *PASSING_OPS], nodes_to_quantize=nodes,
+        ops = [*WEIGHT_OPS, *INTERMEDIATE_OPS]
+        quantize_static(source, temp, None, op_types_to_quantize=ops, nodes_to_quantize=nodes,
                         activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, per_channel=True,
                         reduce_range=weight_bits == 7, calibration_cache_path=ranges)
         onnx.save(_restore_metadata(onnx.load(temp), onnx.load(source)), temp)

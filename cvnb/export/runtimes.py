@@ -27,7 +27,7 @@ __all__ = ['Predict', 'MODELS', 'RUNTIMES', 'BATCH_SIZE', 'BATCH_BYTES', 'open_s
            'read_pixels', 'read_and_count', 'predict_files']
 
 # %% ../../nbs/export/01_runtimes.ipynb #94d47179
-Predict = Callable[[np.ndarray], np.ndarray]   # uint8 (N, H, W, 3) to probabilities (N, C)
+Predict = Callable[[np.ndarray], np.ndarray]   # uint8 (N, H, W, 3) to predictions of the task (N, …)
 
 # %% ../../nbs/export/01_runtimes.ipynb #b6aa6ae0
 def open_session(
@@ -62,7 +62,7 @@ class OnnxModel:
 
     def __call__(self,
         images: np.ndarray,   # uint8 (N, H, W, 3)
-    ) -> np.ndarray:          # float32 (N, C)
+    ) -> np.ndarray:          # float32 (N, …)
         return self.session.run(None, {self._input: images})[0]
 
 # %% ../../nbs/export/01_runtimes.ipynb #77062579
@@ -144,7 +144,7 @@ class Runtime:
         "Return the path of a run's model in the form that it runs."
         return run/"export"/self.file_name(model) if self.file else run/MODELS[model]
 
-    def missing(self,
+    def missing_reason(self,
         run: Path,    # a run directory
         model: str,   # a key of `MODELS`
     ) -> str:         # such as "package openvino is not installed"; "" where it can run the model
@@ -183,7 +183,7 @@ BATCH_BYTES = 2**26   # of raw images that are in memory at a time
 def predict_batches(
     predict: Predict,     # an opened model
     images: np.ndarray,   # uint8 (N, H, W, 3)
-) -> np.ndarray:          # float32 (N, C)
+) -> np.ndarray:          # float32 (N, …)
     "Compute the predictions for images of one size."
     fitting = BATCH_BYTES // max(1, images[:1].nbytes)   # the graph holds images in floating point too
     size = max(1, min(BATCH_SIZE, fitting))
@@ -193,7 +193,7 @@ def predict_batches(
 def predict_mixed_sizes(
     predict: Predict,           # an opened model
     images: list[np.ndarray],   # N times uint8 (H, W, 3), sizes may differ
-) -> np.ndarray:                # float32 (N, C), in the order of `images`
+) -> np.ndarray:                # float32 (N, …), in the order of `images`
     "Compute the predictions for images of mixed sizes."
     by_shape: dict[tuple, list[int]] = {}
     for i, image in enumerate(images): by_shape.setdefault(image.shape, []).append(i)
@@ -248,7 +248,7 @@ def predict_files(
     predict: Predict,              # an opened model
     paths: Iterable[Path | str],   # N image files
     decoding: Decoding = DEFAULT_DECODING,   # of the data set
-) -> np.ndarray:                   # float32 (N, C)
+) -> np.ndarray:                   # float32 (N, …)
     "Compute the predictions for image files, decoding in parallel."
     paths = list(paths)
     read = lambda path: read_pixels(path, decoding)

@@ -14,8 +14,8 @@ import pandas as pd
 from .estimates import Estimate, bootstrap, estimate_proportion, safe_divide, weighted_bootstrap
 
 # %% auto #0
-__all__ = ['accuracy', 'per_class_metrics', 'confusion_matrix', 'balanced_accuracy', 'f1', 'average_precision',
-           'mean_average_precision', 'calibration_table', 'calibration_error']
+__all__ = ['accuracy', 'per_class_metrics', 'confusion_matrix', 'balanced_accuracy', 'f1', 'mean_average_precision',
+           'calibration_table', 'calibration_error']
 
 # %% ../../nbs/metrics/02_classification.ipynb #cell-6
 def accuracy(
@@ -83,7 +83,9 @@ def f1(
     predicted = np.asarray(predicted, bool)
     hits = (truth & predicted).astype(float)
     total = truth.astype(float) + predicted   # F1 is 2 · hits / total
-    if average == "micro": hits, total = hits.sum(1, keepdims=True), total.sum(1, keepdims=True)
+    if average == "micro":
+        hits = hits.sum(1, keepdims=True)
+        total = total.sum(1, keepdims=True)
 
     def statistic(counts: np.ndarray) -> float:
         values = safe_divide(2 * (counts @ hits), counts @ total)
@@ -91,7 +93,7 @@ def f1(
     return weighted_bootstrap(statistic, len(truth))
 
 # %% ../../nbs/metrics/02_classification.ipynb #cell-29
-def average_precision(
+def _make_average_precision(
     truth: np.ndarray,    # bool (N, C)
     scores: np.ndarray,   # float (N, C), larger is more likely
 ) -> Callable[[np.ndarray], np.ndarray]:   # counts of the images (N,) -> average precision of each class (C,)
@@ -117,7 +119,7 @@ def mean_average_precision(
     scores: np.ndarray,   # float (N, C), larger is more likely
 ) -> Estimate:            # mean over the classes with images
     "Estimate mean average precision with a bootstrap interval over images."
-    weighted_precision = average_precision(truth, scores)
+    weighted_precision = _make_average_precision(truth, scores)
 
     def statistic(counts: np.ndarray) -> float:
         values = weighted_precision(counts)

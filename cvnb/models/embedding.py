@@ -26,19 +26,20 @@ def create_embedding_model(
     return model.eval()
 
 # %% ../../nbs/models/07_embedding.ipynb #cell-63
+_EMBEDDING_BATCH = 128   # images at a time
+
 def embed_images(
     images: np.ndarray,      # uint8 (N, H, W, 3)
     image_size: int = 96,    # side in pixels of the network's input
-    batch_size: int = 128,   # images at a time
     progress: Callable[[float, str], None] | None = None,   # takes the completed fraction and a text
 ) -> np.ndarray:             # float32 (N, 1280), rows of length 1
     "Compute embeddings; the last batch is padded, so that an image has the same vector in any data set."
     model = create_embedding_model(image_size)
     parts = []
-    for i in range(0, len(images), batch_size):
-        part = images[i:i + batch_size]
-        padding = np.zeros((batch_size - len(part), *part.shape[1:]), np.uint8)
-        parts.append(predict_logits(model, np.concatenate([part, padding]), batch_size)[:len(part)])
+    for i in range(0, len(images), _EMBEDDING_BATCH):
+        part = images[i:i + _EMBEDDING_BATCH]
+        padding = np.zeros((_EMBEDDING_BATCH - len(part), *part.shape[1:]), np.uint8)
+        parts.append(predict_logits(model, np.concatenate([part, padding]), _EMBEDDING_BATCH)[:len(part)])
         if progress: progress(i / len(images), f"embedding {i}/{len(images)}")
     vectors = np.concatenate(parts)
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)

@@ -47,7 +47,7 @@ def predict_logits(
     batch_size: int = 256,   # images at a time
     device: str = "cpu",     # "cpu" or "cuda"
     progress: Callable[[float, str], None] | None = None,   # takes the completed fraction and a text
-) -> np.ndarray:             # float32 (N, C)
+) -> np.ndarray:             # float32 (N, …)
     "Compute logits in evaluation mode, and restore the model's mode."
     was_training = model.training
     model.eval().to(device)
@@ -62,8 +62,8 @@ def predict_proba(
     images: np.ndarray,      # uint8 (N, H, W, 3)
     batch_size: int = 256,   # images at a time
     device: str = "cpu",     # "cpu" or "cuda"
-) -> np.ndarray:             # float32 (N, C); for regression the values
-    "Compute the probabilities of classes, as the model's task defines them."
+) -> np.ndarray:             # predictions of the task, float32 (N, …)
+    "Compute the probabilities or values that the model's task predicts."
     logits = torch.from_numpy(predict_logits(model, images, batch_size, device))
     return task_of(model.spec).predict(logits).numpy()
 

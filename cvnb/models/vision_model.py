@@ -156,7 +156,7 @@ class VisionModel(nn.Module):
 
     def forward(self,
         images: Tensor,   # uint8 (N, H, W, 3)
-    ) -> Tensor:          # logits (N, C); for regression numbers in the label's unit
+    ) -> Tensor:          # logits of the task (N, …)
         x = self.preprocess(images)
         slow = self.training and x.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
         with SmallMapConvMode() if slow else nullcontext(): outputs = self.net(x)
@@ -244,7 +244,8 @@ def check_image_size(
     shape = getattr(outputs, "shape", None)
     if not _shape_fits(shape, task_of(spec).output_shape(spec.classes)):
         found = f"outputs of the shape {tuple(shape[1:])}" if shape else f"a {type(outputs).__name__}"
-        raise UsageError(f"{spec.backbone} is no classifier: it returns {found} for images of {spec.image_size} pixels",
+        problem = f"{spec.backbone} does not return the outputs of the task {spec.task}"
+        raise UsageError(f"{problem}: it returns {found} for images of {spec.image_size} pixels",
                          "Choose another backbone; those whose names end in _enc have no classifier.")
 
 # %% ../../nbs/models/03_vision_model.ipynb #unseen-border

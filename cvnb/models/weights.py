@@ -291,7 +291,8 @@ def resize_layers(
         elif isinstance(layer, nn.Linear): layer.out_features, layer.in_features = weight.shape
         elif isinstance(layer, nn.BatchNorm2d):
             layer.num_features = len(weight)
-            layer.running_mean, layer.running_var = torch.zeros(len(weight)), torch.ones(len(weight))
+            layer.running_mean = torch.zeros(len(weight))
+            layer.running_var = torch.ones(len(weight))
         else:
             raise CvnbError(f"layer {name} ({type(layer).__name__}) cannot be resized to {tuple(weight.shape)}",
                             "Prune it with the compress stage.")

@@ -243,7 +243,8 @@ class ForkedProcess:
         address: str,   # of a fork server
         request: dict,  # argv, env, cwd
     ):
-        self.returncode, self._connection = None, socket.socket(socket.AF_UNIX)
+        self.returncode = None
+        self._connection = socket.socket(socket.AF_UNIX)
         self._connection.connect(address)
         self._lines = self._connection.makefile("rb", buffering=0)   # unbuffered: `select` must see all unread lines
         self._connection.sendall(json.dumps(request).encode() + b"\n")
@@ -304,7 +305,8 @@ def start_fork_server(
     if _own_server: return _own_server["address"]
     if not hasattr(os, "fork") or not _sockets_fit(): return ""
     folder = tempfile.mkdtemp(prefix="cvnb-")
-    address, (lease, theirs) = os.path.join(folder, "fork"), socket.socketpair()
+    address = os.path.join(folder, "fork")
+    lease, theirs = socket.socketpair()
     packages = [p for p in PRELOADED_PACKAGES.split() if wanted is None or p.split(".")[0] in wanted]
     names = " ".join([KERNEL_MODULES, *packages])
     call = f"serve_forks({address!r}, {theirs.fileno()}, {names!r})"
@@ -376,7 +378,8 @@ class ForkKernelManager(AsyncKernelManager):
         if not _sockets_fit(): return
         server = os.path.dirname(os.environ.get(FORK_SERVER_VARIABLE, ""))   # deleted when the server ends
         self._folder = tempfile.mkdtemp(prefix="cvnb-k-", dir=server if os.path.isdir(server) else None)
-        self.transport, self.ip = "ipc", os.path.join(self._folder, "k")
+        self.transport = "ipc"
+        self.ip = os.path.join(self._folder, "k")
 
     def cleanup_connection_file(self) -> None:
         super().cleanup_connection_file()

@@ -157,12 +157,13 @@ def parse_parameters(
 # %% ../../nbs/pipeline/01_params.ipynb #4903f0ce
 @dataclass(frozen=True)
 class Contract:
-    "What a stage takes: its parameters, and the stages it needs."
+    "What a stage takes and records: its parameters, the stages it needs, and its metrics."
     stage: str                                      # stage name
     path: Path                                      # the notebook
     title: str = ""                                 # one sentence about the stage
     needs: list[str] = field(default_factory=list)  # stages whose files it reads
     params: list[Param] = field(default_factory=list)
+    metrics: list[str] = field(default_factory=list)   # that its title cell names; * stands for any text
 
     @property
     def names(self) -> list[str]:   # parameter names
@@ -184,6 +185,15 @@ def read_cells(
         raise CvnbError(f"{path} is not a notebook", "Restore it from version control.") from None
     return [c | dict(source="".join(c["source"])) for c in cells]
 
+# %% ../../nbs/pipeline/01_params.ipynb #9d1f40a7
+def _read_names(
+    title: str,   # a title cell
+    key: str,     # such as "needs"
+) -> list[str]:   # empty if the title has no such line
+    "Read a list of names, such as `- needs: [audit]`."
+    found = re.search(rf"^- {key}: *\[(.*)\]", title, re.M)
+    return [name.strip() for name in found[1].split(",") if name.strip()] if found else []
+
 # %% ../../nbs/pipeline/01_params.ipynb #df9ee558
 def read_contract(
     path: Path | str,   # a stage notebook
@@ -198,10 +208,9 @@ def read_contract(
     except ValueError as e:
         raise CvnbError(f"the parameters cell of {path.name} cannot be read: {str(e).rstrip('.')}") from None
     head = next((c["source"] for c in cells if c["cell_type"] == "markdown"), "")
-    needs = re.search(r"^- needs: *\[(.*)\]", head, re.M)
     quote = re.search(r"^> *(.+)", head, re.M)
-    return Contract(path.stem, path, quote[1] if quote else "",
-                    [n.strip() for n in needs[1].split(",") if n.strip()] if needs else [], params)
+    return Contract(path.stem, path, quote[1] if quote else "", _read_names(head, "needs"), params,
+                    _read_names(head, "metrics"))
 
 # %% ../../nbs/pipeline/01_params.ipynb #93c5b734
 def read_contracts(

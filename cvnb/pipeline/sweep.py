@@ -56,8 +56,8 @@ def run_sweep(
         update_trial_states(load_trials(sweep), known, root)   # another call may have run trials meanwhile
         write_sweep(sweep)
         if not has_remaining_trials(sweep): return sweep
-        if engine is None or isinstance(engine, ProcessEngine): preload_packages([known[s] for s in sweep.stages])
         engine = engine or ProcessEngine()
+        if not engine.on_cluster: preload_packages([known[s] for s in sweep.stages])
         running: dict[str, _Running] = {}
         try:
             while True:
@@ -71,7 +71,8 @@ def run_sweep(
             for t in sweep.trials:
                 if t.name in running:
                     engine.stop(running[t.name].handle)
-                    t.state, t.seconds = "to do", t.seconds + time.perf_counter() - running[t.name].begin
+                    t.state = "to do"
+                    t.seconds += time.perf_counter() - running[t.name].begin
             engine.close()
             write_sweep(sweep)
 
@@ -137,13 +138,16 @@ def _poll_trials(
     "Check every running trial once: its progress, whether it has ended, and whether to prune it."
     for t in [t for t in sweep.trials if t.name in running]:
         if t.name not in running: continue   # pruned together with another seed of its configuration
-        now, (fraction, text) = running[t.name], _read_progress(sweep, t)
-        now.epochs, before = len(t.curve), now.epochs
+        now = running[t.name]
+        before = now.epochs
+        fraction, text = _read_progress(sweep, t)
+        now.epochs = len(t.curve)
         if (error := engine.poll(now.handle)) is not None:
             t.state, t.why = ("failed", error) if error else ("done", "")
             if not error: t.metric_estimate = read_metric(sweep, t)
         elif sweep.prune and sweep.search != "grid" and now.epochs > before and should_prune(sweep, t, fraction):
-            t.state, t.why = "pruned", f"{t.curve[-1]:.4g} after epoch {len(t.curve)} is worse than the median"
+            t.state = "pruned"
+            t.why = f"{t.curve[-1]:.4g} after epoch {len(t.curve)} is worse than the median"
         else:
             progress(t, "progress", fraction, text)
             continue
@@ -162,7 +166,9 @@ def _trials_ending_with(
     "Mark the trials that end with one."
     if trial.state != "pruned": return [trial]
     group = [t for t in sweep.trials if t.values == trial.values and t.state in ("to do", "running", "pruned")]
-    for t in group: t.state, t.why = "pruned", trial.why
+    for t in group:
+        t.state = "pruned"
+        t.why = trial.why
     return group
 
 # %% ../../nbs/pipeline/10_sweep.ipynb #f4385d53

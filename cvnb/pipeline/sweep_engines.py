@@ -13,7 +13,7 @@ import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import Any, ClassVar
 
 import cvnb
 from ..core.errors import CvnbError, UsageError
@@ -26,7 +26,7 @@ from .params import Contract, check_parameters, read_contracts
 from .runner import Progress, RunParameters, run_pipeline, run_stage
 
 # %% auto #0
-__all__ = ['reuse_stage', 'run_trial', 'trial_error', 'serve_trials', 'ProcessEngine', 'check_reachable', 'RayEngine']
+__all__ = ['ENGINES', 'reuse_stage', 'run_trial', 'trial_error', 'serve_trials', 'ProcessEngine', 'check_reachable', 'RayEngine']
 
 # %% ../../nbs/pipeline/09_sweep_engines.ipynb #8df32108
 def _link_or_copy(
@@ -133,9 +133,12 @@ def serve_trials() -> None:
 # %% ../../nbs/pipeline/09_sweep_engines.ipynb #f16da0cd
 class ProcessEngine:
     "Run trials as processes of this machine."
+    on_cluster: ClassVar[bool] = False   # whether it has an address, and its processes import packages by themselves
+
     def __init__(self,
-        jobs: int = 1,   # trials at a time; the cores are divided among them
+        jobs: int = 0,   # trials at a time, among which the cores are divided; by default one
     ):
+        jobs = jobs or 1
         self.jobs = jobs
         self._idle: list[WorkerProcess] = []
         self._env = {"OMP_NUM_THREADS": str(max(1, n_cores() // jobs))} if jobs > 1 else {}
@@ -184,9 +187,11 @@ def check_reachable(
 # %% ../../nbs/pipeline/09_sweep_engines.ipynb #ef18b290
 class RayEngine:
     "Run trials as tasks of a Ray cluster."
+    on_cluster: ClassVar[bool] = True
+
     def __init__(self,
-        address: str = "auto",   # of the cluster: HOST:PORT, ray://HOST:PORT, or auto
         jobs: int = 0,           # trials at a time; by default one per processor of the cluster
+        address: str = "auto",   # of the cluster: HOST:PORT, ray://HOST:PORT, or auto
     ):
         try: import ray
         except ModuleNotFoundError: raise UsageError("Ray is not installed", "pip install 'cvnb[ray]'") from None
@@ -225,3 +230,6 @@ class RayEngine:
     def close(self) -> None:
         "Disconnect from the cluster."
         self.ray.shutdown()
+
+# %% ../../nbs/pipeline/09_sweep_engines.ipynb #ad7e4a94
+ENGINES: dict[str, type] = dict(processes=ProcessEngine, ray=RayEngine)   # where the trials of a sweep run

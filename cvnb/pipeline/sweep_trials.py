@@ -163,12 +163,10 @@ def group_configurations(
 def declared_metrics(
     contract: Contract,   # a stage
 ) -> list[str]:           # names of the metrics that it records; * stands for a part that its code fills in
-    "Read which metrics a stage records, without running it: from `- metrics: [...]` in its title cell, or its code."
-    cells = read_cells(contract.path)
-    title = re.search(r"^- metrics: \[(.*)\]$", cells[0]["source"], re.M) if cells else None
-    if title: return sorted(name.strip() for name in title[1].split(","))
+    "List the metrics that a stage records, without running it: those of its contract, or else those in its code."
+    if contract.metrics: return sorted(contract.metrics)
     found = set()
-    for cell in cells:
+    for cell in read_cells(contract.path):
         try: tree = ast.parse(cell["source"]) if cell["cell_type"] == "code" else ast.parse("")
         except SyntaxError: return ["*"]   # an IPython line, which may record anything
         for node in ast.walk(tree):
@@ -378,7 +376,8 @@ def encode_values(
     "Encode a configuration for Optuna."
     coded = {}
     for a in sweep.axes:
-        v, listed = values[a.name], [str(v) for v in a.values]   # a path comes back from JSON as text
+        v = values[a.name]
+        listed = [str(known) for known in a.values]   # a path comes back from JSON as text
         if listed:
             if str(v) not in listed: return None
             coded[a.name] = listed.index(str(v))
@@ -417,7 +416,10 @@ def update_trial_states(
         run = sweep.run_folder(t)
         key = digest(chain_keys(parameters, sweep.stages, known, root, seen))
         done = fresh_stages(run, parameters, sweep.stages, known, root, seen) == sweep.stages
-        if done: t.state, t.metric_estimate, t.why = "done", read_metric(sweep, t), ""
+        if done:
+            t.state = "done"
+            t.metric_estimate = read_metric(sweep, t)
+            t.why = ""
         elif t.state != "pruned" or t.key != key or not sweep.prune:
             t.state = "to do"
             t.metric_estimate = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -43,6 +43,12 @@ class Task(ABC):
     ) -> pd.Series:          # equal text where labels mean the same
         "Write labels that mean the same in the same way."
         return labels
+
+    def names_in(self,
+        label: str,    # text, from the manifest or of a correction
+    ) -> list[str]:    # each must be that of a class; a number has none
+        "List the class names in a label."
+        return [label]
 
     @abstractmethod
     def classes(self,
@@ -129,7 +135,7 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self,
-        logits: Tensor,                  # (B, C)
+        logits: Tensor,                  # (B, …)
         targets: Tensor,                 # from `collate_targets` or `soft_targets`
         smoothing: float = 0.0,          # label smoothing, 0 … 1
         weights: Tensor | None = None,   # from `class_weights` (C,)
@@ -138,8 +144,8 @@ class Task(ABC):
 
     @abstractmethod
     def predict(self,
-        logits: Tensor,   # (N, C)
-    ) -> Tensor:          # probabilities or values (N, C)
+        logits: Tensor,   # (N, …)
+    ) -> Tensor:          # probabilities or values (N, …)
         "Turn logits into predictions; the exported graph ends with this function."
 
     def average_mirrored(self,
@@ -151,25 +157,56 @@ class Task(ABC):
 
     @abstractmethod
     def score(self,
-        logits: Tensor,    # (N, C)
+        logits: Tensor,    # (N, …)
         targets: Tensor,   # (N, …)
     ) -> float:            # larger is better
         "Compute the main metric without its interval."
 
     @abstractmethod
     def metrics(self,
-        logits: np.ndarray,        # (N, C)
+        logits: np.ndarray,        # (N, …)
         targets: np.ndarray,       # from `encode`
     ) -> dict[str, Estimate]:      # the main metric first
         "Estimate the metrics with 95 % intervals."
+
+    def metric_range(self,
+        name: str,              # key of `metrics`
+    ) -> tuple[float, float]:   # lowest and highest value
+        "Return the range of a metric."
+        return 0.0, 1.0
 
     @abstractmethod
     def prediction_table(self,
         classes: list[str],    # from `classes`
         rows: pd.DataFrame,    # manifest rows: path, split, label
-        logits: np.ndarray,    # (N, C)
+        logits: np.ndarray,    # (N, …)
     ) -> pd.DataFrame:         # path, split, label, predicted and columns of the task
         "Put predictions beside labels, one row per image."
+
+    def rank_predictions(self,
+        table: pd.DataFrame,   # from `prediction_table` (N,)
+    ) -> np.ndarray:           # positions in the table, worst first
+        "Sort predictions from the worst to the best; keep the order if the table cannot compare them."
+        return np.arange(len(table))
+
+    def caption(self,
+        row: Any,   # of `prediction_table`, from `itertuples`
+    ) -> str:       # "1.5 → 1.25"
+        "Write a label and its prediction."
+        return f"{row.label} → {row.predicted}"
+
+    def format_target(self,
+        target: Tensor,       # of one image, from `collate_targets` or `soft_targets`
+        classes: list[str],   # from `classes`
+    ) -> str:                 # for people
+        "Write a target."
+        return " ".join(f"{v:.3g}" for v in target.flatten().tolist())
+
+    def confusion_counts(self,
+        table: pd.DataFrame,       # from `prediction_table`
+    ) -> pd.DataFrame | None:      # label, predicted, n, without empty cells; None unless an image has one class
+        "Count the images of each label and prediction."
+        return None
 
     def class_counts(self,
         targets: np.ndarray,   # from `encode`
@@ -224,8 +261,20 @@ def _class_indices(
     image = _image_name(images[first], paths)
     raise CvnbError(f"'{name}' of {image} is not among the {len(classes)} classes", did_you_mean(name, classes)[:200])
 
+# %% ../../nbs/tasks/01_labels.ipynb #c1a55e5d
+class _ClassTask(Task):
+    "Show predictions of classes with their confidence."
+    def rank_predictions(self, table: pd.DataFrame) -> np.ndarray:
+        return np.argsort(np.where(table.correct, 1, -1) * table.confidence.to_numpy(float), kind="stable")
+
+    def caption(self, row: Any) -> str: return f"{super().caption(row)} {row.confidence:.2f}"
+
+    def format_target(self, target: Tensor, classes: list[str]) -> str:
+        if target.ndim == 0: return classes[target]   # an index; otherwise shares of the classes (C,)
+        return " ".join(f"{classes[i]}:{target[i]:.1f}".removesuffix(":1.0") for i in target.nonzero().flatten())
+
 # %% ../../nbs/tasks/01_labels.ipynb #87b6ab6d
-class Classification(Task):
+class Classification(_ClassTask):
     "One class per image."
     name = "classification"
     main_metric = "accuracy"
@@ -263,6 +312,9 @@ class Classification(Task):
         table["confidence"] = probabilities.max(1).astype(float)
         return table.assign(correct=table.predicted == table.label, probabilities=list(probabilities))
 
+    def confusion_counts(self, table: pd.DataFrame) -> pd.DataFrame | None:
+        return table.groupby(["label", "predicted"]).size().reset_index(name="n")
+
     def class_counts(self, targets: np.ndarray, classes: list[str]) -> np.ndarray:
         return np.bincount(targets, minlength=len(classes)).astype(float)
 
@@ -278,7 +330,7 @@ class Classification(Task):
         return labels
 
 # %% ../../nbs/tasks/01_labels.ipynb #3851d940
-class Multilabel(Task):
+class Multilabel(_ClassTask):
     "Any number of classes per image."
     name = "multilabel"
     main_metric = "f1"
@@ -299,6 +351,8 @@ class Multilabel(Task):
     def normalize_labels(self, labels: pd.Series) -> pd.Series:
         parts = labels.map(lambda label: {p.strip() for p in str(label).split(LABEL_SEPARATOR)})
         return parts.map(lambda names: LABEL_SEPARATOR.join(sorted(names)))
+
+    def names_in(self, label: str) -> list[str]: return sorted({p.strip() for p in label.split(LABEL_SEPARATOR)})
 
     def classes(self, labels: pd.Series, paths: Sequence[str] | None = None) -> list[str]:
         return sorted({p for parts in self.split_labels(labels, paths) for p in parts})
@@ -377,6 +431,11 @@ class Regression(Task):
         parts = labels.map(lambda label: str(label).split(LABEL_SEPARATOR))
         return parts.map(lambda numbers: LABEL_SEPARATOR.join(_shortest_number(p.strip()) for p in numbers))
 
+    def names_in(self, label: str) -> list[str]:
+        import pandas as pd
+        numbers = pd.to_numeric(pd.Series(label.split(LABEL_SEPARATOR)), errors="coerce")
+        return [] if numbers.notna().all() else [label]
+
     def classes(self, labels: pd.Series, paths: Sequence[str] | None = None) -> list[str]:
         k = str(labels.iloc[0]).count(LABEL_SEPARATOR) + 1
         return ["value"] if k == 1 else [f"value_{i + 1}" for i in range(k)]
@@ -430,6 +489,11 @@ class Regression(Task):
         error = np.linalg.norm(logits - self.encode(table.label, classes, table.path), axis=1)
         table["predicted"] = [LABEL_SEPARATOR.join(f"{v:.6g}" for v in row) for row in logits]
         return table.assign(error=error.astype(float), values=list(np.asarray(logits, np.float32)))
+
+    def rank_predictions(self, table: pd.DataFrame) -> np.ndarray:
+        return np.argsort(-table.error.to_numpy(float), kind="stable")
+
+    def metric_range(self, name: str) -> tuple[float, float]: return (-np.inf, 1.0) if name == "r2" else (0.0, np.inf)
 
     def strata(self, labels: pd.Series, ranges: int = 10, paths: Sequence[str] | None = None) -> pd.Series:
         import pandas as pd

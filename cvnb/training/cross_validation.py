@@ -197,14 +197,6 @@ def _run_fold(
     clear_checkpoints(folder)
     return row, predictions, notes
 
-# %% ../../nbs/training/14_cross_validation.ipynb #limits
-def _metric_range(
-    name: str,   # of a metric
-) -> tuple[float, float]:   # lowest and highest value
-    "Return the range of a metric."
-    if name.startswith(("mae", "rmse")): return 0, np.inf
-    return -np.inf if name == "r2" else 0, 1
-
 # %% ../../nbs/training/14_cross_validation.ipynb #932650d2
 def cross_validate(
     make_model: Callable[[], VisionModel],   # creates a new model
@@ -228,7 +220,7 @@ def cross_validate(
     table = pd.DataFrame([row for row, _, _ in results])
     predictions = pd.concat([part for _, part, _ in results]).set_index("row").sort_index().reset_index(drop=True)
     names = table.columns.drop(["fold", "n_train", "n_val"])
-    metrics = {name: estimate_mean(table[name].to_list(), 1 / (k - 1), _metric_range(name)) for name in names}
+    metrics = {name: estimate_mean(table[name].to_list(), 1 / (k - 1), task.metric_range(name)) for name in names}
     notes = []
     if folds[0].chooses:
         notes.append("in each fold, about a tenth of the training images is held out and chooses the model")

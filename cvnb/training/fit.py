@@ -40,7 +40,7 @@ from .linear_probe import fit_head
 from .loaders import LabelledImages, check_classes
 from .module import Criterion, DataModule, TrainingModule, image_size_at_epoch
 from .optim import make_ema_update
-from .options import FitOptions
+from .options import BALANCE_MODES, DEVICES, KEEP_MODES, TUNE_MODES, FitOptions
 
 # %% auto #0
 __all__ = ['training_parts', 'training_identity', 'restart_reasons', 'clear_checkpoints', 'silence_lightning',
@@ -191,8 +191,7 @@ def select_accelerator(
     options: FitOptions,   # how to train
 ) -> str:                  # name of a Lightning accelerator
     "Choose where to compute; raise `CvnbError` if the device is missing."
-    if options.device not in ("auto", "cpu", "gpu"):
-        raise UsageError(f"device '{options.device}' is not auto, cpu or gpu")
+    if options.device not in DEVICES: raise UsageError(f"device '{options.device}' is none of {', '.join(DEVICES)}")
     gpus = torch.cuda.device_count()
     needed = options.devices // count_nodes()
     if options.device == "gpu" and not gpus:
@@ -328,8 +327,9 @@ def _check_inputs(
         raise UsageError(f"{task.name} has no classes to balance or to mix",
                          f"Use balance=none, mixup=0 and cutmix=0 for {task.name}.")
     if options.strategy.startswith("fsdp"): _check_fsdp(options)
-    if options.tune not in ("full", "head_first", "probe"):
-        raise UsageError(f"tune '{options.tune}' is not full, head_first or probe")
+    for name, known in dict(tune=TUNE_MODES, balance=BALANCE_MODES, keep=KEEP_MODES).items():
+        value = getattr(options, name)
+        if value not in known: raise UsageError(f"{name} '{value}' is none of {', '.join(known)}")
     _check_batch_size(options)
     notes += _check_fork(options) + _unused_by_probe(options) + patch_coverage_notes(model)
     notes += _left_out_of_epoch(len(train), options)

@@ -319,16 +319,6 @@ class TrainLoader:
             return self.images.index_select(0, index.to(self.device, non_blocking=True))
         return self.images.index_select(0, index).pin_memory().to(self.device, non_blocking=True)
 
-# %% ../../nbs/training/02_loaders.ipynb #cell-29
-def _target_title(
-    target: Tensor,       # a class index, shares of classes (C,), or values (K,)
-    classes: list[str],   # class names; empty for values
-) -> str:                 # for people
-    "Format the target of an image."
-    if target.ndim == 0: return classes[target]
-    if not classes: return " ".join(f"{v:.3g}" for v in target.tolist())
-    return " ".join(f"{classes[i]}:{target[i]:.1f}".removesuffix(":1.0") for i in target.nonzero().flatten())
-
 # %% ../../nbs/training/02_loaders.ipynb #219b804a
 def show_batch(
     data: LabelledImages,   # training images
@@ -342,5 +332,5 @@ def show_batch(
     "Show training images as the network sees them, after augmentation and mixing."
     loader = TrainLoader(data, n, augment, task=task, n_outputs=len(classes), mixup=mixup, cutmix=cutmix)
     images, targets, _ = next(iter(loader))
-    titles = [_target_title(target, classes) for target in targets]
+    titles = [loader.task.format_target(target, classes) for target in targets]
     return plot_image_grid(list(images.numpy()), titles, columns=len(images), cell=(1, 1.3))

@@ -83,7 +83,7 @@ class DataModule(pl.LightningDataModule):
         return tuple(t.to(device, non_blocking=True) for t in batch[:2]) + batch[2:]   # positions stay on the CPU
 
 # %% ../../nbs/training/07_module.ipynb #cell-11
-Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]   # logits (B, C), targets (B, …), uint8 (B, S, S, 3) -> loss
+Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]   # logits (B, …), targets (B, …), uint8 (B, S, S, 3) -> loss
 LOSS_READ_INTERVAL = 20   # batches, on a GPU
 _NOT_FINITE_REMEDY = ("Lower the learning rate (lr), clip the gradients (clip=1), use precision 32-true, "
                       "or look at these images.")
@@ -205,7 +205,7 @@ class TrainingModule(pl.LightningModule):
                         f"(images: {shown})", _NOT_FINITE_REMEDY)
 
     def _find_culprits(self,
-        logits: Tensor,           # (B, C)
+        logits: Tensor,           # (B, …)
         targets: Tensor,          # (B, …)
         images: Tensor | None,    # uint8 (B, S, S, 3), if they were kept
     ) -> Tensor:                  # bool (B,): images whose own loss is not finite; all of them if there are none

@@ -8,9 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 # %% auto #0
-__all__ = ['FitOptions']
+__all__ = ['DEVICES', 'TUNE_MODES', 'BALANCE_MODES', 'KEEP_MODES', 'FitOptions']
 
 # %% ../../nbs/training/06_options.ipynb #cell-5
+DEVICES = ("auto", "cpu", "gpu")
+TUNE_MODES = ("full", "head_first", "probe")   # head_first: first the head on fixed features; probe: the head alone
+BALANCE_MODES = ("none", "weights", "sampling")   # rare classes weigh more in the loss, or are drawn more often
+KEEP_MODES = ("last", "best")   # which epoch's weights a training ends with: best by the validation metric
+
 @dataclass(frozen=True)
 class FitOptions:
     "How to train."
@@ -25,22 +30,22 @@ class FitOptions:
     erasing: float = 0.0          # share of images of which a rectangle is erased
     mixup: float = 0.0            # alpha of MixUp, 0 is off
     cutmix: float = 0.0           # alpha of CutMix, 0 is off
-    tune: str = "full"            # "full", "head_first" (first the head on fixed features) or "probe" (the head alone)
+    tune: str = "full"            # one of TUNE_MODES
     optimizer: str = "adamw"      # one of OPTIMIZERS
     momentum: float = 0.9         # of SGD and Muon
     layer_decay: float = 1.0      # factor of the learning rate from layer to layer, towards the input
     schedule: str = "one-cycle"   # of the learning rate, one of SCHEDULES
     warmup: float = 0.25          # share of the steps in which the rate rises
-    balance: str = "none"         # "weights" (in the loss) or "sampling" for rare classes
+    balance: str = "none"         # one of BALANCE_MODES
     clip: float = 0.0             # largest norm of the gradients, 0 is off
     accumulate: int = 1           # batches per optimizer step
     ema: float = 0.0              # decay of the moving average of the weights, 0 is off
     patience: int = 0             # epochs without a lower validation loss before training stops, 0 is off
-    keep: str = "last"            # weights of the "last" epoch, or of the one with the "best" validation metric
+    keep: str = "last"            # one of KEEP_MODES
     resolution: float = 1.0       # share of the image size at which training begins
     precision: str = "32-true"    # Lightning's precision
     compile: bool = False         # whether torch compiles the network
-    device: str = "auto"          # "auto", "cpu" or "gpu"
+    device: str = "auto"          # one of DEVICES
     devices: int = 1              # processes, each with a device
     strategy: str = "auto"        # Lightning's: "ddp", "fsdp", "ddp_notebook" …
     workers: int = 0              # threads that make batches ahead

@@ -29,7 +29,7 @@ def predict_with_tta(
     tta: str = "none",      # "flip" averages the predictions for an image and its mirror image
     device: str = "auto",   # "cpu" does not use a GPU
     progress: Callable[[float, str], None] | None = None,   # called with the fraction that is done and a text
-) -> np.ndarray:            # logits float32 (N, C); for regression numbers (N, K)
+) -> np.ndarray:            # logits of the task, float32 (N, …)
     "Predict images, on the GPU if there is one."
     device = torch_device(device)
 

@@ -21,6 +21,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from ..core.errors import UsageError, did_you_mean
 from ..core.stage import Stage
 from ..data.image_grid import plot_image_grid
+from ..tasks.labels import Classification, Task
 from .callbacks import EpochHistory
 from .module import batches_in_step
 from .wandb_tracker import open_wandb
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['TRACKERS', 'Tracker', 'open_tracker', 'close_tracker', 'StepTracker', 'rank_predictions', 'plot_best_and_worst',
-           'log_predictions', 'log_confusion', 'log_audit', 'log_model']
+__all__ = ['TRACKERS', 'Tracker', 'open_tracker', 'close_tracker', 'StepTracker', 'plot_best_and_worst', 'log_predictions',
+           'log_confusion', 'log_audit', 'log_model']
 
 # %% ../../nbs/training/12_tracking.ipynb #cell-45
 @runtime_checkable
@@ -195,43 +196,20 @@ class StepTracker(pl.Callback):
             values = {f"epoch/{k}": v for k, v in row.items() if k != "epoch"} | dict(epoch=row["epoch"])
             for logger in trainer.loggers: logger.log_metrics(values, step=trainer.global_step)
 
-# %% ../../nbs/training/12_tracking.ipynb #cell-28
-def rank_predictions(
-    table: pd.DataFrame,   # predictions: correct and confidence, or error
-) -> np.ndarray:           # positions in the table, worst first
-    "Sort predictions from the most confident error to the most confident correct one."
-    if "error" in table: order = -table.error.to_numpy(float)
-    else: order = np.where(table.correct, 1, -1) * table.confidence.to_numpy(float)
-    return np.argsort(order, kind="stable")
-
-# %% ../../nbs/training/12_tracking.ipynb #cell-46
-def _format_label(
-    value: Any,   # a label or a prediction: text, a number, or several numbers
-) -> str:
-    "Format a label."
-    if isinstance(value, str): return value
-    return f"{value:.3g}" if isinstance(value, float) else " ".join(map(str, np.atleast_1d(value)))
-
-# %% ../../nbs/training/12_tracking.ipynb #cell-29
-def _prediction_caption(
-    row: Any,   # of a table of predictions, from `itertuples`
-) -> str:       # "cat → dog 0.93"
-    "Write a label, its prediction and the confidence."
-    confidence = f" {row.confidence:.2f}" if hasattr(row, "confidence") else ""
-    return f"{_format_label(row.label)} → {_format_label(row.predicted)}{confidence}"
-
 # %% ../../nbs/training/12_tracking.ipynb #cell-33
 def plot_best_and_worst(
     table: pd.DataFrame,   # predictions of a split
     images: np.ndarray,    # its images, uint8 (N, S, S, 3), in the same order
     n: int = 8,            # images per line
+    task: Task | None = None,   # of the predictions; classification by default
 ) -> Figure:
     "Plot the worst predictions above the best; errors have red titles."
-    order = rank_predictions(table)
+    task = task or Classification()
+    order = task.rank_predictions(table)
     n = max(1, min(n, len(order) // 2))
     shown = np.concatenate([order[:n], order[::-1][:n]])
     rows = list(table.iloc[shown].itertuples())
-    titles = [_prediction_caption(row).replace(" → ", "\n→ ") for row in rows]
+    titles = [task.caption(row).replace(" → ", "\n→ ") for row in rows]
     colors = ["black" if getattr(row, "correct", True) else "crimson" for row in rows]
     return plot_image_grid(list(images[shown]), titles, colors, columns=n, cell=(1.25, 1.7), fontsize=7,
                            row_names=("worst", "best"))
@@ -243,22 +221,26 @@ def log_predictions(
     tracker: Any,          # from `open_tracker`
     table: pd.DataFrame,   # predictions of a split
     images: np.ndarray,    # its images, uint8 (N, S, S, 3), in the same order
+    task: Task | None = None,   # of the predictions; classification by default
 ) -> None:
     "Log the worst and the best validation predictions as images with captions."
     if not tracker: return
-    order = rank_predictions(table)
+    task = task or Classification()
+    order = task.rank_predictions(table)
     for end, shown in dict(worst=order[:_N_LOGGED], best=order[::-1][:_N_LOGGED]).items():
-        captions = [f"{row.path}: {_prediction_caption(row)}" for row in table.iloc[shown].itertuples()]
+        captions = [f"{row.path}: {task.caption(row)}" for row in table.iloc[shown].itertuples()]
         tracker.log_images(f"val/{end}", images[shown], captions)
 
 # %% ../../nbs/training/12_tracking.ipynb #cell-44
 def log_confusion(
     tracker: Any,          # from `open_tracker`
-    table: pd.DataFrame,   # validation predictions of a classification: label and predicted
+    table: pd.DataFrame,   # validation predictions
+    task: Task | None = None,   # of the predictions; classification by default
 ) -> None:
-    "Log the confusion matrix without its empty cells: a thousand classes have a million cells and few errors."
+    "Log the confusion matrix of a task with one class per image, without its empty cells."
     if not tracker: return
-    counts = table.groupby(["label", "predicted"]).size().reset_index(name="n")
+    counts = (task or Classification()).confusion_counts(table)
+    if counts is None: return
     tracker.log_confusion_counts("val/confusion", counts, "confusion matrix of the validation images")
 
 # %% ../../nbs/training/12_tracking.ipynb #cell-34

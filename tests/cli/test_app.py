@@ -17,6 +17,7 @@ from cvnb.cli.runs import run_command
 from cvnb.cli.sweeps import sweep_command
 from cvnb.data.named import NAMED_DATASETS
 from cvnb.pipeline.params import read_contracts
+from cvnb.pipeline.sweep_engines import ENGINES
 from cvnb.pipeline.sweep_trials import SEARCH_METHODS
 from cvnb.tasks.labels import TASKS
 
@@ -136,7 +137,7 @@ def test_every_sub_command_has_help(call, group, app):
         assert code == 0 and f"cvnb {group} {command.name}" in out and command.callback.__doc__.split()[0] in out
 
 
-def test_listing_commands(call, monkeypatch):
+def test_listing_commands_print_tables_and_json(call, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     assert all(name in call("data")[1] for name in NAMED_DATASETS)
     table = call("params", "train")[1]
@@ -163,3 +164,8 @@ def test_help_of_data_split_lists_every_task():
 
 def test_help_of_sweep_lists_every_search_method():
     assert re.split(", | or ", option_help(sweep_command, "search").split(".")[0]) == list(SEARCH_METHODS)
+
+
+def test_help_of_sweep_lists_every_engine():
+    listed = option_help(sweep_command, "engine").split(".")[0].removeprefix("Where trials run: ")
+    assert re.split(", | or ", listed) == list(ENGINES)

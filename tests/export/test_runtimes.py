@@ -26,7 +26,7 @@ from cvnb.models.weights import create_model, load_model, save_model
 CLASSES = ["cat", "dog"]
 
 
-def test_entries_are_unambiguous() -> None:
+def test_runtimes_have_distinct_suffixes_and_markers() -> None:
     for name, runtime in RUNTIMES.items():
         assert runtime.name == name
         assert not runtime.in_bundle or (runtime.file and runtime.in_parity)

@@ -176,7 +176,7 @@ def test_docs_faults_are_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("notebook", STAGES, ids=ids)
-def test_stage_notebook(notebook: Path) -> None:
+def test_stage_notebook_keeps_the_rules(notebook: Path) -> None:
     assert house.stage_faults(notebook) == []
 
 
@@ -235,8 +235,9 @@ def test_alone(own): pass
 def test_sharing(shared): pass
 def test_quick(): pass
 """)
-    assert conftest.apart(tmp_path) == {f"{tmp_path.name}/test_x.py::test_alone"}
-    assert "tests/pipeline/test_kill.py::test_training_and_bundle_survive_kills" in conftest.apart(ROOT/"tests")
+    assert conftest.find_independent_slow_tests(tmp_path) == {f"{tmp_path.name}/test_x.py::test_alone"}
+    found = conftest.find_independent_slow_tests(ROOT/"tests")
+    assert "tests/pipeline/test_kill.py::test_training_and_bundle_survive_kills" in found
 
 
 def test_failed_test_is_named(tmp_path: Path) -> None:
@@ -255,11 +256,11 @@ def test_import_faults_are_found() -> None:
     planted = {"core.files": "def f():\n    from cvnb.data import tables", "core.errors": "import cvnb.core.system",
                "core.system": "from .stage import now", "core.stage": "from . import errors\nfrom .gone import f",
                "data.tables": "from ..core.files import f\nimport cvnb"}
-    assert house.upward_imports(planted) == ["core.files imports data.tables, which stands higher"]
+    assert house.upward_imports(planted) == ["core.files imports data.tables, which is in a higher package"]
     assert {f.split(" ")[0] for f in house.circles(planted)} == set(planted)
     assert house.unknown_imports(planted) == ["core.stage imports cvnb.core.gone.f, which does not exist"]
     del planted["core.files"]
-    assert house.circles(planted)[0].startswith("core.errors imports itself by way of core.")
+    assert house.circles(planted)[0].startswith("core.errors imports itself through core.")
 
 
 def test_no_public_name_stands_in_two_modules() -> None:
@@ -334,8 +335,22 @@ def test_code_faults_are_found() -> None:
     assert house.undocumented(planted) == [
         "A.f: parameter a has no annotation", "A.f: result has no annotation", "g has no docstring"]
     assert house.long_functions("def f():\n" + "    1\n" * 60) == ["f has 61 lines"]
-    assert house.packed_assignments("a, b = b, a\nc, d = f()\ng, h = 1, a") == ["line 3: g, h = (1, a)"]
     assert house.star_imports("from os import *") == ["line 1: from os import *"]
+
+
+@pytest.mark.parametrize("line", [
+    "g, h = 1, a", "self.x, self.y = 1, 2", "a, b = [a for a in x], 1", "n, total = 0, total + 1",
+    "now, (x, y) = f(), g()", "a[0], a[1] = 1, 2", "n += 1; continue"])
+def test_assignments_that_share_a_line_are_found(line: str) -> None:
+    found = house.packed_assignments(f"for i in j:\n    {line}")
+    assert len(found) == 1 and found[0].startswith("line 2: ")
+
+
+@pytest.mark.parametrize("line", [
+    "a, b = b, a", "now.n, before = m, now.n", "x[0], x[1] = x[1], x[0]", "c, d = f()", "a = b = 0", "if a: b = 1",
+    "try: a = 1\nexcept: b = 2"])
+def test_swaps_and_unpackings_are_no_faults(line: str) -> None:
+    assert house.packed_assignments(line) == []
 
 
 # Files
@@ -381,7 +396,7 @@ def test_wheel_holds_package_only(contents: zipfile.ZipFile) -> None:
     assert "cvnb/audit/duplicates.py" in modules
 
 
-def test_wheel_metadata(contents: zipfile.ZipFile) -> None:
+def test_wheel_names_extras_requirements_and_entry_points(contents: zipfile.ZipFile) -> None:
     text = lambda name: contents.read(next(n for n in contents.namelist() if n.endswith(f".dist-info/{name}"))).decode()
     metadata = text("METADATA")
     extras = set(re.findall(r"^Provides-Extra: (\w+)$", metadata, re.M))

@@ -224,7 +224,8 @@ def test_encoder_without_classifier_is_refused() -> None:
     "timm's encoders are large; this network is small and returns feature maps as they do."
     model = create_model("test_resnet", CLASSES, 64)
     model.net.reset_classifier(0, "")
-    message = r"test_resnet is no classifier: it returns outputs of the shape \(\d+, \d, \d\) for images of 64 pixels"
+    message = r"test_resnet does not return the outputs of the task classification: " \
+              r"it returns outputs of the shape \(\d+, \d, \d\) for images of 64 pixels"
     with pytest.raises(UsageError, match=message): check_image_size(model)
 
 

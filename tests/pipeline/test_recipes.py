@@ -119,7 +119,7 @@ def test_wrong_recipe_is_refused(monkeypatch, capsys, tmp_path, kind):
     assert not (tmp_path/"run").exists()
 
 
-def test_at_least_fifty_faults_are_tried():
+def test_recipe_faults_are_at_least_fifty():
     assert len(WRONG_SETS) + len(WRONG_RECIPES) >= 50
 
 

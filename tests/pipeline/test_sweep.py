@@ -269,7 +269,7 @@ def test_wrong_call_is_refused_in_one_line(project, args):
     assert error.startswith("cvnb: ") and len(error.strip().splitlines()) == 1 and not (project/"sweeps").exists()
 
 
-def test_other_folder_is_refused(project):
+def test_other_folder_is_refused_as_sweep_folder(project):
     (project/"sweeps/x").mkdir(parents=True)
     (project/"sweeps/x/letter.txt").write_text("dear")
     assert "is not a sweep, it holds letter.txt" in sweep(project, "--set", "train.lr=0.1,0.2", code=2).stderr
@@ -323,7 +323,7 @@ def test_interval_of_shares_stays_between_zero_and_one():
 
 
 @pytest.mark.slow
-def test_sweep_of_real_training(tmp_path, small_photos):
+def test_sweep_of_real_training_shares_the_audit_and_compares_validation_metrics(tmp_path, small_photos):
     args = ("--data", small_photos, "--out", tmp_path/"sweep", "--set", "train.lr=1e-3,3e-3", "--set", "train.epochs=1",
             "--set", "train.tracking=disabled", "--jobs", "2", "--json")
     done = subprocess.run([CVNB, "sweep", *args], capture_output=True, text=True)

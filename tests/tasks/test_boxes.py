@@ -15,7 +15,7 @@ from cvnb.models.inference import predict_logits
 from cvnb.models.vision_model import ModelSpec, VisionModel, check_image_size, task_of
 from cvnb.tasks.labels import TASKS, Task
 from cvnb.training.augment import Augmentation
-from cvnb.training.loaders import LabelledImages, TrainLoader
+from cvnb.training.loaders import LabelledImages, TrainLoader, show_batch
 from cvnb.training.module import SequentialLoader, TrainingModule
 from cvnb.training.options import FitOptions
 
@@ -138,6 +138,11 @@ def test_batches_of_boxes_are_padded() -> None:
     for boxes, i in zip(targets, index.tolist()):
         assert boxes[boxes[:, 0] >= 0].tolist() == data.targets[i]
     assert [len(targets[0]) for _, targets in SequentialLoader(data, Boxes(), 2)] == [2, 1]
+
+
+def test_batch_of_boxes_is_shown_with_its_numbers() -> None:
+    titles = [axes.get_title() for axes in show_batch(box_images(), ["box"], task=Boxes()).axes]
+    assert len(titles) == 4 and "0 0 0.5 0.5 -1 -1 -1 -1" in titles
 
 
 @pytest.mark.parametrize("change", [

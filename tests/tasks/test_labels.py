@@ -28,7 +28,6 @@ from cvnb.models.vision_model import ModelSpec, task_of
 from cvnb.models.weights import create_model, load_classifier, load_model, save_model
 from cvnb.pipeline.params import read_contract
 from cvnb.tasks.labels import TASKS, get_task, with_strata
-from cvnb.training.tracking import rank_predictions
 
 LABELS = dict(classification=["cat", "dog", "cat", "eel"] * 5, multilabel=["red|big", "red", "blue", "big|blue"] * 5,
               regression=["1.5", "2", "-3e1", "40"] * 5)
@@ -156,6 +155,21 @@ def test_r2_of_several_numbers_is_their_mean() -> None:
     assert list(found) == ["r2", "mae_1", "rmse_1", "mae_2", "rmse_2"]
 
 
+@pytest.mark.parametrize("name, label, names", [
+    ("classification", "red|big", ["red|big"]), ("multilabel", "red| big", ["big", "red"]),
+    ("regression", "1.5|-2e1", []), ("regression", "1.5|red", ["1.5|red"])])
+def test_label_names_its_classes(name: str, label: str, names: list[str]) -> None:
+    assert get_task(name).names_in(label) == names
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_metrics_lie_in_their_range(name: str) -> None:
+    task, _, _, targets, logits = make_example(name)
+    for metric, estimate in task.metrics(logits, targets).items():
+        low, high = task.metric_range(metric)
+        assert low <= estimate.low <= estimate.value <= estimate.high <= high
+
+
 def test_multilabel_smoothing_moves_both_targets_to_one_half() -> None:
     p = torch.sigmoid(torch.tensor(2.0))
     for sure, target in (2.0, 1.0), (-2.0, 0.0):     # separately: in one mean a one-sided error could cancel out
@@ -199,7 +213,7 @@ def test_prediction_table_survives_parquet(name: str, tmp_path: Path) -> None:
     assert {"path", "split", "label", "predicted"} <= set(table) and table.path.tolist() == rows.path.tolist()
     back = pd.read_parquet(write_table(tmp_path/"predictions.parquet", table))
     assert back.predicted.tolist() == table.predicted.tolist()
-    assert rank_predictions(back).tolist() == rank_predictions(table).tolist()
+    assert task.rank_predictions(back).tolist() == task.rank_predictions(table).tolist()
 
 
 def test_multilabel_predictions_are_labels_above_one_half() -> None:
@@ -219,7 +233,28 @@ def test_worst_prediction_ranks_first(name: str) -> None:
                   regression=[[1.5], [9]])[name]
     rows = pd.DataFrame(dict(path=["0", "1"], split="val", label=labels[:2]))
     table = task.prediction_table(classes, rows, np.array(logits, np.float32))   # the second is wrong
-    assert rank_predictions(table)[0] == 1
+    assert task.rank_predictions(table)[0] == 1
+
+
+@pytest.mark.parametrize("name, titles", [
+    ("classification", ["cat", "dog", "cat:0.2 eel:0.8"]), ("multilabel", ["big red", "red", "big:0.2 red"]),
+    ("regression", ["1", "0", "-2.35"])])
+def test_target_is_formatted_by_its_task(name: str, titles: list[str]) -> None:
+    task = get_task(name)
+    classes = dict(classification=["cat", "dog", "eel"], multilabel=["big", "red"], regression=["value"])[name]
+    targets = dict(classification=[0, 1, [0.2, 0, 0.8]], multilabel=[[1.0, 1], [0, 1], [0.2, 1]],
+                   regression=[[1.0], [0.0], [-2.345678]])[name]
+    assert [task.format_target(torch.tensor(target), classes) for target in targets] == titles
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_predictions_of_one_class_per_image_have_confusion_counts(name: str) -> None:
+    task, labels, classes, _, logits = make_example(name)
+    rows = pd.DataFrame(dict(path=[f"{i}.png" for i in range(len(labels))], split="val", label=labels.to_numpy()))
+    table = task.prediction_table(classes, rows, logits)
+    counts = task.confusion_counts(table)
+    assert (counts is None) == (name != "classification")
+    if counts is not None: assert counts.n.sum() == len(table) and list(counts) == ["label", "predicted", "n"]
 
 
 def test_several_numbers_rank_by_euclidean_error() -> None:
@@ -227,7 +262,7 @@ def test_several_numbers_rank_by_euclidean_error() -> None:
     logits = np.array([[1, 2.5], [9, 4], [5, 6]], np.float32)
     rows = pd.DataFrame(dict(path=["0", "1", "2"], split="val", label=labels))
     table = task.prediction_table(task.classes(labels), rows, logits)
-    assert rank_predictions(table).tolist() == [1, 0, 2]
+    assert task.rank_predictions(table).tolist() == [1, 0, 2]
 
 
 def test_balancing_gives_classes_equal_weight() -> None:

@@ -36,6 +36,7 @@ from cvnb.tasks.labels import get_task
 from cvnb.training.augment import AUGMENTS
 from cvnb.training.fit import fit
 from cvnb.training.optim import OPTIMIZERS, SCHEDULES
+from cvnb.training.options import BALANCE_MODES, DEVICES, KEEP_MODES, TUNE_MODES
 from cvnb.training.tracking import TRACKERS, StepTracker, close_tracker, open_tracker
 from cvnb.training.tuning import autotune
 
@@ -63,8 +64,15 @@ def test_option_changes_the_weights(data, plain_model, tmp_path, change):
 def test_stage_offers_every_entry_of_the_tables():
     "The choices of the train stage's parameters are typed in its notebook."
     offered = {p.name: get_args(p.type) for p in read_contracts()["train"].params}
-    tables = dict(augment=AUGMENTS, optimizer=OPTIMIZERS, schedule=SCHEDULES, tracking=TRACKERS)
+    tables = dict(augment=AUGMENTS, optimizer=OPTIMIZERS, schedule=SCHEDULES, tracking=TRACKERS, device=DEVICES,
+                  tune=TUNE_MODES, balance=BALANCE_MODES, keep=KEEP_MODES)
     for name, table in tables.items(): assert offered[name] == tuple(table), name
+
+
+@pytest.mark.parametrize("option", ["device", "tune", "balance", "keep"])
+def test_value_outside_of_a_table_is_refused(data, tmp_path, option):
+    with pytest.raises(UsageError, match=f"{option} 'other' is none of .*, "):
+        fit(fresh(NO_BATCHNORM), *data, replace(PLAIN, **{option: "other"}), tmp_path)
 
 
 def test_bfloat16_learns(data, tmp_path, plain_model):

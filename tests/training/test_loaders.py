@@ -18,8 +18,9 @@ from cvnb.data.tables import write_table
 from cvnb.evaluate.errors import analyze_errors, prediction_table
 from cvnb.models.inference import predict_logits
 from cvnb.models.weights import create_model
+from cvnb.tasks.labels import get_task
 from cvnb.training.augment import Augmentation
-from cvnb.training.loaders import TrainLoader, load_splits
+from cvnb.training.loaders import LabelledImages, TrainLoader, load_splits, show_batch
 from cvnb.training.optim import SCHEDULES, make_optimizer, make_schedule
 from cvnb.training.predict import predict_splits, predict_with_tta
 
@@ -29,6 +30,12 @@ def test_each_process_draws_its_own_changes(data):
     loaders = [TrainLoader(train, 20, Augmentation("light"), rank=rank, world=2) for rank in (0, 1)]
     one, two = (next(iter(loader))[0] for loader in loaders)
     assert len(one) == len(two) == 10 and not torch.equal(one, two)
+
+
+def test_batch_of_numbers_shows_each_number():
+    data = LabelledImages(np.zeros((2, 8, 8, 3), np.uint8), np.array([[1.0], [0.0]], np.float32))
+    figure = show_batch(data, ["value"], task=get_task("regression"))
+    assert sorted(axes.get_title() for axes in figure.axes) == ["0", "1"]
 
 
 def test_single_step_has_the_peak_rate():

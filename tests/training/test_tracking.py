@@ -16,6 +16,7 @@ from cvnb.core.errors import UsageError
 from cvnb.core.files import read_json, sha256_file
 from cvnb.core.stage import Stage, read_stage_manifest
 from cvnb.metrics.classification import accuracy
+from cvnb.tasks.labels import Classification
 from cvnb.training import tracking
 from cvnb.training.tracking import (
     StepTracker,
@@ -25,7 +26,6 @@ from cvnb.training.tracking import (
     log_model,
     log_predictions,
     open_tracker,
-    rank_predictions,
 )
 
 pytestmark = pytest.mark.usefixtures("wandb_defaults")
@@ -82,7 +82,7 @@ def test_offline_run_holds_images_confusion_matrix_and_audit(stage: Stage) -> No
     close_tracker(tracker)
     run = read_run(stage)
     logged, files = logged_values(run), run_folder(stage)/"files"
-    order = rank_predictions(table)
+    order = Classification().rank_predictions(table)
     for end, positions in dict(worst=order[:8], best=order[::-1][:8]).items():
         captions = [caption.split(":")[0] for caption in logged[f"val/{end}/captions"]]
         assert captions == table.path.iloc[positions].tolist()
