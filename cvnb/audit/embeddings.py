@@ -17,7 +17,7 @@ from ..core.cache import RowCache
 from ..core.errors import UsageError
 from ..core.files import atomic_path
 from ..core.project import project_root
-from ..data.images import decoder_version, resize_images
+from ..data.images import DEFAULT_DECODING, Decoding, decoder_version, resize_images
 
 # %% auto #0
 __all__ = ['OUT_OF_FOLD_NOTE', 'compute_embeddings', 'hog_features', 'feature_views', 'read_out_of_fold', 'out_of_fold_view',
@@ -28,6 +28,7 @@ def compute_embeddings(
     images: np.ndarray,    # uint8 (N, S, S, 3)
     digests: pd.Series,    # SHA-256 of their files (N,)
     progress: Callable[[float, str], None] | None = None,   # called with the fraction done, 0 … 1, and a text
+    decoding: Decoding = DEFAULT_DECODING,   # of the images
 ) -> np.ndarray:           # float32 (N, 1280), rows of length 1
     "Embed images, with a cache."
     import torch
@@ -44,7 +45,7 @@ def compute_embeddings(
         n_done += len(rows)
 
     name = f"embeddings-{PACKAGED_BACKBONE}-{torch.__version__}-{decoder_version()}-{images.shape[1]}"
-    cache = RowCache(name, (1280,), "float32")
+    cache = RowCache(name + decoding.cache_suffix, (1280,), "float32")
     missing |= cache.missing(list(digests))
     return cache.get_or_compute(list(digests), make, chunk_size=2048)
 
@@ -59,6 +60,7 @@ def _normalize_rows(
 def hog_features(
     images: np.ndarray,    # uint8 (N, S, S, 3)
     digests: pd.Series | None = None,   # SHA-256 of their files (N,): with them the features are cached
+    decoding: Decoding = DEFAULT_DECODING,   # of the images
 ) -> np.ndarray:           # float32 (N, 800), rows of length 1; zeros for an image of one colour
     "Compute histograms of oriented gradients (Dalal and Triggs, 2005)."
     import skimage
@@ -73,7 +75,7 @@ def hog_features(
         out[:] = _normalize_rows(out)
 
     if digests is not None:
-        name = f"edges-{skimage.__version__}-{decoder_version()}-{images.shape[1]}"
+        name = f"edges-{skimage.__version__}-{decoder_version()}-{images.shape[1]}{decoding.cache_suffix}"
         return RowCache(name, (800,), "float32").get_or_compute(list(digests), make, chunk_size=2048)
     make(list(range(len(images))), out := np.empty((len(images), 800), np.float32))
     return out
@@ -85,13 +87,14 @@ def feature_views(
     images: np.ndarray,    # uint8 (N, S, S, 3)
     vectors: np.ndarray,   # their embeddings, float32 (N, 1280)
     digests: pd.Series | None = None,   # SHA-256 of their files (N,): with them `edges` is cached
+    decoding: Decoding = DEFAULT_DECODING,   # of the images
 ) -> dict[str, np.ndarray]:   # network (N, 1280), pixels (N, 768), edges (N, 800): float32, rows of length 1 or 0
     "Compute three views of images: embeddings, thumbnails without brightness and contrast, and edges."
     import torch
     blocks = [torch.from_numpy(images[i:i + 1000]) for i in range(0, len(images), 1000)]
     x = np.concatenate([resize_images(block, _PIXELS_SIDE).flatten(1).numpy() for block in blocks]).astype(np.float32)
     x -= x.mean(axis=1, keepdims=True)
-    return dict(network=vectors, pixels=_normalize_rows(x), edges=hog_features(images, digests))
+    return dict(network=vectors, pixels=_normalize_rows(x), edges=hog_features(images, digests, decoding))
 
 # %% ../../nbs/audit/08_embeddings.ipynb #answers-2
 OUT_OF_FOLD_NOTE = ("the networks of the out-of-fold predictions have learned the original labels, not the "

@@ -261,9 +261,9 @@ def audit_labels(
     data = duplicates.data
     table = duplicates.table
     unique = duplicates.unique
-    vectors = compute_embeddings(duplicates.images, unique.file_sha256, progress)
+    vectors = compute_embeddings(duplicates.images, unique.file_sha256, progress, data.decoding)
     progress(1, "checking labels")
-    views = feature_views(duplicates.images, vectors, unique.file_sha256)
+    views = feature_views(duplicates.images, vectors, unique.file_sha256, data.decoding)
     views |= out_of_fold_view(data.out_of_fold, unique.pixel_sha256, views)
     least = {} if data.task.has_classes else dict(min_class_size=len(table))   # numbers are no classes: none is checked
     found = check_labels(table, pca_features(views), precision, data.seed, **least,

@@ -44,7 +44,6 @@ def _to_rgb(
     "Convert an image of any mode to RGB as an image viewer shows it."
     from PIL import Image
     profile = image.info.get("icc_profile")
-    if image.mode == "LAB": return _lab_to_srgb(image)
     if image.mode == "F" or image.mode.startswith("I"): image = _to_8_bits(image)
     elif "transparency" in image.info or image.mode in ("RGBA", "RGBa", "LA", "La", "PA"):
         image = image.convert("RGBA")
@@ -79,15 +78,6 @@ def _to_srgb(
         if "sRGB" in ImageCms.getProfileDescription(source): return image
         return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (ImageCms.PyCMSError, OSError): return image
-
-# %% ../../nbs/data/03_images.ipynb #f181da67
-def _lab_to_srgb(
-    image: Image.Image,   # LAB
-) -> Image.Image:         # RGB
-    "Convert CIELAB to sRGB, which Pillow's `convert` does not do."
-    from PIL import ImageCms
-    return ImageCms.profileToProfile(image, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"),
-                                     outputMode="RGB")
 
 # %% ../../nbs/data/03_images.ipynb #cell-8
 class UnreadableImage(ValueError):

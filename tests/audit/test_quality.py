@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from PIL import Image, ImageCms, ImageFilter, PngImagePlugin
 
+from cvnb.audit import quality
 from cvnb.audit.privacy import check_privacy, copy_without_metadata, inspect_metadata, read_metadata, strip_metadata
 from cvnb.audit.quality import _huge_header, check_integrity, check_quality, measure_appearance, whole_set_notes
 from cvnb.core.errors import UsageError
@@ -301,10 +302,13 @@ def test_set_of_images_of_one_colour_passes_the_checks_and_is_said(tmp_path: Pat
     assert whole_set_notes(table)[0].startswith("12 of 12 images have one colour only")
 
 
-def test_unreadable_files_are_planted_beyond_the_limit_on_pixels(tmp_path: Path) -> None:
+def test_unreadable_files_are_planted_beyond_the_limit_on_pixels(tmp_path: Path, monkeypatch) -> None:
+    "An image within the limit would be given its memory before it is found to be cut off."
+    planted = []
+    monkeypatch.setattr(quality, "_huge_header", lambda side: planted.append(side) or _huge_header(side))
     table = write_table(tmp_path, [PHOTO.rotate(i) for i in range(4)])
     validation = check_integrity(tmp_path, table, decoding=Decoding(max_megapixels=5000))[0].validation
-    assert validation.recall_by_kind["too_large"].value == 1
+    assert validation.recall_by_kind["too_large"].value == 1 and planted[0] ** 2 > 5000 * 10**6
 
 
 def test_too_large_image_is_reported_with_the_remedy(tmp_path: Path) -> None:

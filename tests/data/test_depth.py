@@ -316,3 +316,17 @@ def test_module_of_the_scale_needs_no_heavy_package():
     import subprocess
     code = "import cvnb.data.depth, cvnb.data.images, sys; assert not {'torch', 'pandas'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_features_of_two_scales_are_cached_apart(tmp_path, cache):
+    from cvnb.audit.embeddings import compute_embeddings, feature_views
+    table = write_set(tmp_path/"data", as_png(0, 4095)(), ".png")
+    views = []
+    for depth in "auto", "16", "auto":
+        found = inspect_depth(tmp_path/"data", table, depth)
+        keys = found.table.file_sha256
+        images = load_images(tmp_path/"data", table.path, 64, digests=keys, decoding=found.decoding)
+        vectors = compute_embeddings(images, keys, decoding=found.decoding)
+        views.append(feature_views(images, vectors, keys, found.decoding))
+    for name in "network", "edges":
+        assert np.array_equal(views[0][name], views[2][name]) and not np.allclose(views[0][name], views[1][name]), name
