@@ -147,9 +147,9 @@ def run_cnn(folder: Path, names: list[str], copies: list[str], packaged: bool):
 
 
 def run_fiftyone(folder: Path, names: list[str], copies: list[str]):
-    from cvnb.data.fiftyone_db import fiftyone
+    from cvnb.data.fiftyone_db import import_fiftyone
     from cvnb.models.embedding import embed_images
-    fo = fiftyone()
+    fo = import_fiftyone()
     import fiftyone.brain as brain
     dataset = fo.Dataset()
     dataset.add_samples([fo.Sample(filepath=str(folder/name)) for name in names], progress=False)
@@ -223,8 +223,8 @@ def import_packages(method: str) -> None:
     if "imagededup" in method: names.append("imagededup.methods")
     if method == "cleanvision": names.append("cleanvision")
     if method == "fiftyone-brain":
-        from cvnb.data.fiftyone_db import fiftyone
-        fiftyone().list_datasets()
+        from cvnb.data.fiftyone_db import import_fiftyone
+        import_fiftyone().list_datasets()
         names.append("fiftyone.brain")
     for name in names: importlib.import_module(name)
     importlib.import_module("torch").set_num_threads(1)

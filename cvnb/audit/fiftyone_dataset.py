@@ -20,7 +20,7 @@ from ..core.errors import CvnbError
 from ..core.files import digest
 from ..core.project import resolve_run
 from ..data.split_names import SPLITS
-from ..data.fiftyone_db import database_errors, fiftyone
+from ..data.fiftyone_db import database_errors, import_fiftyone
 
 
 # %% auto #0
@@ -202,7 +202,7 @@ def write_dataset(
 
     Raise `CvnbError` if the database fails.
     """
-    fo = fiftyone()
+    fo = import_fiftyone()
     name = dataset_name(run)
     import fiftyone.brain as brain
     with database_errors(f"FiftyOne's dataset of {run} could not be written", "An older dataset is unchanged."):
@@ -232,7 +232,7 @@ def load_dataset(
     name = dataset_name(run)
     for attempts_left in 2, 1, 0:
         try:
-            fo = fiftyone()
+            fo = import_fiftyone()
             with database_errors(f"FiftyOne's dataset of {run} cannot be read"):
                 _recover_dataset(fo, name)
                 if fo.dataset_exists(name): return fo.load_dataset(name)

@@ -222,7 +222,7 @@ def audit_duplicates(
     progress: Callable[..., None],   # called with the fraction done, 0 … 1, and a text
 ) -> DuplicateResult:         # exact_duplicate, near_duplicate, leak, two_labels
     "Find copies of images, split the data, and find leaks between splits."
-    from cvnb.tasks.labels import with_strata
+    from cvnb.tasks.labels import replace_labels_by_strata
     data = files.data
     unique = select_unique_images(files.table)
     size = embed_size or max(64, auto_image_size(unique.width, unique.height))
@@ -230,7 +230,7 @@ def audit_duplicates(
     copies = plant_copies(data.root, unique.path, size, seed=data.seed, decoding=data.decoding)
     near = find_near_duplicates(make_thumbnails(images), make_thumbnails(copies.images), copies, precision, similarity,
                                 progress=subprogress(progress, 0.5, 1))
-    strata = with_strata(data.task, files.table)
+    strata = replace_labels_by_strata(data.task, files.table)
     pairs = pair_table(near.pairs, unique)
     split = assign_splits(strata, data.val_share, data.test_share, data.seed, pairs).split
     table = files.table.assign(split=split)

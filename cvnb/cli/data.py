@@ -145,8 +145,8 @@ def _inspect_for_splits(
     with ProgressLines(sys.stderr) as lines:
         table = inspect_images(dataset.root, dataset.rows, lambda f, text: lines("data", "progress", f, text))
     if task is None: return dataset.root, table, table
-    from cvnb.tasks.labels import with_strata
-    return dataset.root, table, with_strata(task, table)
+    from cvnb.tasks.labels import replace_labels_by_strata
+    return dataset.root, table, replace_labels_by_strata(task, table)
 
 # %% ../../nbs/cli/05_data.ipynb #dabf70dc
 def _write_split_table(

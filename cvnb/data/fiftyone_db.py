@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import psutil
 
 # %% auto #0
-__all__ = ['database_folder', 'keep_database', 'start_database', 'fiftyone', 'database_errors']
+__all__ = ['database_folder', 'keep_database', 'start_database', 'import_fiftyone', 'database_errors']
 
 # %% ../../nbs/data/17_fiftyone_db.ipynb #cell-4
 # Nothing calls home unless the user sets these variables otherwise.
@@ -304,7 +304,7 @@ def start_database() -> None:
     with FileLock(lock, timeout=120): _start_keeper()
 
 # %% ../../nbs/data/17_fiftyone_db.ipynb #cell-28
-def fiftyone() -> Any:   # the module `fiftyone`
+def import_fiftyone() -> Any:   # the module `fiftyone`
     "Import FiftyOne and connect to its database, again if it has died; raise `CvnbError` if it cannot be started."
     import logging
     if "fiftyone" in sys.modules:

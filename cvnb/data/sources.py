@@ -513,8 +513,8 @@ def _import_folder(
     field: str,    # field of the label; "" for the usual one
 ) -> pd.DataFrame:   # path, label, split, metadata
     "Build the table of a folder that FiftyOne imports; raise `CvnbError` with the reason if it cannot."
-    from cvnb.data.fiftyone_db import fiftyone
-    fo = fiftyone()
+    from cvnb.data.fiftyone_db import import_fiftyone
+    fo = import_fiftyone()
     cls = _dataset_type(fo, kind)
     options = dict(label_field="ground_truth", progress=False)
     if kind.startswith("TF"): options["images_dir"] = str(temp/"images")   # the images are inside the imported files
@@ -546,9 +546,9 @@ def _open_fiftyone(
         folder = folder.resolve()
         make = partial(_import_folder, kind=kind, folder=folder, field=field)
         return _make_once(_table_folder("fiftyone", str(folder), kind, field, _folder_digest(folder)), make, progress)
-    from cvnb.data.fiftyone_db import fiftyone
+    from cvnb.data.fiftyone_db import import_fiftyone
     progress(0.0, f"reading {name} from FiftyOne")
-    fo = fiftyone()
+    fo = import_fiftyone()
     if not fo.dataset_exists(name):
         known = fo.list_datasets()
         remedy = did_you_mean(name, known) if known else "It has none yet."

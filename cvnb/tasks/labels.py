@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from cvnb.metrics.estimates import Estimate
 
 # %% auto #0
-__all__ = ['TASKS', 'Task', 'Classification', 'Multilabel', 'Regression', 'get_task', 'with_strata']
+__all__ = ['TASKS', 'Task', 'Classification', 'Multilabel', 'Regression', 'get_task', 'replace_labels_by_strata']
 
 # %% ../../nbs/tasks/01_labels.ipynb #0f8e98f1
 @dataclass(frozen=True)
@@ -515,7 +515,7 @@ def get_task(
     return TASKS[name](tuple(map(float, target_std)))
 
 # %% ../../nbs/tasks/01_labels.ipynb #0c55b5e6
-def with_strata(
+def replace_labels_by_strata(
     task: Task,              # defines the strata
     table: pd.DataFrame,     # path, label, ok
     ranges: int = 10,        # of numbers

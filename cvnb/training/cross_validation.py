@@ -22,7 +22,7 @@ from ..data.splits import assign_folds, distinct_images, group_ids
 from ..data.tables import write_table
 from ..metrics.estimates import Estimate, estimate_mean
 from ..models.vision_model import VisionModel, task_of
-from ..tasks.labels import Task, with_strata
+from ..tasks.labels import Task, replace_labels_by_strata
 from .distributed import FORK_STRATEGIES, resolve_strategy
 from .fit import clear_checkpoints, fit, restart_reasons, training_parts
 from .loaders import LabelledImages, missing_classes
@@ -100,7 +100,7 @@ def _plan_folds(
 ) -> list[_Fold]:
     "Assign images to folds and to holdouts."
     ranges = max(1, min(10, len(rows) // (2 * k)))   # of numbers, so that each range is in every fold
-    strata = with_strata(task, rows.assign(ok=True), ranges)
+    strata = replace_labels_by_strata(task, rows.assign(ok=True), ranges)
     merged = strata if task.strata_are_classes else _merge_rare_strata(strata, k)
     assigned = assign_folds(merged, k, options.seed).to_numpy()
     folds = []

@@ -34,7 +34,7 @@ from cvnb.core.errors import CvnbError, UsageError
 from cvnb.core.files import write_json
 from cvnb.core.stage import Stage
 from cvnb.data.dataset import locate_data, scan_dataset
-from cvnb.data.fiftyone_db import fiftyone
+from cvnb.data.fiftyone_db import import_fiftyone
 from cvnb.data.images import inspect_images
 from cvnb.data.splits import assign_splits
 from cvnb.data.tables import write_table
@@ -65,7 +65,7 @@ def run(tmp_path_factory) -> Iterator[Path]:
     os.environ.clear()   # other tests start databases of their own
     os.environ.update(before)
     yield stage.run
-    fiftyone().delete_dataset(dataset_name(stage.run))
+    import_fiftyone().delete_dataset(dataset_name(stage.run))
 
 
 @pytest.fixture
@@ -185,7 +185,7 @@ def test_dataset_under_a_temporary_name_is_recovered_after_a_kill(run):
         assert len(load_dataset(run)) == 60 and load_dataset(run).name == name
     incomplete = load_dataset(run).clone(f"{name}-new-{no_process}")
     assert not incomplete.persistent and len(load_dataset(run)) == 60
-    assert not [n for n in fiftyone().list_datasets() if n.startswith(f"{name}-new-")]
+    assert not [n for n in import_fiftyone().list_datasets() if n.startswith(f"{name}-new-")]
 
 
 def test_edits_are_stale_when_the_pixels_have_changed(run, tmp_path):

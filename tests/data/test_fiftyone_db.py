@@ -21,8 +21,8 @@ import pytest
 from cvnb.data import fiftyone_db as database
 
 OPEN = """from cvnb.core.errors import CvnbError
-from cvnb.data.fiftyone_db import fiftyone
-try: fiftyone()
+from cvnb.data.fiftyone_db import import_fiftyone
+try: import_fiftyone()
 except CvnbError as e: print(e)"""
 WRITE = """import json, os, signal, subprocess, sys
 from pathlib import Path
@@ -44,7 +44,7 @@ def failing(call):
     except CvnbError as e: return str(e)
 def state():
     dataset = load_dataset(run)
-    names = [n for n in database.fiftyone().list_datasets() if n.startswith(dataset_name(run))]
+    names = [n for n in database.import_fiftyone().list_datasets() if n.startswith(dataset_name(run))]
     return dict(n=len(dataset), persistent=dataset.persistent, labels=dataset.count_values("ground_truth.label"),
                 names=names == [dataset_name(run)])
 """
@@ -133,7 +133,7 @@ def test_remains_of_a_killed_audit_are_deleted(home, tmp_path):
     killed = python(WRITE + die, tmp_path/"run")
     killed.communicate(timeout=150)
     assert killed.returncode == -signal.SIGKILL
-    code = "print(any('-new-' in n for n in database.fiftyone().list_datasets()))\nprint(json.dumps(state()))"
+    code = "print(any('-new-' in n for n in database.import_fiftyone().list_datasets()))\nprint(json.dumps(state()))"
     out, err = python(WRITE + code, tmp_path/"run").communicate(timeout=150)
     ours = lambda line: line in ("True", "False") or line.startswith("{")   # FiftyOne prints lines too
     printed = [line for line in out.splitlines() if ours(line)]

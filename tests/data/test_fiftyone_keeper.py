@@ -15,7 +15,7 @@ import psutil
 
 from cvnb.data import fiftyone_db as database
 
-OPEN = "from cvnb.data.fiftyone_db import fiftyone; fo = fiftyone(); fo.list_datasets()"
+OPEN = "from cvnb.data.fiftyone_db import import_fiftyone; fo = import_fiftyone(); fo.list_datasets()"
 
 
 def python(code: str, **env: str) -> subprocess.Popen:

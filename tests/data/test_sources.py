@@ -247,8 +247,8 @@ def test_missing_datasets_package_is_named(cache, imagefolder, monkeypatch):
 @pytest.fixture
 def dataset(small_photos):
     "A FiftyOne data set of sixty digits in the real database, with splits as tags."
-    from cvnb.data.fiftyone_db import fiftyone
-    fo = fiftyone()
+    from cvnb.data.fiftyone_db import import_fiftyone
+    fo = import_fiftyone()
     made = fo.Dataset(f"cvnb-test-sources-{os.getpid()}", persistent=True)
     samples = []
     for i, path in enumerate(sorted(small_photos.rglob("*.png"))):
@@ -298,8 +298,8 @@ def test_audit_of_a_fiftyone_dataset_runs_again_after_an_edit(dataset, root, tmp
 
 
 def test_folders_that_fiftyone_exports_can_be_imported(cache, small_photos, tmp_path):
-    from cvnb.data.fiftyone_db import fiftyone
-    fo = fiftyone()
+    from cvnb.data.fiftyone_db import import_fiftyone
+    fo = import_fiftyone()
     kinds = dict(FiftyOneImageClassificationDataset="", CSVDataset="#label", ImageClassificationDirectoryTree="")
     tree = fo.types.ImageClassificationDirectoryTree
     made = fo.Dataset.from_dir(dataset_dir=str(small_photos), dataset_type=tree, progress=False)
@@ -334,10 +334,10 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_name_is_refused_in_one_line(call, cache, name, tmp_path, monkeypatch):
-    from cvnb.data.fiftyone_db import fiftyone
+    from cvnb.data.fiftyone_db import import_fiftyone
     if name.startswith("fiftyone"):
         monkeypatch.delenv("CVNB_CACHE")
-        fiftyone()
+        import_fiftyone()
     monkeypatch.chdir(tmp_path)
     code, _, said = call("data", "check", name)
     assert code in (1, 2) and said.startswith(f"cvnb: {WRONG[name]}") and said.count("\n") == 1

@@ -27,7 +27,7 @@ from cvnb.models.inference import predict_logits
 from cvnb.models.vision_model import ModelSpec, task_of
 from cvnb.models.weights import create_model, load_classifier, load_model, save_model
 from cvnb.pipeline.params import read_contract
-from cvnb.tasks.labels import TASKS, get_task, with_strata
+from cvnb.tasks.labels import TASKS, get_task, replace_labels_by_strata
 
 LABELS = dict(classification=["cat", "dog", "cat", "eel"] * 5, multilabel=["red|big", "red", "blue", "big|blue"] * 5,
               regression=["1.5", "2", "-3e1", "40"] * 5)
@@ -284,7 +284,7 @@ def test_splits_have_their_share_of_labels_that_occur_once(name: str) -> None:
                              pixel_sha256=[f"{i:03}" for i in range(200)]))
     broken = pd.DataFrame(dict(path=["cut.png"], label="n/a|", split="", ok=False, pixel_sha256="", kind="cut"))
     table = pd.concat([rows, broken], ignore_index=True)   # the unreadable image's label may be invalid
-    split = assign_splits(with_strata(get_task(name), table)).split[:200]
+    split = assign_splits(replace_labels_by_strata(get_task(name), table)).split[:200]
     assert 20 <= (split == "val").sum() <= 40 and 20 <= (split == "test").sum() <= 40
     if name == "regression":
         assert (assign_splits(rows).split == "train").all()     # without strata
