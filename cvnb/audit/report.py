@@ -165,6 +165,7 @@ def _left_out_note(
 def audit_notes(
     report: AuditReport,      # of a finished audit
     manifest: pd.DataFrame,   # of the same files: path, ok, error, kind
+    said: Iterable[str] = (), # notes of the report that were printed before the stage
 ) -> list[dict[str, Any]]:    # arguments of `Stage.note`: text, file and exceeded
     "Collect what a user should know about an audit, exceeded limits first."
     page = "report.html"
@@ -172,6 +173,7 @@ def audit_notes(
     for c in report.exceeded:
         text = f"{c.name}: {len(c.paths)} of {c.n_checked} images (limit {report.limits[c.name]:g})"
         notes.append(dict(text=text, file=page, exceeded=True))
+    notes += [dict(text=text, file=page) for text in report.notes if text not in set(said)]
     for c in [c for c in report.checks if c.name == "leak" and c.paths]:
         first = c.findings.iloc[0]
         text = f"leak: {first.path} and {first.other} are in different splits ({first.reason})"

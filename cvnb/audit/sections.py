@@ -409,6 +409,6 @@ def write_audit(
                  corrections=audit.applied.to_dict("records"),
                  n_answered=int(unique.pixel_sha256.isin(list(data.out_of_fold)).sum()))
     write_json(stage.path("audit.json"), about | audit_summary(audit.report, audit.manifest, data.task.name))
-    for note in audit_notes(audit.report, audit.manifest): stage.note(**note)
+    for note in audit_notes(audit.report, audit.manifest, data.dataset.notes): stage.note(**note)
     enforce_limits(audit.report, stage.dir/"report.html")
     return dataset

@@ -15,6 +15,7 @@ from PIL import Image, ImageCms, ImageFilter, PngImagePlugin
 from cvnb.audit import quality
 from cvnb.audit.privacy import check_privacy, copy_without_metadata, inspect_metadata, read_metadata, strip_metadata
 from cvnb.audit.quality import _huge_header, check_integrity, check_quality, measure_appearance, whole_set_notes
+from cvnb.audit.report import AuditReport, audit_notes
 from cvnb.core.errors import UsageError
 from cvnb.data.dataset import scan_dataset
 from cvnb.data.images import Decoding, UnreadableImage, inspect_images, open_image
@@ -330,3 +331,10 @@ def test_copy_that_would_lose_bits_is_refused(tmp_path: Path) -> None:
     imwrite(tmp_path/"data/a/deep.tif", rng.integers(0, 65_536, (16, 16, 3), dtype=np.uint16), photometric="rgb")
     copies = copy_without_metadata(tmp_path/"data", tmp_path/"out").set_index("path")
     assert copies.refused["a/deep.tif"] == "its pixels would change" and copies.refused["a/plain.png"] == ""
+
+
+def test_notes_on_pixels_are_printed_by_a_run_and_those_on_folders_once() -> None:
+    report = AuditReport("x", 2, 2, [], notes=["layout: CLASS", "2 images have more than 8 bits"])
+    manifest = pd.DataFrame(dict(path=["a", "b"], ok=True, error="", kind=""))
+    said = [note["text"] for note in audit_notes(report, manifest, ["layout: CLASS"])]
+    assert said == ["2 images have more than 8 bits"]
