@@ -136,14 +136,15 @@ def _inspect_for_splits(
     *reading: Any,   # --layout, --leave-out and --take-in
 ) -> tuple[Path, pd.DataFrame, pd.DataFrame]:   # root of the paths, the images, the same with the task's strata
     "Open every image of a data set."
-    from cvnb.data.images import inspect_images
+    from cvnb.data.deep_images import inspect_depth
     task = None
     if name != "classification":
         from cvnb.tasks.labels import get_task
         task = get_task(name)   # refuses an unknown one before the images are opened
     dataset = _read(data, *reading)
     with ProgressLines(sys.stderr) as lines:
-        table = inspect_images(dataset.root, dataset.rows, lambda f, text: lines("data", "progress", f, text))
+        progress = lambda fraction, text: lines("data", "progress", fraction, text)
+        table = inspect_depth(dataset.root, dataset.rows, progress=progress).table
     if task is None: return dataset.root, table, table
     from cvnb.tasks.labels import replace_labels_by_strata
     return dataset.root, table, replace_labels_by_strata(task, table)

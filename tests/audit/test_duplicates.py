@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 
-FIND = """from cvnb.data.tables import locate_data, scan_dataset
+FIND = """from cvnb.data.dataset import locate_data, scan_dataset
 from cvnb.audit.duplicates import find_near_duplicates, make_thumbnails, plant_copies
 from cvnb.data.images import load_images
 root = locate_data("digits")

@@ -15,7 +15,7 @@ import pytest
 
 import cvnb
 from cvnb.core.files import read_json
-from cvnb.data.dataset import locate_data
+from cvnb.data.dataset import locate_data, read_dataset
 from cvnb.pipeline import freshness
 from cvnb.pipeline.freshness import key_parts
 from cvnb.pipeline.params import read_contracts
@@ -77,7 +77,7 @@ def copy(tmp_path_factory, traced_run, root) -> Iterator[Copy]:
     patch = pytest.MonkeyPatch()
     patch.chdir(made.root)
     patch.setattr(cvnb, "__file__", str(made.root/"cvnb/__init__.py"))
-    patch.setattr(freshness, "open_data", lambda *args: made.data)
+    patch.setattr(freshness, "open_dataset", lambda *args: read_dataset(made.data))
     yield made
     patch.undo()
 
