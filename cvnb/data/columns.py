@@ -65,8 +65,8 @@ def value_to_text(
 
 # %% ../../nbs/data/05_columns.ipynb #80f41d67
 PATH_COLUMNS = ("path", "image_path", "img_path", "file_path", "filepath", "filename", "file_name", "image_file",
-                "file", "image", "img", "image_name", "img_name", "image_index", "image_id", "img_id", "id", "name",
-                "uri")
+                "file", "image", "img", "image_name", "img_name", "image_index", "id_code", "image_id", "img_id", "id",
+                "name", "uri")
 LABEL_COLUMNS = ("label", "labels", "class", "class_name", "classname", "class_label", "category", "target",
                  "species", "choice")
 SPLIT_COLUMNS = ("split", "subset", "set", "partition", "fold", "usage", "is_valid", "is_val", "is_test")
@@ -175,6 +175,7 @@ def _read_text_table(
     path: Path,   # .csv, .tsv, .txt
 ) -> RawTable:
     "Read a table of text; raise `UsageError` that names the line that cannot be read."
+    csv.field_size_limit(2**31 - 1)
     import pandas as pd
     text = _decode_table(path)
     first_line = 1
@@ -270,8 +271,16 @@ def _indicator_columns(
     "Find the columns of a table with one column per class."
     columns = [c for c in rest if _is_indicator(frame[c])]
     if len(columns) < 2: return []
-    ones = indicator_values(frame[columns]).any(axis=1)
-    return columns if ones.mean() > 0.5 else []
+    return columns if indicator_values(frame[columns]).any(axis=1).mean() > 0.5 else []
+
+def _odd_indicator(
+    frame: pd.DataFrame,   # a table
+    columns: list[str],    # of zeros and ones
+) -> str:                  # the one without which each row has a single one; '' if there is none
+    "Find a column that is no class among columns of one class each, such as is_train."
+    ones = indicator_values(frame[columns])
+    if len(columns) < 3 or (ones.sum(axis=1) == 1).all(): return ""
+    return next((c for c in columns if (ones.drop(columns=c).sum(axis=1) == 1).all()), "")
 
 def indicator_values(
     frame: pd.DataFrame,   # columns of zeros and ones, of any type
@@ -289,13 +298,24 @@ def _find_label(
     "Find the labels of a table; raise `UsageError` if no column, or more than one, can be meant."
     found = [c for c in _find_column(keys, LABEL_COLUMNS) if c not in taken]
     rest = [c for c in frame.columns if c not in taken]
+    columns = _indicator_columns(frame, rest)
+    together = len(columns) > 2 and bool((indicator_values(frame[columns]).sum(axis=1) == 1).all())
+    if together and set(found) <= set(columns): found = []   # a class may be called target
     if found and (len(found) == 1 or _column_key(found[0]) == "label"): return found[0], []
     if found:
         raise UsageError(f"{path} has several columns that can be the label: {', '.join(found)}",
                          "Rename the one that holds the classes to 'label'.")
-    if columns := _indicator_columns(frame, rest):
+    if columns:
+        if odd := _odd_indicator(frame, columns):
+            raise UsageError(f"{path}: with the column '{odd}', images have several classes; without it each has one",
+                             f"Remove the column '{odd}' if it is no class, or write one column 'label'.")
         return columns, [f"{len(columns)} columns hold one class each: {shorten(', '.join(map(str, columns)), 80)}"]
-    if len(rest) == 1: return rest[0], [f"the column '{rest[0]}' is read as the label, because no other is left"]
+    is_label = len(rest) == 1 and not _holds_images(frame[rest[0]]) and not re.search(r"(^|_)id$", _column_key(rest[0]))
+    unclear = [c for c in taken if c in frame and _is_indicator(frame[c])]
+    if is_label and unclear and _is_indicator(frame[rest[0]]):
+        raise UsageError(f"{path} has the columns {rest[0]} and {unclear[0]} with zeros and ones, which may be classes",
+                         "Write one column 'label'.")
+    if is_label: return rest[0], [f"the column '{rest[0]}' is read as the label, because no other is left"]
     names = ", ".join(map(str, frame.columns)) or "none"
     raise UsageError(f"{path} has no column 'label'; it has {names}",
                      "Rename the one that holds the classes to 'label'.")
@@ -306,16 +326,29 @@ def find_path_columns(
 ) -> list[str]:            # columns as written, the likeliest first
     "Find the columns that can hold paths: those with a usual name, first those whose values end like image files."
     found = _find_column({_column_key(c): c for c in reversed(frame.columns)}, PATH_COLUMNS)
-    ends = [c for c in found if frame[c].head(50).map(lambda v: isinstance(v, str) and _looks_like_image(v)).any()]
     named = [c for c in found if _column_key(c) == "path"]
-    return [*dict.fromkeys([*named, *ends, *found])]
+    ends = [c for c in found if _holds_images(frame[c])]
+    others = [c for c in frame.columns if c not in found and _holds_images(frame[c])]
+    return [*dict.fromkeys([*named, *ends, *others, *found])]
+
+def _holds_images(
+    values: pd.Series,   # a column
+) -> bool:
+    "Say whether most of the first values end like image files."
+    first = [value_to_text(v) for v in values.head(50)]
+    return 2 * sum(map(_looks_like_image, first)) > len(first)
 
 def _find_path(
     path: Path,              # a table, for messages
     frame: pd.DataFrame,     # its columns
 ) -> str:                    # the column as written
     "Choose the column of the paths; raise `UsageError` if there is none."
-    if found := find_path_columns(frame): return found[0]
+    found = find_path_columns(frame)
+    usual = {_column_key(c) for c in found[:1]} & {*PATH_COLUMNS}
+    if len(found) > 1 and not usual and _holds_images(frame[found[1]]):
+        raise UsageError(f"{path} has several columns with images: {', '.join(map(str, found))}",
+                         "Rename the one to train on to 'path'.")
+    if found: return found[0]
     names = ", ".join(map(str, frame.columns)) or "none"
     raise UsageError(f"{path} has no column 'path'; it has {names}", "Rename the one that holds the paths to 'path'.")
 
@@ -334,7 +367,7 @@ def assign_roles(
     paths = _find_path(path, frame)
     group = next(iter(_find_column(keys, GROUP_COLUMNS)), "")
     split, notes = _find_split(path, frame, keys)
-    taken = {paths, group, *_find_column(keys, SPLIT_COLUMNS), *index}
+    taken = {paths, group, split, *_find_column(keys, SPLIT_COLUMNS), *index}
     label, more = _find_label(path, frame, keys, taken)
     return Roles(paths, label, split, group, index, notes + more)
 
@@ -363,9 +396,22 @@ def _find_split(
 ) -> tuple[str, list[str]]:  # the column as written or '', sentences
     "Find the splits of a table; a column that only looks like one is named."
     notes = []
-    for c in _find_column(keys, SPLIT_COLUMNS):
+    named = _find_column(keys, SPLIT_COLUMNS)
+    flags = [c for c in named if _column_key(c).startswith("is_")]
+    if len(flags) > 1: raise UsageError(f"{path} has the columns {' and '.join(flags)}", "Write one column 'split'.")
+    for c in named:
         found = parse_splits(frame[c], c)
         if _column_key(c) == "split" or (found.notna().all() and (found != "").any()): return c, notes
+        if (known := found[found.notna() & (found != "")]).nunique() > 1 and len(known) > 0.5 * len(found):
+            other = value_to_text(frame[c][found.isna()].iloc[0])
+            raise UsageError(f"{path}: the column '{c}' names splits, and also '{other}'",
+                             "Leave the rows out, or rename the column if it is no split.")
         values = shorten(", ".join(sorted({value_to_text(v).strip() for v in frame[c]})[:5]), 40)
         notes.append(f"the column '{c}' is not used as the split, because its values name none ({values})")
+    for c in [c for c in keys.values() if c not in named]:
+        found = parse_splits(frame[c], c)
+        if found.notna().all() and found[found != ""].nunique() > 1:
+            return c, [*notes, f"the column '{c}' is read as the split, because its values name splits"]
+        if parse_split_name(_column_key(c).removeprefix("is_")) and _is_indicator(frame[c]):
+            notes.append(f"the column '{c}' looks like a split and is not used; write a column 'split' instead")
     return "", notes

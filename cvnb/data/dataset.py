@@ -67,6 +67,8 @@ def data_root(
 _LAYOUT_HELP = ("Expected one sub-folder per class (with or without train/, val/, test/ above them), "
                 "or a CSV or Parquet table with path and label.")
 _TABLE_ENDINGS = {*TABLE_SUFFIXES, ".txt"}
+_OTHER_FILES = (dict.fromkeys((".gz", ".tgz", ".tar", ".bz2", ".xz", ".7z", ".rar"), "Unpack it, and give the folder.")
+                | dict.fromkeys((".xlsx", ".xls", ".ods"), "Save the sheet as 'CSV UTF-8'."))
 
 def _check_source(
     data: Path,          # a folder or a table
@@ -77,6 +79,8 @@ def _check_source(
         raise UsageError(f"there is no layout '{reading.layout}'", did_you_mean(reading.layout, list(LAYOUTS)))
     if not data.exists(): raise UsageError(f"data folder {data} does not exist", "Check the path after --data.")
     is_file = not data.is_dir()
+    if is_file and (remedy := _OTHER_FILES.get(data.suffix.lower())):
+        raise UsageError(f"data {data} is a file that cvnb does not open", remedy)
     if is_file and data.suffix.lower() not in _TABLE_ENDINGS:
         endings = " ".join(sorted(_TABLE_ENDINGS))
         raise UsageError(f"data {data} is a file, and no table ({endings})", _LAYOUT_HELP)
@@ -92,13 +96,19 @@ def _list_folder(
     "List a folder; raise `UsageError` if it has no images."
     if not any(folder.iterdir()): raise UsageError(f"data folder {folder} is empty", _LAYOUT_HELP)
     listing = list_files(folder, reading.leave_out, reading.take_in)
+    left = [path for paths in listing.left_out.values() for path in paths]
+    for option, patterns, paths in (("leave-out", reading.leave_out, left),
+                                    ("take-in", reading.take_in, [*listing.folders, *listing.images])):
+        if idle := [p for p in patterns if not any(matches_any(path, [p]) for path in paths)]:
+            raise UsageError(f"--{option} {idle[0]} matches nothing in {folder}",
+                             "Give the name of a folder or file, or its path relative to the data.")
     if listing.images: return listing
-    left = f" ({'; '.join(listing.notes()[:3])})" if listing.left_out else ""
+    found = f" ({'; '.join(listing.notes()[:3])})" if listing.left_out else ""
     files = [p for paths in listing.left_out.values() for p in paths]
     archives = [p for p in files if Path(p).suffix.lower() in ARCHIVE_SUFFIXES]
     remedy = f"Known endings: {' '.join(sorted(IMAGE_SUFFIXES))}."
     if archives: remedy = f"Give {folder/archives[0]}."
-    raise UsageError(f"data folder {folder} has no images{left}", remedy)
+    raise UsageError(f"data folder {folder} has no images{found}", remedy)
 
 # %% ../../nbs/data/10_dataset.ipynb #a54f3528
 def _folder_notes(
@@ -158,6 +168,8 @@ def read_dataset(
     if (table := layout.table) is not None: images = list(zip(table.path, table.label, table.split))
     _check_two_classes(data, {label for _, label, _ in images})
     faults, more = _class_notes(images)
+    if several := [path for path, label, _ in images if LABEL_SEPARATOR in label]:
+        more.append(f"{len(several):,} labels hold a '{LABEL_SEPARATOR}', which task=multilabel reads as several")
     return Dataset(data, data_root(data), layout.kind, layout.text, images, notes + faults + more, layout.columns,
                    layout.files, faults, table)
 

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from textwrap import shorten
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from ..core.errors import UsageError
 from .columns import find_path_columns, read_raw_table, value_to_text
 from .listing import Listing, matches_any
 from .paths import resolve_paths
-from .split_names import SPLITS, parse_split_name
+from .split_names import SPLITS, mentioned_split, parse_split_name
 from .tables import ImageTable, parse_table
 
 if TYPE_CHECKING:
@@ -118,15 +119,16 @@ def _unwrap_split(
     return folder
 
 # %% ../../nbs/data/08_layouts.ipynb #a1ca5bfd
-_UNLABELLED = {"unsup", "unsupervised", "unlabeled", "unlabelled", "unlabeled_data", "pred", "predict", "prediction",
-               "predictions", "submission", "seg_pred", "no_label", "nolabel"}
+_UNLABELLED = {"unsup", "unsupervised", "unlabeled", "unlabelled", "unlabeled_data", "unlabeled_images", "not_labeled",
+               "not_labelled", "unlabelled_images", "pred", "predict", "prediction", "predictions", "submission",
+               "seg_pred", "no_label", "nolabel", "to_label"}
 
 def _is_unlabelled(
     folder: _Folder,          # beside or below splits
     take_in: Iterable[str],   # patterns of folders that count as labelled
 ) -> bool:
     "Say whether the name of a folder says that its images have no label."
-    return folder.name.lower().strip() in _UNLABELLED and not matches_any(folder.path, take_in)
+    return re.sub(r"[\s-]+", "_", folder.name.lower().strip()) in _UNLABELLED and not matches_any(folder.path, take_in)
 
 # %% ../../nbs/data/08_layouts.ipynb #49157d3c
 def _recurring_folders(
@@ -137,9 +139,46 @@ def _recurring_folders(
     common = sorted(set.intersection(*inside)) if len(inside) > 1 else []
     return common if len(common) > 1 else []
 
+_MASK_FOLDERS = {"mask", "masks", "annotation", "annotations", "ann", "anns", "label", "labels", "groundtruth",
+                 "ground_truth", "gt", "segmentation", "segmentations", "segmentationclass", "segmentationobject",
+                 "trimap", "trimaps", "depth"}
+
+def _mask_folders(
+    classes: list[_Folder],   # folders of classes
+) -> list[str]:               # names of folders, sorted
+    "Find folders of classes or below them that hold masks rather than images, by their names."
+    inside = {name for c in classes for name in c.folders} | {c.name for c in classes}
+    return sorted(name for name in inside if re.sub(r"[\s-]+", "_", name.lower()) in _MASK_FOLDERS)
+
 # %% ../../nbs/data/08_layouts.ipynb #3487a9b5
-_MASK_ENDINGS = ("_mask", "_masks", "-mask", "_seg", "_segmentation", "_gt", "_groundtruth", "_annotation", "_label",
-                 "_depth")
+def _common_affix(
+    stems: set[str],   # paths without their endings
+) -> str:              # pattern of the twins, such as "*_mask*"; '' if few names are another name with a word more
+    "Find a word that most names have more than another name, such as _mask at the end or mask_ at the beginning."
+    found: Counter[str] = Counter()
+    for stem in stems:
+        head, _, name = stem.rpartition("/")
+        above = f"{head}/" if head else ""
+        for pattern, words in (("*{}*", r"(.+?)([_-]\D*[A-Za-z]\D*\d*)$"), ("{}*", r"([A-Za-z]+[_-])(.+)$")):
+            match = re.match(words, name)
+            if not match: continue
+            base, word = match.groups() if pattern.startswith("*") else match.groups()[::-1]
+            if above + base in stems: found[pattern.format(re.sub(r"[_-]*\d*$", "", word))] += 1
+    if not found: return ""
+    pattern, n = found.most_common(1)[0]
+    return pattern if n >= 0.4 * len(stems) else ""
+
+def _paired_endings(
+    stems: set[str],   # paths without their endings
+) -> str:              # pattern of one of the two, such as "*_mask*"; '' unless all names end with one of two words
+    "Find names of which each comes twice, with two words such as _image and _mask."
+    bases: dict[str, set[str]] = {}
+    for stem in stems:
+        match = re.match(r"(.+?)([_-][A-Za-z]+)$", stem)
+        if not match: return ""
+        bases.setdefault(match[2], set()).add(match[1])
+    words = sorted(bases, key=lambda w: (w.strip("_-").lower() in _MASK_FOLDERS, w))
+    return f"*{words[-1]}*" if len(words) == 2 and bases[words[0]] == bases[words[1]] else ""
 
 def _find_twins(
     images: list[str],   # paths of labelled images
@@ -150,10 +189,7 @@ def _find_twins(
     if sum(n for n in stems.values() if n == 2) >= 0.9 * len(images):
         suffixes = Counter(os.path.splitext(p)[1] for p in images)
         if len(suffixes) > 1: return f"*{suffixes.most_common(2)[1][0]}"
-    for ending in _MASK_ENDINGS:
-        twins = [s for s in stems if s.lower().endswith(ending) and s[:-len(ending)] in stems]
-        if len(twins) >= 0.4 * len(stems): return f"*{ending}.*"
-    return ""
+    return _common_affix(set(stems)) or _paired_endings(set(stems))
 
 # %% ../../nbs/data/08_layouts.ipynb #6df2999a
 def _refuse(
@@ -170,16 +206,22 @@ def _check_classes(
     classes: list[_Folder],   # folders of classes
 ) -> None:
     "Raise `UsageError` if the images of classes may be of two kinds, such as photographs and masks."
+    masks = _mask_folders(classes)
+    if masks:
+        raise _refuse(source, [f"classes with all images, those of {masks[0]}/ too", f"classes without {masks[0]}/"],
+                      f"Choose with --layout classes (or splits/classes), or with --leave-out {quote(masks[0])}.")
     if common := _recurring_folders(classes):
         names = ", ".join(f"{c}/" for c in common[:4])
-        raise _refuse(source, [f"classes whose images are in all of their sub-folders ({names} recur under each)",
-                               "classes with images in one of these sub-folders only"],
-                      f"Choose with --layout classes (or splits/classes), or with --leave-out {common[-1]}.")
+        outer = ", ".join(f"{c.path}/" for c in classes[:3])
+        raise _refuse(source, [f"the classes {outer} whose images are in all of their sub-folders ({names} recur under "
+                               f"each)", f"the classes {names} below each of {outer}"],
+                      "Choose with --layout classes for the first, write a table for the second, or give one folder as "
+                      f"--data {quote(f'{source}/{classes[0].path}')}.")
     images = [p for c in classes for p in c.all_images()]
-    if twins := _find_twins(images):
+    if twins := next(filter(None, map(_find_twins, [images, *([*c.all_images()] for c in classes)])), ""):
         raise _refuse(source, ["classes with all files", f"classes without the files {twins}, each of which has the "
                                f"name of another image ({images[0]})"],
-                      f"Choose with --layout classes (or splits/classes), or with --leave-out '{twins}'.")
+                      f"Choose with --layout classes (or splits/classes), or with --leave-out {quote(twins)}.")
 
 # %% ../../nbs/data/08_layouts.ipynb #61b10660
 def _describe_folders(
@@ -206,11 +248,15 @@ def _class_layout(
     source: str,         # the folder, for messages
     base: _Folder,       # its sub-folders are the classes
     checked: bool,       # whether a second reading is looked for
+    take_in: Iterable[str] = (),   # patterns of folders that count as labelled
 ) -> Layout:
     "Read sub-folders as classes."
-    classes = list(base.folders.values())
+    unlabelled = [f for f in base.folders.values() if checked and _is_unlabelled(f, take_in)]
+    classes = [f for f in base.folders.values() if f not in unlabelled]
     if checked: _check_classes(source, classes)
-    notes = _loose_images([base])
+    notes = _loose_images([base]) + _describe_folders(
+        unlabelled, "are in a folder whose name says that they have no label")
+    notes += [f"the folder {c.path}/ is read as a class" for c in classes if parse_split_name(c.name)]
     if base.path: notes.insert(0, f"the classes are the sub-folders of {base.path}/, which is the only folder")
     rows = [(p, c.name, "") for c in classes for p in c.all_images()]
     return Layout("classes", f"{_prefix(base)}CLASS", rows, notes=notes)
@@ -257,10 +303,15 @@ def _table_split(
     splits = {f.path: parse_split_name(f.name) for f in base.folders.values() if parse_split_name(f.name)}
     for folder in splits:
         if path.startswith(f"{folder}/"): return folder
-    named = parse_split_name(os.path.splitext(path.rpartition("/")[2])[0])
-    return next((folder for folder, split in splits.items() if split == named), "")
+    return next((folder for folder, split in splits.items() if split == _split_of_table(path)), "")
 
 # %% ../../nbs/data/08_layouts.ipynb #41b0f186
+def _split_of_table(
+    path: str,   # of a table
+) -> str:        # train, val, test or ''
+    "Read a split from the name of a table, such as val.csv."
+    return parse_split_name(os.path.splitext(path.rpartition("/")[2])[0])
+
 def _read_tables(
     folder: Path,        # the data's folder
     listing: Listing,    # its files
@@ -268,6 +319,7 @@ def _read_tables(
 ) -> tuple[dict[str, ImageTable], dict[str, str]]:   # table -> its rows; table -> why it cannot be used
     "Read the tables of a folder whose images its rows name."
     near = [t for t in listing.tables if t.count("/") <= base.path.count("/") + 2]
+    near.sort(key=lambda t: _split_of_table(t) != "train")   # the first one that is refused is named
     read = {}
     refused = {}
     for path in near:
@@ -313,7 +365,9 @@ def _table_layout(
     notes = []
     for name, table in read.items():
         parent = name.rpartition("/")[0]
-        parts.append(table.rows.assign(path=[os.path.normpath(os.path.join(parent, p)) for p in table.rows.path]))
+        rows = table.rows
+        if len(read) > 1 and (rows.split == "").all(): rows = rows.assign(split=_split_of_table(name))
+        parts.append(rows.assign(path=[os.path.normpath(os.path.join(parent, p)) for p in table.rows.path]))
     notes += _join_notes({name: table.notes for name, table in read.items()})
     rows = pd.concat(parts, ignore_index=True)
     for c in rows.columns: rows[c] = rows[c].where(rows[c].notna(), "" if c == "group" else None)
@@ -335,7 +389,7 @@ def _choose_tables(
     read: dict[str, ImageTable],    # from `_read_tables`
 ) -> dict[str, ImageTable]:         # one, or one for each split
     "Choose the tables that complete each other; raise `UsageError` if several say labels for the same images."
-    about = [_table_split(path, base) for path in read]
+    about = [_table_split(path, base) or _split_of_table(path) for path in read]
     if len(read) < 2 or (all(about) and len(set(about)) == len(about)): return read
     raise _refuse(source, [f"images with the labels of {path}" for path in read],
                   f"Choose one: --data {source}/{next(iter(read))}.")
@@ -402,16 +456,35 @@ def _flat_layout(
     return _table_layout(listing, base, _choose_tables(str(folder), base, read))
 
 # %% ../../nbs/data/08_layouts.ipynb #74b845d0
+def _check_depths(
+    source: str,     # the folder, for the message
+    base: _Folder,   # its sub-folders may be classes
+) -> None:
+    "Raise `UsageError` if names of sub-folders mention splits, or if one wraps classes while others hold images."
+    children = list(base.folders.values())
+    names = shorten(", ".join(f"{f.name}/" for f in children), 80)
+    if len({mentioned_split(f.name) for f in children} - {""}) > 1:
+        raise _refuse(source, [f"the classes {names}", "splits, which their names mention"],
+                      "Rename the folders to train, val and test, write a table, or choose --layout classes.")
+    wraps = [f for f in children if not f.images and len(f.folders) > 1]
+    if len(wraps) == 1 and len(children) > 1 and all(len(f.folders) < 2 for f in children if f not in wraps):
+        inner = shorten(", ".join(f"{name}/" for name in wraps[0].folders), 60)
+        raise _refuse(source, [f"the classes {names}", f"the classes {inner} below {wraps[0].path}/"],
+                      f"Choose --layout classes for the first, or --data {quote(f'{source}/{wraps[0].path}')}.")
+
 def _classes_or_table(
     folder: Path,        # the data's folder
     listing: Listing,    # its files
     base: _Folder,       # its sub-folders are no splits
+    reading: Reading,    # as the user wants it
 ) -> Layout:
     "Read sub-folders as classes, unless a table gives other labels; raise `UsageError` if both make sense."
     read, refused = _read_tables(folder, listing, base) if listing.tables else ({}, {})
     table = _table_layout(listing, base, _choose_tables(str(folder), base, read)) if read else None
     if len(base.folders) < 2 and table: return table
-    layout = _class_layout(str(folder), base, checked=True)
+    if len(base.folders) < 2 and refused: raise _without_labels(str(folder), base, refused)
+    layout = _class_layout(str(folder), base, True, reading.take_in)
+    _check_depths(str(folder), base)
     classes = f"the classes {shorten(', '.join(base.folders), 60)}"
     if unclear := _unclear_table(folder, listing, refused) if _are_numbered_parts(base) else "":
         raise _refuse(str(folder), [classes, f"images that {unclear} names"],
@@ -436,10 +509,10 @@ def _recognise(
     others = [f for f in children if not parse_split_name(f.name) and not _is_unlabelled(f, reading.take_in)]
     labelled = [f for f in splits if _unwrap_split(f).folders]
     if not children: return _flat_layout(folder, listing, base)
-    if not splits: return _classes_or_table(folder, listing, base)
+    if not splits: return _classes_or_table(folder, listing, base, reading)
     if not labelled and not others: return _flat_layout(folder, listing, base)
     if not labelled and len({parse_split_name(f.name) for f in splits}) == 1:   # a class of trains
-        return _classes_or_table(folder, listing, base)
+        return _classes_or_table(folder, listing, base, reading)
     if labelled and not others: return _split_layout(str(folder), base, reading)
     names = lambda folders: shorten(", ".join(f"{f.name}/" for f in folders), 60)
     first = f"splits without labels ({names(splits)}) beside {names(others)}"

@@ -44,7 +44,8 @@ def _has_image_signature(
     return any(head.startswith(a) and head[at:at + len(b)] == b for a, b, at in _SIGNATURES)
 
 # %% ../../nbs/data/02_listing.ipynb #a6b79381
-_TOOL_FOLDERS = {"@eadir", "__macosx", "lost+found", "$recycle.bin", "system volume information", "#recycle"}
+_TOOL_FOLDERS = {"@eadir", "__macosx", "__pycache__", "node_modules", "venv", "wandb", "lost+found", "$recycle.bin",
+                 "#recycle", "system volume information"}
 _TOOL_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
 
 def _is_from_a_tool(
@@ -59,10 +60,11 @@ def matches_any(
     path: str,                # relative to the data's folder, with /
     patterns: Iterable[str],  # names of folders or files, or paths, with * and ?
 ) -> bool:
-    "Say whether a path, a folder above it or its file name matches one of the patterns."
-    parts = path.split("/")
+    "Say whether a path, a folder above it or its file name matches one of the patterns, in upper or lower case."
+    parts = path.lower().split("/")
     above = ["/".join(parts[:i]) for i in range(1, len(parts) + 1)]
-    return any(fnmatch(text, pattern.rstrip("/")) for pattern in patterns for text in (*parts, *above))
+    plain = [pattern.lower().removeprefix("./").rstrip("/") for pattern in patterns]
+    return any(fnmatch(text, pattern) for pattern in plain for text in (*parts, *above))
 
 # %% ../../nbs/data/02_listing.ipynb #1b7fffd3
 @dataclass
@@ -101,6 +103,8 @@ def _sort_file(
         return listing.leave_out("files of operating systems and tools are", path)
     if suffix in HEIF_SUFFIXES and not importlib.util.find_spec("pi_heif"): return listing.leave_out(_NEEDS_HEIF, path)
     if suffix in TABLE_SUFFIXES: return listing.tables.append(path)
+    if not os.path.isfile(os.path.join(here, name)):
+        return listing.leave_out("broken links and other things that are no files are", path)
     known = suffix in IMAGE_SUFFIXES or suffix in HEIF_SUFFIXES
     if known or _has_image_signature(os.path.join(here, name)): return listing.images.append(path)
     listing.leave_out(f"{suffix or 'other'} files without an image are", path)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -31,11 +32,18 @@ def _plain_path(
     return os.path.expanduser(path)
 
 # %% ../../nbs/data/06_paths.ipynb #d209b431
+def _comparable(
+    path: str,   # a path
+) -> str:        # lower case, NFC, without ./
+    "Give a path the form in which spellings of one file are equal."
+    return unicodedata.normalize("NFC", os.path.normpath(path)).lower()
+
 @dataclass
 class _FileIndex:
     "The images below a folder, by their names."
     by_name: dict[str, list[str]] = field(default_factory=dict)   # name in lower case -> paths
     by_stem: dict[str, list[str]] = field(default_factory=dict)   # the same without ending
+    by_path: dict[str, list[str]] = field(default_factory=dict)   # whole paths in lower case, NFC
 
     @classmethod
     def make(cls,
@@ -47,6 +55,7 @@ class _FileIndex:
             name = path.rpartition("/")[2].lower()
             index.by_name.setdefault(name, []).append(path)
             index.by_stem.setdefault(os.path.splitext(name)[0], []).append(path)
+            index.by_path.setdefault(_comparable(path), []).append(path)
         return index
 
 # %% ../../nbs/data/06_paths.ipynb #e164527d
@@ -79,7 +88,9 @@ def _best_candidate(
 # %% ../../nbs/data/06_paths.ipynb #915a6edb
 _name = lambda path: path.rpartition("/")[2]
 _UPLOADED = re.compile(r"^[0-9a-f]{6,8}-")   # Label Studio puts it before the name of an uploaded file
+_SPELLING = "with another spelling of their paths"   # the one repair that is tried for a single file too
 REPAIRS: dict[str, Callable[[str, _FileIndex], list[str]]] = {   # how files were found -> candidates for a path
+    _SPELLING: lambda path, index: index.by_path.get(_comparable(path), []),
     "by the end of their paths": lambda path, index: [
         c for c in index.by_name.get(_name(path).lower(), []) if _name(c) == _name(path)],
     "with other upper and lower case": lambda path, index: index.by_name.get(_name(path).lower(), []),
@@ -94,12 +105,19 @@ def _apply_repair(
     missing: list[str],   # paths whose files were not found
     index: _FileIndex,    # the files that there are
     used: set[str],       # files that other paths mean
-) -> dict[str, str]:      # path -> file; empty if fewer than half of the files are found
+    most: int | None,     # folders at the beginning that may differ; None for as many as most files have
+) -> tuple[dict[str, str], int | None]:   # path -> file, empty if fewer than half are found; folders that differ
     "Apply a repair to missing files; a file that two paths could mean is found by neither."
-    found = {path: _best_candidate(path, find(path, index)) for path in missing}
+    best = {path: _best_candidate(path, find(path, index)) for path in missing}
+    found = {path: file for path, file in best.items() if file and file not in used}
+    if not found: return {}, most
+    replaced = {path: path.count("/") + 1 - _common_tail(path, file)[0] for path, file in found.items()}
+    usual = Counter(replaced.values()).most_common(1)[0][0] if most is None else most
+    found = {path: file for path, file in found.items() if replaced[path] <= usual}
     times = Counter(found.values())
-    sure = {path: file for path, file in found.items() if file and times[file] == 1 and file not in used}
-    return sure if 2 * len(sure) >= len(missing) else {}
+    sure = {path: file for path, file in found.items() if times[file] == 1}
+    enough = 2 * len(sure) >= len(missing) or find is REPAIRS[_SPELLING]
+    return (sure, usual if sure else most) if enough else ({}, most)
 
 # %% ../../nbs/data/06_paths.ipynb #b5e26814
 @dataclass
@@ -145,10 +163,12 @@ def resolve_paths(
         files |= alike
         missing = [p for p in missing if p not in alike]
         notes.append(_repair_note("after backslashes, quotes, spaces, file: or a leading / were changed", alike))
-    if missing and len(missing) > 0.1 * len(distinct):
+    if missing:
         index = _FileIndex.make(list_images())
-        for how, find in REPAIRS.items():
-            repaired = _apply_repair(find, [*map(_plain_path, missing)], index, set(files.values()))
+        most = None
+        few = len(missing) <= 0.1 * len(distinct)
+        for how, find in {k: v for k, v in REPAIRS.items() if k == _SPELLING or not few}.items():
+            repaired, most = _apply_repair(find, [*map(_plain_path, missing)], index, set(files.values()), most)
             repaired = {p: repaired[q] for p in missing if (q := _plain_path(p)) in repaired}
             if not repaired:
                 tried.append(how)

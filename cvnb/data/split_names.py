@@ -9,24 +9,36 @@ import re
 from functools import lru_cache
 
 # %% auto #0
-__all__ = ['SPLITS', 'parse_split_name']
+__all__ = ['SPLITS', 'mentioned_split', 'parse_split_name']
 
 # %% ../../nbs/data/03_split_names.ipynb #b2c0ffee
 SPLITS = ("train", "val", "test")
-_SPLIT_WORDS = (dict.fromkeys(("train", "training", "trn"), "train")
-                | dict.fromkeys(("val", "valid", "validation", "dev", "devel"), "val")
-                | dict.fromkeys(("test", "testing", "tst", "eval", "evaluation", "holdout"), "test"))
+_SPLIT_WORDS = (dict.fromkeys(("train", "training", "trn", "trainval"), "train")
+                | dict.fromkeys(("val", "valid", "validation", "validate", "dev", "devel", "development"), "val")
+                | dict.fromkeys(("test", "tests", "testing", "tst", "eval", "evaluation", "evaluate", "holdout",
+                                  "heldout"), "test"))
 _BESIDE_SPLITS = {"set", "data", "dataset", "images", "image", "img", "imgs", "seg", "split", "subset", "photos",
                   "pictures", "samples", "sample", "folder"}
 
 # %% ../../nbs/data/03_split_names.ipynb #c3c0ffee
+def _words(
+    name: str,   # of a folder, a table or a column
+) -> list[str]:  # in lower case
+    "Split a name into words at punctuation, digits and capital letters."
+    return [w for w in re.split(r"[\W_\d]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.strip()).lower()) if w]
+
+def mentioned_split(
+    name: str,   # of a folder
+) -> str:        # train, val or test; '' if none of its words names one
+    "Find a split among the words of a name that is more than a split, such as alphabet_train or trainA."
+    return next((_SPLIT_WORDS[w] for w in _words(name) if w in _SPLIT_WORDS), "")
+
 @lru_cache(maxsize=4096)
 def parse_split_name(
     name: str,   # of a folder, a table, or a value in one
 ) -> str:        # train, val or test; '' if it names no split
     "Read the name of a split: train, valid, dev, holdout, train_set, seg_test, TrainImages, val2017, …"
-    words = re.split(r"[\W_\d]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.strip()).lower())
-    words = [w for w in words if w and w not in _BESIDE_SPLITS]
+    words = [w for w in _words(name) if w not in _BESIDE_SPLITS]
     if len(words) > 1: words = ["".join(words)]   # hold-out
     if not words: return ""
     for beside in ("", *_BESIDE_SPLITS):

@@ -176,7 +176,7 @@ def _role_of(
     "Say what a column is read as."
     if column in roles.index: return "index"
     for role, name in dict(path=roles.path, label=roles.label, split=roles.split, group=roles.group).items():
-        if column == name or isinstance(name, list) and column in name: return role
+        if name and column == name or isinstance(name, list) and column in name: return role
     return "metadata"
 
 def _used_columns(

@@ -118,13 +118,30 @@ def test_class_named_train_is_kept_beside_other_classes(write_files):
                              ["has no labels", "directly in test/, train/", "cat.0.png", "Write a table"]),
     "images and masks under each class": (
         [f"{c}/{kind}/" for c in ("cat", "dog") for kind in ("images", "masks")],
-        ["images/, masks/ recur under each", "--leave-out masks"]),
+        ["classes without masks/", "--leave-out masks"]),
     "splits under each class": ([f"{c}/{kind}/" for c in ("cat", "dog") for kind in ("train", "test")],
-                                ["test/, train/ recur under each"]),
+                                ["test/, train/ recur under each", "below each of cat/, dog/", "write a table"]),
     "masks with another ending": ([f"{c}/{i}.{e}" for c in ("cat", "dog") for i in range(3) for e in ("jpg", "png")],
                                   ["each of which has the name of another image", "--leave-out '*."]),
     "masks with a suffix": ([f"{c}/{i}{e}.png" for c in ("cat", "dog") for i in range(3) for e in ("", "_mask")],
-                            ["--leave-out '*_mask.*'"]),
+                            ["--leave-out '*_mask*'"]),
+    "masks under one class only": (["cat/images/", "cat/masks/", "dog/images/"],
+                                   ["without masks/", "--leave-out masks"]),
+    "masks of one class only": (["dog/", *(f"cat/{i}{e}.png" for i in range(4) for e in ("", "_mask_1"))],
+                                ["--leave-out '*_mask*'"]),
+    "thumbnails": ([f"{c}/{i}{e}.jpg" for c in ("cat", "dog") for i in range(3) for e in ("", "_thumb")],
+                   ["--leave-out '*_thumb*'"]),
+    "masks before the name": ([f"{c}/{e}{i}.png" for c in ("cat", "dog") for i in range(3) for e in ("", "mask_")],
+                              ["--leave-out 'mask*'"]),
+    "pairs of names": ([f"{c}/{i}{e}.png" for c in ("cat", "dog") for i in range(3) for e in ("_image", "_mask")],
+                       ["--leave-out '*_mask*'"]),
+    "images and masks in the place of classes": (["train/images/", "train/masks/"], ["without masks/"]),
+    "splits with another word": (["letters_train/a/", "letters_train/b/", "letters_test/"],
+                                 ["splits, which their names mention"]),
+    "one folder of classes beside others": (["set/cat/", "set/dog/", "assets/"],
+                                            ["the classes cat/, dog/ below set/", "--data"]),
+    "folds": ([f"fold{i}/{c}/" for i in range(3) for c in ("cat", "dog")],
+              ["the classes cat/, dog/ below each of fold0/, fold1/, fold2/"]),
     "splits beside folders of other names": (["train/cat/", "train/dog/", "extra/cat/", "extra/dog/"],
                                              ["2 ways", "without extra/"]),
 }.values())
@@ -149,8 +166,19 @@ def test_options_choose_a_reading(write_files):
 
 def test_masks_are_left_out_by_their_pattern(write_files):
     folder = write_files(*(f"{c}/{i}{e}.png" for c in ("cat", "dog") for i in range(3) for e in ("", "_mask")))
-    assert count(read_dataset(folder, Reading(leave_out=("*_mask.*",)))) == {("cat", ""): 3, ("dog", ""): 3}
+    assert count(read_dataset(folder, Reading(leave_out=("*_mask*",)))) == {("cat", ""): 3, ("dog", ""): 3}
     assert len(read_dataset(folder, Reading("classes")).images) == 12
+
+
+@pytest.mark.parametrize("option", [dict(leave_out=("masks",)), dict(take_in=("unsup",))])
+def test_option_that_matches_nothing_is_refused(option, write_files):
+    folder = write_files("cat/", "dog/")
+    with pytest.raises(UsageError, match="matches nothing"): read_dataset(folder, Reading(**option))
+
+
+def test_unlabelled_folder_beside_classes_is_left_out_with_a_note(write_files):
+    data = read_dataset(write_files("cat/", "dog/", "not labeled/"))
+    assert count(data) == {("cat", ""): 3, ("dog", ""): 3} and "3 images are in a folder whose name" in data.notes[0]
 
 
 # Tables in folders
@@ -205,6 +233,12 @@ def test_table_that_agrees_with_the_folders_is_named(write_files):
     assert data.kind == "classes" and "not read: x.csv" in " ".join(data.notes)
 
 
+def test_tables_of_splits_over_shared_images_give_the_splits(write_files):
+    tables = {f"{split}_csv": f"path,label\n{i}.png,a\n{i + 1}.png,b\n" for i, split in ((0, "train"), (2, "test"))}
+    data = read_dataset(write_files("0.png", "1.png", "2.png", "3.png", **tables))
+    assert count(data) == {(c, s): 1 for c in "ab" for s in ("train", "test")}
+
+
 def test_several_tables_of_the_same_images_are_refused(write_files):
     table = "path,label\n0.png,a\n1.png,b\n2.png,a\n"
     with pytest.raises(UsageError, match=r"2 ways: as .*labels of a.csv; or as .*labels of b.csv\. Choose one: --data"):
@@ -235,6 +269,14 @@ def test_images_are_known_by_their_bytes_whatever_the_ending(write_files, tmp_pa
     data = read_dataset(folder)
     assert count(data)["cat", ""] == 3 + len(kinds)
     assert "1 other files without an image are left out: cat/g" in data.notes
+
+
+def test_broken_links_and_pipes_are_left_out(write_files):
+    folder = write_files("cat/", "dog/")
+    (folder/"cat/gone.png").symlink_to(folder/"nowhere.png")
+    os.mkfifo(folder/"dog/pipe")
+    data = read_dataset(folder)
+    assert len(data.images) == 6 and any(note.startswith("2 broken links") for note in data.notes)
 
 
 def test_heic_without_its_package_names_the_extra(write_files, monkeypatch):

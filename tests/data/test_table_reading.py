@@ -77,7 +77,7 @@ READ = {   # what a table looks like -> its content, part of a note
     "another folder": (lines("imgs/{name}.png,{label}"), "by the end of their paths"),
     "names only": (lines("{name}.png,{label}"), "by the end of their paths"),
     "ids": (lines("{name},{label}"), "by their names without endings"),
-    "capital endings": (lines("images/{name}.PNG,{label}"), "with other upper and lower case"),
+    "capital endings": (lines("images/{name}.PNG,{label}"), "with another spelling of their paths"),
     "an upload of Label Studio": (lines("/data/upload/1/0a1b2c3d-{name}.png,{label}", "image,choice"),
                                   "without the prefix of an upload"),
 }
@@ -105,6 +105,14 @@ REFUSED = {
     "two splits of an image": (lines("{path},{label},train", "path,label,split") + "images/cat_0.png,cat,test\n",
                                "1 images have two splits: images/cat_0.png ('train', 'test')"),
     "numbers as splits": (lines("{path},{label},0", "path,label,split"), "row 2 has the split '0'"),
+    "a flag among columns of classes": (
+        "path,cat,dog,is_train\n" + "".join(f"{p},{int(c == 'cat')},{int(c == 'dog')},{i % 2}\n"
+                                           for i, (p, c) in enumerate(ROWS)), "with the column 'is_train'"),
+    "two columns of flags": (lines("{path},{label},0,1", "path,label,is_valid,is_test"), "is_valid and is_test"),
+    "a split beside other values": (
+        "path,label,subset\n" + "".join(f"{p},{c},{s}\n" for (p, c), s in zip(
+            ROWS, ("train", "train", "test", "other"))), "the column 'subset' names splits, and also 'other'"),
+    "names of masks as labels": (lines("{path},{name}_mask.png", "image,mask"), "has no column 'label'"),
     "missing files": (lines("{path}x,{label}"), "4 of 4 images are missing, such as images/cat_0.pngx, images/cat_1"),
     "nothing": ("", "is empty"),
     "only a header": ("path,label\n", "has no rows"),
@@ -182,6 +190,7 @@ def test_json_lines_are_read(folder):
     ("split", ["Train", " val", "TEST ", "nan"], ["train", "val", "test", ""]),
     ("subset", ["training", "dev", "eval", ""], ["train", "val", "test", ""]),
     ("is_valid", ["True", "False", "0", "1"], ["val", "train", "train", "val"]),
+    ("phase", ["train", "val", "test", "train"], ["train", "val", "test", "train"]),
     ("is_test", ["no", "no", "no", "yes"], ["train", "train", "train", "test"]),
 ])
 def test_usual_columns_of_splits_are_read(column, values, splits, parse):
@@ -204,6 +213,31 @@ def test_single_missing_file_is_not_taken_for_another_one(parse):
     found = parse("path,label\n" + "images/dog_0.png,dog\n" * 20 + rows + "old/cat_1.png,cat\n")
     assert found.n_missing == 1 and "old/cat_1.png" in set(found.rows.path)
     assert "1 images are missing and will be left out, such as old/cat_1.png" in found.notes
+
+
+def test_column_with_files_is_the_path_although_another_is_called_id(parse):
+    rows = "".join(f"{n},{p},{c}\n" for n, (p, c) in zip(reversed(NAMES), ROWS))
+    found = parse("id,photo,label\n" + rows)
+    assert found.columns["photo"] == "path" and found.rows.label.tolist() == LABELS
+
+
+def test_file_of_another_folder_is_not_taken_for_a_missing_one(folder):
+    for name in "a/0.png", "a/1.png", "b/2.png", "b/8.png":
+        (folder/name).parent.mkdir(exist_ok=True)
+        (folder/name).touch()
+    images = ["a/0.png", "a/1.png", "b/2.png", "b/8.png"]
+    written = ["/old/a/0.png", "/old/a/1.png", "/old/b/2.png", "/old/a/8.png"]
+    found = resolve_paths(written, folder, lambda: images, "t.csv")
+    assert found.missing == ["/old/a/8.png"] and len(found.files) == 3
+
+
+def test_value_of_any_length_is_read(parse):
+    assert parse("path,label,note\n" + "".join(f"{p},{c},{'x' * 200_000}\n" for p, c in ROWS)).n_missing == 0
+
+
+def test_single_path_in_other_case_is_repaired(parse):
+    rows = "images/cat_0.png,cat\n" * 20 + "images/CAT_1.png,cat\nimages/dog_0.png,dog\n"
+    assert parse("path,label\n" + rows).n_missing == 0
 
 
 def test_path_that_two_files_could_mean_is_not_repaired(folder):

@@ -137,7 +137,7 @@ def test_repeated_rows_and_missing_files_are_noted(write_table):
 
 
 BAD_TABLES = {
-    "no path": (lambda t: t.rename(columns=dict(path="where")), "has no column 'path'; it has where, label, camera"),
+    "no path": (lambda t: t.drop(columns="path"), "has no column 'path'; it has label, camera"),
     "no label": (lambda t: t.drop(columns="label").assign(day="x"), "has no column 'label'"),
     "no rows": (lambda t: t.head(0), "has no rows"),
     "no label in any row": (lambda t: t.assign(label=""), "has no row with a label"),

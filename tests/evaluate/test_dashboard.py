@@ -65,8 +65,10 @@ def make_run(folder: Path, wrong: float = 0.4, weights: bool = False) -> Path:
         pixels = rng.integers(0, 1 + rng.integers(20, 255), (12, 12, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder/"data"/label/f"{i:03}.png")
         rows.append(dict(
-            path=f"{label}/{i:03}.png", label=label, split="test" if i < 140 else "val", ok=True, error="",
-            pixel_sha256=f"{i:064x}", width=12, height=12, brightness=float(pixels.mean()), contrast=float(pixels.std()),
+            path=f"{label}/{i:03}.png", label=label,
+            split="test" if i < 140 else "val", ok=True, error="",
+            pixel_sha256=f"{i:064x}", width=12, height=12, brightness=float(pixels.mean()),
+            contrast=float(pixels.std()),
             tags=["near_duplicate"] if i % 7 == 0 else [], label_score=float(rng.random())))
     audit = Stage("audit", folder/"run")
     write_table(audit.path("manifest.parquet"), pd.DataFrame(rows))

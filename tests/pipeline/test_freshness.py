@@ -115,7 +115,7 @@ def test_changed_default_makes_its_stage_stale(copy):
             if p.name in ("run", "data") or isinstance(p.default, (str, Path)): continue
             if isinstance(p.default, bool): new = not p.default
             elif isinstance(p.default, float): new = (p.default or 1) * 0.5
-            elif isinstance(p.default, list): new = p.default[1:]
+            elif isinstance(p.default, list): new = p.default[1:] if p.default else ["x"]
             else: new = p.default + 1
             before, after = f"{p.name}: {p.type_name} = ", f"{p.name}: {p.type_name} = {new!r}   # "
             change = lambda c, a=before, b=after: c.update(source="".join(c["source"]).replace(a, b, 1))
