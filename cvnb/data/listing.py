@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -73,6 +74,7 @@ class Listing:
     images: list[str] = field(default_factory=list)    # paths relative to the folder, with /, sorted
     tables: list[str] = field(default_factory=list)    # likewise
     folders: list[str] = field(default_factory=list)   # all below it, except those of tools
+    empty: list[str] = field(default_factory=list)     # images and other files without content
     left_out: dict[str, list[str]] = field(default_factory=dict)   # why -> paths
 
     def leave_out(self,
@@ -84,11 +86,29 @@ class Listing:
 
     def notes(self) -> list[str]:   # sentences
         "Say what is left out, and name some of it."
-        return [f"{len(paths):,} {why} left out: {shorten(', '.join(paths[:20]), 80)}"
-                for why, paths in self.left_out.items()]
+        found = [f"{len(paths):,} {why} left out: {shorten(', '.join(paths[:20]), 80)}"
+                 for why, paths in self.left_out.items()]
+        empty = sorted({*self.empty} & {*self.images})
+        return found + ([f"{len(empty):,} images are empty files, such as {empty[0]}"] if empty else [])
 
 # %% ../../nbs/data/02_listing.ipynb #a1d61991
 _NEEDS_HEIF = "HEIC images need the package pi-heif (`pip install cvnb[heif]`) and are"
+
+def _file_size(
+    path: str,   # of a file
+) -> int:        # bytes; -1 for a broken link, a pipe and other things that are no files
+    "Return the size of a file."
+    try: found = os.stat(path)
+    except OSError: return -1
+    return found.st_size if stat.S_ISREG(found.st_mode) else -1
+
+def _is_lfs_pointer(
+    path: str,   # of a small file
+) -> bool:
+    "Say whether Git LFS keeps the content of a file elsewhere."
+    try:
+        with open(path, "rb") as file: return file.read(24) == b"version https://git-lfs."
+    except OSError: return False
 
 def _sort_file(
     here: str,          # folder of the file
@@ -103,8 +123,11 @@ def _sort_file(
         return listing.leave_out("files of operating systems and tools are", path)
     if suffix in HEIF_SUFFIXES and not importlib.util.find_spec("pi_heif"): return listing.leave_out(_NEEDS_HEIF, path)
     if suffix in TABLE_SUFFIXES: return listing.tables.append(path)
-    if not os.path.isfile(os.path.join(here, name)):
-        return listing.leave_out("broken links and other things that are no files are", path)
+    size = _file_size(os.path.join(here, name))
+    if size < 0: return listing.leave_out("broken links and other things that are no files are", path)
+    if size < 200 and _is_lfs_pointer(os.path.join(here, name)):
+        return listing.leave_out("pointers of Git LFS (`git lfs pull` fetches the files) are", path)
+    if not size: listing.empty.append(path)
     known = suffix in IMAGE_SUFFIXES or suffix in HEIF_SUFFIXES
     if known or _has_image_signature(os.path.join(here, name)): return listing.images.append(path)
     listing.leave_out(f"{suffix or 'other'} files without an image are", path)

@@ -279,6 +279,15 @@ def test_broken_links_and_pipes_are_left_out(write_files):
     assert len(data.images) == 6 and any(note.startswith("2 broken links") for note in data.notes)
 
 
+def test_empty_files_and_pointers_of_git_lfs_are_said(write_files):
+    folder = write_files("cat/", "dog/")
+    (folder/"cat/empty.png").touch()
+    (folder/"dog/large.png").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n")
+    data = read_dataset(folder)
+    assert len(data.images) == 7 and "1 images are empty files, such as cat/empty.png" in data.notes
+    assert any(note.startswith("1 pointers of Git LFS") for note in data.notes)
+
+
 def test_heic_without_its_package_names_the_extra(write_files, monkeypatch):
     folder = write_files("cat/", "dog/", "dog/x.heic")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
