@@ -56,6 +56,7 @@ def dvc_yaml(folder: Path) -> None:
         needs = [f"nbs/stages/{name}.ipynb", "cvnb", "requirements.lock", *(f"runs/x/{n}" for n in c.needs)]
         stages[name] = dict(cmd=command, deps=needs, outs=[f"runs/x/{name}"])
     (folder/"dvc.yaml").write_text(yaml.safe_dump(dict(stages=stages), sort_keys=False))
+    (folder/".dvcignore").write_text("__pycache__\n")   # or Python's own files would make every stage stale
 
 
 def prose(folder: Path) -> None:
