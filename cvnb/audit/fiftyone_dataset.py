@@ -70,7 +70,8 @@ def _make_sample(
     suggested = fo.Classification(label=row.suggested) if row.suggested else None
     numbers = {name: _optional_number(row, name) for name in ("uniqueness", "representativeness", "label_score")}
     return fo.Sample(
-        filepath=str(root/row.path), tags=[row.split, *row.tags], split=row.split, suggested=suggested,
+        filepath=str(root/row.path), media_type="image",   # FiftyOne knows images by their endings alone
+        tags=[row.split, *row.tags], split=row.split, suggested=suggested,
         path=row.path, given=row.label, pixel_sha256=row.pixel_sha256, ground_truth=fo.Classification(label=row.label),
         duplicate_of=row.duplicate_of, near_duplicate_of=row.near_duplicate_of, **fields.get(row.path, {}),
         metadata=fo.ImageMetadata(width=row.width, height=row.height, num_channels=3),

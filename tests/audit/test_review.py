@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -21,7 +22,7 @@ import pytest
 
 from cvnb.audit.checks import make_findings
 from cvnb.audit.duplicates import mark_duplicates
-from cvnb.audit.fiftyone_dataset import dataset_name, load_dataset, write_dataset
+from cvnb.audit.fiftyone_dataset import _make_sample, dataset_name, load_dataset, write_dataset
 from cvnb.audit.review import (
     accept_corrections,
     apply_corrections,
@@ -203,3 +204,11 @@ def test_edits_are_stale_when_the_pixels_have_changed(run, tmp_path):
     write_table(run/"audit/manifest.parquet", before)
     sample.ground_truth.label = label
     sample.save()
+
+
+@pytest.mark.parametrize("name", ["photo", "photo.jfif", "photo.dat"])
+def test_image_of_any_ending_is_an_image_for_fiftyone(name, tmp_path):
+    import fiftyone
+    row = SimpleNamespace(path=name, suggested="", split="train", tags=[], label="a", pixel_sha256="0", duplicate_of="",
+                          near_duplicate_of="", width=8, height=8, brightness=1.0, contrast=1.0)
+    assert _make_sample(fiftyone, tmp_path, row, {}).media_type == "image"
