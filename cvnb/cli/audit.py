@@ -12,7 +12,8 @@ from typing import Annotated, Optional
 import typer
 
 from .common import existing_run
-from .console import print_table, shell_path
+from .console import print_table
+from ..core.project import shell_path
 
 # %% auto #0
 __all__ = ['audit_app', 'browse_command', 'audit_accept_command']

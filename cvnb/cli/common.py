@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import UsageError, did_you_mean
 from ..core.project import asset_folder
+from ..core.stage import MAX_NOTES
 
 if TYPE_CHECKING:
     from cvnb.cli.console import ProgressLines
@@ -95,8 +96,6 @@ def complete_parameter(
     return complete_set_option(incomplete, read_contracts())
 
 # %% ../../nbs/cli/02_common.ipynb #f6c0ffee
-_MOST_NOTES = 5   # lines that a command prints of a longer list
-
 def describe_reading(
     dataset: Dataset,   # read
 ) -> list[str]:         # lines to print
@@ -104,8 +103,8 @@ def describe_reading(
     from cvnb.data.dataset import describe_columns
     lines = [f"layout: {dataset.layout} · {len(dataset.images):,} images"]
     if dataset.columns: lines.append(f"columns: {describe_columns(dataset)}")
-    lines += [f"! {note}" for note in dataset.notes[:_MOST_NOTES]]
-    n = len(dataset.notes) - _MOST_NOTES
+    lines += [f"! {note}" for note in dataset.notes[:MAX_NOTES]]
+    n = len(dataset.notes) - MAX_NOTES
     if n > 0: lines.append(f"! and {n} more notes: cvnb data check {quote(str(dataset.source))}")
     return lines
 

@@ -8,12 +8,10 @@ from __future__ import annotations
 import os
 import sys
 import time
-from pathlib import Path
-from shlex import quote
 from typing import Any
 
 # %% auto #0
-__all__ = ['ProgressLines', 'print_table', 'shell_path']
+__all__ = ['ProgressLines', 'print_table']
 
 # %% ../../nbs/cli/01_console.ipynb #816b9064
 class ProgressLines:
@@ -96,10 +94,3 @@ def print_table(
     for row in rows: table.add_row(*(escape(str(v)) for v in row))
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 200   # a pipe has no width
     Console(highlight=False, width=width).print(table)
-
-# %% ../../nbs/cli/01_console.ipynb #4b524c5b
-def shell_path(
-    path: Path,   # absolute
-) -> str:         # relative to the working directory where it lies below it, quoted
-    "Write a path for a command that the user can paste."
-    return quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))

@@ -16,10 +16,10 @@ import typer
 from .common import DATA_HELP, INTERRUPTED, LAYOUT_HELP, LEAVE_OUT_HELP, RECIPE_HELP, TAKE_IN_HELP
 from .common import choose_recipe, collect_parameters, complete_parameter, default_name, existing_run
 from .common import fetch_data, reading_parameters
-from .console import ProgressLines, print_table, shell_path
+from .console import ProgressLines, print_table
 from ..core.errors import CvnbError, UsageError, did_you_mean
 from ..core.files import read_json
-from ..core.project import project_root
+from ..core.project import project_root, shell_path
 from ..core.stage import format_notes, read_notes, read_stage_manifest, split_accesses
 
 if TYPE_CHECKING:

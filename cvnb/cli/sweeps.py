@@ -15,9 +15,9 @@ import typer
 
 from .common import DATA_HELP, INTERRUPTED, RECIPE_HELP, choose_recipe, collect_parameters, complete_parameter
 from .common import default_name, fetch_data
-from .console import ProgressLines, print_table, shell_path
+from .console import ProgressLines, print_table
 from ..core.errors import CvnbError, UsageError, did_you_mean
-from ..core.project import project_root
+from ..core.project import project_root, shell_path
 from ..core.stage import format_metric
 
 if TYPE_CHECKING:

@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 
 import cvnb
 from .errors import CvnbError
 
 # %% auto #0
-__all__ = ['project_root', 'asset_folder', 'resolve_run']
+__all__ = ['project_root', 'asset_folder', 'resolve_run', 'shell_path']
 
 # %% ../../nbs/core/03_project.ipynb #cell-23
 _PACKAGE_FOLDER = Path(cvnb.__file__).parent
@@ -45,3 +46,10 @@ def resolve_run(
     "Resolve a run directory; a relative path is relative to the project folder."
     run = Path(run).expanduser()
     return run if run.is_absolute() else project_root()/run
+
+# %% ../../nbs/core/03_project.ipynb #4b524c5b
+def shell_path(
+    path: Path,   # absolute
+) -> str:         # relative to the working directory where it lies below it, quoted
+    "Write a path for a command that the user can paste."
+    return quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))

@@ -12,7 +12,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 from fastcore.basics import patch
@@ -20,7 +19,7 @@ from fastcore.basics import patch
 import cvnb
 from .errors import CvnbError
 from .files import _to_builtin, atomic_path, digest, file_record, read_json, write_json
-from .project import resolve_run
+from .project import resolve_run, shell_path
 from .system import machine_info, timestamp
 
 # %% auto #0
@@ -281,10 +280,10 @@ def format_notes(
     limit: int = MAX_NOTES,   # lines; one more says how many notes are left
 ) -> list[str]:               # "! leak: 12 of 600 images (limit 0) → runs/mine/audit/report.html"
     "Format notes for a terminal, exceeded limits first; paths are relative where they lie below the working directory."
-    shown = lambda path: quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
     lines = []
     for note in sorted(notes, key=lambda note: not note["exceeded"]):
-        where = f" → {shown(run/note['file'])}" if note["file"] else ""
+        where = f" → {shell_path(run/note['file'])}" if note["file"] else ""
         lines.append(f"{'!' if note['exceeded'] else '-'} {note['text']}{where}")
     left = len(lines) - limit
-    return lines[:limit] + ([f"… and {left} more: `cvnb status {shown(run)} --json` lists all"] if left > 0 else [])
+    more = f"… and {left} more: `cvnb status {shell_path(run)} --json` lists all"
+    return lines[:limit] + [more] * (left > 0)

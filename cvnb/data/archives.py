@@ -5,10 +5,12 @@
 # %% ../../nbs/data/09_archives.ipynb #e9b830af
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
@@ -89,11 +91,13 @@ def _unpack_into(
             members = [info for info in file.infolist() if not info.is_dir()]
             _check_archive(archive, members, shutil.disk_usage(temp).free)
             _extract(file, members, temp, progress)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, zipfile.zlib.error) as e:
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, zlib.error) as e:
         raise UsageError(f"{archive} is no intact zip file ({e})", "Fetch or write it again.") from None
     except OSError as e:
-        raise CvnbError(f"{archive} could not be unpacked ({e.strerror or e})",
-                        "Free some space and make the cache writable, or set CVNB_CACHE to another folder.") from None
+        remedy = "Free some space and make the cache writable, or set CVNB_CACHE to another folder."
+        if e.errno in (errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG):   # names that this system cannot hold
+            remedy = "Unpack it yourself, and give the folder."
+        raise CvnbError(f"{archive} could not be unpacked ({e.strerror or e})", remedy) from None
 
 # %% ../../nbs/data/09_archives.ipynb #1a6bd614
 def unpack_archive(
@@ -102,8 +106,8 @@ def unpack_archive(
 ) -> Path:           # folder in the cache
     "Unpack an archive into the cache, once; raise `UsageError` for an unsafe or damaged one."
     from filelock import FileLock
-    stat_ = archive.stat()
-    name = f"{archive.stem[:40]}-{digest([str(archive.resolve()), stat_.st_size, stat_.st_mtime_ns])[:8]}"
+    facts = archive.stat()
+    name = f"{archive.stem[:40]}-{digest([str(archive.resolve()), facts.st_size, facts.st_mtime_ns])[:8]}"
     target = cache_dir()/"archives"/name
     if target.is_dir(): return target
     target.parent.mkdir(parents=True, exist_ok=True)

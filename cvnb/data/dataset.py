@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -84,11 +84,25 @@ def _check_source(
     if is_file and data.suffix.lower() not in _TABLE_ENDINGS:
         endings = " ".join(sorted(_TABLE_ENDINGS))
         raise UsageError(f"data {data} is a file, and no table ({endings})", _LAYOUT_HELP)
+    if is_file and reading.take_in:
+        raise UsageError(f"data {data} is a table, and --take-in is of folders", "Leave --take-in out.")
     if is_file and reading.layout not in ("auto", "table"):
         raise UsageError(f"data {data} is a table, and the layout {reading.layout} is of folders",
                          "Leave --layout out.")
 
 # %% ../../nbs/data/10_dataset.ipynb #d7037b41
+def _check_patterns(
+    option: str,               # "leave-out" or "take-in"
+    patterns: Iterable[str],   # its values
+    paths: Iterable[str],      # of what they may mean
+    source: Path,              # of the paths, for the message
+) -> None:
+    "Raise `UsageError` for a pattern that matches nothing."
+    for pattern in patterns:
+        if any(matches_any(path, [pattern]) for path in paths): continue
+        raise UsageError(f"--{option} {pattern} matches nothing in {source}",
+                         "Give the name of a folder or file, or its path relative to the data.")
+
 def _list_folder(
     folder: Path,        # of images
     reading: Reading,    # as the user wants it
@@ -97,11 +111,8 @@ def _list_folder(
     if not any(folder.iterdir()): raise UsageError(f"data folder {folder} is empty", _LAYOUT_HELP)
     listing = list_files(folder, reading.leave_out, reading.take_in)
     left = [path for paths in listing.left_out.values() for path in paths]
-    for option, patterns, paths in (("leave-out", reading.leave_out, left),
-                                    ("take-in", reading.take_in, [*listing.folders, *listing.images])):
-        if idle := [p for p in patterns if not any(matches_any(path, [p]) for path in paths)]:
-            raise UsageError(f"--{option} {idle[0]} matches nothing in {folder}",
-                             "Give the name of a folder or file, or its path relative to the data.")
+    _check_patterns("leave-out", reading.leave_out, left, folder)
+    _check_patterns("take-in", reading.take_in, [*listing.folders, *listing.images], folder)
     if listing.images: return listing
     found = f" ({'; '.join(listing.notes()[:3])})" if listing.left_out else ""
     files = [p for paths in listing.left_out.values() for p in paths]
@@ -150,11 +161,18 @@ def _read_file(
 ) -> tuple[_Images, Layout, list[str]]:   # nothing, the layout with the rows, sentences
     "Read a table; raise `UsageError` as `parse_table`."
     read = open_table(path)
-    left = read.rows.path.map(lambda p: matches_any(p, reading.leave_out)).astype(bool)
-    notes = [f"{int(left.sum()):,} rows match leave_out and are left out"] if left.any() else []
-    rows = read.rows[~left].reset_index(drop=True)
-    layout = Layout("table", f"table {path.name}", table=rows, columns=read.columns, files=[path.name])
-    return [], layout, read.notes + notes
+    _check_patterns("leave-out", reading.leave_out, read.rows.path, path)
+    layout = Layout("table", f"table {path.name}", table=read.rows, columns=read.columns, files=[path.name])
+    return [], layout, list(read.notes)
+
+def _leave_out_rows(
+    table: pd.DataFrame,   # path
+    reading: Reading,      # as the user wants it
+) -> tuple[pd.DataFrame, list[str]]:   # the other rows, a sentence or none
+    "Leave out the rows of a table whose images are not to be read."
+    left = table.path.map(lambda p: matches_any(p, reading.leave_out)).astype(bool)
+    notes = [f"{int(left.sum()):,} rows of tables match leave_out and are left out"] if left.any() else []
+    return table[~left].reset_index(drop=True), notes
 
 # %% ../../nbs/data/10_dataset.ipynb #53f522f0
 def read_dataset(
@@ -165,12 +183,16 @@ def read_dataset(
     data = Path(data)
     _check_source(data, reading)
     images, layout, notes = _read_file(data, reading) if data.is_file() else _read_folder(data, reading)
-    if (table := layout.table) is not None: images = list(zip(table.path, table.label, table.split))
+    table = layout.table
+    if table is not None:
+        table, left = _leave_out_rows(table, reading)
+        notes += left
+        images = list(zip(table.path, table.label, table.split))
     _check_two_classes(data, {label for _, label, _ in images})
     faults, more = _class_notes(images)
     if several := [path for path, label, _ in images if LABEL_SEPARATOR in label]:
         more.append(f"{len(several):,} labels hold a '{LABEL_SEPARATOR}', which task=multilabel reads as several")
-    return Dataset(data, data_root(data), layout.kind, layout.text, images, notes + faults + more, layout.columns,
+    return Dataset(data, data_root(data), layout.kind, layout.text, images, faults + notes + more, layout.columns,
                    layout.files, faults, table)
 
 # %% ../../nbs/data/10_dataset.ipynb #9e1a37c7

@@ -366,7 +366,10 @@ def _table_layout(
     for name, table in read.items():
         parent = name.rpartition("/")[0]
         rows = table.rows
-        if len(read) > 1 and (rows.split == "").all(): rows = rows.assign(split=_split_of_table(name))
+        split = _split_of_table(name) if len(read) > 1 and (rows.split == "").all() else ""
+        if split:
+            rows = rows.assign(split=split)
+            notes.append(f"{name}: its images are for {split}, by its name")
         parts.append(rows.assign(path=[os.path.normpath(os.path.join(parent, p)) for p in table.rows.path]))
     notes += _join_notes({name: table.notes for name, table in read.items()})
     rows = pd.concat(parts, ignore_index=True)

@@ -163,10 +163,10 @@ def resolve_paths(
         files |= alike
         missing = [p for p in missing if p not in alike]
         notes.append(_repair_note("after backslashes, quotes, spaces, file: or a leading / were changed", alike))
-    if missing:
+    few = len(missing) <= 0.1 * len(distinct)
+    if missing and not (few and all(map(os.path.isabs, missing))):   # a few that are gone from where they were
         index = _FileIndex.make(list_images())
         most = None
-        few = len(missing) <= 0.1 * len(distinct)
         for how, find in {k: v for k, v in REPAIRS.items() if k == _SPELLING or not few}.items():
             repaired, most = _apply_repair(find, [*map(_plain_path, missing)], index, set(files.values()), most)
             repaired = {p: repaired[q] for p in missing if (q := _plain_path(p)) in repaired}

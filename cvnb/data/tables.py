@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -196,20 +195,19 @@ def _used_columns(
     return table, notes
 
 # %% ../../nbs/data/07_tables.ipynb #fe77d30f
-@lru_cache(maxsize=2)
-def _parse_unchanged(
-    path: Path,      # a table
-    stamp: tuple,    # size and times of the file, so that a changed file is read again
-) -> ImageTable:
-    "Read a table; the result is cached, because a command reads its table several times."
-    return parse_table(path)
+_last_read: dict[tuple, ImageTable] = {}   # path, size and times of a file -> its rows; one at most
 
 def open_table(
     path: Path | str,   # .csv, .tsv, .txt, .jsonl or .parquet
 ) -> ImageTable:        # not to be changed
-    "Read a table unless this process has read it already; raise `UsageError` as `parse_table`."
+    "Read a table unless this process has just read it with all its files; raise `UsageError` as `parse_table`."
     stat = os.stat(path)
-    return _parse_unchanged(Path(path), (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+    key = (str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    if key in _last_read: return _last_read[key]
+    table = parse_table(path)
+    _last_read.clear()
+    if not table.n_missing: _last_read[key] = table   # missing files may come
+    return table
 
 def read_table(
     path: Path | str,   # .csv, .tsv, .txt, .jsonl or .parquet

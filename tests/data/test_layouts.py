@@ -9,16 +9,19 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from PIL import Image
 
+from cvnb.cli.common import LAYOUT_HELP
 from cvnb.core.errors import UsageError
 from cvnb.data.dataset import Dataset, check_trainable, describe_dataset, read_dataset
-from cvnb.data.layouts import Reading
+from cvnb.data.layouts import LAYOUTS, Reading
 from cvnb.data.sources import open_dataset
 from cvnb.data.split_names import parse_split_name
 from cvnb.data.versions import dataset_digest
+from cvnb.pipeline.params import read_contracts
 
 CVNB = Path(sys.executable).with_name("cvnb")
 
@@ -151,6 +154,11 @@ def test_folder_with_several_readings_is_refused_with_the_option(paths, parts, w
     assert "\n" not in str(e.value)
 
 
+def test_audit_and_help_offer_every_layout():
+    (layout,) = [p for p in read_contracts()["audit"].params if p.name == "layout"]
+    assert get_args(layout.type) == LAYOUTS and all(name in LAYOUT_HELP for name in LAYOUTS)
+
+
 def test_options_choose_a_reading(write_files):
     folder = write_files("bus/", "train/diesel/", "train/steam/")
     assert {label for label, _ in count(read_dataset(folder, Reading("classes")))} == {"bus", "train"}
@@ -174,6 +182,17 @@ def test_masks_are_left_out_by_their_pattern(write_files):
 def test_option_that_matches_nothing_is_refused(option, write_files):
     folder = write_files("cat/", "dog/")
     with pytest.raises(UsageError, match="matches nothing"): read_dataset(folder, Reading(**option))
+
+
+def test_rows_of_tables_are_left_out_by_patterns_too(write_files, tmp_path):
+    folder = write_files("train/", "valid/", train___classes_csv=ROBOFLOW, valid___classes_csv=ROBOFLOW)
+    data = read_dataset(folder, Reading(leave_out=("0.png",)))
+    assert len(data.images) == 4 and "2 rows of tables match leave_out and are left out" in data.notes
+    table = folder/"train/_classes.csv"
+    assert len(read_dataset(table, Reading(leave_out=("0.png",))).images) == 2
+    with pytest.raises(UsageError, match="--leave-out 9.png matches nothing"):
+        read_dataset(table, Reading(leave_out=("9.png",)))
+    with pytest.raises(UsageError, match="--take-in is of folders"): read_dataset(table, Reading(take_in=("x",)))
 
 
 def test_unlabelled_folder_beside_classes_is_left_out_with_a_note(write_files):
@@ -237,6 +256,7 @@ def test_tables_of_splits_over_shared_images_give_the_splits(write_files):
     tables = {f"{split}_csv": f"path,label\n{i}.png,a\n{i + 1}.png,b\n" for i, split in ((0, "train"), (2, "test"))}
     data = read_dataset(write_files("0.png", "1.png", "2.png", "3.png", **tables))
     assert count(data) == {(c, s): 1 for c in "ab" for s in ("train", "test")}
+    assert "test.csv: its images are for test, by its name" in data.notes
 
 
 def test_several_tables_of_the_same_images_are_refused(write_files):

@@ -15,7 +15,7 @@ from PIL import Image
 from cvnb.core.errors import UsageError
 from cvnb.data.dataset import check_trainable, describe_dataset, read_dataset
 from cvnb.data.paths import resolve_paths
-from cvnb.data.tables import ImageTable, parse_table
+from cvnb.data.tables import ImageTable, open_table, parse_table
 
 CVNB = Path(sys.executable).with_name("cvnb")
 NAMES = ["cat_0", "cat_1", "dog_0", "dog_1"]
@@ -206,6 +206,13 @@ def test_column_that_only_looks_like_a_split_is_named(parse):
 
 
 # Paths
+
+
+def test_files_that_come_later_are_found_in_the_same_process(folder):
+    (folder/"t.csv").write_text(PLAIN + "images/late.png,dog\n")
+    assert open_table(folder/"t.csv").n_missing == 1
+    (folder/"images/late.png").touch()
+    assert open_table(folder/"t.csv").n_missing == 0
 
 
 def test_single_missing_file_is_not_taken_for_another_one(parse):

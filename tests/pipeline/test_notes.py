@@ -6,14 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nbformat as nbf
 import pytest
+from projects import write_project
 
 from cvnb.core.files import read_json, write_json
 
 CVNB = Path(sys.executable).with_name("cvnb")
-BODY = """stage = open_stage("only", globals())
-stage.path("page.html").write_text("x")
+BODY = """stage.path("page.html").write_text("x")
 for i in range(n): stage.note(f"note {i}")
 stage.note("leak: 12 of 600 images (limit 0)", "page.html", exceeded=True)
 assert not fail, "planted"
@@ -23,15 +22,7 @@ assert not fail, "planted"
 @pytest.fixture
 def project(tmp_path) -> Path:
     "A project whose one stage has a limit exceeded and `n` notes."
-    path = tmp_path/"project/nbs/stages/only.ipynb"
-    path.parent.mkdir(parents=True)
-    code = nbf.v4.new_code_cell
-    cells = [nbf.v4.new_markdown_cell("# Only\n\n> A stage.\n\n- needs: []"),
-             code("from cvnb.pipeline.params import open_stage"),
-             code('run: str = "runs/x"\nn: int = 6\nfail: bool = False', metadata=dict(tags=["parameters"])),
-             code(BODY), code("stage.finish()")]
-    nbf.write(nbf.v4.new_notebook(cells=cells), path)
-    return tmp_path/"project"
+    return write_project(tmp_path/"project", "n: int = 6\nfail: bool = False", only=BODY)
 
 
 def call(project: Path, *args: str) -> subprocess.CompletedProcess:
@@ -75,4 +66,4 @@ def test_failed_stage_shows_its_error_in_status(project):
     assert call(project, "run", "--run", "runs/a", "--set", "only.fail=true").returncode == 1
     (row,) = json.loads(call(project, "status", "runs/a", "--json").stdout)
     assert row["state"] == "failed" and "AssertionError: planted" in row["notes"][0]["text"]
-    assert "! only failed in cell [4]" in call(project, "status", "runs/a").stdout
+    assert "! only failed in cell [5]" in call(project, "status", "runs/a").stdout

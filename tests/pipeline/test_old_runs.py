@@ -6,8 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nbformat as nbf
 import pytest
+from projects import write_project
 
 from cvnb.core.files import read_json
 
@@ -17,16 +17,7 @@ CVNB = Path(sys.executable).with_name("cvnb")
 @pytest.fixture
 def project(tmp_path) -> Path:
     "A project with one stage."
-    path = tmp_path/"project/nbs/stages/only.ipynb"
-    path.parent.mkdir(parents=True)
-    code = nbf.v4.new_code_cell
-    cells = [nbf.v4.new_markdown_cell("# Only\n\n> A stage.\n\n- needs: []"),
-             code("from cvnb.pipeline.params import open_stage"),
-             code('run: str = "runs/x"\nn: int = 2', metadata=dict(tags=["parameters"])),
-             code('stage = open_stage("only", globals())\nstage.path("n.txt").write_text("x" * n)'),
-             code("stage.finish()")]
-    nbf.write(nbf.v4.new_notebook(cells=cells), path)
-    return tmp_path/"project"
+    return write_project(tmp_path/"project", "n: int = 2", only='stage.path("n.txt").write_text("x" * n)')
 
 
 def call(project: Path, *args: str) -> str:
