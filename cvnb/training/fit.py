@@ -308,8 +308,8 @@ def _left_out_of_epoch(
     size = options.batch_size
     n_left = n % size if n >= size else 0
     if not n_left or options.tune == "probe" or options.balance == "sampling": return []
-    note = (f"an epoch uses {n - n_left} of the {n} training images; the other {n_left}, chosen anew each epoch, do not "
-            f"fill a batch of {size}")
+    note = (f"an epoch uses {n - n_left} of the {n} training images; the other {n_left}, chosen anew each epoch, do "
+            f"not fill a batch of {size}")
     smaller = n // (n // size + 1) // options.devices * options.devices
     saves = smaller >= 2 * options.devices and n_left > n / 10 and n % smaller < n_left
     return [note + (f" (with batch_size={smaller} it would use {n - n % smaller})" if saves else "")]
