@@ -134,6 +134,7 @@ def status_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     "Show for each stage whether it is up to date or would run again, and why; and what it found."
+    from cvnb.compress.error_budget import describe_budget, read_tests
     from cvnb.pipeline.runner import read_run_parameters, stage_states
     folder = existing_run(run)
     rows = stage_states(folder, read_run_parameters(folder))
@@ -149,6 +150,7 @@ def status_command(
         stages = ", ".join(f"{s} {n}" for s, n in found.items())
         print(f"\nThe test split was read {sum(found.values())} times ({stages}): "
               "a model that is chosen by these results needs new images for its test.")
+    if budget := describe_budget(read_tests(folder)): print(f"\n{budget}")
     for r in rows if why else []:
         print(f"\n{r['stage']}: {r['state']}" + "".join(f"\n  {reason}" for reason in r["reasons"]))
 

@@ -70,6 +70,7 @@ class Stage:
         self.notes: list[dict] = []             # text, file and exceeded, from `note`
         self.curves: dict[str, list] = {}       # metric -> its value after each epoch
         self.data: dict | None = None           # digest and revision of the data set
+        self.images: dict[str, dict] = {}       # role -> split, n and digest of the images, from `record_images`
         self.environment: dict[str, Any] = {}   # additional facts for the manifest's `environment`
         self.started = timestamp()
         self._outputs: dict[str, Path] = {}
@@ -221,7 +222,8 @@ def finish(self: Stage) -> dict:   # metric -> formatted value, for display
     "Hash the outputs and write the manifest."
     parts = json.loads(os.environ.get("CVNB_KEY_PARTS", "null"))
     record = dict(stage=self.name, status="done", key=parts and stage_key(parts, self.inputs),
-                  params=self.params, data=self.data, inputs=self.inputs, outputs=self._collect(), metrics=self.metrics,
+                  params=self.params, data=self.data, images=self.images, inputs=self.inputs,
+                  outputs=self._collect(), metrics=self.metrics,
                   notes=self.notes, seconds=round(time.perf_counter() - self._begin, 2), started=self.started,
                   cvnb=cvnb.__version__, environment=self.environment | dict(machine=machine_info(), parts=parts))
     write_json(self.dir/(PENDING_MANIFEST if parts else "stage.json"), record)

@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from ..core.errors import UsageError
+from ..core.errors import CvnbError, UsageError
 from ..core.files import digest
 from .split_names import SPLITS
 from .tables import read_manifest
@@ -16,8 +16,11 @@ from .tables import read_manifest
 if TYPE_CHECKING:
     import pandas as pd
 
+    from cvnb.core.stage import Stage
+
 # %% auto #0
-__all__ = ['group_ids', 'check_shares', 'assign_splits', 'assign_folds', 'distinct_images', 'read_splits', 'count_copies']
+__all__ = ['IMAGE_ROLES', 'group_ids', 'check_shares', 'assign_splits', 'assign_folds', 'distinct_images', 'read_splits',
+           'count_copies', 'ImageRole', 'record_images']
 
 # %% ../../nbs/data/14_splits.ipynb #cell-29
 def group_ids(
@@ -165,3 +168,36 @@ def count_copies(
         n = len(read_manifest(manifest, split))
         if n > len(rows): notes.append(f"{split}: n = {n}, {len(rows)} distinct; each distinct image counts once")
     return notes
+
+# %% ../../nbs/data/14_splits.ipynb #b908f92d
+class ImageRole(NamedTuple):
+    "What a set of images decides."
+    stages: str    # that use images so
+    split: str     # that the images come from
+    meaning: str   # what they decide
+
+IMAGE_ROLES: dict[str, ImageRole] = {
+    "weights": ImageRole("train, compress", "train", "weights, importance of channels, statistics of batch norm"),
+    "epoch": ImageRole("train, compress", "val", "the epoch that is kept, and the end of training"),
+    "temperature": ImageRole("train", "val", "the temperature of the probabilities, where one is fitted"),
+    "threshold": ImageRole("train", "val", "the thresholds of labels, where they are fitted"),
+    "candidate": ImageRole("compress", "val", "which pruned or distilled model is tested"),
+    "calibration": ImageRole("export", "train", "the ranges of INT8"),
+    "layers": ImageRole("export", "val", "the layers that stay in FP32"),
+    "acceptance": ImageRole("compress, export", "test", "whether a model may replace the trained one"),
+    "report": ImageRole("train, errors, export, benchmark", "test", "the figures that are reported"),
+}
+
+# %% ../../nbs/data/14_splits.ipynb #2ca8ec4f
+def record_images(
+    stage: Stage,         # the stage that uses the images
+    rows: pd.DataFrame,   # manifest rows of the images: split, pixel_sha256
+    *roles: str,          # keys of `IMAGE_ROLES`
+) -> None:
+    "Record by digest which images a stage uses for what; raise `CvnbError` for images of another split."
+    for role in roles:
+        allowed = IMAGE_ROLES[role]
+        if odd := sorted(set(rows.split) - {allowed.split}):
+            raise CvnbError(f"{stage.name} uses images of {odd[0]} for its {role}, which {allowed.split} decides",
+                            "Choose the rows by `read_splits`.")
+        stage.images[role] = dict(split=allowed.split, n=len(rows), sha256=digest(sorted(rows.pixel_sha256)))

@@ -21,12 +21,15 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from cvnb.export.quantize import QuantizedModels
+    from cvnb.compress.acceptance import Acceptance
+    from cvnb.core.stage import Stage
     from cvnb.metrics.estimates import Estimate
     from cvnb.models.vision_model import VisionModel
 
 # %% auto #0
-__all__ = ['REFERENCE_RUNTIME', 'predict_with_runtimes', 'ParityResult', 'measure_parity', 'require_parity', 'compare_runtimes',
-           'parity_table', 'ParityReport', 'check_parity', 'choose_shipped_model', 'export_notes', 'bundle_metrics']
+__all__ = ['REFERENCE_RUNTIME', 'QUANTIZED', 'predict_with_runtimes', 'ParityResult', 'measure_parity', 'require_parity',
+           'compare_runtimes', 'parity_table', 'ParityReport', 'check_parity', 'choose_shipped_model',
+           'confirm_quantized', 'export_notes', 'bundle_metrics']
 
 # %% ../../nbs/export/04_parity.ipynb #233e4715
 REFERENCE_RUNTIME = "torch eager"   # the others are compared with it
@@ -185,17 +188,32 @@ def check_parity(
 
 # %% ../../nbs/export/04_parity.ipynb #5ed5f849
 def choose_shipped_model(
-    trained: np.ndarray,      # bool (N,): whether the trained model's predictions are right
-    compressed: np.ndarray,   # bool (N,): whether the compressed model's predictions are right
-    margin: float,            # acceptable loss of accuracy, 0 … 1
-) -> dict[str, Any]:          # {"model", "why", "test"}
-    "Choose the model to ship by a paired non-inferiority test, and say why."
-    from cvnb.metrics.paired import noninferiority
-    test = noninferiority(trained, compressed, margin)
-    verdict = "not worse than" if test.accepted else "not shown to be as good as"
-    why = (f"the compressed model is {verdict} the trained one within {margin:g}: accuracy {test.difference:+.4f} "
-           f"[{test.low:+.4f}, {test.high:+.4f}] on {test.n} test images")
-    return dict(model="compressed" if test.accepted else "trained", why=why, test=asdict(test))
+    verdict: dict[str, Any],   # compress/verdict.json: the run's one test of the compressed model
+) -> dict[str, Any]:           # {"model", "why", "test"}
+    "Choose the model to ship by the test of the compress stage, and say why."
+    found = "not worse than" if verdict["accepted"] else "not shown to be as good as"
+    interval = f"{verdict['difference']:+.4f} [{verdict['low']:+.4f}, {verdict['high']:+.4f}]"
+    why = (f"the compressed model is {found} the trained one within {verdict['margin']:g}: accuracy {interval} on "
+           f"{verdict['n']} test images")
+    return dict(model="compressed" if verdict["accepted"] else "trained", why=why, test=verdict)
+
+# %% ../../nbs/export/04_parity.ipynb #70ac8470
+QUANTIZED = "onnx int8"   # the runtime whose file the bundle has besides FP32
+
+def confirm_quantized(
+    stage: Stage,           # the export stage; its run's ledger records the test
+    parity: ParityReport,   # from `check_parity`
+    model: str,             # the model that ships
+    paths: Iterable[str],   # the N test images
+    margin: float,          # acceptable loss of accuracy against the trained model, 0 … 1
+) -> Acceptance:
+    "Test on the test images whether a model's INT8 file may replace the trained model."
+    import pandas as pd
+    from cvnb.compress.acceptance import confirm_acceptance
+    paths = list(paths)
+    table = lambda name, runtime: pd.DataFrame(dict(path=paths, correct=parity.correct[name][runtime]))
+    reference = table("trained", REFERENCE_RUNTIME)
+    return confirm_acceptance(stage, reference, table(model, QUANTIZED), margin, f"{model} INT8")
 
 # %% ../../nbs/export/04_parity.ipynb #c6d5a115
 def export_notes(

@@ -231,6 +231,8 @@ class QuantizationData:
     calibration: np.ndarray   # uint8 (M, S, S, 3), training images
     images: np.ndarray        # uint8 (N, S, S, 3), validation images
     labels: np.ndarray        # int (N,), classes of `images`
+    calibration_rows: pd.DataFrame | None = None   # manifest rows of `calibration`
+    validation_rows: pd.DataFrame | None = None    # manifest rows of `images`
 
     def __repr__(self) -> str:
         side = self.images.shape[1]
@@ -255,7 +257,7 @@ def load_quantization_data(
     validation = val.sample(min(n_validation, len(val)), random_state=seed)
     load = lambda rows: load_images(root, rows.path, image_size, digests=rows.file_sha256, decoding=decoding)
     labels = Classification().encode(validation.label, classes, validation.path)
-    return QuantizationData(load(calibration), load(validation), labels)
+    return QuantizationData(load(calibration), load(validation), labels, calibration, validation)
 
 # %% ../../nbs/export/03_quantize.ipynb #606bb526
 @dataclass(frozen=True)

@@ -1,0 +1,121 @@
+"""The levels of the tests that accept a model, by simulation."""
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from cvnb.compress.error_budget import ERROR_BUDGET, level_for, read_tests, record_test
+from cvnb.metrics.paired import (
+    accuracy_given_acceptance,
+    bounded_difference,
+    images_needed,
+    noninferiority,
+    paired_difference,
+    smallest_margin,
+)
+
+
+def at_the_margin(
+    n: int,             # images
+    margin: float,      # true loss of accuracy
+    differing: float,   # share of the images on which the models differ
+    accuracy: float,    # of the new model
+) -> list[float]:       # probabilities: both right, only the new one, only the reference, neither
+    "Describe two models of which the new one is worse by exactly the margin."
+    only_new, only_reference = (differing - margin) / 2, (differing + margin) / 2
+    return [accuracy - only_new, only_new, only_reference, 1 - accuracy - only_reference]
+
+
+@pytest.mark.parametrize("n, margin, differing", [(100, 0.05, 0.05), (200, 0.05, 0.06), (400, 0.02, 0.02),
+                                                  (1000, 0.01, 0.01), (1000, 0.01, 0.03), (3000, 0.02, 0.1)])
+@pytest.mark.parametrize("level", [0.025, 0.0125])
+def test_model_at_the_margin_is_accepted_no_more_often_than_the_level(n, margin, differing, level):
+    draws = np.random.default_rng(0).multinomial(n, at_the_margin(n, margin, differing, 0.8), 20_000)
+    kinds, counts = np.unique(draws[:, 1:3], axis=0, return_counts=True)
+    accepted = [paired_difference(int(b), int(c), n, level).low > -margin for b, c in kinds]
+    rate = (counts * np.array(accepted)).sum() / counts.sum()
+    assert rate <= level + 3 * np.sqrt(level / 20_000)
+
+
+@pytest.mark.parametrize("spread", [0.02, 0.3])
+def test_bounded_statistic_keeps_its_level_where_most_differences_are_zero(spread):
+    rng = np.random.default_rng(1)
+    margin, wrong = 0.02, 0
+    for _ in range(200):
+        lost = rng.random(400) < margin / spread   # images that lose `spread`, so that the mean loss is the margin
+        wrong += bounded_difference(-spread * lost, 0.025).low > -margin
+    assert wrong <= 11   # of 200 at a level of 0.025: at most 11 in 99.4 % of all cases
+
+
+def test_bounded_statistic_accepts_an_equal_model_and_rejects_a_worse_one():
+    rng = np.random.default_rng(2)
+    reference = rng.beta(8, 2, 2000)
+    assert noninferiority(reference, np.clip(reference + rng.normal(0, 0.01, 2000), 0, 1), 0.02).accepted
+    assert not noninferiority(reference, np.clip(reference - 0.03, 0, 1), 0.02).accepted
+    with pytest.raises(ValueError, match="span"): bounded_difference(np.array([3.0]), span=1)
+
+
+def test_images_needed_is_the_first_number_that_proves_the_margin():
+    for margin, level in (0.01, 0.025), (0.02, 0.025), (0.02, 0.0125), (0.1, 0.025):
+        n = images_needed(margin, level)
+        assert paired_difference(0, 0, n, level).low > -margin >= paired_difference(0, 0, n - 1, level).low
+        provable = smallest_margin(n, level)
+        assert provable <= margin + 1e-4 and paired_difference(0, 0, n, level).low > -provable
+    assert (images_needed(0.01), images_needed(0.02)) == (381, 189)
+
+
+def try_again(
+    p_values: np.ndarray,   # of one run's tries, all at the margin
+    run,                    # run directory, new
+) -> bool:
+    "Try until a model is accepted, with the run's ledger."
+    for k, p in enumerate(p_values):
+        level = level_for(run, str(k))
+        record_test(run, str(k), "compressed", level, bool(p < level), 0.02, 600)
+        if p < level: return True
+    return False
+
+
+def test_twenty_tries_at_the_margin_stay_within_the_error_budget(tmp_path):
+    rng = np.random.default_rng(3)
+    p_values = rng.random((300, 20))
+    runs = [tmp_path/str(i) for i in range(300)]
+    for run in runs: run.mkdir()
+    accepted = sum(try_again(p, run) for p, run in zip(p_values, runs))
+    assert accepted <= stats.binom.ppf(0.999, 300, ERROR_BUDGET) < sum((p_values < 0.025).any(1))
+    assert all(len(read_tests(run)) == 20 for run, p in zip(runs, p_values) if p.min() > ERROR_BUDGET)
+
+
+def test_damaged_line_of_the_ledger_counts_as_a_failed_test(tmp_path):
+    record_test(tmp_path, "a", "compressed", level_for(tmp_path, "a"), True, 0.02, 600)
+    file = tmp_path/"acceptance.jsonl"
+    file.write_text(file.read_text().replace("true", "7") + "\x00\n[]\n")
+    assert [t["accepted"] for t in read_tests(tmp_path)] == [False, False, False]
+    assert level_for(tmp_path, "b") == ERROR_BUDGET / 2**4
+
+
+@pytest.mark.parametrize("n, accuracy, margin, loss", [(300, 0.9, 0.05, 0.02), (1000, 0.9, 0.02, 0.01),
+                                                       (1000, 0.97, 0.02, 0.01), (1000, 0.7, 0.05, 0.04)])
+def test_accuracy_of_accepted_models_is_covered_and_unbiased(n, accuracy, margin, loss):
+    rng = np.random.default_rng(4)
+    chances = at_the_margin(n, loss, loss + 0.02, accuracy)
+    found, seen = [], {}
+    while len(found) < 250:
+        both, only_new, only_reference, _ = (int(x) for x in rng.multinomial(n, chances))
+        key = both, only_new, only_reference
+        if key not in seen:
+            low = paired_difference(only_new, only_reference, n).low
+            right = np.arange(n)
+            seen[key] = None
+            if low > -margin:
+                reference = (right < both) | (right >= n - only_reference)
+                new = right < both + only_new
+                test = noninferiority(reference, new, margin)
+                seen[key] = accuracy_given_acceptance(test, both + only_new), (both + only_new) / n
+        if seen[key]: found.append(seen[key])
+    estimates, plain = zip(*found)
+    coverage = np.mean([e.low <= accuracy <= e.high for e in estimates])
+    bias = np.median([e.value for e in estimates]) - accuracy
+    assert coverage >= 0.9
+    assert abs(bias) < 0.007 and abs(bias) < max(abs(np.mean(plain) - accuracy), 0.002)
