@@ -10,6 +10,7 @@ import json
 import os
 import queue
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from typing import Any
 from .errors import CvnbError
 
 # %% auto #0
-__all__ = ['open_lease', 'end_with_input', 'serve_requests', 'WorkerProcess']
+__all__ = ['open_lease', 'end_with_input', 'tie_command', 'serve_requests', 'WorkerProcess']
 
 # %% ../../nbs/core/09_workers.ipynb #lease-open
 @contextlib.contextmanager
@@ -41,6 +42,14 @@ def end_with_input() -> None:
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
+
+# %% ../../nbs/core/09_workers.ipynb #tie
+def tie_command(
+    command: list[str],   # a program's path and its arguments
+) -> list[str]:           # the same under `setpriv`, where that is installed
+    "Make the command of a program that ends with the thread that starts it, however that ends."
+    setpriv = shutil.which("setpriv", path=os.defpath)
+    return [setpriv, "--pdeathsig", "KILL", *command] if setpriv else command
 
 # %% ../../nbs/core/09_workers.ipynb #267d5ccf
 def serve_requests(
