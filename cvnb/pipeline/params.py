@@ -366,16 +366,24 @@ def render_parameter_table(
     cell.cell_type = "markdown"
     cell.source = "\n".join(lines)
 
-# %% ../../nbs/pipeline/01_params.ipynb #injected-read
+# %% ../../nbs/pipeline/01_params.ipynb #injected-numbers
+class _Numbers(ast.NodeTransformer):
+    "Evaluate `float('nan')`, `float('inf')` and `float('-inf')`, as which papermill writes these numbers."
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        text = ast.unparse(node)
+        return ast.Constant(float(node.args[0].value)) if re.fullmatch(r"float\('(nan|-?inf)'\)", text) else node
+
+# %% ../../nbs/pipeline/01_params.ipynb #injected-cell
 def read_injected_cell(
     source: str,   # source of a code cell
-) -> dict[str, ast.expr] | None:   # name -> assigned expression; None if papermill has not written the cell
-    "Read the assignments of a cell that papermill has injected."
+) -> dict[str, Any] | None:   # name -> value; None if papermill has not written the cell
+    "Read a cell that papermill has injected: a comment, and assignments of literals."
     if not source.startswith("# Parameters\n"): return None
-    try: statements = ast.parse(source).body
-    except SyntaxError: return None
-    if not all(isinstance(s, ast.Assign) for s in statements): return None
-    return {ast.unparse(s.targets[0]): s.value for s in statements}
+    try:
+        statements = _Numbers().visit(ast.parse(source)).body
+        if not all(isinstance(s, ast.Assign) for s in statements): return None
+        return {ast.unparse(s.targets[0]): ast.literal_eval(s.value) for s in statements}
+    except (SyntaxError, ValueError): return None
 
 # %% ../../nbs/pipeline/01_params.ipynb #injected-names
 def _assigned_names(
@@ -393,7 +401,7 @@ def _assigned_names(
 def check_injected(
     contract: Contract,    # a stage's contract
     sources: list[str],    # of the code cells that come before `open_stage`, in the order in which they run
-) -> dict[str, ast.expr]:  # name -> expression, of parameters that papermill's last cell sets
+) -> dict[str, Any]:      # name -> value, of the parameters that papermill's last cell sets
     "Raise `UsageError` if papermill sets a name that the stage does not declare, or one that is declared only later."
     found = {i: cell for i, source in enumerate(sources) if (cell := read_injected_cell(source)) is not None}
     if not found: return {}
@@ -424,18 +432,6 @@ def _opened_stage(
             return getattr(node.args[0], "value", None)
     return None
 
-# %% ../../nbs/pipeline/01_params.ipynb #injected-value
-def _injected_values(
-    expressions: dict[str, ast.expr],   # name -> expression
-) -> dict[str, Any]:                    # name -> value
-    "Evaluate what papermill writes into its cell: literals, and numbers such as `float('nan')`; leave out the rest."
-    values = {}
-    for name, node in expressions.items():
-        number = isinstance(node, ast.Call) and ast.unparse(node.func) == "float" and len(node.args) == 1
-        with contextlib.suppress(ValueError):
-            values[name] = float(ast.literal_eval(node.args[0])) if number else ast.literal_eval(node)
-    return values
-
 # %% ../../nbs/pipeline/01_params.ipynb #injected-notebook
 def check_notebook(
     sources: list[str],   # of a notebook's code cells
@@ -446,7 +442,7 @@ def check_notebook(
     path = asset_folder("stages")/f"{_opened_stage(sources[opens])}.ipynb"
     if not path.is_file(): return   # `open_stage` says so
     contract = read_contract(path)
-    check_parameters(contract, _injected_values(check_injected(contract, sources[:opens])), PAPERMILL)
+    check_parameters(contract, check_injected(contract, sources[:opens]), PAPERMILL)
 
 # %% ../../nbs/pipeline/01_params.ipynb #aebf69c2
 def open_stage(

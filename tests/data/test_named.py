@@ -21,6 +21,7 @@ import numpy as np
 import psutil
 import pytest
 from PIL import Image
+from processes import left_after
 
 from cvnb.core.errors import CvnbError
 from cvnb.data import named
@@ -328,10 +329,7 @@ named._run_command(source, Path(), lambda *_: None)"""
     npm_process = psutil.Process(int(pid.read_text()))
     process.send_signal(signal.SIGKILL)
     process.wait()
-    end = time.monotonic() + 10
-    while npm_process.is_running() and npm_process.status() != psutil.STATUS_ZOMBIE and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not npm_process.is_running() or npm_process.status() == psutil.STATUS_ZOMBIE
+    assert not left_after([npm_process])
 
 
 def test_sources_are_pinned():

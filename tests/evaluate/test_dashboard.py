@@ -19,6 +19,7 @@ import pandas as pd
 import psutil
 import pytest
 from PIL import Image
+from processes import left_after
 
 from cvnb.core.errors import CvnbError
 from cvnb.core.files import read_json, write_json
@@ -327,8 +328,7 @@ def test_signals_end_server_and_kernels(run: Path, number: signal.Signals) -> No
     children = psutil.Process(server.process.pid).children(recursive=True)
     server.process.send_signal(number)
     assert server.process.wait(60) == (-number if number == signal.SIGKILL else 0) and children
-    left = psutil.wait_procs(children, timeout=10)[1]
-    assert [p for p in left if p.status() != psutil.STATUS_ZOMBIE] == []   # nobody may have read its exit code
+    assert left_after(children) == []
 
 
 @pytest.mark.parametrize("stage, message", [("", "is not a run directory"), ("audit", "has no finished train stage")])

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from processes import left_after
 from projects import write_project
 
 from cvnb.core.files import read_json, sha256_file
@@ -290,14 +291,6 @@ def test_kernels_end_with_the_call_that_started_them(tmp_path):
     while list(temp.glob("cvnb-*")) and time.time() < end: time.sleep(0.05)
     assert not list(temp.glob("cvnb-*")), "folders of kernels are left"
     shutil.rmtree(temp)
-
-
-def left_after(processes: list[psutil.Process], seconds: float = 20) -> list[psutil.Process]:
-    "Wait until processes have ended, and return those that have not."
-    end = time.time() + seconds
-    runs = lambda p: p.is_running() and p.status() != psutil.STATUS_ZOMBIE   # nobody may have read its exit code
-    while (left := [p for p in processes if runs(p)]) and time.time() < end: time.sleep(0.05)
-    return left
 
 
 def waits_as(name: str, folder: Path) -> str:
