@@ -10,18 +10,46 @@ import json
 import os
 import queue
 import select
+import shutil
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from .errors import CvnbError
 
 # %% auto #0
-__all__ = ['serve_requests', 'WorkerProcess']
+__all__ = ['open_lease', 'end_with_input', 'tie_command', 'serve_requests', 'WorkerProcess']
+
+# %% ../../nbs/core/09_workers.ipynb #lease-open
+@contextlib.contextmanager
+def open_lease() -> Iterator[int]:   # file descriptor: the standard input of a process that calls `end_with_input`
+    "Make an input that ends with the block, or with this process, however it ends."
+    reading, writing = os.pipe()   # no other process inherits the writing end
+    try: yield reading
+    finally:
+        os.close(writing)
+        os.close(reading)
+
+# %% ../../nbs/core/09_workers.ipynb #lease-end
+def end_with_input() -> None:
+    "End this process as soon as its standard input ends, also in the middle of its work."
+    def wait() -> None:
+        while os.read(0, 1 << 16): pass
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+# %% ../../nbs/core/09_workers.ipynb #tie
+def tie_command(
+    command: list[str],   # a program's path and its arguments
+) -> list[str]:           # the same under `setpriv`, where that is installed
+    "Make the command of a program that ends with the thread that starts it, however that ends."
+    setpriv = shutil.which("setpriv", path=os.defpath)
+    return [setpriv, "--pdeathsig", "KILL", *command] if setpriv else command
 
 # %% ../../nbs/core/09_workers.ipynb #267d5ccf
 def serve_requests(

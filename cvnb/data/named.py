@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.cache import cache_dir
 from ..core.errors import CvnbError
 from ..core.system import n_cores
+from ..core.workers import tie_command
 
 if TYPE_CHECKING:
     import numpy as np
@@ -140,7 +141,7 @@ def _run_command(
     since = time.monotonic()
     options = dict(cwd=folder, stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT)
     with (open(folder/"log", "wb") as log,
-          subprocess.Popen([shutil.which(tool), *arguments], stdout=log, **options) as process):
+          subprocess.Popen(tie_command([shutil.which(tool), *arguments]), stdout=log, **options) as process):
         try:
             while process.poll() is None:
                 before = arrived_mb

@@ -20,6 +20,7 @@ from ..core.errors import CvnbError, UsageError
 from ..core.files import write_json
 from ..core.project import asset_folder, resolve_run
 from ..core.stage import read_stage_manifest
+from ..core.workers import open_lease
 
 # %% auto #0
 __all__ = ['check_trained_run', 'find_free_port', 'voila_config', 'serve_dashboard']
@@ -76,10 +77,11 @@ def _run_voila(
     env: dict[str, str],  # environment of Voila and its kernels
 ) -> Iterator[subprocess.Popen]:   # Voila, accepting connections
     "Run Voila as long as the block lasts; raise `CvnbError` if it ends by itself."
-    command = [sys.executable, "-m", "voila", str(notebook)]
-    with tempfile.TemporaryDirectory() as private, open(Path(private)/"log", "w+") as log:
+    code = "from cvnb.core.workers import end_with_input; end_with_input(); from voila.app import main; main()"
+    command = [sys.executable, "-c", code, str(notebook)]
+    with tempfile.TemporaryDirectory() as private, open(Path(private)/"log", "w+") as log, open_lease() as lease:
         write_json(Path(private)/"voila.json", voila_config(notebook, port, token))
-        server = subprocess.Popen(command, cwd=private, stderr=log, start_new_session=True,
+        server = subprocess.Popen(command, cwd=private, stdin=lease, stderr=log, start_new_session=True,
                                   env=env | dict(JUPYTER_CONFIG_DIR=private))
         try:
             while server.poll() is None:

@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -29,10 +30,12 @@ from jupyter_client.manager import AsyncKernelManager
 from jupyter_client.provisioning import LocalProvisioner
 
 import cvnb
+from ..core.errors import UsageError
 
 # %% auto #0
-__all__ = ['KERNEL_MODULES', 'PRELOADED_PACKAGES', 'FORK_SERVER_VARIABLE', 'SAVE_INTERVAL', 'serve_forks', 'ForkedProcess',
-           'start_fork_server', 'stop_fork_server', 'ForkProvisioner', 'ForkKernelManager', 'ForkEngine']
+__all__ = ['KERNEL_MODULES', 'PRELOADED_PACKAGES', 'FORK_SERVER_VARIABLE', 'SAVE_INTERVAL', 'TICK', 'serve_forks',
+           'ForkedProcess', 'start_fork_server', 'stop_fork_server', 'ForkProvisioner', 'ForkKernelManager',
+           'ForkEngine', 'register_translator']
 
 # %% ../../nbs/pipeline/03_kernels.ipynb #8fea3ea4
 # without matplotlib's inline backend, which attaches to the kernel that imports it
@@ -400,7 +403,8 @@ class ForkKernelManager(AsyncKernelManager):
     finish_shutdown = _async_finish_shutdown
 
 # %% ../../nbs/pipeline/03_kernels.ipynb #cell-25
-SAVE_INTERVAL = 2.0   # seconds
+SAVE_INTERVAL = 2.0   # seconds between saves at the begin or the end of a cell
+TICK = 0.25           # seconds after which a running cell looks whether a save is due
 
 # %% ../../nbs/pipeline/03_kernels.ipynb #a60a79fb
 @lru_cache
@@ -409,20 +413,32 @@ def _timed_manager_class() -> type:   # a papermill NotebookExecutionManager
     from papermill.engines import NotebookExecutionManager
 
     class TimedSaves(NotebookExecutionManager):
-        "Save at most every `SAVE_INTERVAL` seconds."
-        saved = 0.0
+        "Save at most every `SAVE_INTERVAL` seconds between cells."
+        between_cells = False      # whether a cell is beginning or ending
+        saved = -SAVE_INTERVAL     # when the last save between cells was made
+        is_behind = False          # whether a save between cells was left out since the last save
 
-        def save(self, final: bool = False, **kwargs: Any) -> None:
-            "Save if it is time."
-            if not final and time.monotonic() - self.saved < SAVE_INTERVAL: return
+        def save(self, **kwargs: Any) -> None:
+            "Save, unless it is too early between cells."
+            self.is_behind = self.between_cells and time.monotonic() - self.saved < SAVE_INTERVAL
+            if self.is_behind: return
             super().save(**kwargs)
-            self.saved = time.monotonic()
+            if self.between_cells: self.saved = time.monotonic()
 
-        def autosave_cell(self) -> None: self.save()
+        def save_if_due(self) -> None:
+            "Save within a cell: what was left out between cells, or as `autosave_cell_every` says."
+            if self.is_behind and time.monotonic() - self.saved >= SAVE_INTERVAL: self._save_between(self.save)
+            self.autosave_cell()
 
-        def notebook_complete(self, **kwargs: Any) -> None:
-            super().notebook_complete(**kwargs)
-            self.save(final=True)
+        def _save_between(self, save: Callable, *args: Any, **kwargs: Any) -> None:
+            self.between_cells = True
+            try: save(*args, **kwargs)
+            finally: self.between_cells = False
+
+        def cell_start(self, *args: Any, **kwargs: Any) -> None: self._save_between(super().cell_start, *args, **kwargs)
+
+        def cell_complete(self, *args: Any, **kwargs: Any) -> None:
+            self._save_between(super().cell_complete, *args, **kwargs)
     return TimedSaves
 
 # %% ../../nbs/pipeline/03_kernels.ipynb #23819fe1
@@ -457,8 +473,8 @@ def _fork_client_class() -> type:   # a papermill client
 
         async def _save_regularly(self) -> None:
             while True:
-                await asyncio.sleep(SAVE_INTERVAL)
-                self.nb_man.save()
+                await asyncio.sleep(TICK)
+                self.nb_man.save_if_due()
     return ForkClient
 
 # %% ../../nbs/pipeline/03_kernels.ipynb #79bccdae
@@ -483,6 +499,20 @@ async def _wait_until_ready(
         except Empty: continue
     raise RuntimeError(f"the kernel was not ready within {timeout:g} s")
 
+# %% ../../nbs/pipeline/03_kernels.ipynb #refuse
+def _refuse_wrong_parameters(
+    nb: Any,   # the notebook, with papermill's cell
+) -> None:
+    "Raise `UsageError` if a stage does not take what papermill has injected."
+    from click import ClickException
+
+    from cvnb.pipeline.params import check_notebook
+
+    class RefusedParameter(UsageError, ClickException): "A parameter that papermill's command line reports in one line."
+
+    try: check_notebook([cell.source for cell in nb.cells if cell.cell_type == "code"])
+    except UsageError as e: raise RefusedParameter(e.what, e.remedy) from None
+
 # %% ../../nbs/pipeline/03_kernels.ipynb #b0db37a1
 class ForkEngine:
     "papermill's engine `cvnb`."
@@ -493,19 +523,21 @@ class ForkEngine:
         output_path: str | None = None,         # where it is saved
         progress_bar: bool | dict = True,       # as papermill's own engine
         log_output: bool = False,               # copy outputs to the log
-        autosave_cell_every: int = 30,          # ignored, see `SAVE_INTERVAL`
+        autosave_cell_every: float = 30,        # seconds between saves within a cell; 0 is off
         start_timeout: int = 60,                # seconds that a kernel may take to start
         execution_timeout: int | None = None,   # seconds that a cell may take
         **kwargs: Any,                          # for the notebook client
     ) -> Any:                                   # the executed notebook
-        "Execute a notebook."
-        keep = {k: v for k, v in kwargs.items() if k in _fork_client_class().class_trait_names()}
-        manager = _timed_manager_class()(nb, output_path=output_path, progress_bar=progress_bar, log_output=log_output)
+        "Execute a notebook; raise `UsageError` before the kernel starts if a stage does not take what was injected."
+        _refuse_wrong_parameters(nb)
+        manager = _timed_manager_class()(nb, output_path=output_path, progress_bar=progress_bar, log_output=log_output,
+                                         autosave_cell_every=autosave_cell_every)
+        given = {k: v for k, v in kwargs.items() if k in _fork_client_class().class_trait_names()}
+        options = dict(kernel_manager_class=ForkKernelManager) | given | dict(
+            kernel_name=kernel_name, timeout=execution_timeout or given.get("timeout"), startup_timeout=start_timeout,
+            log_output=log_output, log=logging.getLogger("papermill"))
         manager.notebook_start()
-        client = _fork_client_class()(
-            manager, kernel_manager_class=ForkKernelManager, kernel_name=kernel_name, timeout=execution_timeout,
-            startup_timeout=start_timeout, log_output=log_output, log=logging.getLogger("papermill"), **keep)
-        try: client.execute()   # papermill has changed the working directory
+        try: _fork_client_class()(manager, **options).execute()   # papermill has changed the working directory
         finally:
             manager.cleanup_pbar()
             manager.notebook_complete()
@@ -522,3 +554,24 @@ class ForkEngine:
         "Find the notebook's language, as papermill does."
         from papermill.utils import nb_language
         return nb_language(nb, language)
+
+# %% ../../nbs/pipeline/03_kernels.ipynb #translate
+def register_translator() -> None:
+    "Let papermill read parameters cells that are contracts."
+    from papermill.models import Parameter
+    from papermill.translators import PythonTranslator, papermill_translators
+
+    class ContractTranslator(PythonTranslator):
+        "Read a parameters cell as cvnb does if it is a contract."
+        @classmethod
+        def inspect(cls, parameters_cell: Any) -> list[Parameter]:
+            from cvnb.pipeline.params import parse_parameters
+            try: params = parse_parameters(parameters_cell["source"])
+            except ValueError: return super().inspect(parameters_cell)
+            about = {p.name: f"{p.help} [{p.allowed}]" if p.allowed else p.help for p in params}
+            return [Parameter(p.name, p.type_name, repr(p.default), about[p.name]) for p in params]
+
+    papermill_translators.register("python", ContractTranslator)
+
+# %% ../../nbs/pipeline/03_kernels.ipynb #translate-now
+if "papermill" in sys.modules: register_translator()

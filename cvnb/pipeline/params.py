@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import io
 import json
 import os
 import re
 import tokenize
 import typing
-from contextlib import nullcontext
+import warnings
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.util import find_spec
@@ -25,11 +26,12 @@ from ..core.errors import CvnbError, UsageError, did_you_mean
 from ..core.project import asset_folder, resolve_run
 from ..core.stage import Stage, lock_run, read_stage_manifest
 from ..core.system import seed_everything
+from ..core.workers import open_lease
 
 # %% auto #0
-__all__ = ['MARKS', 'Param', 'parse_parameters', 'Contract', 'read_cells', 'read_contract', 'read_contracts', 'pydantic_model',
-           'find_parameter', 'list_timm_models', 'check_parameters', 'parameter_table', 'render_parameter_table',
-           'open_stage']
+__all__ = ['MARKS', 'PAPERMILL', 'Param', 'parse_parameters', 'Contract', 'read_cells', 'read_contract', 'read_contracts',
+           'pydantic_model', 'find_parameter', 'list_timm_models', 'check_parameters', 'parameter_table',
+           'render_parameter_table', 'read_injected_cell', 'check_injected', 'check_notebook', 'open_stage']
 
 # %% ../../nbs/pipeline/01_params.ipynb #9e1dd4d8
 MARKS = ("timm model", "device", "file")   # what a text parameter can be marked as naming
@@ -232,6 +234,10 @@ def read_contracts(
         for s in sorted(ready, key=dependents.get): ordered[s] = found[s]   # first the stages that no other needs
     return ordered
 
+# %% ../../nbs/pipeline/01_params.ipynb #papermill-origin
+PAPERMILL = "papermill"   # origin of the values in a cell that papermill injected
+
+
 # %% ../../nbs/pipeline/01_params.ipynb #207714fe
 def _pydantic_field(
     p: Param,   # a parameter
@@ -266,7 +272,7 @@ def find_parameter(
     origin: str = "",     # where it was given, for the message
 ) -> Param:               # the parameter
     "Find a parameter by name or raise `UsageError` with the nearest valid name."
-    if name == "run" and origin not in ("", "the notebook"):
+    if name == "run" and origin not in ("", "the notebook", PAPERMILL):
         raise UsageError(f"{contract.stage}.run{_origin_note(origin)} is not set there", "Use --run DIR.")
     for p in contract.params:
         if p.name == name: return p
@@ -360,6 +366,84 @@ def render_parameter_table(
     cell.cell_type = "markdown"
     cell.source = "\n".join(lines)
 
+# %% ../../nbs/pipeline/01_params.ipynb #injected-numbers
+class _Numbers(ast.NodeTransformer):
+    "Evaluate `float('nan')`, `float('inf')` and `float('-inf')`, as which papermill writes these numbers."
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        text = ast.unparse(node)
+        return ast.Constant(float(node.args[0].value)) if re.fullmatch(r"float\('(nan|-?inf)'\)", text) else node
+
+# %% ../../nbs/pipeline/01_params.ipynb #injected-cell
+def read_injected_cell(
+    source: str,   # source of a code cell
+) -> dict[str, Any] | None:   # name -> value; None if papermill has not written the cell
+    "Read a cell that papermill has injected: a comment, and assignments of literals."
+    if not source.startswith("# Parameters\n"): return None
+    try:
+        statements = _Numbers().visit(ast.parse(source)).body
+        if not all(isinstance(s, ast.Assign) for s in statements): return None
+        return {ast.unparse(s.targets[0]): ast.literal_eval(s.value) for s in statements}
+    except (SyntaxError, ValueError): return None
+
+# %% ../../nbs/pipeline/01_params.ipynb #injected-names
+def _assigned_names(
+    source: str,          # source of a code cell
+    kinds: tuple = (ast.Assign, ast.AnnAssign),   # of statements
+) -> set[str]:            # none if the cell is not Python
+    "List the names that a cell assigns outside of functions and blocks."
+    with warnings.catch_warnings(action="ignore"):   # the kernel warns when it runs the cell
+        try: statements = ast.parse(source).body
+        except SyntaxError: return set()
+    targets = [t for s in statements if isinstance(s, kinds) for t in getattr(s, "targets", None) or [s.target]]
+    return {node.id for t in targets for node in ast.walk(t) if isinstance(node, ast.Name)}
+
+# %% ../../nbs/pipeline/01_params.ipynb #injected-check
+def check_injected(
+    contract: Contract,    # a stage's contract
+    sources: list[str],    # of the code cells that come before `open_stage`, in the order in which they run
+) -> dict[str, Any]:      # name -> value, of the parameters that papermill's last cell sets
+    "Raise `UsageError` if papermill sets a name that the stage does not declare, or one that is declared only later."
+    found = {i: cell for i, source in enumerate(sources) if (cell := read_injected_cell(source)) is not None}
+    if not found: return {}
+    last = max(found)
+    before = set().union(*(_assigned_names(source) for i, source in enumerate(sources[:last]) if i not in found))
+    after = set().union(*(_assigned_names(source, (ast.AnnAssign,)) for source in sources[last + 1:]))
+    if before & after: return {}   # the parameters cell has run again, as it can in JupyterLab
+    for name in found[last]:
+        if name in after:
+            raise UsageError(f"{contract.stage}.{name}{_origin_note(PAPERMILL)} is set above the parameters cell",
+                             "Tag the parameters cell with 'parameters'.")
+        if name not in before | _OWN_NAMES: find_parameter(contract, name, PAPERMILL)
+    return {name: value for name, value in found[last].items() if name in contract.names}
+
+# %% ../../nbs/pipeline/01_params.ipynb #injected-own
+_OWN_NAMES = {"PAPERMILL_INPUT_PATH", "PAPERMILL_OUTPUT_PATH"}   # what papermill's options --inject-… set
+
+# %% ../../nbs/pipeline/01_params.ipynb #injected-opens
+def _opened_stage(
+    source: str,      # source of a code cell
+) -> str | None:      # stage name; None if the cell opens none
+    "Find the stage that a cell opens with `open_stage`."
+    with warnings.catch_warnings(action="ignore"):
+        try: tree = ast.parse(source)
+        except SyntaxError: return None
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "open_stage" and node.args:
+            return getattr(node.args[0], "value", None)
+    return None
+
+# %% ../../nbs/pipeline/01_params.ipynb #injected-notebook
+def check_notebook(
+    sources: list[str],   # of a notebook's code cells
+) -> None:
+    "Check what papermill has injected into a notebook that opens a stage; raise `UsageError` as the stage would."
+    opens = next((i for i, source in enumerate(sources) if _opened_stage(source)), None)
+    if opens is None: return
+    path = asset_folder("stages")/f"{_opened_stage(sources[opens])}.ipynb"
+    if not path.is_file(): return   # `open_stage` says so
+    contract = read_contract(path)
+    check_parameters(contract, check_injected(contract, sources[:opens]), PAPERMILL)
+
 # %% ../../nbs/pipeline/01_params.ipynb #aebf69c2
 def open_stage(
     name: str,                 # stage name
@@ -370,10 +454,11 @@ def open_stage(
     Raise `UsageError` for a wrong parameter, and `CvnbError` where another process of cvnb holds the run directory.
     """
     contract = read_contract(asset_folder("stages")/f"{name}.ipynb")
+    check_injected(contract, list(namespace.get("_ih", [])))   # IPython's history
     given = {n: namespace[n] for n in contract.names if n in namespace}
     params = contract.defaults() | check_parameters(contract, given, "the notebook")
     by_hand = "CVNB_KEY_PARTS" not in os.environ   # `cvnb run` holds the lock itself
-    with lock_run(resolve_run(params["run"]), "`run`", 5) if by_hand else nullcontext():
+    with lock_run(resolve_run(params["run"]), "`run`", 5) if by_hand else contextlib.nullcontext():
         stage = Stage(name, params["run"], params)
     for need in contract.needs: _run_missing_stage(stage, need)
     seed_everything(params.get("seed", 0))
@@ -389,7 +474,8 @@ def _run_missing_stage(
     import sys
     if read_stage_manifest(stage.run, need): return
     print(f"{stage.name} needs {need}, which has not finished in {stage.run}: running it first.", flush=True)
-    main = f"from {cvnb.__name__}.cli.app import main; main()"   # a constant would put the command line into every key
-    command = [sys.executable, "-c", main, "run", need, "--run", str(stage.run)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    lines = ["from {}.core.workers import end_with_input", "end_with_input()", "from {}.cli.app import main", "main()"]
+    code = "; ".join(lines).format(*2 * [cvnb.__name__])   # a constant would put the command line into every key
+    command = [sys.executable, "-c", code, "run", need, "--run", str(stage.run)]
+    with open_lease() as lease: done = subprocess.run(command, stdin=lease, capture_output=True, text=True)
     if done.returncode: raise CvnbError(f"{need} could not be run: {(done.stderr or done.stdout).strip()}")

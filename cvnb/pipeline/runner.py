@@ -260,7 +260,7 @@ def _execute_notebook(
         from papermill.engines import papermill_engines
         from papermill.iorw import papermill_io
 
-    from cvnb.pipeline.kernels import ForkEngine
+    from cvnb.pipeline.kernels import SAVE_INTERVAL, ForkEngine
     logging.getLogger("papermill").setLevel(logging.ERROR)
     papermill_io.register("/", _atomic_file_handler())
     papermill_engines.register("cvnb", ForkEngine)
@@ -268,7 +268,7 @@ def _execute_notebook(
     escape = lambda path: str(path).replace("{", "{{").replace("}", "}}")   # papermill formats paths
     papermill.execute_notebook(
         escape(contract.path), escape(output), plain, "cvnb", cwd=str(cwd), progress_bar=False, kernel_name="python3",
-        language="python", extra_arguments=["--IPKernelApp.log_level=50"])
+        language="python", autosave_cell_every=SAVE_INTERVAL, extra_arguments=["--IPKernelApp.log_level=50"])
 
 # %% ../../nbs/pipeline/05_runner.ipynb #8086f0b5
 def _describe_failure(

