@@ -93,7 +93,8 @@ def _lock(
         time.sleep(0.05)
 
 # %% ../../nbs/data/17_fiftyone_db.ipynb #sockets
-_STARTING, _SOCKET = "starting.sock", "mongodb.sock"   # of a database that starts, and of one that can be used
+_STARTING = "starting.sock"   # of a database that starts
+_SOCKET = "mongodb.sock"      # of a database that can be used
 
 def _connect(
     path: Path,   # a Unix socket
@@ -166,11 +167,10 @@ def _start_mongod(
 ) -> None:
     "Start the database, and make it reachable; raise `OSError` with the reason if it does not listen."
     from pymongo import MongoClient
-    starting, launched = folder/_STARTING, None
+    starting = folder/_STARTING
     with (home/"mongod.lock").open("a") as running: is_free = _lock(running, "SH")
-    if is_free: launched = _launch_mongod(home, starting)
-    else: timeout = min(timeout, 5)   # it may be one whose keeper has just been killed
-    end = time.monotonic() + timeout
+    launched = _launch_mongod(home, starting) if is_free else None
+    end = time.monotonic() + (timeout if is_free else 5)   # one that runs may have lost its keeper just now
     while not _connect(starting):
         if launched and launched.poll() is not None or time.monotonic() > end:
             raise OSError(_mongod_message(str(home)) or "mongod did not start" if launched else _IN_USE)
@@ -188,11 +188,11 @@ def keep_database(
     from pymongo.errors import ConnectionFailure
     home, folder = _find_folders()
     if not _connect(folder/_SOCKET): _start_mongod(home, folder)
-    alone, connection = 0.0, _connect(folder/_SOCKET)
+    connection = _connect(folder/_SOCKET)
+    alone = 0.0
     with (folder/"users.lock").open("a") as users, (home/"mongod.lock").open() as running:
         while alone < idle:
             if select.select([connection], [], [], 0.5)[0]: return   # the database has died
-            _lock(users, "UN")
             alone = alone + 0.5 if _lock(users, "EX") else 0.0   # at the end, new users wait for this lock
             if alone < idle: _lock(users, "UN")
             for file in folder.iterdir(): os.utime(file)   # otherwise the system may delete files of ten days
@@ -230,7 +230,8 @@ def _wait_for_database(
     timeout: float = 120,   # seconds
 ) -> None:
     "Start the database unless it runs, and wait until it can be used; raise `OSError` if it does not start."
-    (folder, keeper), end = _hold_database(), time.monotonic() + timeout
+    end = time.monotonic() + timeout
+    folder, keeper = _hold_database()
     while not (connection := _connect(folder/_SOCKET)):
         if keeper and keeper.poll() is not None:
             errors = re.findall(r"^\w*Error: (.*)", (folder/"keeper.log").read_text(), re.M)
@@ -313,11 +314,6 @@ def _explain_failure(
         return (f"{error.filename or folder} cannot be written: {error.strerror}",
                 f"Make it writable, or name another folder in FIFTYONE_DATABASE_DIR, and {again}")
     message = _mongod_message(folder)
-    if _IN_USE in message + str(error):
-        pid = (Path(folder)/"mongod.lock").read_text().strip()
-        return (f"another program, process {pid}, runs a database in {folder}, which other users may reach",
-                "End that program (FiftyOne without cvnb, or a mongod that is left over), or name another folder in "
-                "FIFTYONE_DATABASE_DIR, or the address of that database in FIFTYONE_DATABASE_URI.")
     if _IN_USE in message + str(error):
         pid = (Path(folder)/"mongod.lock").read_text().strip()
         return (f"another program, process {pid}, runs a database in {folder}, which other users may reach",
