@@ -67,12 +67,17 @@ def test_database_has_no_port_and_no_service_and_its_folder_is_closed(home):
 
 
 def test_processes_that_start_together_share_the_database(home):
-    processes = [python(OPEN) for _ in range(3)]
-    for process in processes:
-        _, err = process.communicate(timeout=150)
-        assert process.returncode == 0, err
+    code = """from cvnb.data import fiftyone_db as database
+database._wait_for_database()
+print((database._find_folders()[0]/"mongod.lock").read_text().strip(), flush=True)
+input()"""
+    processes = [python(code) for _ in range(3)]
+    (number,) = {int(process.stdout.readline()) for process in processes}
+    mongod = psutil.Process(number)
+    for process in processes: assert process.communicate("\n", timeout=60)[1] == ""
     end = python("from cvnb.data.fiftyone_db import keep_database; keep_database(0.5)")
     assert end.wait(60) == 0, end.stderr.read()   # it has taken the database over
+    mongod.wait(30)
 
 
 def test_database_survives_its_keeper_returns_when_killed_and_ends_when_unused(home):
