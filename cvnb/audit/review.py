@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from .app_limits import limit_app, list_audited_images
 from .fiftyone_dataset import read_edits, load_dataset
 from ..core.errors import CvnbError, UsageError, did_you_mean
 from ..core.files import atomic_path, read_json
@@ -376,12 +377,14 @@ def serve_app(
         print(f"FiftyOne's App: {address}")
         print(f"Ctrl-C ends it. Then `cvnb audit accept {run}` accepts your corrections.", flush=True)
         if open_browser: webbrowser.open(address)
-        _run_server(s, token)
+        images = list_audited_images(audit["root"], pd.read_parquet(folder/"audit/manifest.parquet"))
+        _run_server(s, token, images)
 
 # %% ../../nbs/audit/12_review.ipynb #cell-44
 def _run_server(
     s: socket.socket,   # listening
     token: str,         # that the address carries
+    images: dict[str, str],   # files that the App may show, from `list_audited_images`
 ) -> None:
     "Serve the App until Ctrl-C or SIGTERM."
     import asyncio
@@ -397,5 +400,6 @@ def _run_server(
     config.graceful_timeout = 0.5
     config.loglevel = "ERROR"
     set_port(port)
+    limit_app(app, images)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)   # no messages about pages that close
     asyncio.run(serve(TokenMiddleware(app, token, port), config))

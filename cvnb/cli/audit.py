@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -51,6 +52,8 @@ def audit_accept_command(
     "Write changed labels, and images tagged `drop` or `keep` in the App, to the data's table of corrections."
     folder = existing_run(run)
     from cvnb.audit.review import UNCHANGED_STATES, accept_corrections
+    from cvnb.data.fiftyone_db import open_database_note
+    if note := open_database_note(): print(f"! {note}", file=sys.stderr)
     file, corrections = accept_corrections(folder, out, dry_run, new_class)
     if as_json: return print(json.dumps(corrections.to_dict("records"), indent=1))
     if corrections.empty: return print(f"{folder.name}: nothing was corrected in the App.")

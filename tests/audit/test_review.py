@@ -1,6 +1,7 @@
 """FiftyOne's App on an audit, in Chromium: it agrees with the manifest, and a reviewer's edits become corrections."""
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -10,10 +11,10 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import numpy as np
 import pandas as pd
@@ -69,7 +70,7 @@ def run(tmp_path_factory) -> Iterator[Path]:
     import_fiftyone().delete_dataset(dataset_name(stage.run))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def served(run: Path) -> Iterator[tuple[str, str, subprocess.Popen]]:
     "The App in a process: its first line, its address, the process. Afterwards Ctrl-C ends it without a message."
     command, pipe = [CVNB, "browse", run, "--no-open"], subprocess.PIPE
@@ -85,6 +86,69 @@ def status(url: str) -> int:
     try:
         with urllib.request.urlopen(url, timeout=60) as answer: return answer.status
     except urllib.error.HTTPError as e: return e.code
+
+
+def sign_in(address: str) -> Callable[..., tuple[int, bytes]]:
+    "Open the App's address, and return a function that sends requests with its cookie."
+    opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+    opener.open(address, timeout=60).close()
+
+    def ask(path: str, data: object = None, method: str = "", kind: str = "json", **headers) -> tuple[int, bytes]:
+        body = None if data is None else json.dumps(data).encode()
+        url = "{0.scheme}://{0.netloc}".format(urlsplit(address)) + path
+        headers["Content-Type"] = f"application/{kind}"
+        request = urllib.request.Request(url, body, headers, method=method or None)
+        try:
+            with opener.open(request, timeout=60) as answer: return answer.status, answer.read()
+        except urllib.error.HTTPError as e: return e.code, e.read()
+    return ask
+
+
+def test_app_serves_the_images_that_the_audit_has_read_and_no_other_file(run, served, tmp_path):
+    ask = sign_in(served[1])
+    media = lambda path: ask(f"/media?filepath={quote(str(path))}")
+    folder = run.parent.parent/"digits"
+    first, second = sorted((folder/"7").iterdir())[:2]
+    assert media(first) == (200, first.read_bytes())
+    (folder/"7/link.png").symlink_to("/etc/passwd")
+    for other in "/etc/passwd", run/"run.json", folder/"7/../../runs/first/run.json", folder/"7/link.png", folder/"7":
+        code, reason = media(other)
+        assert code == 403 and b"no image of the data set" in reason, other
+    (folder/"7/link.png").unlink()
+    second.rename(tmp_path/"kept")
+    second.symlink_to("/etc/passwd")   # in place of an image that the audit has read
+    code, reason = media(second)
+    (tmp_path/"kept").replace(second)
+    assert code == 403 and b"has changed since the audit" in reason and media(second)[0] == 200
+
+
+def test_app_runs_no_code_that_a_request_names(run, served, tmp_path):
+    ask, name, mark = sign_in(served[1]), dataset_name(run), tmp_path/"mark"
+    touch = dict(_cls="subprocess.Popen", kwargs=[["args", ["touch", str(mark)]]])
+    asked = "query($d: String!, $v: BSONArray!) { samples(dataset: $d, view: $v) { __typename } }"
+    variables = dict(d=name, v=[touch])
+    answers = [ask("/values", dict(dataset=name, path="split", view=[touch])),
+               ask("/values", dict(dataset=name, path="split", extended={"subprocess.Popen": dict(touch["kwargs"])})),
+               ask("/aggregate", dict(dataset=name, filters={}, aggregations=[touch])),
+               ask("/graphql", dict(query=asked, variables=variables))]
+    reads = dict(_cls="fiftyone.core.stages.Mongo", kwargs=[["pipeline", [{"$out": "elsewhere"}]]])
+    answers.append(ask("/values", dict(dataset=name, path="split", view=[reads])))
+    time.sleep(0.5)   # for a process that was started to end
+    assert not mark.exists() and all(b"is closed: the review does not need it" in text for _, text in answers), answers
+    assert ask("/values", dict(dataset=name, path="split", view=[]))[0] == 200
+
+    files = dict(operator_uri="@voxel51/operators/list_files", dataset_name=name, params=dict(path="/etc"))
+    assert ask("/operators/execute", files)[0] == 403
+    views = dict(operator_uri="@voxel51/operators/list_saved_views", dataset_name=name, params={})
+    code, text = ask("/operators/execute", views)
+    assert code == 200 and b"my corrections" in text
+    dataset = load_dataset(run)
+    sample = f"/dataset/{dataset._doc.id}/sample/{dataset.first().id}"
+    to_secret = [dict(op="replace", path="/filepath", value="/etc/passwd")]
+    changed = ask(sample, to_secret, "PATCH", "json-patch+json", **{"If-Match": "0"})
+    assert changed[0] == 403 and b"filepath: the review changes ground_truth and tags alone" in changed[1]
+    for path in f"{sample}/commit-mask", "/screenshot/x.html?proxy=", "/plugins/x/index.js", "/event":
+        assert ask(path, {}, "POST") == (403, f"{path.split('?')[0]} is closed: the review does not need it.".encode())
 
 
 def read_labels(page, n: int) -> list[str]:
@@ -151,8 +215,11 @@ def test_reviewer_corrects_images_in_the_app(run, served, playwright_page, tmp_p
     table, applied = apply_corrections(inspected, rows.reset_index())
     assert (applied.state == "applied").all()
     assert table.label.value_counts()[other] == 31 and table.excluded.sum() == 1
-    again = subprocess.run([CVNB, "audit", "accept", run], capture_output=True, text=True)
+    assert not done.stderr
+    user_run = dict(FIFTYONE_DATABASE_URI=import_fiftyone().config.database_uri.partition("?")[0])
+    again = subprocess.run([CVNB, "audit", "accept", run], capture_output=True, text=True, env=os.environ | user_run)
     assert again.returncode == 0 and "0 of 2 are new, nothing was written." in again.stdout
+    assert "asks for no password: whoever reaches it can change the labels" in again.stderr
 
 
 def error_line(*args: object) -> tuple[int, str]:
@@ -208,7 +275,7 @@ def test_edits_are_stale_when_the_pixels_have_changed(run, tmp_path):
 
 @pytest.mark.parametrize("name", ["photo", "photo.jfif", "photo.dat"])
 def test_image_of_any_ending_is_an_image_for_fiftyone(name, tmp_path):
-    import fiftyone
+    fiftyone = import_fiftyone()
     row = SimpleNamespace(path=name, suggested="", split="train", tags=[], label="a", pixel_sha256="0", duplicate_of="",
                           near_duplicate_of="", width=8, height=8, brightness=1.0, contrast=1.0)
     assert _make_sample(fiftyone, tmp_path, row, {}).media_type == "image"

@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 import struct
@@ -14,10 +16,13 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import bson
+import psutil
 import pytest
 
+from cvnb.core.errors import CvnbError, UsageError
 from cvnb.data import fiftyone_db as database
 
 OPEN = """from cvnb.core.errors import CvnbError
@@ -57,10 +62,13 @@ def python(code: str, *args: object, **kw) -> subprocess.Popen:
 
 
 def end(folder: Path) -> None:
-    "Kill the database of a folder."
-    if mongod := database._find_mongod(str(folder)):
+    "Kill the database of a folder, and delete its socket's folder."
+    lock = folder/"mongod.lock"
+    with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError, ValueError):
+        mongod = psutil.Process(int(lock.read_text()))
         mongod.kill()
         mongod.wait()
+    with contextlib.suppress(CvnbError): shutil.rmtree(database._find_folders()[1])
 
 
 def mounted(folder: Path, *options: str) -> bool:
@@ -82,7 +90,7 @@ KILL_AND_FILL = WRITE + """
 result = {}
 disk = sys.argv[2:]
 def kill(fraction, text):
-    if fraction == 0.8: database._find_mongod(database.database_folder()).kill()
+    if fraction == 0.8: os.kill(int((Path(database.database_folder())/"mongod.lock").read_text()), signal.SIGKILL)
 write()
 sample = load_dataset(run).first()
 sample.ground_truth.label = "7"   # an edit of a reviewer, not accepted yet
@@ -123,8 +131,7 @@ def test_database_that_cannot_write_is_reported_and_starts_again(home):
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
     out, err = python(OPEN, preexec_fn=limit).communicate(timeout=100)
     assert out.startswith("FiftyOne's database cannot be started (") and len(out.splitlines()) == 1, err
-    client, _ = database._connect()
-    assert client.admin.command("ping")["ok"] == 1
+    assert python(OPEN).communicate(timeout=100) == ("", "")
 
 
 @pytest.mark.slow
@@ -141,34 +148,43 @@ def test_remains_of_a_killed_audit_are_deleted(home, tmp_path):
     assert json.loads(printed[1]) == dict(n=100, persistent=True, labels={"0": 50, "1": 50}, names=True), err
 
 
-def test_keeper_waits_for_a_database_that_another_program_is_starting(home, monkeypatch, tmp_path):
-    monkeypatch.setenv("CVNB_CACHE", str(tmp_path/"cache"))   # not the lock and record of the other program
-    launched = database._launch_service(str(home))
-    while not (mongod := database._find_mongod(str(home))): time.sleep(0.001)
-    mongod.suspend()   # it does not listen yet
-    assert not database._tcp_ports(mongod, "LISTEN")
-    call = python("from cvnb.data.fiftyone_db import _hold_connection; _hold_connection(); print('held')")
-    while not database._running_keeper(): time.sleep(0.01)
-    time.sleep(3)
-    mongod.resume()
-    out, err = call.communicate(timeout=60)
-    assert out == "held\n" and launched.poll() is None and mongod.is_running(), err
-    launched.stdin.close()
-
-
-def test_killed_database_returns_at_its_port_or_at_a_free_one(home):
+def test_database_of_another_program_is_refused_in_one_line(home):
     home.mkdir(parents=True)
-    database._keeper_files()[0].parent.mkdir(parents=True, exist_ok=True)
-    _, port = database._connect()
-    end(home)
-    assert database._connect()[1] == port   # at once, before the keeper notices
-    end(home)
-    with socket.socket() as other:
-        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        other.bind(("127.0.0.1", port))
-        other.listen()
-        client, another = database._connect()
-    assert another != port and client.admin.command("ping")["ok"] == 1
+    mongod = Path(importlib.util.find_spec("fiftyone").origin).parent/"db/bin/mongod"
+    running = subprocess.Popen([mongod, "--dbpath", home, "--port", "0", "--nounixsocket"], stdout=subprocess.PIPE)
+    try:
+        assert any(b"Waiting for connections" in line for line in running.stdout)
+        out, err = python(OPEN).communicate(timeout=100)
+        assert f"another program, process {running.pid}, runs a database in {home}" in out, err
+        assert len(out.splitlines()) == 1 and "FIFTYONE_DATABASE_DIR" in out and running.poll() is None
+    finally:
+        running.kill()
+        running.communicate()
+
+
+def test_fiftyone_that_was_loaded_without_cvnb_is_refused(home, monkeypatch):
+    loaded = SimpleNamespace(config=SimpleNamespace(database_uri=None))   # FiftyOne has started a service of its own
+    monkeypatch.setitem(sys.modules, "fiftyone", loaded)
+    with pytest.raises(CvnbError, match="loaded FiftyOne with another database.*before `import fiftyone`"):
+        database.import_fiftyone()
+
+
+@pytest.mark.parametrize("kind", ["of another user", "a link"])
+def test_folder_that_is_not_the_users_own_is_refused(kind, tmp_path):
+    folder = tmp_path/"folder"
+    if kind == "a link": folder.symlink_to(tmp_path)
+    elif os.getuid() == 0:
+        folder.mkdir()
+        os.chown(folder, 65534, 65534)
+    else: folder = Path("/usr")
+    with pytest.raises(UsageError, match="can be used by other users. Name a folder of your own"):
+        database._private_folder(folder)
+
+
+def test_folder_of_an_older_version_is_closed_to_others(tmp_path):
+    (tmp_path/"mongo").mkdir()
+    (tmp_path/"mongo").chmod(0o777)
+    assert database._private_folder(tmp_path/"mongo").stat().st_mode & 0o777 == 0o700
 
 
 @pytest.mark.parametrize("folder", ["/proc/database", "file"])

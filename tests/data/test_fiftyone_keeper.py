@@ -1,84 +1,99 @@
-"""The service that keeps FiftyOne's database: shared by processes, replaced when it hangs, ended when unused."""
+"""The process that keeps FiftyOne's database: nobody else can reach it, processes share it, it ends when unused."""
 from __future__ import annotations
 
-import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
+import pytest
 
 from cvnb.data import fiftyone_db as database
 
-OPEN = "from cvnb.data.fiftyone_db import import_fiftyone; fo = import_fiftyone(); fo.list_datasets()"
+OPEN = "from cvnb.data.fiftyone_db import import_fiftyone; fo = import_fiftyone()"
+OBEY = f"""{OPEN}
+print(fo.config.database_uri, flush=True)
+for line in iter(input, "end"): print(eval(line), flush=True)"""
+CONNECT = "import os, socket, sys; os.setuid(65534); socket.socket(socket.AF_UNIX).connect(sys.argv[1])"
 
 
-def python(code: str, **env: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", code], env=os.environ | env, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE)
+def python(code: str, *args: object) -> subprocess.Popen:
+    pipes = dict(text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], **pipes)
 
 
-def wait_for(condition: Callable[[], Any], timeout: float = 60) -> Any:
-    "Wait until `condition()` is true, and return it."
-    deadline = time.time() + timeout
-    while not (value := condition()) and time.time() < deadline: time.sleep(0.1)
-    assert value, f"not true within {timeout} s"
-    return value
+def ask(process: subprocess.Popen, expression: str) -> str:
+    "Let a process that obeys compute an expression."
+    process.stdin.write(expression + "\n")
+    process.stdin.flush()
+    return process.stdout.readline().strip()
 
 
-def test_processes_that_start_together_share_the_database():
-    processes = [python(OPEN) for _ in range(3)]
-    for process in processes:
-        _, err = process.communicate(timeout=150)
-        assert process.returncode == 0, err
+def find_family(process: subprocess.Popen) -> tuple[list[psutil.Process], psutil.Process, psutil.Process]:
+    "The processes of a family; among them the keeper and the database."
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    keeper = next(p for p in family if "keep_database" in " ".join(p.cmdline()))
+    return family, keeper, next(p for p in family if p.name() == "mongod")
 
 
-def test_running_mongod_is_used(tmp_path):
-    folder, mongod = tmp_path/"database", Path(importlib.util.find_spec("fiftyone").origin).parent/"db/bin/mongod"
-    folder.mkdir()
-    log = (tmp_path/"log").open("w+")
-    running = subprocess.Popen([mongod, "--dbpath", folder, "--port", "0", "--nounixsocket"], stdout=log)
-    try:
-        wait_for(lambda: "Waiting for connections" in (tmp_path/"log").read_text())
-        code = f"{OPEN}; fo.Dataset('here', persistent=True); print(fo.config.database_uri)"
-        process = python(code, FIFTYONE_DATABASE_DIR=str(folder))
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 0 and out.startswith("mongodb://127.0.0.1:"), err
-    finally:
-        running.terminate()
-        running.wait()
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Iterator[Path]:
+    "A folder for a database that only the test uses."
+    monkeypatch.setenv("FIFTYONE_DATABASE_DIR", str(tmp_path/"database"))
+    monkeypatch.delenv("FIFTYONE_DATABASE_URI", raising=False)
+    yield tmp_path/"database"
+    shutil.rmtree(database._find_folders()[1])
 
 
-def test_hanging_service_is_replaced(tmp_path):
-    # FiftyOne's service takes two locks in two orders and can deadlock when its last client ends; here it is suspended
-    folder = str(tmp_path/"database")
-    launched = database._launch_service(folder)
-    service = psutil.Process(launched.pid)
-    try:
-        database._wait_for_port(folder, launched)
-        service.suspend()
-        process = python(f"{OPEN}; print(len(fo.list_datasets()))", FIFTYONE_DATABASE_DIR=folder)
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 0 and out.strip() == "0", err
-        assert launched.wait(10) == -signal.SIGKILL
-    finally:
-        launched.kill()
-        if mongod := database._find_mongod(folder): mongod.kill()
+def test_database_has_no_port_and_no_service_and_its_folder_is_closed(home):
+    process = python(OBEY)
+    uri = process.stdout.readline()
+    family, keeper, mongod = find_family(process)
+    open_ports = [c for p in family for c in p.net_connections("inet")]
+    assert not open_ports and not [p for p in family if "--51-service" in p.cmdline()]
+    folders = database._find_folders()
+    assert folders[0] == home and all(folder.stat().st_mode & 0o777 == 0o700 for folder in folders)
+    path = folders[1]/"mongodb.sock"
+    assert uri.startswith(f"mongodb://{str(path).replace('/', '%2F')}/?")
+    if os.getuid() == 0:   # only the superuser can act as another user
+        refused = subprocess.run([sys.executable, "-S", "-c", CONNECT, path], capture_output=True, text=True)
+        assert "PermissionError" in refused.stderr
+    for p in process, keeper, mongod: p.kill()
+    process.communicate()
 
 
-def test_database_ends_when_no_process_is_connected(tmp_path):
+def test_processes_that_start_together_share_the_database(home):
     code = """from cvnb.data import fiftyone_db as database
-database._keeper_files()[0].parent.mkdir(parents=True, exist_ok=True)
-database._connect()
-print(database._running_keeper()["port"], flush=True)
-print(database._find_mongod(database.database_folder()).pid, flush=True)"""
-    process = python(code, FIFTYONE_DATABASE_DIR=str(tmp_path/"database"))
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    mongod = int(out.split()[1])
-    wait_for(lambda: not psutil.pid_exists(mongod))
+database._wait_for_database()
+print((database._find_folders()[0]/"mongod.lock").read_text().strip(), flush=True)
+input()"""
+    processes = [python(code) for _ in range(3)]
+    (number,) = {int(process.stdout.readline()) for process in processes}
+    mongod = psutil.Process(number)
+    for process in processes: assert process.communicate("\n", timeout=60)[1] == ""
+    end = python("from cvnb.data.fiftyone_db import keep_database; keep_database(0.5)")
+    assert end.wait(60) == 0, end.stderr.read()   # it has taken the database over
+    mongod.wait(30)
+
+
+def test_database_survives_its_keeper_returns_when_killed_and_ends_when_unused(home):
+    process = python(OBEY)
+    uri = process.stdout.readline().strip()
+    _, keeper, mongod = find_family(process)
+    keeper.kill()
+    assert ask(process, "fo.Dataset('here', persistent=True).name") == "here" and mongod.is_running()
+
+    mongod.kill()   # the keeper's child, which nobody has waited for
+    assert ask(process, "import_fiftyone().list_datasets(), fo.config.database_uri") == str((["here"], uri))
+    _, keeper, mongod = find_family(process)
+    keeper.kill()
+    second = python("from cvnb.data.fiftyone_db import keep_database; keep_database(0.5)")
+    with pytest.raises(subprocess.TimeoutExpired): second.wait(3)   # it has taken the used database over
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert second.wait(60) == 0
+    mongod.wait(10)

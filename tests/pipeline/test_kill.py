@@ -42,7 +42,7 @@ def kill(process: subprocess.Popen) -> None:
     for p in family:
         try:
             command = " ".join(p.cmdline())
-            if not any(part in command for part in ("keep_database", "mongod", "--51-service")): p.kill()
+            if not any(part in command for part in ("keep_database", "mongod")): p.kill()
         except psutil.NoSuchProcess: continue
     process.wait()
 
