@@ -15,6 +15,8 @@ import house
 import pytest
 from filelock import FileLock
 
+import cvnb  # noqa: F401   sets variables of the environment, before anything saves and restores it
+
 ROOT = Path(__file__).resolve().parent.parent
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")
 CHROMIUM_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
