@@ -145,6 +145,17 @@ def chromium() -> str:
 
 
 @pytest.fixture(scope="session")
+def strace() -> str:
+    "Path of strace; where it is missing or may not trace, the test is skipped, or fails in CI."
+    path, remedy = shutil.which("strace"), "strace is not installed (Debian: apt install strace)"
+    if path:
+        done = subprocess.run([path, "-f", "--seccomp-bpf", "-qq", "-e", "trace=connect", "true"], capture_output=True)
+        if not done.returncode: return path
+        remedy = "strace may not trace processes here"
+    pytest.fail(remedy) if IN_CI else pytest.skip(remedy)
+
+
+@pytest.fixture(scope="session")
 def _browser(chromium: str) -> Iterator:
     from playwright.sync_api import sync_playwright
     with sync_playwright() as playwright:

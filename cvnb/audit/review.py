@@ -378,6 +378,13 @@ def serve_app(
         if open_browser: webbrowser.open(address)
         _run_server(s, token)
 
+# %% ../../nbs/audit/12_review.ipynb #b3f09d52
+def _withhold_user_id() -> None:
+    "Keep FiftyOne from making an id of the user for its reports, unless the user has turned the reports on."
+    import fiftyone as fo
+    import fiftyone.core.uid
+    if fo.config.do_not_track: fo.core.uid.get_user_id = lambda: ""
+
 # %% ../../nbs/audit/12_review.ipynb #cell-44
 def _run_server(
     s: socket.socket,   # listening
@@ -397,5 +404,6 @@ def _run_server(
     config.graceful_timeout = 0.5
     config.loglevel = "ERROR"
     set_port(port)
+    _withhold_user_id()
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)   # no messages about pages that close
     asyncio.run(serve(TokenMiddleware(app, token, port), config))

@@ -1,6 +1,7 @@
 """FiftyOne's App on an audit, in Chromium: it agrees with the manifest, and a reviewer's edits become corrections."""
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -92,6 +93,15 @@ def read_labels(page, n: int) -> list[str]:
     drawn = "n => [...document.querySelectorAll('[data-cy=looker]')].filter(e => e.innerText.trim()).length == n"
     page.wait_for_function(drawn, arg=n, timeout=TIMEOUT_MS)
     return [text.strip() for text in page.locator("[data-cy=looker]").all_inner_texts()]
+
+
+def test_app_gets_no_user_id(served):
+    address = served[1]
+    opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+    opener.open(address, timeout=60).close()
+    asked = urllib.request.Request(address.split("/datasets")[0] + "/graphql", b'{"query": "{ uid doNotTrack }"}',
+                                   {"Content-Type": "application/json"})
+    assert json.loads(opener.open(asked, timeout=60).read()) == {"data": {"uid": "", "doNotTrack": True}}
 
 
 @pytest.mark.browser
