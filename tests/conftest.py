@@ -107,9 +107,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 
 
 # Files whose few tests take minutes.
-LONG = ("test_review", "test_dashboard", "test_tracking", "test_fiftyone_db", "test_fiftyone_keeper", "test_sweep",
-        "test_audit", "test_checkpoints", "test_distributed", "test_cross_validation", "test_wandb_tracker",
-        "test_tuning", "test_fit")
+LONG = ("test_review", "test_network", "test_dashboard", "test_tracking", "test_fiftyone_db", "test_fiftyone_keeper",
+        "test_sweep", "test_audit", "test_checkpoints", "test_distributed", "test_cross_validation",
+        "test_wandb_tracker", "test_tuning", "test_fit")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -22,6 +22,7 @@ STAGES = ("audit", "train", "errors", "compress", "export", "benchmark")
 ALLOWED = [
     ".cache/cvnb/*",                           # data sets and rows
     ".cache/matplotlib/fontlist-*.json",       # fonts of this machine
+    ".cache/wandb/logs/*.log",                 # of W&B's process
     ".fiftyone/var/lib/mongo/*",               # FiftyOne's database
     ".ipython/profile_default/*",              # history, and an empty profile
 ]
