@@ -18,7 +18,7 @@ TELEMETRY_SWITCHES = {   # variable -> value that stops the reports, package as 
     "FIFTYONE_DO_NOT_TRACK": ("true", "fiftyone", "user id in ~/.fiftyone; analytics of the App's page"),
     "HF_HUB_DISABLE_TELEMETRY": ("1", "huggingface_hub", "versions and topics, sent to Hugging Face"),
     "HF_HUB_DISABLE_UPDATE_CHECK": ("1", "huggingface_hub", "the command line's questions to PyPI"),
-    "RAY_USAGE_STATS_ENABLED": ("0", "ray", "usage reports of clusters that this process starts, sent to Ray"),
+    "RAY_USAGE_STATS_ENABLED": ("0", "ray", "hourly reports of a cluster that is started here, sent to Ray"),
     "MLFLOW_DISABLE_TELEMETRY": ("true", "mlflow", "usage events, sent to MLflow"),
     "DVC_NO_ANALYTICS": ("1", "dvc", "user id in the user's configuration; usage reports, sent to Iterative"),
 }
