@@ -115,9 +115,12 @@ def watch(
     process = subprocess.Popen([*STRACE, "-o", str(trace), *map(str, command)], stdout=pipe, stderr=pipe, text=True,
                                cwd=cwd, env=fresh_environment(home, **variables), start_new_session=True)
     try:
-        if use: use(process)
-    finally:
-        if use: os.killpg(process.pid, signal.SIGINT)   # strace itself ignores it
-        out, err = process.communicate(timeout=900)
+        if use:
+            use(process)
+            os.killpg(process.pid, signal.SIGINT)   # strace itself ignores it
+        out, err = process.communicate()
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)   # what the command has started ends with it
+        raise
     assert process.returncode == 0, err[-3000:]
     return Watched(out, trace.read_text(errors="replace"), home)
