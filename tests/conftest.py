@@ -184,15 +184,19 @@ def smoke_run(traced_run) -> Path:
     return traced_run[0]
 
 
-@pytest.fixture
-def small_photos(tmp_path) -> Path:
-    "Sixty real images of handwritten digits in two classes."
+def write_small_photos(folder: Path) -> Path:
+    "Write sixty real images of handwritten digits in two classes."
     from cvnb.data.dataset import locate_data
-    folder = tmp_path/"photos"
     for label in "1", "7":
         (folder/label).mkdir(parents=True)
         for path in sorted((locate_data("digits")/label).iterdir())[:30]: shutil.copy(path, folder/label)
     return folder
+
+
+@pytest.fixture
+def small_photos(tmp_path) -> Path:
+    "Sixty real images of handwritten digits in two classes."
+    return write_small_photos(tmp_path/"photos")
 
 
 @pytest.fixture(scope="session")

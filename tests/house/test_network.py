@@ -11,6 +11,7 @@ from pathlib import Path
 
 import network
 import pytest
+from conftest import write_small_photos
 from projects import write_project
 
 BIN = Path(sys.executable).parent
@@ -96,7 +97,8 @@ def test_the_device_id_of_onnxruntime_is_found(tmp_path: Path) -> None:
 def chain(strace: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, network.Watched]:
     "A run of all six stages under watch, and what was seen."
     folder = tmp_path_factory.mktemp("watched")
-    return folder/"runs/small", network.watch(folder, BIN/"cvnb", "run", "--run", folder/"runs/small", *SMALL)
+    photos, run = write_small_photos(folder/"photos"), folder/"runs/small"
+    return run, network.watch(folder, BIN/"cvnb", "run", "--data", photos, "--run", run, *SMALL)
 
 
 @pytest.mark.slow
@@ -110,7 +112,7 @@ def test_all_stages_stay_on_this_machine(chain: tuple[Path, network.Watched]) ->
 @pytest.mark.slow
 def test_predict_stays_on_this_machine_and_leaves_no_file(chain: tuple[Path, network.Watched], tmp_path: Path) -> None:
     run, watched = chain
-    image = next((watched.home/".cache/cvnb").rglob("*.png"))
+    image = next((watched.home.parent/"photos").rglob("*.png"))
     predicted = network.watch(tmp_path, BIN/"cvnb", "predict", run/"export/bundle", image, "--json")
     assert network.attempts(predicted.trace) == [] and predicted.files() == []
 
