@@ -19,7 +19,9 @@ def export_to(
 ) -> Path:               # the generated package
     "Generate the package from the notebooks of `root` inside `folder`."
     shutil.copytree(root/"nbs", folder/"nbs", symlinks=True, ignore=shutil.ignore_patterns("images", "results", "_*"))
-    for name in "settings.ini", "pyproject.toml": shutil.copy2(root/name, folder/name)
+    (folder/"cvnb").mkdir()
+    # nbdev writes the version into `__init__.py` and keeps the rest.
+    for name in "settings.ini", "pyproject.toml", "cvnb/__init__.py": shutil.copy2(root/name, folder/name)
     env = {k: v for k, v in os.environ.items() if k != "IN_TEST"}   # nbdev exports nothing where it is set
     done = subprocess.run([sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()"],
                           cwd=folder, env=env, capture_output=True, text=True)

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import house
 
+import cvnb  # noqa: F401   sets variables of the environment, before anything saves and restores it
+
 ROOT = house.ROOT
 
 

@@ -15,6 +15,8 @@ import house
 import pytest
 from filelock import FileLock
 
+import cvnb  # noqa: F401   sets variables of the environment, before anything saves and restores it
+
 ROOT = Path(__file__).resolve().parent.parent
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")
 CHROMIUM_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
@@ -105,9 +107,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 
 
 # Files whose few tests take minutes.
-LONG = ("test_review", "test_dashboard", "test_tracking", "test_fiftyone_db", "test_fiftyone_keeper", "test_sweep",
-        "test_audit", "test_checkpoints", "test_distributed", "test_cross_validation", "test_wandb_tracker",
-        "test_tuning", "test_fit")
+LONG = ("test_review", "test_network", "test_dashboard", "test_tracking", "test_fiftyone_db", "test_fiftyone_keeper",
+        "test_sweep", "test_audit", "test_checkpoints", "test_distributed", "test_cross_validation",
+        "test_wandb_tracker", "test_tuning", "test_fit")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -143,6 +145,17 @@ def chromium() -> str:
 
 
 @pytest.fixture(scope="session")
+def strace() -> str:
+    "Path of strace; where it is missing or may not trace, the test is skipped, or fails in CI."
+    path, remedy = shutil.which("strace"), "strace is not installed (Debian: apt install strace)"
+    if path:
+        done = subprocess.run([path, "-f", "--seccomp-bpf", "-qq", "-e", "trace=connect", "true"], capture_output=True)
+        if not done.returncode: return path
+        remedy = "strace may not trace processes here"
+    pytest.fail(remedy) if IN_CI else pytest.skip(remedy)
+
+
+@pytest.fixture(scope="session")
 def _browser(chromium: str) -> Iterator:
     from playwright.sync_api import sync_playwright
     with sync_playwright() as playwright:
@@ -171,15 +184,19 @@ def smoke_run(traced_run) -> Path:
     return traced_run[0]
 
 
-@pytest.fixture
-def small_photos(tmp_path) -> Path:
-    "Sixty real images of handwritten digits in two classes."
+def write_small_photos(folder: Path) -> Path:
+    "Write sixty real images of handwritten digits in two classes."
     from cvnb.data.dataset import locate_data
-    folder = tmp_path/"photos"
     for label in "1", "7":
         (folder/label).mkdir(parents=True)
         for path in sorted((locate_data("digits")/label).iterdir())[:30]: shutil.copy(path, folder/label)
     return folder
+
+
+@pytest.fixture
+def small_photos(tmp_path) -> Path:
+    "Sixty real images of handwritten digits in two classes."
+    return write_small_photos(tmp_path/"photos")
 
 
 @pytest.fixture(scope="session")

@@ -380,6 +380,13 @@ def serve_app(
         images = list_audited_images(audit["root"], pd.read_parquet(folder/"audit/manifest.parquet"))
         _run_server(s, token, images)
 
+# %% ../../nbs/audit/12_review.ipynb #b3f09d52
+def _withhold_user_id() -> None:
+    "Keep FiftyOne from making an id of the user for its reports, unless the user has turned the reports on."
+    import fiftyone as fo
+    import fiftyone.core.uid
+    if fo.config.do_not_track: fo.core.uid.get_user_id = lambda: ""
+
 # %% ../../nbs/audit/12_review.ipynb #cell-44
 def _run_server(
     s: socket.socket,   # listening
@@ -401,5 +408,6 @@ def _run_server(
     config.loglevel = "ERROR"
     set_port(port)
     limit_app(app, images)
+    _withhold_user_id()
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)   # no messages about pages that close
     asyncio.run(serve(TokenMiddleware(app, token, port), config))

@@ -307,7 +307,7 @@ def _load_hf(
     cache: Path | None,   # folder for unpacked files; None for the usual one
 ) -> dict[str, Any]:      # split -> data set
     "Load a data set; raise `CvnbError` with the reason if that fails."
-    for setting in "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS": os.environ.setdefault(setting, "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try: import datasets
     except ImportError: raise CvnbError(f"hf:{name} needs the package 'datasets'", "Install cvnb[hf].") from None
     datasets.disable_progress_bars()

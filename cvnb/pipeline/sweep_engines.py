@@ -201,7 +201,7 @@ class RayEngine:
             ray.init(address, log_to_driver=False, logging_level="ERROR", namespace="cvnb", configure_logging=False)
         except (ValueError, RuntimeError, OSError, OverflowError) as e:
             what = f"no Ray cluster answers at {address} ({shorten(str(e).splitlines()[0], 120)})"
-            remedy = "Start one with `ray start --head`, or give its address with --address HOST:PORT."
+            remedy = "Start one with `ray start --head --disable-usage-stats`, or give its --address HOST:PORT."
             raise UsageError(what, remedy) from None
         total = ray.cluster_resources()
         self.jobs = jobs or max(1, int(total.get("CPU", 1)))

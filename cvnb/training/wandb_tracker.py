@@ -296,7 +296,6 @@ def open_wandb(
 ) -> WandbTracker:
     "Open a W&B run for a stage; raise `UsageError` for settings that W&B refuses."
     os.environ["WANDB_SILENT"] = "true"
-    os.environ["WANDB_ERROR_REPORTING"] = "false"
     os.environ["WANDB_DATA_DIR"] = str(stage.dir/"wandb")   # staged files stay in the run directory
     # without a name, W&B queries every Jupyter server and complains; any existing path prevents that
     os.environ["WANDB_NOTEBOOK_NAME"] = str(stage.dir)

@@ -158,6 +158,15 @@ def read_labels(page, n: int) -> list[str]:
     return [text.strip() for text in page.locator("[data-cy=looker]").all_inner_texts()]
 
 
+def test_app_gets_no_user_id(served):
+    address = served[1]
+    opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+    opener.open(address, timeout=60).close()
+    asked = urllib.request.Request(address.split("/datasets")[0] + "/graphql", b'{"query": "{ uid doNotTrack }"}',
+                                   {"Content-Type": "application/json"})
+    assert json.loads(opener.open(asked, timeout=60).read()) == {"data": {"uid": "", "doNotTrack": True}}
+
+
 @pytest.mark.browser
 def test_reviewer_corrects_images_in_the_app(run, served, playwright_page, tmp_path, monkeypatch):
     printed, address, process = served

@@ -1,6 +1,7 @@
 """The house rules: what generates what, who imports whom, and what the package brings along."""
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -68,6 +69,13 @@ def test_difference_from_notebooks_is_found(project: Path) -> None:
     found = check_export.differences(project)
     assert [f.split(" ")[0] for f in found] == ["cvnb/audit.py", "cvnb/core/stray.py", "cvnb/core/files.py"]
     assert "comes from no notebook" in found[0] and "PLANTED" in found[2]
+
+
+def test_init_holds_the_version_and_applies_the_switches() -> None:
+    "No notebook generates the file."
+    version, *rest = map(ast.unparse, ast.parse((ROOT/"cvnb/__init__.py").read_text()).body)
+    assert re.fullmatch(r"__version__ = '[\d.]+'", version)
+    assert rest == ["from .core.telemetry import disable_telemetry as _disable_telemetry", "_disable_telemetry()"]
 
 
 def test_readme_matches_index() -> None:

@@ -342,8 +342,9 @@ def test_sweep_of_real_training_shares_the_audit_and_compares_validation_metrics
 
 
 @pytest.fixture
-def ray_cluster():
+def ray_cluster(monkeypatch):
     "Two nodes with one processor each."
+    monkeypatch.setenv("RAY_USAGE_STATS_REPORT_URL", "http://127.0.0.1:9")   # else the head reports that it does not
     from ray.cluster_utils import Cluster
     cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=False))
     cluster.add_node(num_cpus=1)

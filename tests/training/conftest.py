@@ -30,7 +30,7 @@ def data() -> tuple[LabelledImages, LabelledImages]:
 @pytest.fixture
 def wandb_defaults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     "W&B's settings of a person who has never used it; changes by a test are undone."
-    for name in "WANDB_SILENT", "WANDB_ERROR_REPORTING", "WANDB_DATA_DIR", "WANDB_NOTEBOOK_NAME":
+    for name in "WANDB_SILENT", "WANDB_DATA_DIR", "WANDB_NOTEBOOK_NAME":
         monkeypatch.setenv(name, "")
     monkeypatch.delenv("WANDB_NOTEBOOK_NAME")
     for name in "API_KEY", "BASE_URL", "MODE", "DIR", "ENTITY", "PROJECT":
