@@ -15,10 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['COOKIE_OPTIONS', 'is_local_request', 'forward_page', 'opened_in_browser']
+__all__ = ['LOCAL_ONLY', 'COOKIE_OPTIONS', 'is_local_request', 'forward_page', 'opened_in_browser']
 
 # %% ../../nbs/core/10_browser.ipynb #16e86522
 _LOCAL_HOST = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:[0-9]{1,5})?")
+
+LOCAL_ONLY = "Open the address that cvnb printed: this server answers to 127.0.0.1, localhost and [::1] only."
 
 def is_local_request(
     host: str,          # `Host` header of the request
