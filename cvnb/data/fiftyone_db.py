@@ -52,7 +52,7 @@ def database_folder() -> str:   # an absolute path
 # %% ../../nbs/data/17_fiftyone_db.ipynb #cell-7
 def _keeper_files() -> tuple[Path, Path, Path]:   # lock, record, log
     "Return the paths of the keeper's files; each database folder has its own."
-    base = cache_dir()/f"fiftyone-{digest(database_folder())[:8]}"
+    base = cache_dir(f"fiftyone-{digest(database_folder())[:8]}")
     return base.with_suffix(".lock"), base.with_suffix(".json"), base.with_suffix(".log")
 
 # %% ../../nbs/data/17_fiftyone_db.ipynb #cell-9
