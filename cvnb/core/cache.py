@@ -23,11 +23,23 @@ if TYPE_CHECKING:
     import numpy as np
 
 # %% auto #0
-__all__ = ['SHARED_CACHE_VARIABLE', 'CACHE_LIMIT_VARIABLE', 'cache_dir', 'RowCache', 'take_rows', 'trim_cache']
+__all__ = ['SHARED_CACHE_VARIABLE', 'CACHE_LIMIT_VARIABLE', 'check_cache', 'cache_dir', 'RowCache', 'take_rows', 'trim_cache']
+
+# %% ../../nbs/core/08_cache.ipynb #17e6e9e2
+SHARED_CACHE_VARIABLE = "CVNB_CACHE_SHARED"   # "1": everybody who may write to a cache is trusted
+
+def check_cache(
+    root: Path,        # folder of a cache
+    variable: str,     # environment variable that names another
+    *inside: Path,     # folders in it, which need not exist
+) -> None:
+    "Raise `CvnbError` if others may write to a cache, unless the user has said that they are trusted."
+    if os.environ.get(SHARED_CACHE_VARIABLE) == "1": return
+    remedy = (f"`chmod -R go-w {root}` if nobody has changed it, set {variable} to a folder of your own, or set "
+              f"{SHARED_CACHE_VARIABLE}=1 if you trust everybody who may write there.")
+    for folder in dict.fromkeys((root, *inside)): check_trusted(folder, remedy)
 
 # %% ../../nbs/core/08_cache.ipynb #cell-4
-SHARED_CACHE_VARIABLE = "CVNB_CACHE_SHARED"   # "1": everybody who may write to the cache is trusted
-
 def cache_dir(
     *parts: str,   # names of folders in the cache, or of a file; with one the cache is made
 ) -> Path:         # in the folder that `CVNB_CACHE` names, or else in `cvnb` in the user's cache folder
@@ -35,13 +47,10 @@ def cache_dir(
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache")/"cvnb"
     root = Path(os.environ.get("CVNB_CACHE") or default)
     path = root.joinpath(*parts)
-    if os.environ.get(SHARED_CACHE_VARIABLE) == "1": return path
     if parts:
         with contextlib.suppress(OSError): root.mkdir(0o700, parents=True, exist_ok=True)   # who writes reports it
-    remedy = (f"`chmod -R go-w {root}` if nobody has changed it, set CVNB_CACHE to a folder of your own, or set "
-              f"{SHARED_CACHE_VARIABLE}=1 if you trust everybody who may write there.")
     inside = [p for p in path.parents if p.is_relative_to(root)]   # from the path's folder up to the cache
-    for folder in [*reversed(inside), path]: check_trusted(folder, remedy)
+    check_cache(root, "CVNB_CACHE", *reversed(inside), path)
     return path
 
 # %% ../../nbs/core/08_cache.ipynb #cell-5

@@ -92,6 +92,14 @@ def _is_private_group(
     except KeyError: return False
     return group.gr_gid == user.pw_gid and group.gr_name == user.pw_name and {*group.gr_mem} <= {user.pw_name}
 
+# %% ../../nbs/core/02_files.ipynb #6e0eae5b
+def _is_out_of_reach(
+    path: Path,   # an existing file or folder
+) -> bool:
+    "Say whether a folder above a path lets no other user pass."
+    above = [p.stat() for p in path.resolve().parents]
+    return any(s.st_uid in (os.geteuid(), 0) and not s.st_mode & 0o011 for s in above)
+
 # %% ../../nbs/core/02_files.ipynb #66888e3a
 def _other_writer(
     path: Path,   # an existing file or folder
@@ -101,9 +109,9 @@ def _other_writer(
     found = path.stat()
     mode = f"mode {found.st_mode & 0o7777:04o}"
     if found.st_uid not in (os.geteuid(), 0): return f"belongs to user {found.st_uid} ({mode})"
+    if not found.st_mode & 0o022 or _is_out_of_reach(path): return ""
     if found.st_mode & 0o002: return f"can be written by every user ({mode})"
-    group = found.st_mode & 0o020 and not _is_private_group(found.st_gid)
-    return f"can be written by group {found.st_gid} ({mode})" if group else ""
+    return "" if _is_private_group(found.st_gid) else f"can be written by group {found.st_gid} ({mode})"
 
 # %% ../../nbs/core/02_files.ipynb #ddc60a66
 def check_trusted(

@@ -5,6 +5,7 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,6 +27,14 @@ def umask(request: pytest.FixtureRequest) -> Iterator[int]:
     before = os.umask(request.param)
     yield request.param
     os.umask(before)
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    "A temporary folder that other users can reach; pytest's lie in one of mode 0700."
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
 
 
 @pytest.fixture
@@ -87,7 +96,16 @@ def test_folder_that_others_may_write_to_is_refused(mode: int, tmp_path: Path, m
 def test_folder_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if os.geteuid() == 0: os.chown(tmp_path, STRANGER, -1)
     else: monkeypatch.setattr(os, "geteuid", lambda: STRANGER)
-    with pytest.raises(CvnbError, match=r"belongs to user \d+ \(mode 0700\)"): check_trusted(tmp_path)
+    with pytest.raises(CvnbError, match=r"belongs to user \d+ \(mode 0755\)"): check_trusted(tmp_path)
+
+
+def test_folder_that_nobody_else_can_reach_is_trusted(tmp_path: Path) -> None:
+    (tmp_path/"home/open").mkdir(parents=True)
+    (tmp_path/"home/open").chmod(0o777)
+    (tmp_path/"home").chmod(0o700)
+    assert check_trusted(tmp_path/"home/open")
+    (tmp_path/"home").chmod(0o710)
+    with pytest.raises(CvnbError): check_trusted(tmp_path/"home/open")
 
 
 def test_private_folder_below_a_sticky_one_is_trusted(tmp_path: Path) -> None:
@@ -111,6 +129,7 @@ def test_cache_is_private_and_planted_ones_are_refused(cache: Path) -> None:
     folder = cache_dir("rows", "pixels")
     assert stat.S_IMODE(cache.stat().st_mode) == 0o700 and not folder.exists()
     folder.mkdir(parents=True)
+    cache.chmod(0o755)
     for planted in folder, folder.parent, cache:
         planted.chmod(0o777)
         with pytest.raises(CvnbError, match=f"{planted} can be written by every user.*chmod -R go-w {cache}"):
@@ -141,6 +160,15 @@ def test_each_user_of_the_cache_refuses_a_planted_folder(folder: str, cache: Pat
            "archives": lambda: archives.unpack_archive(archive), "sources/hf": lambda: sources._table_folder("hf", "a"),
            "digests-2": lambda: versions.dataset_digest(tmp_path/"images"), "": fiftyone_db._keeper_files}[folder]
     with pytest.raises(CvnbError, match="can be written by every user"): use()
+
+
+def test_weights_of_a_planted_cache_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cvnb.models.weights import create_model
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path/"hub"))
+    (tmp_path/"hub").mkdir()
+    (tmp_path/"hub").chmod(0o777)
+    with pytest.raises(CvnbError, match="hub can be written by every user.*HF_HUB_CACHE"):
+        create_model("resnet10t", ["a", "b"], 32, weights="imagenet")
 
 
 def test_fork_server_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
