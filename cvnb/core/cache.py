@@ -35,9 +35,9 @@ def check_cache(
 ) -> None:
     "Raise `CvnbError` if others may write to a cache, unless the user has said that they are trusted."
     if os.environ.get(SHARED_CACHE_VARIABLE) == "1": return
-    remedy = (f"`chmod -R go-w {root}` if nobody has changed it, set {variable} to a folder of your own, or set "
-              f"{SHARED_CACHE_VARIABLE}=1 if you trust everybody who may write there.")
-    for folder in dict.fromkeys((root, *inside)): check_trusted(folder, remedy)
+    instead = (f"set {variable} to a folder of your own, or {SHARED_CACHE_VARIABLE}=1 if you trust everybody who may "
+               "write there")
+    for folder in dict.fromkeys((root, *inside)): check_trusted(folder, instead)
 
 # %% ../../nbs/core/08_cache.ipynb #cell-4
 def cache_dir(

@@ -116,13 +116,13 @@ def _other_writer(
 # %% ../../nbs/core/02_files.ipynb #ddc60a66
 def check_trusted(
     path: Path | str,   # a file or folder
-    remedy: str = "",   # what else to do about it
+    instead: str = "use a folder of your own",   # what to do where its mode cannot be mended
 ) -> Path:              # `path`
     "Raise `CvnbError` if a file or folder exists and another user may write to it."
     path = Path(path)
     if path.exists() and (who := _other_writer(path)):
-        mend = f"`chmod go-w {path}`" if "written" in who else "use a folder of your own"
-        raise CvnbError(f"{path} {who}, so what it holds is not trusted", remedy or f"Make it yours alone: {mend}.")
+        mend = f"`chmod -R go-w {path}` if nobody has changed it, or " * ("written" in who) + instead
+        raise CvnbError(f"{path} {who}, so what it holds is not trusted", f"{mend[0].upper()}{mend[1:]}.")
     return path
 
 # %% ../../nbs/core/02_files.ipynb #cell-19

@@ -301,7 +301,7 @@ def _inherited_folder() -> str:   # "" where no parent process has a server
     "Find the folder of a parent's fork server; raise `CvnbError` if another user has made one of its name since."
     folder = os.path.dirname(os.environ.get(FORK_SERVER_VARIABLE, ""))
     if not os.path.isdir(folder): return ""
-    return str(check_trusted(folder, f"Unset {FORK_SERVER_VARIABLE}, and tell the machine's administrator."))
+    return str(check_trusted(folder, f"unset {FORK_SERVER_VARIABLE}"))
 
 # %% ../../nbs/pipeline/03_kernels.ipynb #60df91be
 def start_fork_server(
