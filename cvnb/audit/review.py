@@ -17,6 +17,7 @@ import pandas as pd
 
 from .app_limits import limit_app, list_audited_images
 from .fiftyone_dataset import read_edits, load_dataset
+from ..core.browser import COOKIE_OPTIONS, LOCAL_ONLY, forward_page, is_local_request, opened_in_browser
 from ..core.errors import CvnbError, UsageError, did_you_mean
 from ..core.files import atomic_path, read_json
 from ..core.project import project_root, resolve_run
@@ -288,7 +289,7 @@ def accept_corrections(
 _CONTENT_SECURITY_POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
 
 class TokenMiddleware:
-    "ASGI middleware that requires a token and sets a content security policy."
+    "ASGI middleware that refuses requests from elsewhere, requires a token and sets a content security policy."
     def __init__(self,
         app: Any,     # an ASGI application
         token: str,   # that the address has to carry once; a cookie keeps it
@@ -302,7 +303,7 @@ class TokenMiddleware:
         from secrets import compare_digest
 
         from starlette.requests import HTTPConnection
-        from starlette.responses import PlainTextResponse, RedirectResponse
+        from starlette.responses import HTMLResponse, PlainTextResponse
 
         async def send_with_policy(message: dict) -> None:
             if message["type"] == "http.response.start":
@@ -311,12 +312,14 @@ class TokenMiddleware:
 
         if scope["type"] not in ("http", "websocket"): return await self.app(scope, receive, send)
         request = HTTPConnection(scope)
+        if not is_local_request(request.headers.get("host", ""), request.headers.get("origin", "")):
+            return await PlainTextResponse(LOCAL_ONLY, 403)(scope, receive, send)
         is_token = lambda given: compare_digest(given.encode(), self.token.encode())
         if is_token(request.cookies.get(self.cookie, "")): return await self.app(scope, receive, send_with_policy)
         if is_token(request.query_params.get("token", "")):
             address = request.url.remove_query_params("token").replace(scheme="", netloc="")
-            response = RedirectResponse(str(address), 303)
-            response.set_cookie(self.cookie, self.token, httponly=True, samesite="lax")
+            response = HTMLResponse(forward_page(str(address)))   # a redirect would lose the strict cookie
+            response.set_cookie(self.cookie, self.token, **COOKIE_OPTIONS)
         else: response = PlainTextResponse("Open the address that `cvnb browse` printed.", 403)
         await response(scope, receive, send)
 
@@ -358,7 +361,6 @@ def serve_app(
 ) -> None:
     "Serve FiftyOne's App on a run's dataset until Ctrl-C; raise `UsageError` for an unknown view."
     import secrets
-    import webbrowser
     from urllib.parse import quote
     folder, audit = read_audit(run)
     with bind_port(port) as s:
@@ -376,9 +378,8 @@ def serve_app(
         if not Path(audit["root"]).exists(): print(f"! The folder of the images, {audit['root']}, no longer exists.")
         print(f"FiftyOne's App: {address}")
         print(f"Ctrl-C ends it. Then `cvnb audit accept {run}` accepts your corrections.", flush=True)
-        if open_browser: webbrowser.open(address)
         images = list_audited_images(audit["root"], pd.read_parquet(folder/"audit/manifest.parquet"))
-        _run_server(s, token, images)
+        with opened_in_browser(address, open_browser): _run_server(s, token, images)
 
 # %% ../../nbs/audit/12_review.ipynb #b3f09d52
 def _withhold_user_id() -> None:

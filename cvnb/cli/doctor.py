@@ -63,13 +63,24 @@ def _check_runtimes() -> list[dict]:   # per runtime: part, ok, found, remedy
                          remedy="" if runtime.installed else f"optional: {hint}"))
     return rows
 
+# %% ../../nbs/cli/07_doctor.ipynb #105fcc5f
+def _check_cache() -> dict:   # part, ok, found, remedy
+    "Look who may write to the cache, and for free space on its disk."
+    import shutil
+
+    from cvnb.core.cache import cache_dir
+    try: cache = cache_dir()
+    except CvnbError as e: return dict(part="cache", ok=False, found=e.what, remedy=e.remedy)
+    free = shutil.disk_usage(next(p for p in cache.parents if p.exists())).free / 2**30
+    remedy = "" if free > 2 else "Free 2 GB, or set CVNB_CACHE."
+    return dict(part="disk", ok=free > 2, found=f"{free:.0f} GB free for the cache", remedy=remedy)
+
 # %% ../../nbs/cli/07_doctor.ipynb #4b80512f
 def check_installation() -> list[dict]:   # per part: part, ok, found, remedy
     "Look for every part that cvnb uses, without importing it."
     import shutil
     from importlib.util import find_spec
 
-    from cvnb.core.cache import cache_dir
     from cvnb.core.system import machine_info
     here = machine_info()
     machine = f"{here['cores']} cores, {here['memory_gb']} GB, Python {here['python']}"
@@ -84,10 +95,7 @@ def check_installation() -> list[dict]:   # per part: part, ok, found, remedy
         found, remedy = ("on PATH", "") if ok else ("missing", f"optional: {use}")
         rows.append(dict(part=tool, ok=ok, found=found, remedy=remedy))
     rows += _check_runtimes()
-    free = shutil.disk_usage(next(p for p in cache_dir().parents if p.exists())).free / 2**30
-    remedy = "" if free > 2 else "Free 2 GB, or set CVNB_CACHE."
-    rows.append(dict(part="disk", ok=free > 2, found=f"{free:.0f} GB free for the cache", remedy=remedy))
-    return rows
+    return [*rows, _check_cache()]
 
 # %% ../../nbs/cli/07_doctor.ipynb #2d2465a9
 def doctor_command(

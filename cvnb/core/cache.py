@@ -16,19 +16,42 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import CvnbError
+from .files import check_trusted
 from .system import machine_info
 
 if TYPE_CHECKING:
     import numpy as np
 
 # %% auto #0
-__all__ = ['CACHE_LIMIT_VARIABLE', 'cache_dir', 'RowCache', 'take_rows', 'trim_cache']
+__all__ = ['SHARED_CACHE_VARIABLE', 'CACHE_LIMIT_VARIABLE', 'check_cache', 'cache_dir', 'RowCache', 'take_rows', 'trim_cache']
+
+# %% ../../nbs/core/08_cache.ipynb #17e6e9e2
+SHARED_CACHE_VARIABLE = "CVNB_CACHE_SHARED"   # "1": everybody who may write to a cache is trusted
+
+def check_cache(
+    root: Path,        # folder of a cache
+    variable: str,     # environment variable that names another
+    *inside: Path,     # folders in it, which need not exist
+) -> None:
+    "Raise `CvnbError` if others may write to a cache, unless the user has said that they are trusted."
+    if os.environ.get(SHARED_CACHE_VARIABLE) == "1": return
+    instead = (f"set {variable} to a folder of your own, or {SHARED_CACHE_VARIABLE}=1 if you trust everybody who may "
+               "write there")
+    for folder in dict.fromkeys((root, *inside)): check_trusted(folder, instead)
 
 # %% ../../nbs/core/08_cache.ipynb #cell-4
-def cache_dir() -> Path:   # the folder in `CVNB_CACHE`, or else `cvnb` in the user's cache folder
-    "Return the folder for downloaded data sets and cached results."
+def cache_dir(
+    *parts: str,   # names of folders in the cache, or of a file; with one the cache is made
+) -> Path:         # in the folder that `CVNB_CACHE` names, or else in `cvnb` in the user's cache folder
+    "Return the folder for downloaded data sets and cached results; raise `CvnbError` if others may write to it."
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache")/"cvnb"
-    return Path(os.environ.get("CVNB_CACHE") or default)
+    root = Path(os.environ.get("CVNB_CACHE") or default)
+    path = root.joinpath(*parts)
+    if parts:
+        with contextlib.suppress(OSError): root.mkdir(0o700, parents=True, exist_ok=True)   # who writes reports it
+    inside = [p for p in path.parents if p.is_relative_to(root)]   # from the path's folder up to the cache
+    check_cache(root, "CVNB_CACHE", *reversed(inside), path)
+    return path
 
 # %% ../../nbs/core/08_cache.ipynb #cell-5
 CACHE_LIMIT_VARIABLE = "CVNB_CACHE_GB"   # size limit of all cached rows in gigabytes; 20 by default
@@ -41,7 +64,7 @@ class RowCache:
         shape: tuple[int, ...],   # shape of a row
         dtype: str,               # type of its elements
     ):
-        self.folder = cache_dir()/"rows"/name
+        self.folder = cache_dir("rows", name)
         self.shape = tuple(shape)
         self.dtype = dtype
 
@@ -182,7 +205,7 @@ def take_rows(
     "Select rows; adjacent ones are not copied, and a copy that is large for the memory is mapped to a file."
     import numpy as np
     places = [(rows, i) for i in np.arange(len(rows))[index].tolist()]
-    return _gather_rows(places, rows.shape[1:], rows.dtype.str, cache_dir()/"rows"/"taken")
+    return _gather_rows(places, rows.shape[1:], rows.dtype.str, cache_dir("rows", "taken"))
 
 # %% ../../nbs/core/08_cache.ipynb #cell-9
 def trim_cache(
@@ -191,7 +214,7 @@ def trim_cache(
 ) -> int:                            # number of deleted files
     "Delete cached rows, those first that were not used for longest, until the size of the rest is within the limit."
     limit_gb = float(os.environ.get(CACHE_LIMIT_VARIABLE, 20)) if limit_gb is None else limit_gb
-    folder = cache_dir()/"rows"
+    folder = cache_dir("rows")
     for temp in folder.glob("*/*.tmp"):   # left by killed processes
         with contextlib.suppress(OSError):
             if time.time() - temp.stat().st_mtime > 86_400: temp.unlink()

@@ -108,7 +108,7 @@ def unpack_archive(
     from filelock import FileLock
     facts = archive.stat()
     name = f"{archive.stem[:40]}-{digest([str(archive.resolve()), facts.st_size, facts.st_mtime_ns])[:8]}"
-    target = cache_dir()/"archives"/name
+    target = cache_dir("archives", name)
     if target.is_dir(): return target
     target.parent.mkdir(parents=True, exist_ok=True)
     temp = target.with_name(f".{name}.tmp")

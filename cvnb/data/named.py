@@ -193,7 +193,7 @@ def _read_source(
     progress: Callable,       # takes the fraction that is done and a text
 ) -> list[tuple]:             # (split, images, labels) of each split
     "Read the files of a source from the cache's `downloads` folder if a user has put them there, else download them."
-    by_hand = cache_dir()/"downloads"
+    by_hand = cache_dir("downloads")
     with TemporaryDirectory(dir=folder, prefix=".fetch-") as temp:
         place = by_hand if all((by_hand/name).is_file() for name in source.files) else Path(temp)
         if place != by_hand: (_run_command if source.command else _download)(source, place, progress)
@@ -325,7 +325,7 @@ def prepare_dataset(
     progress: Callable,   # takes the fraction that is done and a text
 ) -> Path:                # folder of classes in the cache
     "Write a named data set to the cache unless it is there; raise `CvnbError` with the reason if that fails."
-    target = cache_dir()/"data"/data.name
+    target = cache_dir("data", data.name)
     if target.is_dir(): return target
     for old in target.parent.glob(f".{data.name}.*.tmp"):   # left by killed processes
         if time.time() - old.stat().st_mtime > 86_400: shutil.rmtree(old, ignore_errors=True)

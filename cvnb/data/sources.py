@@ -49,7 +49,7 @@ def _table_folder(
     *state: Any,   # other values that the table depends on
 ) -> Path:         # a folder in the cache, which may not exist yet
     "Return the folder of a data set's table."
-    return cache_dir()/"sources"/kind/f"{_slug(name)}-{digest([name, *state])[:8]}"
+    return cache_dir("sources", kind, f"{_slug(name)}-{digest([name, *state])[:8]}")
 
 # %% ../../nbs/data/16_sources.ipynb #cell-8
 @contextlib.contextmanager
@@ -197,7 +197,7 @@ def _open_torchvision_splits(
     try: import torchvision.datasets
     except ImportError:
         raise CvnbError(f"torchvision:{name} needs the package 'torchvision'", "Install cvnb[train].") from None
-    home = cache_dir()/"torchvision"
+    home = cache_dir("torchvision")
     cls = getattr(torchvision.datasets, name)
     places = [(home, False)]
     if _accepts_argument(cls, "download"): places.append((temp/"files", True))

@@ -24,7 +24,7 @@ def dataset_digest(
     dataset = data if isinstance(data, Dataset) else read_dataset(Path(data))
     data = dataset.source.resolve()
     folder = data_root(data)
-    index = cache_dir()/"digests-2"/f"{digest(str(data))[:32]}.json"   # 2 is the version of the format
+    index = cache_dir("digests-2", f"{digest(str(data))[:32]}.json")   # 2 is the version of the format
     old = read_json(index) if index.exists() else {}
     new: dict[str, list] = {}
     unreadable: list[str] = []

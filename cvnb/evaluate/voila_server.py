@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..core.browser import COOKIE_OPTIONS, opened_in_browser
 from ..core.errors import CvnbError, UsageError
 from ..core.files import write_json
 from ..core.project import asset_folder, resolve_run
@@ -23,7 +24,7 @@ from ..core.stage import read_stage_manifest
 from ..core.workers import open_lease
 
 # %% auto #0
-__all__ = ['check_trained_run', 'find_free_port', 'voila_config', 'serve_dashboard']
+__all__ = ['IDLE_SECONDS', 'check_trained_run', 'find_free_port', 'voila_config', 'serve_dashboard']
 
 # %% ../../nbs/evaluate/04_voila_server.ipynb #cell-55
 def check_trained_run(
@@ -54,6 +55,7 @@ def find_free_port(
         return s.getsockname()[1]
 
 # %% ../../nbs/evaluate/04_voila_server.ipynb #cell-60
+IDLE_SECONDS = 600   # how long a kernel without a page lives: longer than a page takes to load, or to connect again
 _CONTENT_SECURITY_POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
 
 def voila_config(
@@ -61,12 +63,14 @@ def voila_config(
     port: int,        # on 127.0.0.1
     token: str,       # that the address must have
 ) -> dict:            # content of voila.json
-    "Configure Voila: this machine only, a token, one notebook and none of its folder's files."
-    headers = {"Content-Security-Policy": _CONTENT_SECURITY_POLICY}
+    "Configure Voila: this machine only, a token, one notebook and none of its folder's files; end unused kernels."
+    settings = dict(headers={"Content-Security-Policy": _CONTENT_SECURITY_POLICY}, allow_remote_access=False,
+                    xsrf_cookies=True, xsrf_cookie_kwargs=dict(samesite="Strict"))
     server = dict(ip="127.0.0.1", port=port, port_retries=0, open_browser=False, token=token,
-                  root_dir=str(notebook.parent), log_level="ERROR", tornado_settings=dict(headers=headers))
+                  root_dir=str(notebook.parent), log_level="ERROR", tornado_settings=settings)
     page = dict(file_allowlist=[], show_tracebacks=False, allow_template_override="NO")
-    return dict(Voila=server, VoilaConfiguration=page)
+    return dict(Voila=server, VoilaConfiguration=page, IdentityProvider=dict(cookie_options=COOKIE_OPTIONS),
+                MappingKernelManager=dict(cull_idle_timeout=IDLE_SECONDS, cull_interval=IDLE_SECONDS // 10))
 
 # %% ../../nbs/evaluate/04_voila_server.ipynb #cell-62
 @contextlib.contextmanager
@@ -77,7 +81,8 @@ def _run_voila(
     env: dict[str, str],  # environment of Voila and its kernels
 ) -> Iterator[subprocess.Popen]:   # Voila, accepting connections
     "Run Voila as long as the block lasts; raise `CvnbError` if it ends by itself."
-    code = "from cvnb.core.workers import end_with_input; end_with_input(); from voila.app import main; main()"
+    code = ("from cvnb.core.workers import end_with_input; end_with_input(); "
+            "from cvnb.evaluate.voila_app import DashboardServer; DashboardServer.launch_instance()")
     command = [sys.executable, "-c", code, str(notebook)]
     with tempfile.TemporaryDirectory() as private, open(Path(private)/"log", "w+") as log, open_lease() as lease:
         write_json(Path(private)/"voila.json", voila_config(notebook, port, token))
@@ -126,7 +131,6 @@ def serve_dashboard(
 ) -> None:
     "Serve a run's dashboard on 127.0.0.1 and print its address, until Ctrl-C."
     import secrets
-    import webbrowser
     folder = check_trained_run(run)
     port = find_free_port(port)
     token = secrets.token_urlsafe(16)
@@ -134,5 +138,4 @@ def serve_dashboard(
     notebook = asset_folder("dashboards")/"errors.ipynb"
     with _stop_on_signals(), _run_voila(notebook, port, token, os.environ | dict(CVNB_RUN=str(folder))) as server:
         print(f"Dashboard of {folder.name}: {address}\nCtrl-C ends it.", flush=True)
-        if open_browser: webbrowser.open(address)
-        server.wait()
+        with opened_in_browser(address, open_browser): server.wait()

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..core.cache import check_cache
 from ..core.errors import CvnbError, UsageError
 from ..core.files import atomic_path, read_json, write_json
 from .vision_model import SMALL_IMAGE_SIZE, ModelSpec, VisionModel, build_model, build_network
@@ -47,6 +48,13 @@ def load_packaged_weights(
                         "Install the versions in requirements.lock.")
     return dict(zip(like, state.values()))
 
+# %% ../../nbs/models/06_weights.ipynb #013d1a6f
+def _check_weight_caches() -> None:
+    "Raise `CvnbError` if others may write to the folders where trained weights are kept after their download."
+    from huggingface_hub.constants import HF_HUB_CACHE
+    check_cache(Path(HF_HUB_CACHE), "HF_HUB_CACHE")
+    check_cache(Path(torch.hub.get_dir()), "TORCH_HOME")
+
 # %% ../../nbs/models/06_weights.ipynb #cell-29
 def _fetch_pretrained(
     spec: ModelSpec,   # description of the model that takes the weights
@@ -55,6 +63,7 @@ def _fetch_pretrained(
     "Fetch a trained network; raise `CvnbError` if that fails."
     import logging
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)   # it logs each of its five attempts
+    _check_weight_caches()
     try:
         if name == "imagenet": return build_network(spec, pretrained=True)
         return timm.create_model(name, pretrained=True)

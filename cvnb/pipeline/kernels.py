@@ -31,6 +31,7 @@ from jupyter_client.provisioning import LocalProvisioner
 
 import cvnb
 from ..core.errors import UsageError
+from ..core.files import check_trusted
 
 # %% auto #0
 __all__ = ['KERNEL_MODULES', 'PRELOADED_PACKAGES', 'FORK_SERVER_VARIABLE', 'SAVE_INTERVAL', 'TICK', 'serve_forks',
@@ -298,13 +299,19 @@ def _sockets_fit() -> bool:   # whether Unix sockets fit into the folder of temp
     "Check for Linux and for a short folder of temporary files: a socket's path has at most 107 characters."
     return sys.platform == "linux" and len(tempfile.gettempdir()) <= 70
 
+# %% ../../nbs/pipeline/03_kernels.ipynb #b76bffa8
+def _inherited_folder() -> str:   # "" where no parent process has a server
+    "Find the folder of a parent's fork server; raise `CvnbError` if another user has made one of its name since."
+    folder = os.path.dirname(os.environ.get(FORK_SERVER_VARIABLE, ""))
+    if not os.path.isdir(folder): return ""
+    return str(check_trusted(folder, f"unset {FORK_SERVER_VARIABLE}"))
+
 # %% ../../nbs/pipeline/03_kernels.ipynb #60df91be
 def start_fork_server(
     wanted: set[str] | None = None,   # packages that will be needed, such as "torch"; by default all that stages use
 ) -> str:   # its address, or "" where no server can run
     "Start a fork server in the background unless one runs; it ends with this process."
-    inherited = os.environ.get(FORK_SERVER_VARIABLE, "")
-    if os.path.isdir(os.path.dirname(inherited)): return inherited   # its process still runs
+    if _inherited_folder(): return os.environ[FORK_SERVER_VARIABLE]   # its process still runs
     if _own_server: return _own_server["address"]
     if not hasattr(os, "fork") or not _sockets_fit(): return ""
     folder = tempfile.mkdtemp(prefix="cvnb-")
@@ -379,8 +386,8 @@ class ForkKernelManager(AsyncKernelManager):
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
         if not _sockets_fit(): return
-        server = os.path.dirname(os.environ.get(FORK_SERVER_VARIABLE, ""))   # deleted when the server ends
-        self._folder = tempfile.mkdtemp(prefix="cvnb-k-", dir=server if os.path.isdir(server) else None)
+        server = _inherited_folder()   # deleted when the server ends
+        self._folder = tempfile.mkdtemp(prefix="cvnb-k-", dir=server or None)
         self.transport = "ipc"
         self.ip = os.path.join(self._folder, "k")
 

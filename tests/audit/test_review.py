@@ -1,6 +1,7 @@
 """FiftyOne's App on an audit, in Chromium: it agrees with the manifest, and a reviewer's edits become corrections."""
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from cvnb.audit.checks import make_findings
 from cvnb.audit.duplicates import mark_duplicates
 from cvnb.audit.fiftyone_dataset import _make_sample, dataset_name, load_dataset, write_dataset
 from cvnb.audit.review import (
+    TokenMiddleware,
     accept_corrections,
     apply_corrections,
     bind_port,
@@ -149,6 +151,37 @@ def test_app_runs_no_code_that_a_request_names(run, served, tmp_path):
     assert changed[0] == 403 and b"filepath: the review changes ground_truth and tags alone" in changed[1]
     for path in f"{sample}/commit-mask", "/screenshot/x.html?proxy=", "/plugins/x/index.js", "/event":
         assert ask(path, {}, "POST") == (403, f"{path.split('?')[0]} is closed: the review does not need it.".encode())
+
+
+def ask_middleware(query: str = "", kind: str = "http", **headers: str) -> list[dict]:
+    "Send a request through the middleware, whose application answers with code 200: all messages of the answer."
+    async def app(scope: dict, receive, send) -> None:
+        await send({"type": f"{kind}.response.start", "status": 200, "headers": []})
+
+    async def send(message: dict) -> None: sent.append(message)
+
+    sent: list[dict] = []
+    given = dict(host="127.0.0.1:5151") | headers
+    scope = dict(type=kind, path="/datasets/a", query_string=query.encode(), scheme="http", extensions={},
+                 headers=[(k.encode(), v.encode()) for k, v in given.items()], method="GET", server=("127.0.0.1", 5151))
+    asyncio.run(TokenMiddleware(app, "token", 5151)(scope, None, send))
+    return sent
+
+
+@pytest.mark.parametrize("kind", ["http", "websocket"])
+@pytest.mark.parametrize("forged", [dict(host="evil.example:5151"), dict(host=""), dict(origin="http://127.0.0.1:1")])
+def test_app_refuses_forged_host_and_foreign_pages(forged: dict[str, str], kind: str) -> None:
+    assert ask_middleware(cookie="cvnb-5151=token")[0]["status"] == 200
+    answer = ask_middleware("token=token", kind, cookie="cvnb-5151=token", **forged)
+    assert answer[0].get("status", answer[0].get("code")) != 200
+    assert "websocket" in answer[0]["type"] or answer[0]["status"] == 403
+
+
+def test_app_exchanges_the_token_for_a_strict_cookie() -> None:
+    start, body = ask_middleware("view=mine&token=token")
+    cookie = next(value.decode().lower() for name, value in start["headers"] if name == b"set-cookie")
+    assert start["status"] == 200 and {"httponly", "samesite=strict"} <= {*cookie.split("; ")}
+    assert b'url=/datasets/a?view=mine"' in body["body"] and b"token" not in body["body"]
 
 
 def read_labels(page, n: int) -> list[str]:

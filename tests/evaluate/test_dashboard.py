@@ -1,6 +1,8 @@
 """The errors stage and the dashboard, on a small run: what Chromium shows has to agree with pandas."""
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import os
 import re
@@ -13,6 +15,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import pandas as pd
@@ -26,6 +29,7 @@ from cvnb.core.files import read_json, write_json
 from cvnb.core.project import asset_folder
 from cvnb.core.stage import Stage
 from cvnb.data.tables import write_table
+from cvnb.evaluate import voila_server
 from cvnb.evaluate.dashboard import read_dashboard_data
 from cvnb.evaluate.voila_server import _run_voila, find_free_port, serve_dashboard
 from cvnb.metrics.classification import accuracy, confusion_matrix
@@ -156,24 +160,45 @@ class Served:
     "A dashboard that is being served."
     url: str
     process: subprocess.Popen
+    browser: psutil.Process | None = None   # what `BROWSER` names; it stays in the foreground
+    opened: str = ""                        # what the browser was given
 
 
-def serve(run: Path) -> Served:
-    "Serve a run's dashboard in a process of its own, as the command line does."
+def serve(run: Path, folder: Path | None = None) -> Served:
+    "Serve a run's dashboard in a process of its own, as the command line does; with a folder also open a browser."
     code = ("import sys; from cvnb.evaluate.voila_server import serve_dashboard; "
-            "serve_dashboard(sys.argv[1], open_browser=False)")
-    process = subprocess.Popen([sys.executable, "-c", code, str(run)], stdout=subprocess.PIPE, text=True)
-    line = process.stdout.readline()
-    return Served(re.search(r"http://\S+", line)[0], process)
+            f"serve_dashboard(sys.argv[1], open_browser={folder is not None})")
+    env = os.environ | (dict(BROWSER=f"{make_browser(folder)} %s") if folder else {})
+    process = subprocess.Popen([sys.executable, "-c", code, str(run)], stdout=subprocess.PIPE, text=True, env=env)
+    url = re.search(r"http://\S+", process.stdout.readline())[0]
+    return Served(url, process, *(wait_for_browser(folder) if folder else ()))
+
+
+def make_browser(folder: Path) -> Path:
+    "Write a browser that notes its process number and what it is given, and stays in the foreground."
+    script = folder/"browser"
+    script.write_text(f'#!/bin/sh\necho $$ "$1" > {folder}/new\nmv {folder}/new {folder}/opened\nexec sleep 600\n')
+    script.chmod(0o700)
+    return script
+
+
+def wait_for_browser(folder: Path) -> tuple[psutil.Process, str]:
+    "Wait until a browser of `make_browser` has been started."
+    end = time.monotonic() + 60
+    while not (folder/"opened").exists() and time.monotonic() < end: time.sleep(0.05)
+    pid, opened = (folder/"opened").read_text().split()
+    return psutil.Process(int(pid)), opened
 
 
 @pytest.fixture(scope="module")
-def served(run: Path) -> Iterator[Served]:
-    "The dashboard of the run."
-    server = serve(run)
+def served(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    "The dashboard of the run. Its file for the browser is gone afterwards."
+    server = serve(run, tmp_path_factory.mktemp("browser"))
     yield server
     server.process.send_signal(signal.SIGINT)
     assert server.process.wait(60) == 0
+    if server.browser.is_running(): server.browser.kill()
+    assert not Path(server.opened.removeprefix("file://")).parent.exists()
 
 
 @pytest.fixture
@@ -299,6 +324,20 @@ def test_page_names_missing_stage(playwright_page, tmp_path: Path) -> None:
 # Access
 
 
+def request(url: str, method: str = "GET", **headers: str) -> tuple[int, list[str], str]:
+    "Send a request without following redirects: code, cookies, text."
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(parts.netloc, timeout=60)
+    connection.request(method, f"{parts.path}?{parts.query}".rstrip("?"), headers=headers)
+    answer = connection.getresponse()
+    return answer.status, answer.headers.get_all("Set-Cookie", []), answer.read().decode(errors="replace")
+
+
+def log_in(url: str, **headers: str) -> str:
+    "Exchange the address with the token for cookies."
+    return "; ".join(cookie.split(";")[0] for cookie in request(url, **headers)[1])
+
+
 def get_status(url: str) -> tuple[int, str]:   # code, address after redirects
     "Request an address."
     try:
@@ -314,12 +353,127 @@ def test_server_requires_token_and_serves_one_notebook(served: Served) -> None:
         assert get_status(f"{base}{other}?{token}")[0] in (403, 404), other
 
 
+KERNEL = "01234567-89ab-cdef-0123-456789abcdef"
+WEBSOCKET = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA==",
+             "Sec-WebSocket-Version": "13"}
+
+
+@pytest.mark.parametrize("path", ["", "login", "voila/static/voila.js", "nothing", f"api/kernels/{KERNEL}",
+                                  f"api/kernels/{KERNEL}/channels"])
+def test_server_refuses_forged_host_and_foreign_pages(path: str, served: Served) -> None:
+    base = served.url.split("?")[0]
+    port = urlsplit(base).port
+    upgrade = WEBSOCKET if path.endswith("channels") else {}
+    for forged in (dict(Host=f"evil.example:{port}"), dict(Host="evil.example"), dict(Host=f"127.0.0.1.evil:{port}"),
+                   dict(Origin="http://127.0.0.1:1"), dict(Origin="https://evil.example"), dict(Origin="null")):
+        status, _, text = request(base + path, Cookie=log_in(served.url), **upgrade, **forged)
+        assert status == 403 and "127.0.0.1, localhost and [::1] only" in text, forged
+    if not path: return   # the page would start a kernel
+    tunnel = dict(Host="localhost:1", Origin="http://localhost:1")   # an SSH tunnel leads from any port
+    assert request(base + path, Cookie=log_in(served.url, **tunnel), **upgrade, **tunnel)[0] in (200, 302, 404)
+
+
+def test_cookie_is_strict_and_changes_need_the_xsrf_token(served: Served) -> None:
+    status, cookies, text = request(served.url)
+    assert status == 200 and "url=/" in text and "token" not in text   # the page starts its kernel without the token
+    assert len(cookies) == 2 and all("samesite=strict" in cookie.lower() for cookie in cookies)
+    [login] = [cookie for cookie in cookies if "httponly" in cookie.lower()]
+    [xsrf] = {*cookies} - {login}   # the page has to read this one
+    end_kernel = f"{served.url.split('?')[0]}voila/api/shutdown/{KERNEL}"
+    login, xsrf = login.split(";")[0], xsrf.split(";")[0]
+    assert request(end_kernel, "POST", Cookie=login)[0] == 403
+    assert request(end_kernel, "POST", Cookie=f"{login}; {xsrf}", **{"X-XSRFToken": xsrf.split("=")[1]})[0] == 404
+
+
 def test_server_listens_on_loopback_only(served: Served) -> None:
     voila = psutil.Process(served.process.pid).children(recursive=True)
     listening = {c.laddr.ip for p in voila for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
     assert listening == {"127.0.0.1"}
+
+
+def test_token_stands_in_no_command_line_and_no_environment(served: Served) -> None:
     token = served.url.split("token=")[1]
-    assert not any(token in " ".join(p.cmdline()) for p in voila)   # every user can read command lines
+    assert request(served.url.split("?")[0], Cookie=log_in(served.url))[0] == 200   # starts a kernel
+    family = psutil.Process(served.process.pid).children(recursive=True)
+    assert any("ipykernel" in " ".join(p.cmdline()) for p in family) and served.browser in family
+    with_token = [file for p in family for file in ("cmdline", "environ")
+                  if token in Path(f"/proc/{p.pid}/{file}").read_bytes().decode(errors="replace")]
+    assert with_token == []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError): assert token.encode() not in file.read_bytes()   # a process may have ended
+
+
+@pytest.mark.browser
+def test_closed_page_ends_its_kernel_at_once(served: Served, playwright_page) -> None:
+    children = lambda: [p for p in psutil.Process(served.process.pid).children(recursive=True) if p != served.browser]
+    before = children()
+    playwright_page.goto(served.url)
+    playwright_page.wait_for_selector(".cvnb-matrix .nsewdrag", timeout=SECONDS)
+    assert len(children()) == len(before) + 1
+    playwright_page.goto("about:blank")   # `beforeunload` posts with the XSRF token
+    wait_until(lambda: len(children()) == len(before))
+
+
+@pytest.mark.browser
+def test_redirect_file_is_private_and_leads_to_the_page(served: Served, playwright_page) -> None:
+    file = Path(served.opened.removeprefix("file://"))
+    assert [oct(p.stat().st_mode & 0o777) for p in (file, file.parent)] == ["0o600", "0o700"]
+    playwright_page.goto(served.opened)
+    playwright_page.wait_for_selector(".cvnb-matrix .nsewdrag", timeout=SECONDS)   # a strict cookie came along
+    base, token = served.url.split("?token=")
+    assert playwright_page.url == base and token not in playwright_page.content()
+    cookies = {c["name"]: c for c in playwright_page.context.cookies()}
+    assert {c["sameSite"] for c in cookies.values()} == {"Strict"}
+    assert [name for name, c in cookies.items() if not c["httpOnly"]] == ["_xsrf"]   # the page has to read that one
+
+
+def test_browser_in_the_foreground_neither_blocks_nor_ends_the_server(served: Served) -> None:
+    assert served.browser.is_running() and get_status(served.url)[0] == 200
+    served.browser.kill()
+    psutil.wait_procs([served.browser], timeout=10)
+    time.sleep(0.5)
+    assert get_status(served.url)[0] == 200 and served.process.poll() is None
+
+
+@pytest.fixture
+def plain_notebook(tmp_path: Path) -> Path:
+    "A notebook whose kernel starts quickly."
+    notebook = tmp_path/"plain.ipynb"
+    kernel = dict(display_name="python3", language="python", name="python3")
+    cells = [dict(cell_type="code", source="1 + 1", metadata={}, execution_count=None, outputs=[], id="a")]
+    write_json(notebook, dict(cells=cells, metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5))
+    return notebook
+
+
+@pytest.mark.long
+def test_kernel_without_a_page_ends_and_an_open_page_keeps_its_kernel(
+    plain_notebook: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from websockets.sync.client import connect
+    monkeypatch.setattr(voila_server, "IDLE_SECONDS", 20)   # a kernel has to start within this time
+    port = find_free_port()
+    page = f"http://127.0.0.1:{port}/"
+    with _run_voila(plain_notebook, port, "token", dict(os.environ)) as voila:
+        cookie = log_in(f"{page}?token=token")
+        children = psutil.Process(voila.pid).children
+        kernel_id = re.search(r'"kernelId": "([0-9a-f-]{36})"', request(page, Cookie=cookie)[2])[1]
+        [kept] = children()
+        with connect(f"ws{page.removeprefix('http')}api/kernels/{kernel_id}/channels",
+                     additional_headers=dict(Cookie=cookie)):   # an open page, which nobody touches
+            request(page, Cookie=cookie)   # a page that never connects; its kernel is the younger one
+            assert len(children()) == 2
+            wait_until(lambda: len(children()) < 2)
+            time.sleep(2)
+            assert children() == [kept] and kept.status() != psutil.STATUS_ZOMBIE
+        wait_until(lambda: not children())   # the page was closed
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    "Wait until a condition holds."
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=["Ctrl-C", "kill", "kill -9"])
