@@ -25,6 +25,7 @@ class SealedRecord(Record):
     "A manifest: it has a format and carries the digest of itself."
     NEWEST: ClassVar[int | None] = 1
     SEALED: ClassVar[bool] = True
+    SEALED_FROM: ClassVar[int] = 1   # the first format that has to carry the digest
     format: int = Field(0, ge=0, description="version of this schema; files without it are older than the versions")
     digest: str = Field("", description="SHA-256 of this file's canonical JSON without this key: keys sorted, "
                                         "separators ',' and ':', UTF-8")
