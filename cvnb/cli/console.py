@@ -11,7 +11,7 @@ import time
 from typing import Any
 
 # %% auto #0
-__all__ = ['ProgressLines', 'print_table']
+__all__ = ['ProgressLines', 'print_table', 'RowPrinter']
 
 # %% ../../nbs/cli/01_console.ipynb #816b9064
 class ProgressLines:
@@ -94,3 +94,18 @@ def print_table(
     for row in rows: table.add_row(*(escape(str(v)) for v in row))
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 200   # a pipe has no width
     Console(highlight=False, width=width).print(table)
+
+# %% ../../nbs/cli/01_console.ipynb #a0283d85
+class RowPrinter:
+    "Print the rows of a table as they come."
+    def __init__(self,
+        columns: dict[str, int],   # heading -> characters of its longest value
+    ):
+        from rich.cells import cell_len
+        self.width_of = cell_len
+        self.widths = [max(width, cell_len(heading)) for heading, width in columns.items()]
+        self(*columns)
+
+    def __call__(self, *values: str) -> None:
+        cells = [value + " " * (width - self.width_of(value)) for value, width in zip(values, self.widths)]
+        print("  ".join(cells).rstrip(), flush=True)

@@ -10,14 +10,15 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import CvnbError
+from .errors import CvnbError, UsageError
 
 # %% auto #0
-__all__ = ['atomic_path', 'to_plain', 'write_json', 'load_json', 'read_json', 'sha256_file', 'digest', 'file_record']
+__all__ = ['atomic_path', 'to_plain', 'write_json', 'load_json', 'read_json', 'sha256_file', 'digest', 'file_record',
+           'check_targets']
 
 # %% ../../nbs/core/02_files.ipynb #cell-12
 @contextlib.contextmanager
@@ -115,3 +116,23 @@ def file_record(
 ) -> dict:        # {"sha256", "bytes"}
     "Return the digest and the size of a file."
     return dict(sha256=sha256_file(path), bytes=path.stat().st_size)
+
+# %% ../../nbs/core/02_files.ipynb #148d600f
+def check_targets(
+    *targets: Path | str,          # files or folders to be written
+    inputs: Iterable[Path | str],  # files or folders to be read
+) -> None:
+    "Raise `UsageError` if a target is an input, or a folder that holds one."
+    for target in targets:
+        for source in inputs:
+            real = Path(source).resolve()
+            if Path(target).resolve() in (real, *real.parents) or _is_same_file(target, source):
+                raise UsageError(f"{target} would be written over {source}, which is read", "Give another target.")
+
+def _is_same_file(
+    a: Path | str,   # may not exist
+    b: Path | str,   # may not exist
+) -> bool:           # True also for two hard links
+    "Say whether two paths name one file."
+    try: return os.path.samefile(a, b)
+    except OSError: return False
