@@ -83,7 +83,11 @@ def open_session(
             return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as e:   # ONNX Runtime raises a class per error code, with no base but Exception
         reason = printable(str(e).splitlines()[0], 160)
-        raise CvnbError(f"{path} cannot be opened ({reason})", "Run the export stage again.") from None
+        remedy = "Run the export stage again."
+        if "MODEL_LOAD_CANCELED" in reason:
+            reason = f"it takes more than {max_seconds:g} s"
+            remedy = "Give max_seconds to Bundle.load."
+        raise CvnbError(f"{path} cannot be opened ({reason})", remedy) from None
 
 # %% ../../nbs/export/01_runtimes.ipynb #84baede9
 class OnnxModel:
