@@ -41,15 +41,15 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 
-# %% ../../nbs/core/11_formats.ipynb #e14caf27
+# %% ../../nbs/core/11_formats.ipynb #1e910956
 class Metric(Record):
     "A figure with its 95 % interval and the number of observations behind it."
     value: Number | None
-    low: Number | None = None
-    high: Number | None = None
-    n: Annotated[float, Field(ge=0)] | None = None
+    low: Number | None
+    high: Number | None
+    n: Annotated[float, Field(ge=0)] | None
 
-# %% ../../nbs/core/11_formats.ipynb #278be28b
+# %% ../../nbs/core/11_formats.ipynb #f7403228
 class OutputFile(Record):
     "A file that a stage wrote."
     path: RelativePath = Field(description="relative to the run directory")
@@ -59,8 +59,8 @@ class OutputFile(Record):
 class Note(Record):
     "What a user should know about the result."
     text: str
-    file: str = Field("", description="relative to the run directory; empty for none")
-    exceeded: bool = Field(False, description="whether a limit is exceeded")
+    file: str = Field(description="relative to the run directory; empty for none")
+    exceeded: bool = Field(description="whether a limit is exceeded")
 
 class DataVersion(Record):
     "The data set that a run was made from."
@@ -220,7 +220,7 @@ class ErrorsRecord(OutputRecord):
     below: list[dict[str, Any]] = []
     mistakes: list[MistakeRecord]
 
-# %% ../../nbs/core/11_formats.ipynb #fa57e6eb
+# %% ../../nbs/core/11_formats.ipynb #101e448e
 class VerdictRecord(OutputRecord):
     "compress/verdict.json: the test whether the compressed model may replace the trained one."
     difference: Number
@@ -248,8 +248,8 @@ class BenchmarkRow(Record):
     accuracy_high: Share
     p50_ms: Annotated[float, Field(ge=0)]
     size_mb: Annotated[float, Field(ge=0)]
-    speedup: Number | None = None
-    vs_peer: Number | None = None
+    speedup: Number | None
+    vs_peer: Number | None
 
 class ControlRecord(Record):
     "A runtime against itself."

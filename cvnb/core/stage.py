@@ -105,7 +105,9 @@ def read_ended_stage(
     path = run/stage/"stage.json"
     if not path.exists(): return None
     from cvnb.core.formats import StageManifest
-    return read_record(path, StageManifest, f"Run it again: `cvnb run {stage} --run {run} --force`.")
+    record = read_record(path, StageManifest, f"Run it again: `cvnb run {stage} --run {run} --force`.")
+    empty = dict(stage=stage, key=None, params={}, data=None, inputs={}, outputs={}, metrics={}, notes=[], seconds=None)
+    return empty | dict(environment={}) | record   # an older version wrote fewer fields
 
 def read_stage_manifest(
     run: Path,     # run directory
