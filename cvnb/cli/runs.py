@@ -20,10 +20,9 @@ from .common import choose_recipe, collect_parameters, complete_parameter, defau
 from .common import fetch_data, reading_parameters
 from .console import ProgressLines, RowPrinter, print_table
 from ..core.errors import CvnbError, UsageError, did_you_mean
-from ..core.files import read_json
 from ..core.project import project_root, shell_path
-from ..core.records import printable
-from ..core.stage import format_notes, read_notes, read_stage_manifest, split_accesses
+from ..core.records import printable, read_record
+from ..core.stage import find_output, format_notes, read_notes, read_stage_manifest, split_accesses
 
 if TYPE_CHECKING:
     from cvnb.pipeline.runner import StageResult
@@ -82,7 +81,14 @@ def _benchmark_rows(
     folder: Path,   # run directory
 ) -> list[dict]:    # the benchmark's rows; empty if it has not finished
     "Read the benchmark's table."
-    return read_json(folder/"benchmark/benchmark.json")["rows"] if read_stage_manifest(folder, "benchmark") else []
+    return _read_benchmark(folder)["rows"] if read_stage_manifest(folder, "benchmark") else []
+
+def _read_benchmark(
+    folder: Path,   # run directory
+) -> dict:          # benchmark.json
+    "Read a finished benchmark."
+    from cvnb.core.formats import BenchmarkRecord
+    return read_record(find_output(folder, "benchmark", "benchmark.json"), BenchmarkRecord)
 
 # %% ../../nbs/cli/03_runs.ipynb #f0fbd6ba
 def _print_result(
@@ -102,8 +108,10 @@ def _print_result(
     from cvnb.benchmark.table import BASELINE, PEER
     print(f"\n× torch: speed relative to {', '.join(BASELINE)}. × peer: speed relative to {', '.join(PEER)}, "
           "if it was measured.")
-    print(f"Control: {read_json(folder/'benchmark/benchmark.json')['control']['verdict']}")
-    print(f"Compression: {_describe_compression(read_json(folder/'compress/verdict.json'))}")
+    from cvnb.core.formats import VerdictRecord
+    print(f"Control: {_read_benchmark(folder)['control']['verdict']}")
+    verdict = read_record(find_output(folder, "compress", "verdict.json"), VerdictRecord)
+    print(f"Compression: {_describe_compression(verdict)}")
     run = shell_path(folder)
     image = quote(str(_example_image(folder)))
     print(f"\nNext:\n  cvnb dashboard {run}\n  cvnb predict {run} {image}\n  jupyter lab {run}/errors/notebook.ipynb")
@@ -127,8 +135,11 @@ def _example_image(
 ) -> Path:          # an image file
     "Find the first readable image of a run's data set."
     from pyarrow.parquet import read_table
-    rows = read_table(folder/"audit/manifest.parquet", columns=["path", "ok"])
-    return Path(read_json(folder/"audit/audit.json")["root"])/rows["path"].filter(rows["ok"])[0].as_py()
+
+    from cvnb.core.formats import AuditRecord
+    rows = read_table(find_output(folder, "audit", "manifest.parquet"), columns=["path", "ok"])
+    audit = read_record(find_output(folder, "audit", "audit.json"), AuditRecord)
+    return Path(audit["root"])/rows["path"].filter(rows["ok"])[0].as_py()
 
 # %% ../../nbs/cli/03_runs.ipynb #c6d2d6f1
 def status_command(

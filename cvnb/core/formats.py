@@ -10,8 +10,12 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 # %% auto #0
-__all__ = ['Sha256', 'RelativePath', 'Number', 'Share', 'Count', 'Record', 'SealedRecord', 'Metric', 'OutputFile', 'Note',
-           'DataVersion', 'KeyParts', 'StageEnvironment', 'StageManifest', 'RunManifest']
+__all__ = ['Sha256', 'RelativePath', 'Number', 'Share', 'Count', 'FORMATS', 'Record', 'SealedRecord', 'Metric', 'OutputFile',
+           'Note', 'DataVersion', 'KeyParts', 'StageEnvironment', 'StageManifest', 'RunManifest', 'OutputRecord',
+           'PixelScaleRecord', 'DecodingRecord', 'CheckRecord', 'AuditRecord', 'ModelRecord', 'MetricsRecord',
+           'MistakeRecord', 'ErrorsRecord', 'VerdictRecord', 'ExportRecord', 'BenchmarkRow', 'ControlRecord',
+           'BenchmarkRecord', 'Access', 'Progress', 'SharedStage', 'TrialRecord', 'SweepRecord', 'CheckpointRecord',
+           'PickedOptions', 'FoldRecord', 'WorkerError', 'NotebookCell', 'Notebook', 'LockNote', 'format_schema']
 
 # %% ../../nbs/core/11_formats.ipynb #22d85e78
 class Record(BaseModel):
@@ -38,15 +42,15 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 
-# %% ../../nbs/core/11_formats.ipynb #e04d4239
+# %% ../../nbs/core/11_formats.ipynb #1e910956
 class Metric(Record):
     "A figure with its 95 % interval and the number of observations behind it."
     value: Number | None
-    low: Number | None = None
-    high: Number | None = None
-    n: Count | None = None
+    low: Number | None
+    high: Number | None
+    n: Annotated[float, Field(ge=0)] | None
 
-# %% ../../nbs/core/11_formats.ipynb #278be28b
+# %% ../../nbs/core/11_formats.ipynb #f7403228
 class OutputFile(Record):
     "A file that a stage wrote."
     path: RelativePath = Field(description="relative to the run directory")
@@ -56,8 +60,8 @@ class OutputFile(Record):
 class Note(Record):
     "What a user should know about the result."
     text: str
-    file: str = Field("", description="relative to the run directory; empty for none")
-    exceeded: bool = Field(False, description="whether a limit is exceeded")
+    file: str = Field(description="relative to the run directory; empty for none")
+    exceeded: bool = Field(description="whether a limit is exceeded")
 
 class DataVersion(Record):
     "The data set that a run was made from."
@@ -79,7 +83,7 @@ class StageEnvironment(Record):
     parts: KeyParts | None = Field(None, description="null: the stage was run by hand")
     error: str = Field("", description="why the stage failed")
 
-# %% ../../nbs/core/11_formats.ipynb #f29b7e9c
+# %% ../../nbs/core/11_formats.ipynb #2c924451
 class StageManifest(SealedRecord):
     "stage.json: what a stage was given, what it wrote and what it measured."
     stage: str = ""
@@ -95,7 +99,7 @@ class StageManifest(SealedRecord):
     started: str = ""
     cvnb: str = Field("", description="version that wrote the file")
     environment: StageEnvironment = StageEnvironment()
-    task: str = "classification"
+    task: str | None = Field(None, description="what labels are: classification, multilabel, regression")
 
 # %% ../../nbs/core/11_formats.ipynb #f995fe08
 class RunManifest(SealedRecord):
@@ -115,3 +119,251 @@ class RunManifest(SealedRecord):
     test_looks: dict[str, Count] = Field({}, description="stage -> how often it read the labels of the test images")
     data: DataVersion | None = None
     verdict: dict[str, Any] | None = Field(None, description="ship, ship with care or do not ship, with reasons")
+
+# %% ../../nbs/core/11_formats.ipynb #f0601123
+class OutputRecord(Record):
+    "A file that a stage writes: it has a format; its digest is in the stage's manifest."
+    NEWEST: ClassVar[int | None] = 1
+    format: int = Field(0, ge=0, description="version of this schema; files without it are older than the versions")
+
+# %% ../../nbs/core/11_formats.ipynb #29abbfaf
+class PixelScaleRecord(Record):
+    "The values of images with more than 8 bits."
+    low: Number
+    high: Number
+    name: str
+
+class DecodingRecord(Record):
+    "How the images of a data set are decoded."
+    depth: PixelScaleRecord | None = Field(None, description="null for images of 8 bits")
+    max_megapixels: Annotated[float, Field(gt=0)] = 90.0
+
+class CheckRecord(Record):
+    "A check of an audit."
+    about: str = ""
+    n: Count
+    n_checked: Count = 0
+    share: Metric
+    threshold: Number | None = None
+    limit: Number | None = None
+    over: bool = False
+    proof: dict[str, Any] | None = None
+
+class AuditRecord(OutputRecord):
+    "audit.json: the data set, its classes and the results of the checks."
+    data: str = Field("", description="the data set, as it was given")
+    root: str = Field(description="folder that paths are relative to")
+    task: str = "classification"
+    classes: list[str]
+    layout: str | None = None
+    columns: dict[str, Any] = {}
+    decoding: DecodingRecord = DecodingRecord()
+    fiftyone_dataset: str | None = None
+    corrections: list[dict[str, Any]] = []
+    n_files: Count = 0
+    n_images: Count = 0
+    n_answered: Count = 0
+    n_unreadable: Count = 0
+    unreadable: list[dict[str, str]] = []
+    left_out: list[dict[str, str]] = []
+    counts: dict[str, dict[str, Count]] = Field({}, description="split -> label -> images")
+    image_size: dict[str, Number | None] = {}
+    policy: str = "report"
+    checks: dict[str, CheckRecord] = {}
+    notes: list[str] = []
+
+# %% ../../nbs/core/11_formats.ipynb #744a269e
+class ModelRecord(OutputRecord):
+    "model.json: a model and the preprocessing of its images."
+    backbone: str = Field(min_length=1, description="timm model name")
+    classes: list[str] = Field(min_length=1, description="names of the outputs, in their order")
+    image_size: int = Field(ge=1, le=100_000, description="side in pixels")
+    mean: list[Number] = Field(min_length=1, max_length=64, description="per channel, of pixels in 0…1")
+    std: list[Annotated[float, Field(gt=0)]] = Field(min_length=1, max_length=64)
+    stem: Literal["full", "half", "small"] = "full"
+    task: Literal["classification", "multilabel", "regression"] = "classification"
+    target_mean: list[Number] = []
+    target_std: list[Number] = []
+    input_depth: DecodingRecord | None = Field(None, description="of images with more than 8 bits")
+    outputs: list[str] | None = Field(None, description="what the model returns, such as probabilities and features")
+    temperature: Annotated[float, Field(gt=0)] | None = Field(None, description="by which logits are divided")
+    thresholds: dict[str, Number] | None = Field(None, description="class -> least probability of an answer")
+
+class MetricsRecord(OutputRecord):
+    "train/metrics.json: the learning curves and the figures of a training."
+    history: list[dict[str, Number | None]]
+    figures: dict[str, Metric]
+    picked: list[dict[str, Any]] = []
+    notes: list[str] = []
+
+class MistakeRecord(Record):
+    "A wrongly predicted image."
+    path: str
+    label: str = ""
+    predicted: str = ""
+    confidence: Share = 1.0
+    saliency: str | None = None
+
+class ErrorsRecord(OutputRecord):
+    "errors/errors.json: where and how confidently a model is wrong."
+    task: str = "classification"
+    split: str = "test"
+    n: Count = 0
+    n_mistakes: Count = 0
+    accuracy: Metric | None = None
+    calibration_error: Metric | None = None
+    classes: list[str] = []
+    confusion: list[list[Count]] = []
+    per_class: list[dict[str, Any]] = []
+    calibration: list[dict[str, Any]] = []
+    mixed_up: list[dict[str, Any]] = []
+    slices: Count = 0
+    below: list[dict[str, Any]] = []
+    mistakes: list[MistakeRecord]
+
+# %% ../../nbs/core/11_formats.ipynb #101e448e
+class VerdictRecord(OutputRecord):
+    "compress/verdict.json: the test whether the compressed model may replace the trained one."
+    difference: Number
+    low: Number
+    high: Number
+    margin: Number
+    only_reference: Count
+    only_new: Count
+    n: Count
+    accepted: bool
+
+class ExportRecord(OutputRecord):
+    "export/export.json: which model is shipped, and how runtimes agree."
+    shipped: dict[str, Any]
+    bundle: dict[str, str] | str
+    parity: list[dict[str, Any]]
+    int8: dict[str, dict[str, Any]]
+
+class BenchmarkRow(Record):
+    "A model in a runtime."
+    model: str
+    runtime: str
+    accuracy: Share
+    accuracy_low: Share
+    accuracy_high: Share
+    p50_ms: Annotated[float, Field(ge=0)]
+    size_mb: Annotated[float, Field(ge=0)]
+    speedup: Number | None
+    vs_peer: Number | None
+
+class ControlRecord(Record):
+    "A runtime against itself."
+    verdict: str
+    valid: bool = False
+
+class BenchmarkRecord(OutputRecord):
+    "benchmark/benchmark.json: speed, size and accuracy of the models of a run."
+    run: str
+    rows: list[BenchmarkRow]
+    control: ControlRecord
+    machine: dict[str, Any]
+    load: list[Number | None] = []
+    date: str = ""
+    images: str = ""
+    shipped: str = ""
+    bundle: dict[str, str] = {}
+
+# %% ../../nbs/core/11_formats.ipynb #dbb8803e
+class Access(Record):
+    "A line of looks.jsonl: an evaluation on a held-out split."
+    model_config = ConfigDict(extra="forbid")
+    split: Literal["val", "test"]
+    stage: str
+    n_images: Count
+    when: str
+    digest: str = Field("", description="SHA-256 of the other keys' canonical JSON")
+
+class Progress(Record):
+    ".progress: how far a running stage is."
+    model_config = ConfigDict(allow_inf_nan=True)   # a loss that diverged
+    fraction: float
+    text: str = ""
+    curves: dict[str, list[float | None]] = {}
+    notes: list[str] = []
+
+class SharedStage(Record):
+    "shared/STAGE-KEY.json of a sweep: the trial that has run a stage for others."
+    trial: str = Field(pattern=f"^{_SEGMENT}$")
+
+class TrialRecord(Record):
+    "A trial of sweep.json."
+    model_config = ConfigDict(extra="forbid")
+    values: dict[str, Any]
+    seed: Count = 0
+    state: Literal["to do", "running", "done", "failed", "pruned"] = "to do"
+    figure: Metric | None = None
+    curve: list[Number | None] = []
+    seconds: Annotated[float, Field(ge=0)] = 0.0
+    why: str = ""
+    key: str = ""
+
+class SweepRecord(SealedRecord):
+    "sweep.json: what a sweep varies, and its trials."
+    sweep: str = ""
+    metric: str
+    minimize: bool
+    search: str = ""
+    seeds: Count = 1
+    stages: list[str] = []
+    axes: dict[str, list[Any]] = {}
+    given: dict[str, dict[str, Any]] = {}
+    trials: list[TrialRecord]
+
+class CheckpointRecord(SealedRecord):
+    "checkpoints/training.json: the training that the checkpoints belong to."
+    identity: str
+    halved: Count = 0
+    parts: dict[str, Any] = {}
+
+class PickedOptions(SealedRecord):
+    "checkpoints/picked.json: the options that were picked for a training."
+    key: str
+    picked: list[dict[str, Any]]
+
+class FoldRecord(SealedRecord):
+    "fold.json: the result of a fold of a cross-validation."
+    key: str
+    row: dict[str, Any]
+    notes: list[str]
+    parts: dict[str, Any] = {}
+    predictions: str = Field("", description="SHA-256 of predictions.parquet")
+
+class WorkerError(Record):
+    "checkpoints/failed.json: the first error of a training's processes."
+    kind: Literal["memory", "known", "other"]
+    what: str
+    remedy: str
+
+class NotebookCell(Record):
+    "A cell of a notebook."
+    cell_type: str
+    source: str | list[str]
+    metadata: dict[str, Any] = {}
+
+class Notebook(Record):
+    "A notebook, as far as cvnb reads it."
+    cells: list[NotebookCell]
+
+class LockNote(Record):
+    ".lock.json: the process that holds the lock of a run."
+    pid: int
+    since: str
+
+# %% ../../nbs/core/11_formats.ipynb #47ea09ed
+FORMATS = {"run.json": RunManifest, "stage.json": StageManifest, "audit.json": AuditRecord, "model.json": ModelRecord,
+           "metrics.json": MetricsRecord, "errors.json": ErrorsRecord, "verdict.json": VerdictRecord,
+           "export.json": ExportRecord, "benchmark.json": BenchmarkRecord, "sweep.json": SweepRecord}
+
+def format_schema(
+    name: str,   # a key of `FORMATS`
+    model: type[Record],   # its model
+) -> dict[str, Any]:   # JSON Schema
+    "Describe a format in JSON Schema; its title names the file and the format."
+    title = dict(title=f"{name}, format {model.NEWEST}")
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | model.model_json_schema() | title

@@ -99,9 +99,9 @@ def loop() -> list[onnx.NodeProto]:
     "A loop without an end."
     info = helper.make_tensor_value_info
     nodes = [helper.make_node("Identity", ["go"], ["on"]), helper.make_node("Softmax", ["x"], ["y"], axis=1)]
-    given = [info("i", TensorProto.INT64, []), info("go", TensorProto.BOOL, []), info("x", TensorProto.FLOAT, ["batch", 3])]
-    result = [info("on", TensorProto.BOOL, []), info("y", TensorProto.FLOAT, ["batch", 3])]
-    body = helper.make_graph(nodes, "body", given, result)
+    values = {name: info(name, TensorProto.FLOAT, ["batch", 3]) for name in "xy"}
+    given = [info("i", TensorProto.INT64, []), info("go", TensorProto.BOOL, []), values["x"]]
+    body = helper.make_graph(nodes, "body", given, [info("on", TensorProto.BOOL, []), values["y"]])
     return [helper.make_node("Loop", ["", "", "logits"], ["probabilities"], body=body)]
 
 
