@@ -97,15 +97,18 @@ def print_table(
 
 # %% ../../nbs/cli/01_console.ipynb #a0283d85
 class RowPrinter:
-    "Print the rows of a table as they come."
+    "Print the rows of a table as they come, and its head above the first one."
     def __init__(self,
         columns: dict[str, int],   # heading -> characters of its longest value
     ):
-        from rich.cells import cell_len
-        self.width_of = cell_len
-        self.widths = [max(width, cell_len(heading)) for heading, width in columns.items()]
-        self(*columns)
+        self.columns = columns
+        self.begun = False
 
     def __call__(self, *values: str) -> None:
-        cells = [value + " " * (width - self.width_of(value)) for value, width in zip(values, self.widths)]
+        if not self.begun:
+            self.begun = True
+            self(*self.columns)
+        from rich.cells import cell_len
+        widths = [max(width, len(heading)) for heading, width in self.columns.items()]
+        cells = [value + " " * (width - cell_len(value)) for value, width in zip(values, widths)]
         print("  ".join(cells).rstrip(), flush=True)
