@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -52,17 +54,44 @@ def _limit_memory(
     _register_arena()
     options.add_session_config_entry("session.use_env_allocators", "1")
 
-@contextlib.contextmanager
-def _deadline(
-    seconds: float,              # 0: none
-    stop: Callable[[], None],    # called from another thread
-) -> Iterator[None]:
-    "Call `stop` unless the block ends in time."
-    timer = threading.Timer(seconds, stop)
-    timer.daemon = True
-    if seconds: timer.start()
-    try: yield
-    finally: timer.cancel()
+# %% ../../nbs/export/01_runtimes.ipynb #3b90823a
+class _Watchdog:
+    "Stop calls that pass their deadlines, from one thread of the process."
+    tick = 0.05   # seconds between two looks, while there are calls
+
+    def __init__(self):
+        self.calls: dict[object, tuple[float, Callable[[], None]]] = {}   # deadline, and what stops the call
+        self.wake = threading.Event()
+        self.process = 0   # that the thread runs in; it does not survive a fork
+
+    @contextlib.contextmanager
+    def limit(self,
+        seconds: float,             # 0: no limit
+        stop: Callable[[], None],   # called from the thread
+    ) -> Iterator[None]:
+        "Call `stop` unless the block ends in time."
+        if not seconds: return (yield)
+        if self.process != os.getpid(): self._start()
+        call = object()
+        self.calls[call] = time.monotonic() + seconds, stop
+        self.wake.set()
+        try: yield
+        finally: self.calls.pop(call, None)
+
+    def _start(self) -> None:
+        self.process = os.getpid()
+        self.calls.clear()
+        threading.Thread(target=self._watch, name="cvnb-watchdog", daemon=True).start()
+
+    def _watch(self) -> None:
+        while self.wake.wait():
+            self.wake.clear()   # before the calls are looked at: one that is added later sets it again
+            while self.calls:
+                for call, (deadline, stop) in self.calls.copy().items():
+                    if time.monotonic() > deadline and self.calls.pop(call, None): stop()
+                time.sleep(self.tick)
+
+_WATCHDOG = _Watchdog()
 
 # %% ../../nbs/export/01_runtimes.ipynb #b6aa6ae0
 def open_session(
@@ -79,7 +108,7 @@ def open_session(
     cancel = getattr(options, "set_load_cancellation_flag", None)   # since 1.22
     if max_seconds: _limit_memory(options)
     try:
-        with _deadline(max_seconds if cancel else 0, lambda: cancel(True)):
+        with _WATCHDOG.limit(max_seconds if cancel else 0, lambda: cancel(True)):
             return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as e:   # ONNX Runtime raises a class per error code, with no base but Exception
         reason = printable(str(e).splitlines()[0], 160)
@@ -133,7 +162,7 @@ class LimitedModel(OnnxModel):
         options.log_severity_level = 4   # the error below says it
         seconds = self.max_seconds * max(1, len(images))
         try:
-            with _deadline(seconds, lambda: setattr(options, "terminate", True)):
+            with _WATCHDOG.limit(seconds, lambda: setattr(options, "terminate", True)):
                 return self.session.run([self._output], {self._input: images}, options)[0]
         except Exception as e:   # ONNX Runtime raises a class per error code, with no base but Exception
             reason = str(e).splitlines()[0].rpartition("Status Message: ")[2]
