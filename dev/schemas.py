@@ -4,7 +4,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from cvnb.core.formats import FORMATS, format_schema
+from cvnb.core.output_formats import FORMATS, format_schema
 from cvnb.export.bundle_format import BundleDescription
 
 FOLDER = Path(__file__).resolve().parent.parent/"configs"/"schemas"

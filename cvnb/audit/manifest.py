@@ -12,7 +12,7 @@ import pandas as pd
 
 from .checks import Check
 from .report import AuditReport
-from ..core.formats import AuditRecord
+from ..core.output_formats import AuditRecord
 
 # %% auto #0
 __all__ = ['make_manifest', 'audit_summary']

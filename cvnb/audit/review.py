@@ -18,7 +18,7 @@ import pandas as pd
 from .fiftyone_dataset import read_edits, load_dataset
 from ..core.errors import CvnbError, UsageError, did_you_mean
 from ..core.files import atomic_path
-from ..core.formats import AuditRecord
+from ..core.output_formats import AuditRecord
 from ..core.project import project_root, resolve_run
 from ..core.records import read_record
 from ..core.stage import find_output, read_stage_manifest

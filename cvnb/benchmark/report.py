@@ -16,7 +16,7 @@ import numpy as np
 
 from .table import Benchmark, benchmark_table
 from ..core.files import atomic_path
-from ..core.formats import BenchmarkRecord
+from ..core.output_formats import BenchmarkRecord
 from ..core.system import machine_info, timestamp
 from ..export.runtimes import MODELS, RUNTIMES
 

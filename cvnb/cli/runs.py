@@ -87,7 +87,7 @@ def _read_benchmark(
     folder: Path,   # run directory
 ) -> dict:          # benchmark.json
     "Read a finished benchmark."
-    from cvnb.core.formats import BenchmarkRecord
+    from cvnb.core.output_formats import BenchmarkRecord
     return read_record(find_output(folder, "benchmark", "benchmark.json"), BenchmarkRecord)
 
 # %% ../../nbs/cli/03_runs.ipynb #f0fbd6ba
@@ -108,7 +108,7 @@ def _print_result(
     from cvnb.benchmark.table import BASELINE, PEER
     print(f"\n× torch: speed relative to {', '.join(BASELINE)}. × peer: speed relative to {', '.join(PEER)}, "
           "if it was measured.")
-    from cvnb.core.formats import VerdictRecord
+    from cvnb.core.output_formats import VerdictRecord
     print(f"Control: {_read_benchmark(folder)['control']['verdict']}")
     verdict = read_record(find_output(folder, "compress", "verdict.json"), VerdictRecord)
     print(f"Compression: {_describe_compression(verdict)}")
@@ -136,7 +136,7 @@ def _example_image(
     "Find the first readable image of a run's data set."
     from pyarrow.parquet import read_table
 
-    from cvnb.core.formats import AuditRecord
+    from cvnb.core.output_formats import AuditRecord
     rows = read_table(find_output(folder, "audit", "manifest.parquet"), columns=["path", "ok"])
     audit = read_record(find_output(folder, "audit", "audit.json"), AuditRecord)
     return Path(audit["root"])/rows["path"].filter(rows["ok"])[0].as_py()

@@ -24,7 +24,7 @@ import plotly.graph_objects as go
 from fastcore.basics import patch
 
 from ..core.errors import CvnbError
-from ..core.formats import AuditRecord, ErrorsRecord, ModelRecord
+from ..core.output_formats import AuditRecord, ErrorsRecord, ModelRecord
 from ..core.project import project_root
 from ..core.records import read_record
 from ..core.stage import find_output, manifest_fault, read_stage_manifest

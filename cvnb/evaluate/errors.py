@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.errors import CvnbError
-from ..core.formats import ErrorsRecord
+from ..core.output_formats import ErrorsRecord
 from ..core.html import html_table
 from ..data.image_grid import plot_image_grid, truncate
 from ..data.images import DEFAULT_DECODING, Decoding

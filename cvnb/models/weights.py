@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..core.errors import CvnbError, UsageError
 from ..core.files import atomic_path, write_json
-from ..core.formats import ModelRecord
+from ..core.output_formats import ModelRecord
 from ..core.records import read_record
 from ..core.stage import check_unchanged
 from .vision_model import SMALL_IMAGE_SIZE, ModelSpec, VisionModel, build_model, build_network

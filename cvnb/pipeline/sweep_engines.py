@@ -82,7 +82,7 @@ def _sharing_executor(
     keys: dict[str, str],   # stage -> key
 ) -> Callable[..., dict]:   # runs a stage, as `run_stage` does
     "Make a function that runs a stage once for all trials with the same key."
-    from cvnb.core.formats import SharedStage
+    from cvnb.core.output_formats import SharedStage
 
     def execute(contract: Contract, params: dict, parts: dict, root: Path, progress: Progress) -> dict:
         run = Path(params["run"])

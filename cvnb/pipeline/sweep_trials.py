@@ -336,7 +336,7 @@ def _read_record(
     sweep: Sweep,    # a sweep
 ) -> list[Trial]:    # those that were pruned by another metric are to do
     "Read the trials of sweep.json; raise `UsageError` if it is damaged."
-    from cvnb.core.formats import SweepRecord
+    from cvnb.core.output_formats import SweepRecord
     try: record = read_record(path, SweepRecord)
     except CvnbError as e:
         what = f"{path} is damaged: {e.what.removeprefix(str(path)).lstrip(': ')}"
@@ -448,7 +448,7 @@ def write_sweep(
     "Write sweep.json."
     plain = lambda value: json.loads(json.dumps(value, default=str))
     axes = {a.name: list(a.values) or [a.low, a.high] for a in sweep.axes}
-    from cvnb.core.formats import SweepRecord
+    from cvnb.core.output_formats import SweepRecord
     write_record(sweep.folder/"sweep.json", dict(
         sweep=sweep.folder.name, metric=sweep.metric, minimize=sweep.minimize, search=sweep.search, seeds=sweep.seeds,
         stages=sweep.stages, axes=axes, updated=timestamp(), cvnb=cvnb.__version__, given=plain(sweep.base.given),

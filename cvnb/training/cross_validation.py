@@ -17,7 +17,7 @@ import torch
 
 from ..core.errors import UsageError
 from ..core.files import digest, sha256_file
-from ..core.formats import FoldRecord
+from ..core.output_formats import FoldRecord
 from ..core.records import read_kept, write_record
 from ..core.html import html_table
 from ..data.splits import assign_folds, distinct_images, group_ids

@@ -24,7 +24,7 @@ from pytorch_lightning.utilities.memory import is_out_of_cpu_memory
 
 from ..core.errors import CvnbError, UsageError
 from ..core.files import write_json
-from ..core.formats import WorkerError
+from ..core.output_formats import WorkerError
 from ..core.records import read_kept
 
 # %% auto #0

@@ -29,7 +29,7 @@ from torch import Tensor
 from ..core.errors import CvnbError, UsageError
 from ..core.files import digest
 from ..core.fingerprint import code_fingerprint, code_parts
-from ..core.formats import CheckpointRecord
+from ..core.output_formats import CheckpointRecord
 from ..core.records import read_kept, read_record, write_record
 from ..models.inference import weights_sha256
 from ..models.vision_model import VisionModel, check_image_size, patch_coverage_notes, task_of

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from ..core.formats import MetricsRecord
+from ..core.output_formats import MetricsRecord
 from ..core.html import html_table
 from ..core.stage import subprogress
 from ..metrics.estimates import Estimate

@@ -24,7 +24,7 @@ from pytorch_lightning.tuner import Tuner
 
 from ..core.errors import CvnbError, UsageError
 from ..core.files import digest
-from ..core.formats import PickedOptions
+from ..core.output_formats import PickedOptions
 from ..core.records import read_kept, write_record
 from ..core.html import html_table
 from ..models.devices import torch_device

@@ -17,7 +17,8 @@ from cvnb.audit.review import read_audit
 from cvnb.cli.runs import _print_result, _result_record
 from cvnb.core.errors import CvnbError
 from cvnb.core.files import digest, read_json, sha256_file
-from cvnb.core.formats import FORMATS, RunManifest, StageManifest
+from cvnb.core.formats import RunManifest, StageManifest
+from cvnb.core.output_formats import FORMATS
 from cvnb.core.records import read_record, record_digest, write_record
 from cvnb.core.stage import ACCESS_LOG, find_output, format_notes, read_stage_manifest, split_accesses
 from cvnb.data.images import Decoding
@@ -134,8 +135,10 @@ def said(run: Run, path: Path) -> list[str]:
 def flip_bytes(run: Run, n: int, seed: int) -> list[tuple[str, str]]:
     "Flip a bit `n` times, each in another file, and list the file and what was said first."
     rng, rows = random.Random(seed), []
+    folders = sorted({p.parent for p in run.files})   # one with many pictures counts as much as another
     for _ in range(n):
-        path = rng.choice(run.files)
+        folder = rng.choice(folders)
+        path = rng.choice([p for p in run.files if p.parent == folder])
         content = flip(path.read_bytes(), rng)
         with changed(path, content): found = said(run, path)
         if path in run.outputs: assert found, f"nobody noticed the damage of {path}"

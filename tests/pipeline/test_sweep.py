@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from cvnb.core.files import read_json
-from cvnb.core.formats import SweepRecord
+from cvnb.core.output_formats import SweepRecord
 from cvnb.core.records import write_record
 from cvnb.pipeline.params import read_contracts
 from cvnb.pipeline.runner import RunParameters
