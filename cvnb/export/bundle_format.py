@@ -5,11 +5,12 @@
 # %% ../../nbs/export/07_bundle_format.ipynb #85d38777
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator
 
 from ..core.errors import CvnbError
 from ..core.formats import Count, DataVersion, Number, Record, RelativePath, SealedRecord, Share, Sha256
@@ -76,11 +77,12 @@ class BundleDescription(SealedRecord):
     files: dict[RelativePath, FileRecord] = Field(min_length=1, description="all files but bundle.json")
     cvnb: str = Field("", description="version that wrote the file")
 
-    @model_validator(mode="after")
-    def _labels_are_distinct(self) -> BundleDescription:
-        repeated = sorted({label for label in self.labels if self.labels.count(label) > 1})
-        if repeated: raise ValueError(f"labels repeat {repeated[0]!r}")
-        return self
+    @field_validator("labels")
+    @classmethod
+    def _refuse_repeated(cls, labels: list[str]) -> list[str]:
+        repeated = [label for label, n in Counter(labels).items() if n > 1]
+        if repeated: raise ValueError(f"should not repeat {repeated[0]!r}")
+        return labels
 
 # %% ../../nbs/export/07_bundle_format.ipynb #8c4eb267
 BUNDLE_REMEDY = "Take the bundle from its source again, or run the export stage again."

@@ -119,7 +119,7 @@ FAULTS = {   # what was damaged -> how, and a part of what is said
     "null among labels": (lambda b: reseal(b, labels=["cat", None, "owl"]), "bundle.json: labels[1] should be"),
     "escape sequences in a label": (lambda b: reseal(b, labels=["cat", ANSI, "owl"]),
                                     "bundle.json: labels[1] should match"),
-    "a label twice": (lambda b: reseal(b, labels=["cat", "cat", "owl"]), "labels repeat 'cat'"),
+    "a label twice": (lambda b: reseal(b, labels=["cat", "cat", "owl"]), "bundle.json: labels should not repeat 'cat'"),
     "no labels": (lambda b: reseal(b, labels=[]), "bundle.json: labels"),
     "unknown task": (lambda b: reseal(b, task="detection"), "bundle.json: task should be"),
     "other task": (lambda b: reseal(b, task="regression"), "model.onnx was exported for another task than regression"),
