@@ -388,7 +388,7 @@ def transform_image(
         return image.resize(size, Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=int(strength))
-    return Image.open(buffer).convert("RGB")
+    return Image.open(buffer, formats=["JPEG"]).convert("RGB")
 
 # %% ../../nbs/audit/02_duplicates.ipynb #cell-41
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import pandas as pd
 
 from .checks import Check
 from .report import AuditReport
+from ..core.output_formats import AuditRecord
 
 # %% auto #0
 __all__ = ['make_manifest', 'audit_summary']
@@ -43,7 +44,7 @@ def audit_summary(
     left_out = manifest[~manifest.ok & (manifest.kind == "")]   # by corrections or by quarantine
     records = lambda rows: rows[["path", "error"]].to_dict("records")
     counts = {split: rows.label.value_counts().sort_index().to_dict() for split, rows in ok.groupby("split")}
-    summary = dict(task=task, classes=sorted(ok.label.unique()), n_unreadable=len(unread), unreadable=records(unread),
-                   left_out=records(left_out), counts=counts,
+    summary = dict(format=AuditRecord.NEWEST, task=task, classes=sorted(ok.label.unique()), n_unreadable=len(unread),
+                   unreadable=records(unread), left_out=records(left_out), counts=counts,
                    image_size=dict(width=float(ok.width.median()), height=float(ok.height.median())))
     return summary | report.to_json() | dict(n_images=len(ok))

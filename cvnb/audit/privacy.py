@@ -22,7 +22,7 @@ from ..core.errors import UsageError
 from ..core.system import n_cores
 from ..data.columns import read_raw_table, value_to_text
 from ..data.dataset import Dataset, read_dataset
-from ..data.images import open_image, read_deep_values
+from ..data.images import open_header, open_image, read_deep_values
 from ..data.tables import open_table
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def inspect_metadata(
     "List the kinds of private metadata of a file, and its camera, without decoding the image."
     from PIL import Image
     try:
-        with Image.open(path) as image:
+        with open_header(path) as image:
             kinds = _png_kinds(path) if image.format == "PNG" else set()
             exif = image.getexif()
             kinds |= _exif_kinds(exif)
@@ -260,7 +260,7 @@ def strip_metadata(
     "Rewrite an image file without metadata; raise `ValueError` with the reason where that would lose something."
     from PIL import Image
     strippers = dict(JPEG=_strip_jpeg, MPO=_strip_jpeg, PNG=_strip_png, WEBP=_strip_webp)
-    with Image.open(path) as image:
+    with open_header(path) as image:
         strip = strippers.get(image.format)
         if not strip and getattr(image, "is_animated", False):
             raise ValueError(f"a {image.format} with several frames is not saved again")

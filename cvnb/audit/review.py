@@ -19,12 +19,15 @@ from .app_limits import limit_app, list_audited_images
 from .fiftyone_dataset import read_edits, load_dataset
 from ..core.browser import COOKIE_OPTIONS, LOCAL_ONLY, forward_page, is_local_request, opened_in_browser
 from ..core.errors import CvnbError, UsageError, did_you_mean
-from ..core.files import atomic_path, read_json
+from ..core.files import atomic_path
+from ..core.output_formats import AuditRecord
 from ..core.project import project_root, resolve_run
+from ..core.records import read_record
+from ..core.stage import find_output, read_stage_manifest
 from ..core.system import timestamp
-from ..core.stage import read_stage_manifest
 from ..data.listing import TABLE_SUFFIXES
 from ..data.fiftyone_db import database_errors
+from ..data.tables import MANIFEST_COLUMNS, read_output_table
 
 if TYPE_CHECKING:
     from cvnb.audit.checks import Check
@@ -223,7 +226,7 @@ def read_audit(
     if not folder.is_dir(): raise UsageError(f"{run} is not a run directory", "`cvnb run` makes one.")
     if not read_stage_manifest(folder, "audit"):
         raise CvnbError(f"run {folder.name} has no finished audit", f"Run `cvnb run audit --run {run}`.")
-    return folder, read_json(folder/"audit/audit.json")
+    return folder, read_record(find_output(folder, "audit", "audit.json"), AuditRecord)
 
 # %% ../../nbs/audit/12_review.ipynb #cell-29
 def corrections_file(
@@ -269,7 +272,7 @@ def accept_corrections(
     with database_errors(f"FiftyOne's dataset of {run} cannot be read"):
         edits = read_edits(dataset)
         lost = dataset.info.get("lost", [])
-    manifest = pd.read_parquet(folder/"audit/manifest.parquet")
+    manifest = read_output_table(find_output(folder, "audit", "manifest.parquet"), MANIFEST_COLUMNS)
     if len(old) and not {*old.pixel_sha256} & {*manifest.pixel_sha256}:   # two data sets can have one name
         raise UsageError(f"{file} holds corrections of other images, none of this data",
                          "Give another file with --out.")

@@ -16,6 +16,7 @@ import numpy as np
 
 from .table import Benchmark, benchmark_table
 from ..core.files import atomic_path
+from ..core.output_formats import BenchmarkRecord
 from ..core.system import machine_info, timestamp
 from ..export.runtimes import MODELS, RUNTIMES
 
@@ -70,9 +71,9 @@ def benchmark_summary(
     sizes = Counter(f"{image.shape[1]}×{image.shape[0]}" for image in images).most_common(3)
     about = f"{len(images)} raw test images, most of {' and '.join(size for size, _ in sizes)} pixels"
     digests = {name: record["sha256"] for name, record in bundle["files"].items()}
-    return dict(run=run, rows=result.rows, control=result.measured.control, machine=machine_info(),
-                load=list(result.measured.load), date=timestamp(), images=about, shipped=bundle["shipped"]["model"],
-                bundle=digests)
+    return dict(format=BenchmarkRecord.NEWEST, run=run, rows=result.rows, control=result.measured.control,
+                machine=machine_info(), load=list(result.measured.load), date=timestamp(), images=about,
+                shipped=bundle["shipped"]["model"], bundle=digests)
 
 # %% ../../nbs/benchmark/04_report.ipynb #1d5ebe41
 def _facts(

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ from .audit import audit_app, browse_command
 from .data import data_app
 from .doctor import doctor_command, install_hint
 from .runs import dashboard_command, init_command, params_command, predict_command, run_command, status_command
+from .runs import verify_command
 from .sweeps import sweep_command
 from ..core.errors import CvnbError
 
@@ -33,6 +35,7 @@ app.command("sweep")(sweep_command)
 app.command("dashboard")(dashboard_command)
 app.command("browse")(browse_command)
 app.command("predict")(predict_command)
+app.command("verify")(verify_command)
 app.command("doctor")(doctor_command)
 app.add_typer(audit_app, name="audit")
 app.add_typer(data_app, name="data")
@@ -100,6 +103,9 @@ def main() -> None:
     except _ClickUsageError as e:
         if message := _format_usage_error(e): _exit(message, 2)
         sys.exit(2)
+    except BrokenPipeError:   # such as by `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # Python writes the rest when it ends
+        sys.exit(1)
     except OSError as e:
         if not (remedy := _REMEDIES.get(e.errno)): raise
         _exit(f"{e.filename or 'a file'} cannot be read or written ({(e.strerror or '').lower()}). {remedy}", 1)

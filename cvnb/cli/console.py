@@ -11,7 +11,7 @@ import time
 from typing import Any
 
 # %% auto #0
-__all__ = ['ProgressLines', 'print_table']
+__all__ = ['ProgressLines', 'print_table', 'RowPrinter']
 
 # %% ../../nbs/cli/01_console.ipynb #816b9064
 class ProgressLines:
@@ -94,3 +94,21 @@ def print_table(
     for row in rows: table.add_row(*(escape(str(v)) for v in row))
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 200   # a pipe has no width
     Console(highlight=False, width=width).print(table)
+
+# %% ../../nbs/cli/01_console.ipynb #a0283d85
+class RowPrinter:
+    "Print the rows of a table as they come, and its head above the first one."
+    def __init__(self,
+        columns: dict[str, int],   # heading -> characters of its longest value
+    ):
+        self.columns = columns
+        self.begun = False
+
+    def __call__(self, *values: str) -> None:
+        if not self.begun:
+            self.begun = True
+            self(*self.columns)
+        from rich.cells import cell_len
+        widths = [max(width, len(heading)) for heading, width in self.columns.items()]
+        cells = [value + " " * (width - cell_len(value)) for value, width in zip(values, widths)]
+        print("  ".join(cells).rstrip(), flush=True)

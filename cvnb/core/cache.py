@@ -11,12 +11,16 @@ import os
 import shutil
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastcore.basics import patch
+
 from .errors import CvnbError
 from .files import check_trusted
+from .records import printable
 from .system import machine_info
 
 if TYPE_CHECKING:
@@ -74,13 +78,12 @@ class RowCache:
         chunk_size: int = 0,   # number of rows that are computed and stored at a time; 0 is all
     ) -> np.ndarray:           # (N, *shape); writing to it changes no file
         "Return the row of each key; compute those that are not cached."
-        import numpy as np
         known = self._index()
         first = {key: i for i, key in reversed(list(enumerate(keys)))}
         missing = [i for i, key in enumerate(keys) if key not in known and first[key] == i]
         paths = {known[key][0] for key in first if key in known}
-        try: files = {path: np.load(path, mmap_mode="c") for path in paths}   # before `trim_cache` deletes them
-        except FileNotFoundError:   # another process has deleted one
+        files = {path: self._map_rows(path) for path in paths}   # before `trim_cache` deletes them
+        if any(rows is None for rows in files.values()):   # another process has deleted one, or one was damaged
             return self.get_or_compute(keys, compute, chunk_size)
         for path in files:
             with contextlib.suppress(OSError): os.utime(path)   # `trim_cache` deletes least recently used files first
@@ -130,6 +133,24 @@ class RowCache:
         finally: temp.unlink(missing_ok=True)
         trim_cache(keep=path)
         return rows
+
+# %% ../../nbs/core/08_cache.ipynb #9c2d5def
+@patch
+def _map_rows(self: RowCache,
+    path: Path,   # a file of the cache
+) -> np.ndarray | None:   # its rows; None if it is gone, and a damaged one is then
+    "Map a file of the cache."
+    import numpy as np
+    try:
+        rows = np.load(path, mmap_mode="c", allow_pickle=False)
+        n_keys = path.with_suffix(".keys").stat().st_size // 32
+        if rows.shape == (n_keys, *self.shape) and rows.dtype == np.dtype(self.dtype): return rows
+        reason = f"it holds {rows.dtype} {rows.shape}"
+    except FileNotFoundError: return None
+    except Exception as e: reason = str(e)   # a damaged header raises a dozen types
+    warnings.warn(f"{path} is damaged ({printable(reason, 100)}), so its rows are computed again", stacklevel=3)
+    for file in path, path.with_suffix(".keys"): file.unlink(missing_ok=True)
+    return None
 
 # %% ../../nbs/core/08_cache.ipynb #cell-7
 def _create_mapped(

@@ -10,14 +10,15 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import CvnbError
+from .errors import CvnbError, UsageError
 
 # %% auto #0
-__all__ = ['atomic_path', 'write_json', 'read_json', 'check_trusted', 'sha256_file', 'digest', 'file_record']
+__all__ = ['atomic_path', 'to_plain', 'write_json', 'load_json', 'read_json', 'check_trusted', 'sha256_file', 'digest',
+           'file_record', 'check_targets']
 
 # %% ../../nbs/core/02_files.ipynb #bd06a271
 def _mode_of_new_file(
@@ -57,29 +58,53 @@ def _to_builtin(
     if isinstance(value, Path): return str(value)
     raise TypeError(f"{type(value).__name__} cannot be written to a JSON file")
 
+# %% ../../nbs/core/02_files.ipynb #a28745e2
+def to_plain(
+    value: Any,   # JSON types, numpy values and paths
+) -> Any:         # dicts, lists, text, finite numbers, bools and None
+    "Convert a value to what a JSON file holds; NaN and infinity become None."
+    if isinstance(value, dict): return {str(k): to_plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)): return [to_plain(v) for v in value]
+    if not isinstance(value, (str, int, float, bool, type(None))): return to_plain(_to_builtin(value))
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
 # %% ../../nbs/core/02_files.ipynb #cell-14
 def write_json(
     path: Path | str,   # target file
     value: Any,         # JSON types, numpy values and paths; NaN and infinity become null
 ) -> Path:              # `path`
     "Write `value` as JSON, atomically."
-    def finite(v: Any) -> Any:
-        if isinstance(v, dict): return {str(k): finite(x) for k, x in v.items()}
-        if isinstance(v, (list, tuple)): return [finite(x) for x in v]
-        if not isinstance(v, (str, int, float, bool, type(None))): return finite(_to_builtin(v))
-        return None if isinstance(v, float) and not math.isfinite(v) else v
-    with atomic_path(path) as temp: temp.write_text(json.dumps(finite(value), indent=1) + "\n", encoding="utf-8")
+    with atomic_path(path) as temp: temp.write_text(json.dumps(to_plain(value), indent=1) + "\n", encoding="utf-8")
     return Path(path)
 
 # %% ../../nbs/core/02_files.ipynb #cell-15
+def _refuse_constant(
+    name: str,   # NaN, Infinity or -Infinity, which Python's reader accepts
+) -> Any:
+    "Raise `ValueError`."
+    raise ValueError(f"{name} is no JSON value")
+
+def load_json(
+    text: bytes | str,   # content of a file
+    name: Path | str,    # the file, for the message
+    remedy: str = "Delete it and run the stage that writes it again.",   # what to do about a damaged file
+) -> Any:                # its value
+    "Parse JSON; raise `CvnbError` for anything else."
+    try:
+        text = text if isinstance(text, str) else text.decode("utf-8")
+        return json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as e:   # ValueError: no JSON, no UTF-8, or a number of 5000 digits
+        reason = "it is nested too deeply" if isinstance(e, RecursionError) else str(e)[:200]
+        raise CvnbError(f"{name} is not JSON ({reason})", remedy) from None
+
 def read_json(
     path: Path | str,   # file to read
 ) -> Any:               # its value
-    "Read a JSON file; raise `CvnbError` if it is missing or is not JSON."
-    try: return json.loads(Path(path).read_text(encoding="utf-8"))
+    "Read a JSON file; raise `CvnbError` if it is missing or is not JSON. `read_record` checks the value too."
+    try: text = Path(path).read_bytes()
     except FileNotFoundError: raise CvnbError(f"{path} does not exist", "Run the stage that writes it.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise CvnbError(f"{path} is not JSON ({e})", "Delete it and run the stage that writes it again.") from None
+    except OSError as e: raise CvnbError(f"{path} cannot be read ({e.strerror})", "Check the path.") from None
+    return load_json(text, path)
 
 # %% ../../nbs/core/02_files.ipynb #8a4e494b
 def _is_private_group(
@@ -146,3 +171,23 @@ def file_record(
 ) -> dict:        # {"sha256", "bytes"}
     "Return the digest and the size of a file."
     return dict(sha256=sha256_file(path), bytes=path.stat().st_size)
+
+# %% ../../nbs/core/02_files.ipynb #148d600f
+def check_targets(
+    *targets: Path | str,          # files or folders to be written
+    inputs: Iterable[Path | str],  # files or folders to be read
+) -> None:
+    "Raise `UsageError` if a target is an input, or a folder that holds one."
+    for target in targets:
+        for source in inputs:
+            real = Path(source).resolve()
+            if Path(target).resolve() in (real, *real.parents) or _is_same_file(target, source):
+                raise UsageError(f"{target} would be written over {source}, which is read", "Give another target.")
+
+def _is_same_file(
+    a: Path | str,   # may not exist
+    b: Path | str,   # may not exist
+) -> bool:           # True also for two hard links
+    "Say whether two paths name one file."
+    try: return os.path.samefile(a, b)
+    except OSError: return False

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import json
 import re
 import sys
 from collections.abc import Iterator
@@ -19,7 +18,8 @@ from pathlib import Path
 
 import cvnb
 from .errors import CvnbError, did_you_mean
-from .files import atomic_path, digest
+from .files import digest
+from .records import read_cached, write_cached
 
 # %% auto #0
 __all__ = ['SymbolName', 'code_digest', 'CodeNode', 'reached_code', 'imported_packages', 'project_modules', 'code_parts',
@@ -336,15 +336,15 @@ def _load_graph(
     source = path.read_text(encoding="utf-8")
     cached = path.parent/"__pycache__"/f"{path.stem}.graph.json"
     key = digest([source, name, sorted(modules), *_graph_version()])
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):   # the file is missing or damaged
-        found = json.loads(cached.read_text(encoding="utf-8"))
-        if found["of"] == key:
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):   # the file is of another version
+        found = read_cached(cached)
+        if found and found["of"] == key:
             return {n: CodeNode(code, set(map(tuple, uses)), set(packages))
                     for n, (code, uses, packages) in found["nodes"].items()}
     nodes = _build_graph(source, name, modules, name if path.stem == "__init__" else name.rpartition(".")[0])
     with contextlib.suppress(OSError):   # the folder is read-only
         fields = {n: [node.code, sorted(node.uses), sorted(node.packages)] for n, node in nodes.items()}
-        with atomic_path(cached) as temp: temp.write_text(json.dumps(dict(of=key, nodes=fields)), encoding="utf-8")
+        write_cached(cached, dict(of=key, nodes=fields))
     return nodes
 
 # %% ../../nbs/core/07_fingerprint.ipynb #cell-29

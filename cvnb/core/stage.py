@@ -18,17 +18,29 @@ from fastcore.basics import patch
 
 import cvnb
 from .errors import CvnbError
-from .files import _to_builtin, atomic_path, digest, file_record, read_json, write_json
+from .files import _to_builtin, atomic_path, digest, file_record, sha256_file, write_json
 from .project import resolve_run, shell_path
+from .records import check_record, load_json, printable, read_record, record_digest, write_record
 from .system import machine_info, timestamp
 
 # %% auto #0
-__all__ = ['PENDING_MANIFEST', 'STAGE_MARKER', 'ACCESS_LOG', 'MAX_NOTES', 'lock_run', 'Stage', 'read_stage_manifest',
-           'split_accesses', 'subprogress', 'format_metric', 'stage_key', 'read_notes', 'format_notes']
+__all__ = ['PENDING_MANIFEST', 'STAGE_MARKER', 'ACCESS_LOG', 'MAX_NOTES', 'lock_run', 'Stage', 'read_ended_stage',
+           'read_stage_manifest', 'manifest_fault', 'read_run_manifest', 'changed_outputs', 'find_output',
+           'check_unchanged', 'split_accesses', 'read_progress', 'subprogress', 'format_metric', 'stage_key',
+           'read_notes', 'format_notes']
 
 # %% ../../nbs/core/06_stage.ipynb #cell-37
 PENDING_MANIFEST = "stage.json.ready"   # written by `finish` in a pipeline, which renames it to stage.json
 STAGE_MARKER = ".stage"                 # marks the folder of a stage, finished or not
+
+# %% ../../nbs/core/06_stage.ipynb #07fec82b
+def _lock_owner(
+    note: Path,   # written by the process that holds a lock
+) -> dict:        # pid and since; empty if the note cannot be read
+    "Read who holds a lock; the lock itself is the operating system's and does not depend on the note."
+    from cvnb.core.formats import LockNote
+    try: return read_record(note, LockNote)
+    except CvnbError: return {}
 
 # %% ../../nbs/core/06_stage.ipynb #held
 @contextlib.contextmanager
@@ -43,7 +55,7 @@ def lock_run(
     note = run/".lock.json"
     try: lock.acquire()
     except Timeout:
-        owner = read_json(note) if note.exists() else {}
+        owner = _lock_owner(note)
         raise CvnbError(f"{run} is in use by process {owner.get('pid', '?')} since {owner.get('since', '?')}",
                         f"Wait for it, or give another {option}.") from None
     try:
@@ -86,29 +98,109 @@ class Stage:
     def __repr__(self) -> str: return f"stage {self.name} of {self.run.name}"
 
 # %% ../../nbs/core/06_stage.ipynb #cell-41
+def read_ended_stage(
+    run: Path,     # run directory
+    stage: str,    # stage name
+) -> dict | None: # the manifest; None if the stage has neither finished nor failed
+    "Read the manifest of a stage that finished or failed; raise `CvnbError` if it is damaged or was edited."
+    path = run/stage/"stage.json"
+    if not path.exists(): return None
+    from cvnb.core.formats import StageManifest
+    record = read_record(path, StageManifest, f"Run it again: `cvnb run {stage} --run {run} --force`.")
+    empty = dict(stage=stage, key=None, params={}, data=None, inputs={}, outputs={}, metrics={}, notes=[], seconds=None)
+    return empty | dict(environment={}) | record   # an older version wrote fewer fields
+
 def read_stage_manifest(
     run: Path,     # run directory
     stage: str,    # stage name
 ) -> dict | None: # the manifest; None if the stage did not finish
-    "Read the manifest of a finished stage."
-    path = run/stage/"stage.json"
-    record = read_json(path) if path.exists() else None
+    "Read the manifest of a finished stage; raise `CvnbError` if it is damaged or was edited."
+    record = read_ended_stage(run, stage)
     return record if record and record["status"] == "done" else None
 
+# %% ../../nbs/core/06_stage.ipynb #62fd997b
+def manifest_fault(
+    run: Path,     # run directory
+    stage: str,    # stage name
+) -> str:          # one sentence; empty if the manifest is whole, or is not there
+    "Say what is wrong with a stage's manifest."
+    try: read_ended_stage(run, stage)
+    except CvnbError as e: return e.what.replace(f"{run/stage}{os.sep}", "")
+    return ""
+
+# %% ../../nbs/core/06_stage.ipynb #063a7d76
+def read_run_manifest(
+    run: Path,   # run directory
+) -> dict:       # run.json; empty if there is none
+    "Read run.json; raise `CvnbError` if it is damaged or was edited."
+    path = run/"run.json"
+    if not path.exists(): return {}
+    from cvnb.core.formats import RunManifest
+    return read_record(path, RunManifest, "Restore it, or delete it and give the run's parameters again: its stages "
+                                          "are kept.")
+
 # %% ../../nbs/core/06_stage.ipynb #cell-43
+def changed_outputs(
+    run: Path,       # run directory
+    outputs: dict,   # of a stage's manifest
+) -> Iterator[str]:  # the outputs that are missing or changed
+    "Check a stage's outputs against their digests."
+    for name, out in outputs.items():
+        path = run/out["path"]
+        if not path.is_file() or path.stat().st_size != out["bytes"] or sha256_file(path) != out["sha256"]: yield name
+
+def _intact_outputs(
+    run: Path,       # run directory
+    record: dict,    # a stage's manifest
+    name: str,       # a file or folder that it wrote
+) -> dict:           # of the manifest: the file, or the files of the folder
+    "Select outputs of a stage; raise `CvnbError` if there are none, or if one is missing or changed."
+    again = f"Run it again: `cvnb run {record['stage']} --run {run} --force`."
+    outputs = {k: v for k, v in record["outputs"].items() if k == name or k.startswith(f"{name}/")}
+    if not outputs: raise CvnbError(f"{record['stage']} wrote no {name} in {run}", again)
+    if changed := next(changed_outputs(run, outputs), None):
+        state = "was changed after" if (run/outputs[changed]["path"]).exists() else "is missing, although"
+        raise CvnbError(f"{run/outputs[changed]['path']} {state} {record['stage']} wrote it", again)
+    return outputs
+
+# %% ../../nbs/core/06_stage.ipynb #43caeb73
+def find_output(
+    run: Path,    # run directory
+    stage: str,   # a stage
+    name: str,    # a file or folder that it wrote
+) -> Path:        # path of the file or folder
+    "Find an output; raise `CvnbError` if the stage did not finish, or if the output is missing or changed."
+    if not (record := read_stage_manifest(run, stage)):
+        raise CvnbError(f"{stage} has not finished in {run}", f"Run `cvnb run {stage} --run {run}` first.")
+    _intact_outputs(run, record, name)
+    return run/stage/name
+
+# %% ../../nbs/core/06_stage.ipynb #7217e7fb
+def check_unchanged(
+    folder: Path,   # of a stage, or any other
+    name: str,      # a file in it
+) -> None:
+    "Raise `CvnbError` if the folder's manifest has another digest of the file; a folder without one proves nothing."
+    record = read_ended_stage(folder.parent, folder.name) or {}
+    out = record.get("outputs", {}).get(name)
+    if out and (folder/name).is_file() and sha256_file(folder/name) != out["sha256"]:
+        raise CvnbError(f"{folder/name} was changed after {record['stage']} wrote it",
+                        "Run the stage again, with --force.")
+
+# %% ../../nbs/core/06_stage.ipynb #3f0c9f46
 @patch
 def input(self: Stage,
     stage: str,   # an earlier stage
     name: str,    # a file or folder that it wrote
 ) -> Path:        # path of the file or folder
-    "Find an output of an earlier stage and record its digest; raise `CvnbError` if that stage did not finish."
+    """Find an output of an earlier stage and record its digest.
+
+    Raise `CvnbError` if that stage did not finish, or if the output is missing or changed.
+    """
     if not (record := read_stage_manifest(self.run, stage)):
         raise CvnbError(f"{self.name} needs {stage}, which has not finished in {self.run}",
                         f"Run `cvnb run {stage} --run {self.run}` first.")
-    outputs = {k: v for k, v in record["outputs"].items() if k == name or k.startswith(f"{name}/")}
-    if not outputs:
-        raise CvnbError(f"{stage} wrote no {name} in {self.run}",
-                        f"Run it again: `cvnb run {stage} --run {self.run} --force`.")
+    outputs = _intact_outputs(self.run, record, name)
     self.inputs |= {f"{stage}/{k}": v["sha256"] for k, v in outputs.items()}
     self.data = self.data or record.get("data")
     return self.run/stage/name
@@ -135,7 +227,7 @@ def metric(self: Stage,
 ) -> Any:                       # `value`
     "Record a headline metric for the manifest."
     builtin = (int, float, type(None))
-    plain = lambda v: v if isinstance(v, builtin) and type(v).__module__ == "builtins" else _to_builtin(v)
+    plain = lambda v: (int(v) if isinstance(v, bool) else v if type(v) in builtin else _to_builtin(v))
     given = dict(value=value, low=low, high=high, n=n)
     self.metrics[name] = {k: plain(getattr(value, k, v)) for k, v in given.items()}
     return value
@@ -149,9 +241,21 @@ def log_access(self: Stage,
     n: int,       # number of images whose labels are used
 ) -> int:         # number of accesses of this run to the split, this one included
     "Record that the stage evaluates on a held-out split."
-    line = json.dumps(dict(split=split, stage=self.name, n_images=n, when=self.started))
-    with open(self.run/ACCESS_LOG, "a") as f: f.write(line + "\n")
+    access = dict(split=split, stage=self.name, n_images=int(n), when=self.started)
+    with open(self.run/ACCESS_LOG, "a") as f: f.write(json.dumps(access | dict(digest=record_digest(access))) + "\n")
     return sum(split_accesses(self.run, split).values())
+
+# %% ../../nbs/core/06_stage.ipynb #10a904ce
+def _read_access(
+    line: bytes,   # of the log
+) -> dict:         # split and stage; split is "" if the line is damaged
+    "Read an access; a line of an older version has no digest."
+    from cvnb.core.formats import Access
+    try:
+        access = check_record(load_json(line, ACCESS_LOG), Access, ACCESS_LOG)
+        if access.get("digest", whole := record_digest(access)) == whole: return access
+    except CvnbError: pass   # counted below
+    return dict(split="", stage="damaged line")
 
 # %% ../../nbs/core/06_stage.ipynb #cell-50
 def split_accesses(
@@ -161,10 +265,9 @@ def split_accesses(
     "Count the accesses of each stage of a run to a held-out split."
     path = resolve_run(run)/ACCESS_LOG
     counts: dict[str, int] = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):   # a kill can leave a part of a line
-            access = json.loads(line)
-            if access["split"] == split: counts[access["stage"]] = counts.get(access["stage"], 0) + 1
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        access = _read_access(line) if line.strip() else None
+        if access and access["split"] in (split, ""): counts[access["stage"]] = counts.get(access["stage"], 0) + 1
     return counts
 
 # %% ../../nbs/core/06_stage.ipynb #cell-51
@@ -182,6 +285,15 @@ def progress(self: Stage,
     with contextlib.suppress(OSError), open(target + ".new", "w") as f:   # a failure to report must not stop a run
         json.dump(report, f)
     with contextlib.suppress(OSError): os.replace(target + ".new", target)
+
+# %% ../../nbs/core/06_stage.ipynb #2e3e2a6b
+def read_progress(
+    path: Path,      # that `progress` writes
+) -> dict | None:    # fraction, text, curves, notes; None if there is no whole report
+    "Read a report of progress; the next one replaces a damaged one."
+    from cvnb.core.formats import Progress
+    try: return check_record(json.loads(path.read_bytes()), Progress, path)
+    except (OSError, ValueError, RecursionError, CvnbError): return None
 
 # %% ../../nbs/core/06_stage.ipynb #stage-part
 def subprogress(
@@ -226,7 +338,8 @@ def finish(self: Stage) -> dict:   # metric -> formatted value, for display
                   outputs=self._collect(), metrics=self.metrics,
                   notes=self.notes, seconds=round(time.perf_counter() - self._begin, 2), started=self.started,
                   cvnb=cvnb.__version__, environment=self.environment | dict(machine=machine_info(), parts=parts))
-    write_json(self.dir/(PENDING_MANIFEST if parts else "stage.json"), record)
+    from cvnb.core.formats import StageManifest
+    write_record(self.dir/(PENDING_MANIFEST if parts else "stage.json"), record, StageManifest)
     self.progress(1, "done")
     return {name: format_metric(metric) for name, metric in self.metrics.items()}
 
@@ -266,9 +379,9 @@ def read_notes(
     run: Path,      # run directory
     stage: str,     # stage name
 ) -> list[dict]:    # text, file in the run directory or "", exceeded; of a failed stage its error
-    "Read the notes of a stage; there are none in a manifest of an older version."
-    path = run/stage/"stage.json"
-    record = read_json(path) if path.exists() else {}
+    "Read the notes of a stage; there are none in a manifest of an older version. A damaged manifest is a note too."
+    if fault := manifest_fault(run, stage): return [dict(text=fault, file="", exceeded=True)]
+    record = read_ended_stage(run, stage) or {}
     if record.get("status") != "failed": return record.get("notes", [])
     error = record["environment"].get("error", "").strip().splitlines()
     return [dict(text=error[0], file="", exceeded=True)] if error else []
@@ -285,7 +398,7 @@ def format_notes(
     lines = []
     for note in sorted(notes, key=lambda note: not note["exceeded"]):
         where = f" → {shell_path(run/note['file'])}" if note["file"] else ""
-        lines.append(f"{'!' if note['exceeded'] else '-'} {note['text']}{where}")
+        lines.append(f"{'!' if note['exceeded'] else '-'} {printable(note['text'], 1000)}{where}")
     left = len(lines) - limit
     more = f"… and {left} more: `cvnb status {shell_path(run)} --json` lists all"
     return lines[:limit] + [more] * (left > 0)

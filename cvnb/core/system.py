@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['timestamp', 'n_cores', 'machine_info', 'seed_everything']
+__all__ = ['timestamp', 'n_cores', 'memory_bytes', 'machine_info', 'seed_everything']
 
 # %% ../../nbs/core/04_system.ipynb #cell-38
 def timestamp() -> str:   # ISO 8601, UTC, seconds
@@ -33,6 +33,18 @@ def _cpu_info() -> dict[str, Any]:   # {"model": str, "flags": [str]}
 def n_cores() -> int:
     "Count the cores that this process may use; they can be fewer than the machine has."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+# %% ../../nbs/core/04_system.ipynb #2e1c9069
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+def memory_bytes() -> int:   # 0 where the system does not say
+    "Return the memory that this process may use: that of the machine, or of its container."
+    pages = "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {})
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")] if pages else []
+    for file in map(Path, _CGROUP_LIMITS):
+        text = file.read_text().strip() if file.exists() else ""
+        if text.isdigit(): found.append(int(text))
+    return min(found, default=0)
 
 # %% ../../nbs/core/04_system.ipynb #cell-32
 def machine_info() -> dict[str, Any]:   # cores, memory_gb, cpu, os, python

@@ -213,7 +213,7 @@ def read_raw_table(
     try:
         if kind == ".jsonl": frame = pd.read_json(path, lines=True, dtype=False, convert_dates=False)
         else: frame = pd.read_parquet(path)
-    except (ValueError, OSError) as e:   # pandas and pyarrow raise subclasses of ValueError
+    except Exception as e:   # pandas and pyarrow raise a dozen types for a damaged file
         what = dict(zip((".parquet", ".jsonl"), ("Parquet", "a table of JSON lines")))[kind]
         raise UsageError(f"{path} is not {what} ({shorten(' '.join(str(e).split()), 160)})",
                          "Write it again, with the columns path and label.") from None

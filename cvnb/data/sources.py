@@ -345,8 +345,8 @@ def _image_suffix(
     "Choose the suffix of an image file by its content."
     import io
 
-    from PIL import Image
-    try: kind = Image.open(io.BytesIO(content)).format.lower()
+    from cvnb.data.images import open_header
+    try: kind = open_header(io.BytesIO(content)).format.lower()
     except Exception: return ".bin"   # the file is in the table all the same, and the audit reports it
     return "." + dict(jpeg="jpg", mpo="jpg", tiff="tif").get(kind, kind)
 

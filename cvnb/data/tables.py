@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.errors import UsageError, did_you_mean
+from ..core.errors import CvnbError, UsageError, did_you_mean
 from ..core.files import atomic_path
+from ..core.records import AGAIN, printable
 from .class_names import clean_labels
 from .columns import LABEL_SEPARATOR, Roles, assign_roles, indicator_values, parse_splits, read_raw_table
 from .columns import value_to_text
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['ImageTable', 'parse_table', 'open_table', 'read_table', 'write_table', 'read_manifest', 'auto_image_size']
+__all__ = ['MANIFEST_COLUMNS', 'PREDICTION_COLUMNS', 'ImageTable', 'parse_table', 'open_table', 'read_table', 'write_table',
+           'read_output_table', 'read_manifest', 'auto_image_size']
 
 # %% ../../nbs/data/07_tables.ipynb #31afd6ab
 @dataclass(frozen=True, eq=False)
@@ -224,14 +226,35 @@ def write_table(
     with atomic_path(path) as temp: table.to_parquet(temp, index=False)
     return Path(path)
 
+# %% ../../nbs/data/07_tables.ipynb #cbb8c145
+MANIFEST_COLUMNS = dict(path="text", label="text", split="text", ok="truth")   # of manifest.parquet
+PREDICTION_COLUMNS = dict(path="text", split="text")                           # of predictions.parquet, of any task
+
+def read_output_table(
+    path: Path | str,          # .parquet, written by a stage
+    columns: dict[str, str],   # column that is needed -> text, truth or number
+) -> pd.DataFrame:             # all columns
+    "Read a table of a stage; raise `CvnbError` if it is damaged, or if a column is missing or has another type."
+    import pandas as pd
+    from pandas.api import types
+    try: table = pd.read_parquet(path)
+    except FileNotFoundError: raise CvnbError(f"{path} does not exist", AGAIN) from None
+    except Exception as e:   # pyarrow raises a dozen types for a damaged file
+        raise CvnbError(f"{path} cannot be read as Parquet ({printable(e, 120)})", AGAIN) from None
+    is_text = lambda v: types.is_string_dtype(v) or bool(v.map(type).eq(str).all())
+    fits = dict(text=is_text, truth=types.is_bool_dtype, number=types.is_numeric_dtype)
+    for name, kind in columns.items():
+        if name not in table: raise CvnbError(f"{path} has no column '{name}'", AGAIN)
+        if len(table) and not fits[kind](table[name]): raise CvnbError(f"{path}: column '{name}' is no {kind}", AGAIN)
+    return table
+
 # %% ../../nbs/data/07_tables.ipynb #58e1ce66
 def read_manifest(
     path: Path | str,           # manifest.parquet
     split: str | None = None,   # only this split
 ) -> pd.DataFrame:              # rows of readable images
     "Read the rows of a manifest whose images are readable."
-    import pandas as pd
-    table = pd.read_parquet(path)
+    table = read_output_table(path, MANIFEST_COLUMNS)
     keep = table.ok if split is None else table.ok & (table.split == split)
     return table[keep].reset_index(drop=True)
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 import subprocess
+import warnings
 from pathlib import Path
 
 from ..core.cache import cache_dir
-from ..core.files import digest, read_json, sha256_file, write_json
+from ..core.files import digest, sha256_file
+from ..core.records import printable, read_cached, write_cached
 from .dataset import Dataset, data_root, read_dataset
 
 # %% auto #0
@@ -24,8 +26,8 @@ def dataset_digest(
     dataset = data if isinstance(data, Dataset) else read_dataset(Path(data))
     data = dataset.source.resolve()
     folder = data_root(data)
-    index = cache_dir("digests-2", f"{digest(str(data))[:32]}.json")   # 2 is the version of the format
-    old = read_json(index) if index.exists() else {}
+    index = cache_dir("digests-3", f"{digest(str(data))[:32]}.json")   # 3 is the version of the format
+    old = read_cached(index) or {}
     new: dict[str, list] = {}
     unreadable: list[str] = []
     names = [*dataset.files, *sorted({path for path, _, _ in dataset.images})]
@@ -41,7 +43,7 @@ def dataset_digest(
         else:
             try: new[name] = [*stamp, sha256_file(folder/name)]
             except OSError: unreadable.append(name)   # the audit reports the reason
-    if new != old: write_json(index, new)
+    if new != old: write_cached(index, new)
     return digest({name: row[-1] for name, row in new.items()} | dict.fromkeys(unreadable, ""))
 
 # %% ../../nbs/data/15_versions.ipynb #cell-49
@@ -67,16 +69,32 @@ def _dvc_revision(
     data: Path,         # absolute path of a folder of classes, or a table
 ) -> dict | None:       # as `data_revision`
     "Look for the data in the DVC files of the folders above it."
-    import yaml
     for folder in data.parents:
         for path in sorted(folder.glob("*.dvc")) + [folder/"dvc.lock"]:
             if not path.is_file(): continue
-            content = yaml.safe_load(path.read_text()) or {}
-            stages = [content, *(content.get("stages") or {}).values()]
-            for out in (out for stage in stages for out in stage.get("outs") or [] if isinstance(out, dict)):
-                tracked = (folder/out.get("wdir", content.get("wdir", "."))/out["path"]).resolve()
-                revision = out.get(out.get("hash", "md5")) or out.get("etag")
+            for out, wdir in _dvc_outputs(path):
+                tracked = (folder/wdir/out["path"]).resolve()
+                revision = out.get(str(out.get("hash", "md5"))) or out.get("etag")
                 if tracked in (data, *data.parents) and revision:
                     return dict(tool="dvc", revision=str(revision), changed=None)
         if (folder/".dvc").is_dir(): return None
     return None
+
+# %% ../../nbs/data/15_versions.ipynb #80c5afbc
+def _dvc_outputs(
+    path: Path,   # a .dvc file, or dvc.lock
+) -> list[tuple[dict, str]]:   # outputs with a path, and the folder that each is relative to
+    "List the outputs of a DVC file; what is not written as DVC does has none, with a warning."
+    import yaml
+    mapping = lambda value: value if isinstance(value, dict) else {}
+    try: content = mapping(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, ValueError, OSError, RecursionError) as e:
+        warnings.warn(f"{path} cannot be read as a DVC file: {printable(e)}", stacklevel=2)
+        return []
+    found = []
+    for stage in [content, *mapping(content.get("stages")).values()]:
+        outs = mapping(stage).get("outs")
+        for out in [o for o in outs if isinstance(o, dict)] if isinstance(outs, list) else []:
+            wdir = out.get("wdir", content.get("wdir", "."))
+            if isinstance(out.get("path"), str) and isinstance(wdir, str): found.append((out, wdir))
+    return found

@@ -24,11 +24,13 @@ import plotly.graph_objects as go
 from fastcore.basics import patch
 
 from ..core.errors import CvnbError
-from ..core.files import read_json
+from ..core.output_formats import AuditRecord, ErrorsRecord, ModelRecord
 from ..core.project import project_root
-from ..core.stage import read_stage_manifest
+from ..core.records import read_record
+from ..core.stage import find_output, manifest_fault, read_stage_manifest
 from ..data.image_grid import truncate
 from ..data.images import DEFAULT_DECODING, Decoding, open_image
+from ..data.tables import MANIFEST_COLUMNS, PREDICTION_COLUMNS, read_output_table
 from .errors import confused_pairs, prediction_table, slice_accuracy
 from .voila_server import check_trained_run
 from ..metrics.classification import accuracy, calibration_error, calibration_table, confusion_matrix
@@ -61,8 +63,8 @@ def _saliency_files(
     trained = read_stage_manifest(run, "train")
     if not errors: return {}
     if errors["inputs"].get(f"train/{weights}") != trained["outputs"].get(weights, {}).get("sha256"): return {}
-    rows = read_json(run/"errors"/"errors.json")["mistakes"]
-    return {row["path"]: run/"errors"/"saliency"/Path(row["saliency"]).name for row in rows if row["saliency"]}
+    rows = read_record(find_output(run, "errors", "errors.json"), ErrorsRecord)["mistakes"]
+    return {row["path"]: run/"errors"/"saliency"/Path(row["saliency"]).name for row in rows if row.get("saliency")}
 
 # %% ../../nbs/evaluate/03_dashboard.ipynb #cell-7
 def read_dashboard_data(
@@ -70,11 +72,11 @@ def read_dashboard_data(
 ) -> DashboardData:    # what the dashboard shows
     "Read a run's predictions; raise `CvnbError` where a file is missing or broken. Classification only."
     run = check_trained_run(run)
-    audit = read_json(run/"audit"/"audit.json")
-    model = read_json(run/"train"/"model.json")
-    try:
-        manifest = pd.read_parquet(run/"audit"/"manifest.parquet")
-        table = prediction_table(pd.read_parquet(run/"train"/"predictions.parquet"), manifest)
+    audit = read_record(find_output(run, "audit", "audit.json"), AuditRecord)
+    model = read_record(find_output(run, "train", "model.json"), ModelRecord)
+    manifest = read_output_table(find_output(run, "audit", "manifest.parquet"), MANIFEST_COLUMNS)
+    predictions = read_output_table(find_output(run, "train", "predictions.parquet"), PREDICTION_COLUMNS)
+    try: table = prediction_table(predictions, manifest)
     except (OSError, ValueError, KeyError, AttributeError) as e:
         raise CvnbError(f"the predictions of run {run.name} cannot be read ({str(e)[:120]})",
                         f"Run `cvnb run train --run {run} --force`.") from None
@@ -88,7 +90,8 @@ def newest_run(
     "Find the newest run with a finished training, or raise `CvnbError`."
     runs = runs or project_root()/"runs"
     trained = [path for path in runs.glob("*/train/stage.json")
-               if all(read_stage_manifest(path.parent.parent, stage) for stage in ("audit", "train"))]
+               if all(not manifest_fault(path.parent.parent, stage) and read_stage_manifest(path.parent.parent, stage)
+                      for stage in ("audit", "train"))]
     if not trained: raise CvnbError(f"no run in {runs} has finished its training", "Run `cvnb run` first.")
     return max(trained, key=lambda path: path.stat().st_mtime).parent.parent
 

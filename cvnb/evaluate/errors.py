@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.errors import CvnbError
+from ..core.output_formats import ErrorsRecord
 from ..core.html import html_table
 from ..data.image_grid import plot_image_grid, truncate
 from ..data.images import DEFAULT_DECODING, Decoding
@@ -262,8 +263,9 @@ def error_summary(
     worst = a.worst[["path", "label", "predicted", "confidence"]].to_dict("records")
     files = [*saliency_files, *[None] * len(worst)]
     return dict(
-        task="classification", split=a.split, n=a.n, n_mistakes=a.n_errors, accuracy=vars(a.accuracy),
-        calibration_error=vars(a.calibration_error), classes=a.classes, confusion=a.confusion.values.tolist(),
+        format=ErrorsRecord.NEWEST, task="classification", split=a.split, n=a.n, n_mistakes=a.n_errors,
+        accuracy=vars(a.accuracy), calibration_error=vars(a.calibration_error), classes=a.classes,
+        confusion=a.confusion.values.tolist(),
         per_class=a.per_class.to_dict("records"), calibration=a.calibration.to_dict("records"),
         mixed_up=a.confused_pairs.to_dict("records"), slices=len(a.slices), below=a.slices_below.to_dict("records"),
         mistakes=[row | dict(saliency=name) for row, name in zip(worst, files)])

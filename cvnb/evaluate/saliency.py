@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from ..core.errors import UsageError
 from ..data.image_grid import plot_image_grid, truncate
 from ..data.images import DEFAULT_DECODING, Decoding, load_images
 
@@ -97,13 +98,16 @@ def render_saliency(
 
 # %% ../../nbs/evaluate/02_saliency.ipynb #cell-46
 def write_saliency(
-    folder: Path | str,     # loses the pictures that it has
+    folder: Path | str,     # loses the pictures that this function has written there
     pictures: list[Image],  # from `render_saliency`
 ) -> list[str]:             # file names, in the same order
-    "Write pictures as 000.png, 001.png …; the names contain no class name."
+    "Write pictures as 000.png, 001.png …; raise `UsageError` if the folder holds pictures with other names."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("*.png"): old.unlink()
+    old = sorted(folder.glob("*.png"))
+    if foreign := [path.name for path in old if not (path.stem.isdigit() and len(path.stem) >= 3)]:
+        raise UsageError(f"{folder} holds {foreign[0]}, which is not one of its pictures", "Give another folder.")
+    for path in old: path.unlink()
     names = [f"{i:03}.png" for i in range(len(pictures))]
     for name, picture in zip(names, pictures): picture.save(folder/name)
     return names

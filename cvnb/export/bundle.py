@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import zipfile
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +20,13 @@ from fastcore.basics import patch
 
 import cvnb
 from ..core.errors import CvnbError, UsageError
-from ..core.files import digest, file_record, read_json, sha256_file, write_json
+from ..core.files import check_targets, digest, file_record, load_json, sha256_file, to_plain
 from ..core.project import resolve_run
+from ..core.records import printable, write_record
 from ..data.images import DEFAULT_DECODING, Decoding
-from .runtimes import BATCH_SIZE, RUNTIMES, Predict, Runtime, batch_by_memory, count_outputs
-from .runtimes import predict_mixed_sizes, read_and_count
+from .onnx_graph import check_graph
+from .runtimes import BATCH_SIZE, MAX_SECONDS, RUNTIMES, LimitedModel, OnnxModel, Predict, Runtime
+from .runtimes import batch_by_memory, count_outputs, predict_mixed_sizes, read_and_count
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,8 +34,8 @@ if TYPE_CHECKING:
     from cvnb.models.vision_model import ModelSpec
 
 # %% auto #0
-__all__ = ['bundle_runtimes', 'bundle_files', 'write_bundle', 'reference_rows', 'find_bundle', 'Bundle', 'to_image_array',
-           'bundle_digest']
+__all__ = ['bundle_runtimes', 'bundle_files', 'write_bundle', 'reference_rows', 'find_bundle', 'Bundle', 'check_files',
+           'to_image_array', 'verify_bundle', 'bundle_digest']
 
 # %% ../../nbs/export/05_bundle.ipynb #e8b9a841
 def bundle_runtimes() -> dict[str, Runtime]:   # by name, in the order of `RUNTIMES`
@@ -62,7 +68,7 @@ def _describe_bundle(
     files = {name: file_record(folder/name) for name in bundle_files()}
     usual = DEFAULT_DECODING.to_json()
     unusual = {name: value for name, value in decoding.to_json().items() if value != usual[name]}
-    return dict(format=1, task=spec.task, labels=spec.classes,
+    return dict(task=spec.task, labels=spec.classes,
                 input=_INPUT | dict(resized_to=spec.image_size) | unusual, output=output,
                 backbone=spec.backbone, **details, files=files, cvnb=cvnb.__version__)
 
@@ -72,6 +78,17 @@ def _reference_key(
 ) -> str:               # such as "model_int8"
     "Return the name of the predictions of a runtime's file in reference.npz."
     return runtime.file_name("model").removesuffix(".onnx")   # files of other formats keep their suffix
+
+# %% ../../nbs/export/05_bundle.ipynb #43b35168
+def _refuse_other_folder(
+    folder: Path,   # the bundle, to be replaced
+    run: Path,      # the run directory
+    model: str,     # the model to ship
+) -> None:
+    "Raise `UsageError` for a folder that is no bundle, or that holds the exported files."
+    check_targets(folder, inputs=[run, *(runtime.model_path(run, model) for runtime in bundle_runtimes().values())])
+    if folder.is_dir() and any(folder.iterdir()) and not (folder/"bundle.json").is_file():
+        raise UsageError(f"{folder} is not a bundle, and would be replaced", "Give another folder.")
 
 # %% ../../nbs/export/05_bundle.ipynb #8ce46b93
 def write_bundle(
@@ -83,8 +100,13 @@ def write_bundle(
     details: dict[str, Any],    # run, shipped, metrics: what only the stage knows
     decoding: Decoding = DEFAULT_DECODING,   # of the data set
 ) -> Path:                      # the folder
-    "Write a bundle beside its place, then move it there as a whole; raise `CvnbError` if a runtime cannot run."
+    """Write a bundle beside its place, then move it there as a whole.
+
+    Raise `UsageError` if another folder would be replaced, and `CvnbError` if a runtime or a class name does not fit.
+    """
+    from cvnb.export.bundle_format import BundleDescription, check_description
     folder = Path(folder)
+    _refuse_other_folder(folder, run, model)
     temp = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temp, ignore_errors=True)
     temp.mkdir(parents=True)
@@ -100,7 +122,8 @@ def write_bundle(
         (temp/"labels.txt").write_text("".join(f"{name}\n" for name in spec.classes), encoding="utf-8")
         raw = {f"image_{i}": image for i, image in enumerate(images)}
         np.savez_compressed(temp/"reference.npz", **predictions, **raw)
-        write_json(temp/"bundle.json", _describe_bundle(temp, spec, details, decoding))
+        description = _describe_bundle(temp, spec, details, decoding)
+        write_record(temp/"bundle.json", check_description(to_plain(description), folder), BundleDescription)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temp, folder)
     finally: shutil.rmtree(temp, ignore_errors=True)   # what a full disk leaves
@@ -156,6 +179,63 @@ def _select_runtime(
     known = " or ".join(f"'{p}'" for p in dict.fromkeys(runtime.precision for runtime in runtimes.values()))
     raise UsageError(f"precision '{precision}' does not exist", f"Use {known}.")
 
+# %% ../../nbs/export/05_bundle.ipynb #7a793e22
+_REMEDY = "Take the bundle from its source again, or run the export stage again."
+
+def check_files(
+    folder: Path,                  # the bundle
+    description: dict[str, Any],   # bundle.json
+    names: Iterable[str],          # files to check
+) -> None:
+    "Compare files with their digests; raise `CvnbError` for the first that is missing or differs."
+    for name in names:
+        record = description["files"].get(name)
+        if not record: raise CvnbError(f"{folder/'bundle.json'} does not describe {name}", _REMEDY)
+        file = folder/name
+        whole = file.is_file() and file.stat().st_size == record["bytes"] and sha256_file(file) == record["sha256"]
+        if not whole: raise CvnbError(f"{file} is missing or not the file that was exported", _REMEDY)
+
+# %% ../../nbs/export/05_bundle.ipynb #85d7a4d7
+def _check_labels(
+    folder: Path,                  # the bundle
+    description: dict[str, Any],   # bundle.json
+) -> None:
+    "Compare labels.txt with bundle.json; raise `CvnbError` on a difference."
+    try: lines = (folder/"labels.txt").read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError: lines = []
+    if lines == [*description["labels"], ""]: return
+    raise CvnbError(f"{folder/'labels.txt'} has other labels than bundle.json", _REMEDY)
+
+def _check_metadata(
+    file: Path,                    # an ONNX file of the bundle
+    description: dict[str, Any],   # bundle.json
+) -> None:
+    "Compare a graph's own task and labels with bundle.json; raise `CvnbError` on a difference."
+    metadata = check_graph(file).metadata
+    own = load_json(metadata.get("labels", "null").encode(), f"{file}: the metadata `labels`", _REMEDY)
+    if own != description["labels"] or metadata.get("labels_sha256") not in (None, digest(own)):
+        raise CvnbError(f"{file} was exported with other labels than bundle.json has, or in another order", _REMEDY)
+    if metadata.get("task") != description["task"]:
+        raise CvnbError(f"{file} was exported for another task than {description['task']}", _REMEDY)
+
+# %% ../../nbs/export/05_bundle.ipynb #f8fdf11a
+_TYPES = dict(uint8="tensor(uint8)", float32="tensor(float)")   # of bundle.json -> of ONNX Runtime
+
+def _check_session(
+    model: LimitedModel,           # opened
+    file: Path,                    # what was opened
+    description: dict[str, Any],   # bundle.json
+) -> None:
+    "Compare a session's input and outputs with bundle.json; raise `CvnbError` on a difference."
+    outputs = [description["output"], *filter(None, [description.get("features")])]
+    declared = [[(v["name"], _TYPES[v["dtype"]], v["shape"]) for v in values]
+                for values in ([description["input"]], outputs)]
+    session = model.session
+    found = [[(v.name, v.type, v.shape) for v in values] for values in (session.get_inputs(), session.get_outputs())]
+    if found != declared or outputs[0]["shape"] != ["batch", len(description["labels"])]:
+        raise CvnbError(f"{file} has the inputs and outputs {printable(found)}, and bundle.json declares "
+                        f"{printable(declared)}", _REMEDY)
+
 # %% ../../nbs/export/05_bundle.ipynb #2d0c6c23
 @patch(cls_method=True)
 def load(cls: Bundle,
@@ -163,16 +243,22 @@ def load(cls: Bundle,
     precision: str = "fp32",  # "fp32", or "int8": smaller and faster; or the name of a runtime in `bundle_runtimes`
     threads: int = 0,         # 0 uses every core
     max_megapixels: float = 0,   # largest image that is decoded, in millions of pixels; 0: as in the audit
+    max_seconds: float = MAX_SECONDS,   # that opening the model, or its answer for one image, may take
 ) -> Bundle:                  # ready to predict
-    "Load a bundle; raise `UsageError` if there is none and `CvnbError` if it is damaged."
+    "Load a bundle; raise `UsageError` if there is none and `CvnbError` if it is damaged or not what it says."
+    from cvnb.export.bundle_format import read_description
     runtime = _select_runtime(precision)
     folder = find_bundle(where)
-    description = read_json(folder/"bundle.json")
+    description = read_description(folder)
     file = folder/runtime.file_name("model")
-    model = runtime.load(file, threads)
-    labels = description.get("labels") if isinstance(description, dict) else None
-    if not isinstance(labels, list) or count_outputs(model) != len(labels):
-        raise CvnbError(f"{folder/'bundle.json'} does not belong to {file.name}", "Run the export stage again.")
+    check_files(folder, description, [file.name, "labels.txt"])
+    _check_labels(folder, description)
+    if runtime.package == "onnxruntime": _check_metadata(file, description)
+    limited = runtime.load is OnnxModel
+    model = LimitedModel(file, threads, max_seconds) if limited else runtime.load(file, threads)
+    if limited: _check_session(model, file, description)
+    elif count_outputs(model) != len(description["labels"]):
+        raise CvnbError(f"{folder/'bundle.json'} does not belong to {file.name}", _REMEDY)
     bundle = cls(folder, description, model, runtime)
     if max_megapixels: bundle.decoding = replace(bundle.decoding, max_megapixels=max_megapixels)
     return bundle
@@ -192,6 +278,46 @@ def to_image_array(
     scaled = "bundle.decoding.scale.to_levels maps the values of a file to levels." if decoding.scale else ""
     raise UsageError(message, f"Convert it first. {scaled}".strip())
 
+# %% ../../nbs/export/05_bundle.ipynb #a9168085
+@patch
+def _predict_arrays(self: Bundle,
+    images: list[np.ndarray],   # N times uint8 (H, W, 3)
+) -> np.ndarray:                # (N, number of labels)
+    "Compute predictions; raise `CvnbError` if they are not what the task promises."
+    from cvnb.export.bundle_format import check_predictions
+    file = self.folder/self.runtime.file_name("model")
+
+    def predict_checked(batch: np.ndarray) -> np.ndarray:
+        return check_predictions(self.description["task"], self.model(batch), len(batch), len(self.labels), file)
+    return predict_mixed_sizes(predict_checked, images)
+
+# %% ../../nbs/export/05_bundle.ipynb #8f492147
+@patch
+def iter_predictions(self: Bundle,
+    images: Iterable[Any],          # paths, or uint8 arrays (H, W, 3)
+    batch_size: int = BATCH_SIZE,   # images in memory at a time
+    skip: Callable[[Any, CvnbError], None] | None = None,   # takes an image that cannot be read, and why
+) -> Iterator[dict[str, Any]]:      # as of `predict`, without the images that were skipped
+    "Yield predictions as they are computed; without `skip`, raise `UsageError` for an image that cannot be read."
+    read: deque[tuple[Any, float]] = deque()   # images of the batch, and their shares of clipped values
+
+    def read_all() -> Iterator[np.ndarray]:
+        for image in images:
+            try: pixels, clipped = to_image_array(image, self.decoding)
+            except CvnbError as e:
+                if not skip: raise
+                skip(image, e)
+                continue
+            read.append((image, clipped))
+            yield pixels
+
+    for batch in batch_by_memory(read_all(), batch_size):
+        for p in self._predict_arrays(batch):
+            image, clipped = read.popleft()
+            found = dict(path=None if isinstance(image, np.ndarray) else str(image), label=self.labels[int(p.argmax())],
+                         confidence=float(p.max()), probabilities=dict(zip(self.labels, p.tolist())))
+            yield found | dict(clipped=clipped) if self.decoding.scale else found
+
 # %% ../../nbs/export/05_bundle.ipynb #e3d8da90
 @patch
 def predict(self: Bundle,
@@ -201,46 +327,72 @@ def predict(self: Bundle,
                                     # and for a bundle with a scale `clipped`: share of values outside of it, 0 … 1
     "Classify images (classification only); raise `UsageError` that names an image that is missing or cannot be read."
     single = isinstance(images, (str, Path)) or (isinstance(images, np.ndarray) and images.ndim == 3)
-    images = [images] if single else list(images)
-    predictions: list[dict[str, Any]] = []
-    shares: list[float] = []   # of clipped values
+    return [*self.iter_predictions([images] if single else images, batch_size)]
 
-    def read(image: Any) -> np.ndarray:
-        pixels, clipped = to_image_array(image, self.decoding)
-        shares.append(clipped)
-        return pixels
+# %% ../../nbs/export/05_bundle.ipynb #67d1f74c
+_NPZ_ERRORS = (OSError, ValueError, LookupError, EOFError, SyntaxError, RuntimeError, MemoryError, TypeError,
+               zipfile.BadZipFile, zlib.error)
 
-    for batch in batch_by_memory(map(read, images), batch_size):
-        given = images[len(predictions):]
-        for image, p in zip(given, predict_mixed_sizes(self.model, batch)):
-            path = None if isinstance(image, np.ndarray) else str(image)
-            predictions.append(dict(path=path, label=self.labels[int(p.argmax())], confidence=float(p.max()),
-                                    probabilities=dict(zip(self.labels, p.tolist()))))
-    if self.decoding.scale: predictions = [p | dict(clipped=share) for p, share in zip(predictions, shares)]
-    return predictions
+def _read_reference(
+    file: Path,        # reference.npz
+    key: str,          # from `_reference_key`
+    n_outputs: int,    # for one image
+) -> tuple[np.ndarray, list[np.ndarray]]:   # predictions float32 (N, n_outputs); N images, each uint8 (H, W, 3)
+    "Read the reference images and their predictions; raise `CvnbError` for a file of another shape."
+    try:
+        with np.load(file, allow_pickle=False) as reference:
+            expected = reference[key]
+            images = [reference[f"image_{i}"] for i in range(len(expected))]
+    except _NPZ_ERRORS as e:
+        raise CvnbError(f"{file} cannot be read ({printable(e, 80)})", _REMEDY) from None
+    fits = expected.shape == (len(images), n_outputs) and expected.dtype == np.float32
+    if images and fits and all(i.dtype == np.uint8 and i.ndim == 3 and i.shape[2] == 3 and i.size for i in images):
+        return expected, images
+    raise CvnbError(f"{file} does not hold images and their predictions for {n_outputs} labels", _REMEDY)
 
 # %% ../../nbs/export/05_bundle.ipynb #34ccc48f
 @patch
 def verify(self: Bundle) -> dict[str, Any]:   # {"files", "images", "max_difference"}
     "Check the files' digests and the predictions for the reference images; raise `CvnbError` on a difference."
-    remedy = "Copy the bundle again, or run the export stage again."
-    for name, record in self.description["files"].items():
-        file = self.folder/name
-        if name in bundle_files() and (not file.is_file() or sha256_file(file) != record["sha256"]):
-            raise CvnbError(f"{file} is missing or not the file that was exported", remedy)
-    with np.load(self.folder/"reference.npz", allow_pickle=False) as reference:
-        expected = reference[_reference_key(self.runtime)]
-        images = [reference[f"image_{i}"] for i in range(len(expected))]
-    difference = float(np.abs(predict_mixed_sizes(self.model, images) - expected).max())
+    files = self.description["files"]
+    check_files(self.folder, self.description, sorted({*files, *bundle_files()}))
+    expected, images = _read_reference(self.folder/"reference.npz", _reference_key(self.runtime), len(self.labels))
+    difference = float(np.abs(self._predict_arrays(images) - expected).max())
     if not difference <= self.runtime.reference_tolerance:
         raise CvnbError(f"{self.folder} predicts differently here: a probability is off by {difference:.4f}",
                         f"Update {self.runtime.package}.")
-    return dict(files=len(self.description["files"]), images=len(images), max_difference=difference)
+    return dict(files=len(files), images=len(images), max_difference=difference)
+
+# %% ../../nbs/export/05_bundle.ipynb #1e9e0fbc
+def verify_bundle(
+    where: Path | str,        # a bundle, or a run directory
+) -> list[dict[str, str]]:    # check, subject, found: what was compared, in what, with which result
+    "Check all that can be checked in a bundle; raise `CvnbError` for the first fault."
+    from cvnb.export.bundle_format import read_description
+    folder = find_bundle(where)
+    description = read_description(folder)
+    sealed = "its digest fits" if description.get("digest") else "it has no digest: an earlier version wrote it"
+    names = sorted({*description["files"], *bundle_files()})
+    check_files(folder, description, names)
+    row = lambda check, subject, found: dict(check=check, subject=subject, found=found)
+    rows = [row("description", "bundle.json", f"format {description.get('format', 0)}, {sealed}"),
+            *(row("digest", name, f"{description['files'][name]['bytes']:,} bytes, SHA-256 fits") for name in names)]
+    for name, runtime in bundle_runtimes().items():
+        file = runtime.file_name("model")
+        if not runtime.installed: raise CvnbError(f"{file} needs the package {runtime.package}", "Install it.")
+        bundle = Bundle.load(folder, name, threads=1)
+        found = bundle.verify()
+        rows += [row("labels", file, f"{len(bundle.labels)} labels as in labels.txt and bundle.json"),
+                 row("inputs and outputs", file, "as bundle.json declares them"),
+                 row("reference images", file, f"{found['images']} images, probabilities differ by up to "
+                                               f"{found['max_difference']:.2g} ({name})")]
+    extra = sorted(p.name for p in folder.iterdir() if p.name not in {*names, "bundle.json"})
+    return rows + [row("other files", name, "not part of the bundle, not read") for name in extra]
 
 # %% ../../nbs/export/05_bundle.ipynb #2c8f6acb
 def bundle_digest(
     folder: Path | str,   # a bundle
 ) -> str:                 # 64 hexadecimal digits
     "Digest a bundle by the digests of its files; reports name a bundle by it."
-    files = read_json(Path(folder)/"bundle.json")["files"]
-    return digest({name: record["sha256"] for name, record in files.items()})
+    from cvnb.export.bundle_format import read_description
+    return digest({name: record["sha256"] for name, record in read_description(folder)["files"].items()})

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import cvnb
 from ..core.errors import CvnbError
-from ..core.files import atomic_path
+from ..core.files import atomic_path, digest
 from .runtimes import RUNTIMES
 
 if TYPE_CHECKING:
@@ -67,7 +67,8 @@ def _clean_metadata(
         node.name = min(names)
         taken.add(node.name)
     labels = json.dumps(spec.classes)
-    facts = dict(task=spec.task, labels=labels, image_size=str(spec.image_size), cvnb=cvnb.__version__)
+    facts = dict(task=spec.task, labels=labels, labels_sha256=digest(spec.classes), image_size=str(spec.image_size),
+                 cvnb=cvnb.__version__)
     del proto.metadata_props[:]
     for key, value in facts.items(): proto.metadata_props.add(key=key, value=value)
     return proto

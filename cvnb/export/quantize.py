@@ -12,11 +12,12 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..core.files import atomic_path
+from ..core.files import atomic_path, check_targets
 from ..data.images import DEFAULT_DECODING, Decoding
 from .runtimes import RUNTIMES, OnnxModel, predict_batches
 
@@ -79,13 +80,14 @@ def calibrate_ranges(
     ranges: Path,         # JSON file to write
     images: np.ndarray,   # uint8 (N, H, W, 3), training images
 ) -> Path:                # `ranges`
-    "Measure the range of every tensor of the network."
+    "Measure the range of every tensor of the network; raise `UsageError` if `ranges` is the model."
     from onnxruntime.quantization import create_calibrator, save_tensors_data
-    augmented = ranges.with_suffix(".onnx")
-    calibrator = create_calibrator(source, [*WEIGHT_OPS, *INTERMEDIATE_OPS], augmented_model_path=str(augmented))
-    calibrator.collect_data(CalibrationReader(images, CALIBRATION_BATCH))
-    save_tensors_data(calibrator.compute_data(), ranges)
-    augmented.unlink()
+    check_targets(ranges, inputs=[source])
+    with TemporaryDirectory() as temp, atomic_path(ranges) as target:
+        augmented = str(Path(temp)/"augmented.onnx")
+        calibrator = create_calibrator(source, [*WEIGHT_OPS, *INTERMEDIATE_OPS], augmented_model_path=augmented)
+        calibrator.collect_data(CalibrationReader(images, CALIBRATION_BATCH))
+        save_tensors_data(calibrator.compute_data(), target)
     return ranges
 
 # %% ../../nbs/export/03_quantize.ipynb #a68cdfb3
@@ -118,9 +120,10 @@ def quantize_nodes(
     nodes: list[str],       # names of the nodes to quantize
     weight_bits: int = 8,   # 8, or 7 for processors without VNNI that do not run the file with `open_session`
 ) -> Path:                  # `target`
-    "Write a copy of a model in which these nodes run in INT8."
+    "Write a copy of a model in which these nodes run in INT8; raise `UsageError` if `target` is an input."
     import onnx
     from onnxruntime.quantization import QuantType, quantize_static
+    check_targets(target, inputs=[source, ranges])
     with atomic_path(target) as temp, _without_advice():
         if not nodes: return Path(shutil.copyfile(source, temp)) and target   # to ONNX Runtime an empty list means all
         ops = [*WEIGHT_OPS, *INTERMEDIATE_OPS]
@@ -151,10 +154,10 @@ def layer_sensitivity(
     import onnx
     expected = predict_batches(OnnxModel(source), images)
     found = {}
-    for layer in weight_layers(onnx.load(source)):
-        alone = quantize_nodes(source, ranges.with_name("alone.onnx"), ranges, [layer], weight_bits)
-        found[layer] = kl_divergence(expected, predict_batches(OnnxModel(alone), images))
-        alone.unlink()
+    with TemporaryDirectory() as temp:
+        for layer in weight_layers(onnx.load(source)):
+            alone = quantize_nodes(source, Path(temp)/"alone.onnx", ranges, [layer], weight_bits)
+            found[layer] = kl_divergence(expected, predict_batches(OnnxModel(alone), images))
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 # %% ../../nbs/export/03_quantize.ipynb #016cefb1
@@ -205,10 +208,9 @@ def quantize(
     weight_bits: int = 8,       # 8, or 7 for processors without VNNI that do not run the file with `open_session`
 ) -> QuantizationResult:
     "Write an INT8 classifier, keeping as many layers in FP32 as the tolerance requires; classification only."
-    from tempfile import TemporaryDirectory
-
     import onnx
     import pandas as pd
+    check_targets(target, inputs=[source])
     model = onnx.load(source)
     layers = weight_layers(model)
     is_correct = lambda path: predict_batches(OnnxModel(path), images).argmax(1) == labels

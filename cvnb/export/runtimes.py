@@ -5,9 +5,14 @@
 # %% ../../nbs/export/01_runtimes.ipynb #730b2ff7
 from __future__ import annotations
 
+import contextlib
+import os
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,24 +20,84 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..core.errors import CvnbError, UsageError
-from ..core.system import n_cores
+from ..core.records import printable
+from ..core.system import memory_bytes, n_cores
 from ..data.images import DEFAULT_DECODING, Decoding, UnreadableImage, open_and_count
 
 if TYPE_CHECKING:
     import onnxruntime as ort
 
 # %% auto #0
-__all__ = ['Predict', 'MODELS', 'RUNTIMES', 'BATCH_SIZE', 'BATCH_BYTES', 'open_session', 'OnnxModel', 'load_torch',
-           'load_openvino', 'Runtime', 'count_outputs', 'predict_batches', 'predict_mixed_sizes', 'batch_by_memory',
-           'read_pixels', 'read_and_count', 'predict_files']
+__all__ = ['Predict', 'MEMORY_SHARE', 'MAX_SECONDS', 'MODELS', 'RUNTIMES', 'BATCH_SIZE', 'BATCH_BYTES', 'open_session',
+           'OnnxModel', 'LimitedModel', 'load_torch', 'load_openvino', 'Runtime', 'count_outputs', 'predict_batches',
+           'predict_mixed_sizes', 'batch_by_memory', 'read_pixels', 'read_and_count', 'predict_files']
 
 # %% ../../nbs/export/01_runtimes.ipynb #94d47179
 Predict = Callable[[np.ndarray], np.ndarray]   # uint8 (N, H, W, 3) to predictions of the task (N, …)
+
+# %% ../../nbs/export/01_runtimes.ipynb #b13f01fe
+MEMORY_SHARE = 0.75   # of the memory of the machine or container, for all models with limits in this process
+
+@lru_cache(1)
+def _register_arena() -> None:
+    "Give ONNX Runtime one allocator with a limit; sessions use it if their options say so."
+    import onnxruntime as ort
+    info = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    usual = dict(arena_extend_strategy=-1, initial_chunk_size_bytes=-1, max_dead_bytes_per_chunk=-1)
+    ort.create_and_register_allocator(info, ort.OrtArenaCfg(dict(max_mem=int(MEMORY_SHARE * memory_bytes()), **usual)))
+
+def _limit_memory(
+    options: ort.SessionOptions,   # changed in place
+) -> None:
+    "Let a session allocate from the memory with a limit; where the memory is unknown there is none."
+    if not memory_bytes(): return
+    _register_arena()
+    options.add_session_config_entry("session.use_env_allocators", "1")
+
+# %% ../../nbs/export/01_runtimes.ipynb #3b90823a
+class _Watchdog:
+    "Stop calls that pass their deadlines, from one thread of the process."
+    tick = 0.05   # seconds between two looks, while there are calls
+
+    def __init__(self):
+        self.calls: dict[object, tuple[float, Callable[[], None]]] = {}   # deadline, and what stops the call
+        self.wake = threading.Event()
+        self.process = 0   # that the thread runs in; it does not survive a fork
+
+    @contextlib.contextmanager
+    def limit(self,
+        seconds: float,             # 0: no limit
+        stop: Callable[[], None],   # called from the thread
+    ) -> Iterator[None]:
+        "Call `stop` unless the block ends in time."
+        if not seconds: return (yield)
+        if self.process != os.getpid(): self._start()
+        call = object()
+        self.calls[call] = time.monotonic() + seconds, stop
+        self.wake.set()
+        try: yield
+        finally: self.calls.pop(call, None)
+
+    def _start(self) -> None:
+        self.process = os.getpid()
+        self.calls.clear()
+        threading.Thread(target=self._watch, name="cvnb-watchdog", daemon=True).start()
+
+    def _watch(self) -> None:
+        while self.wake.wait():
+            self.wake.clear()   # before the calls are looked at: one that is added later sets it again
+            while self.calls:
+                for call, (deadline, stop) in self.calls.copy().items():
+                    if time.monotonic() > deadline and self.calls.pop(call, None): stop()
+                time.sleep(self.tick)
+
+_WATCHDOG = _Watchdog()
 
 # %% ../../nbs/export/01_runtimes.ipynb #b6aa6ae0
 def open_session(
     path: Path | str,   # an ONNX file
     threads: int = 0,   # 0 uses every core
+    max_seconds: float = 0,   # that opening may take; then the memory is limited too; 0: no limits
 ) -> ort.InferenceSession:
     "Open an ONNX file with ONNX Runtime on the CPU; raise `CvnbError` if ONNX Runtime refuses it."
     import onnxruntime as ort
@@ -40,10 +105,18 @@ def open_session(
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     options.add_session_config_entry("session.x64quantprecision", "1")   # exact INT8 on processors without VNNI
-    try: return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    cancel = getattr(options, "set_load_cancellation_flag", None)   # since 1.22
+    if max_seconds: _limit_memory(options)
+    try:
+        with _WATCHDOG.limit(max_seconds if cancel else 0, lambda: cancel(True)):
+            return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as e:   # ONNX Runtime raises a class per error code, with no base but Exception
-        reason = str(e).splitlines()[0][:160]
-        raise CvnbError(f"{path} cannot be opened ({reason})", "Run the export stage again.") from None
+        reason = printable(str(e).splitlines()[0], 160)
+        remedy = "Run the export stage again."
+        if "MODEL_LOAD_CANCELED" in reason:
+            reason = f"it takes more than {max_seconds:g} s"
+            remedy = "Give max_seconds to Bundle.load."
+        raise CvnbError(f"{path} cannot be opened ({reason})", remedy) from None
 
 # %% ../../nbs/export/01_runtimes.ipynb #84baede9
 class OnnxModel:
@@ -64,6 +137,41 @@ class OnnxModel:
         images: np.ndarray,   # uint8 (N, H, W, 3)
     ) -> np.ndarray:          # float32 (N, …)
         return self.session.run(None, {self._input: images})[0]
+
+# %% ../../nbs/export/01_runtimes.ipynb #ff84230b
+MAX_SECONDS = 60.0   # that opening a model, or its answer for one image, may take
+
+class LimitedModel(OnnxModel):
+    "An ONNX file in ONNX Runtime with limits of time and memory."
+    def __init__(self,
+        path: Path | str,   # an ONNX file
+        threads: int = 0,   # 0 uses every core
+        max_seconds: float = MAX_SECONDS,   # for opening it, and for each image of a call
+    ):
+        self.path = path
+        self.max_seconds = max_seconds
+        self.session = open_session(path, threads, max_seconds)
+        self._input = self.session.get_inputs()[0].name
+        self._output = self.session.get_outputs()[0].name
+
+    def __call__(self,
+        images: np.ndarray,   # uint8 (N, H, W, 3)
+    ) -> np.ndarray:          # float32 (N, …)
+        import onnxruntime as ort
+        options = ort.RunOptions()
+        options.log_severity_level = 4   # the error below says it
+        seconds = self.max_seconds * max(1, len(images))
+        try:
+            with _WATCHDOG.limit(seconds, lambda: setattr(options, "terminate", True)):
+                return self.session.run([self._output], {self._input: images}, options)[0]
+        except Exception as e:   # ONNX Runtime raises a class per error code, with no base but Exception
+            reason = str(e).splitlines()[0].rpartition("Status Message: ")[2]
+            remedy = "Take smaller images or another bundle."
+            if "emory" in reason: reason = f"it needs more than {MEMORY_SHARE * memory_bytes() / 1e9:.1f} GB of memory"
+            if options.terminate:
+                reason = f"it runs for more than {seconds:g} s"
+                remedy = "Give max_seconds to Bundle.load."
+            raise CvnbError(f"{self.path} cannot be run ({printable(reason, 160)})", remedy) from None
 
 # %% ../../nbs/export/01_runtimes.ipynb #77062579
 def load_torch(

@@ -10,7 +10,7 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import timm
@@ -21,14 +21,17 @@ from torch import Tensor, nn
 
 from ..core.cache import check_cache
 from ..core.errors import CvnbError, UsageError
-from ..core.files import atomic_path, read_json, write_json
+from ..core.files import atomic_path, write_json
+from ..core.output_formats import ModelRecord
+from ..core.records import read_record
+from ..core.stage import check_unchanged
 from .vision_model import SMALL_IMAGE_SIZE, ModelSpec, VisionModel, build_model, build_network
 from .vision_model import check_image_size, input_layers, pretrained_config
 from ..tasks.labels import Classification
 
 # %% auto #0
 __all__ = ['PACKAGED_BACKBONE', 'WEIGHT_SUFFIXES', 'load_packaged_weights', 'read_weights', 'find_model_folder', 'create_model',
-           'save_model', 'resize_layers', 'load_model', 'load_classifier']
+           'save_model', 'resize_layers', 'read_spec', 'load_model', 'load_classifier']
 
 # %% ../../nbs/models/06_weights.ipynb #cell-26
 PACKAGED_BACKBONE = "tf_efficientnet_lite0"
@@ -105,7 +108,7 @@ def read_weights(
     except pickle.UnpicklingError:
         raise CvnbError(f"{path} is damaged, or contains Python objects beside tensors, which could run code",
                         "Save only its state dict, with safetensors.torch.save_file or torch.save.") from None
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError) as e:
+    except Exception as e:   # a damaged file raises a dozen types
         reason = (str(e).splitlines() or [type(e).__name__])[0][:100]
         raise CvnbError(f"{path} cannot be read as weights ({reason})", "Fetch or save it again.") from None
     if tensors := _find_state_dict(state): return tensors
@@ -249,7 +252,7 @@ def create_model(
 ) -> VisionModel:         # ready to train
     "Build a model and load weights; raise `CvnbError` if the weights cannot be read or do not fit."
     folder = find_model_folder(weights)
-    run = ModelSpec(**read_json(folder/"model.json")) if folder else None
+    run = read_spec(folder) if folder else None
     if not timm.is_model(backbone): build_model(ModelSpec(backbone, classes, image_size, [0], [1]))   # raises
     normalization = dict(mean=run.mean, std=run.std) if run else _normalization(backbone)
     spec = ModelSpec(backbone, list(classes), image_size, task=task, target_mean=list(target_mean),
@@ -280,7 +283,7 @@ def save_model(
     folder = Path(folder)
     state = {k: v.detach().cpu().contiguous().clone() for k, v in model.net.state_dict().items()}
     with atomic_path(folder/"model.safetensors") as temp: save_file(state, temp)
-    write_json(folder/"model.json", asdict(model.spec))
+    write_json(folder/"model.json", dict(format=ModelRecord.NEWEST) | asdict(model.spec))
     return folder
 
 # %% ../../nbs/models/06_weights.ipynb #cell-43
@@ -309,18 +312,28 @@ def resize_layers(
         if getattr(layer, "bias", None) is not None: layer.bias = nn.Parameter(torch.empty_like(state[f"{name}.bias"]))
     return net
 
+# %% ../../nbs/models/06_weights.ipynb #e24bfb5d
+def read_spec(
+    folder: Path,   # has model.json
+) -> ModelSpec:     # the model that it describes
+    "Read the description of a saved model; raise `CvnbError` if it is damaged or was changed."
+    check_unchanged(folder, "model.json")
+    record = read_record(folder/"model.json", ModelRecord, "Run the stage that wrote it again.")
+    return ModelSpec(**{f.name: record[f.name] for f in fields(ModelSpec) if f.name in record})
+
 # %% ../../nbs/models/06_weights.ipynb #cell-44
 def load_model(
     folder: Path | str,   # has model.safetensors and model.json
 ) -> VisionModel:         # in eval mode
     "Load a saved model; raise `CvnbError` if the weights are corrupt or do not fit."
     folder = Path(folder)
-    model = build_model(ModelSpec(**read_json(folder/"model.json")))
+    model = build_model(read_spec(folder))
+    check_unchanged(folder, "model.safetensors")
     try:
         state = load_file(folder/"model.safetensors")
         resize_layers(model.net, state).load_state_dict(state)
-    except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as e:
-        reason = str(e).splitlines()[0][:120]
+    except (OSError, RuntimeError, KeyError, IndexError, ValueError, TypeError, SafetensorError) as e:
+        reason = (str(e).splitlines() or [type(e).__name__])[0][:120]
         raise CvnbError(f"{folder/'model.safetensors'} cannot be loaded ({reason})",
                         "Run the stage that wrote it again.") from None
     return model.eval()
@@ -331,7 +344,7 @@ def load_classifier(
     stage: str,           # name of the calling stage, for the message
 ) -> VisionModel:         # in eval mode
     "Load a model with one class per image; raise `CvnbError` for another task."
-    task = ModelSpec(**read_json(Path(folder)/"model.json")).task
+    task = read_spec(Path(folder)).task
     if task == Classification.name: return load_model(folder)
     raise CvnbError(f"{stage} is made for classification, and the model in {folder} was trained for {task}",
                     "Its predictions and metrics are in the train folder. To continue, train with task=classification.")

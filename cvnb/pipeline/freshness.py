@@ -18,15 +18,15 @@ import cvnb
 from ..core.errors import UsageError
 from ..core.files import digest, sha256_file
 from ..core.fingerprint import code_digest, project_modules, reached_code
-from ..core.stage import read_stage_manifest, stage_key
+from ..core.stage import changed_outputs, manifest_fault, read_stage_manifest, stage_key
 from ..data.layouts import read_options
 from ..data.sources import open_dataset
 from ..data.versions import dataset_digest
 from .params import Contract, read_cells
 
 # %% auto #0
-__all__ = ['lock_digest', 'read_code_cells', 'named_files', 'check_named_files', 'key_parts', 'changed_outputs', 'input_digest',
-           'stale_reasons', 'summarize_reasons']
+__all__ = ['lock_digest', 'read_code_cells', 'named_files', 'check_named_files', 'key_parts', 'input_digest', 'stale_reasons',
+           'summarize_reasons']
 
 # %% ../../nbs/pipeline/04_freshness.ipynb #62293e54
 @lru_cache
@@ -124,24 +124,14 @@ def _differing_names(
     "Name the differences between two mappings."
     return sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
 
-# %% ../../nbs/pipeline/04_freshness.ipynb #cell-13
-def changed_outputs(
-    run: Path,      # run directory
-    record: dict,   # a stage's manifest
-) -> Iterator[str]: # the outputs that are missing or changed
-    "Check a stage's outputs against their digests."
-    for name, out in record["outputs"].items():
-        path = run/out["path"]
-        if not path.is_file() or path.stat().st_size != out["bytes"] or sha256_file(path) != out["sha256"]: yield name
-
 # %% ../../nbs/pipeline/04_freshness.ipynb #cell-14
 def input_digest(
     run: Path,   # run directory
     name: str,   # "stage/file"
 ) -> str | None: # the file's digest in that stage's manifest
-    "Look up an input's present digest."
+    "Look up an input's present digest; a damaged manifest has none."
     stage, file = name.split("/", 1)
-    record = read_stage_manifest(run, stage)
+    record = None if manifest_fault(run, stage) else read_stage_manifest(run, stage)
     return record and record["outputs"].get(file, {}).get("sha256")
 
 # %% ../../nbs/pipeline/04_freshness.ipynb #9c2e74f7
@@ -197,16 +187,19 @@ def stale_reasons(
     parts: dict,         # from `key_parts`
 ) -> list[str]:          # why the stage has to run, the likeliest cause first; empty if it is fresh
     "Say why a stage has to run again."
+    if fault := manifest_fault(run, contract.stage): return [f"its manifest is damaged: {fault}"]
     if not (record := read_stage_manifest(run, contract.stage)):
         path = run/contract.stage/"stage.json"
         return ["it failed" if path.exists() else "it has not finished" if path.parent.exists() else "it has never run"]
-    old = record["environment"]["parts"]
+    old = record.get("environment", {}).get("parts")
     if old is None: return ["it was run by hand, so the code that made it is unknown"]
     if old.keys() != parts.keys(): return ["another version of cvnb made it"]
     found = list(_describe_changes(old, parts))
     found += [f"input {name} changed" for name in record["inputs"] if record["inputs"][name] != input_digest(run, name)]
-    found += [f"output {name} is missing or was changed" for name in changed_outputs(run, record)]
-    return found or ([] if record["key"] == stage_key(parts, record["inputs"]) else ["its key does not fit"])
+    found += [f"output {name} is missing or was changed" for name in changed_outputs(run, record["outputs"])]
+    if not found and record["key"] != stage_key(parts, record["inputs"]): found.append("its key does not fit")
+    if not found and not record.get("digest"): found.append("its manifest has no digest, so it may have been changed")
+    return found
 
 # %% ../../nbs/pipeline/04_freshness.ipynb #cell-17
 def summarize_reasons(

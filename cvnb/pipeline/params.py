@@ -24,6 +24,7 @@ from typing import Any, Literal, Optional
 import cvnb
 from ..core.errors import CvnbError, UsageError, did_you_mean
 from ..core.project import asset_folder, resolve_run
+from ..core.records import check_record
 from ..core.stage import Stage, lock_run, read_stage_manifest
 from ..core.system import seed_everything
 from ..core.workers import open_lease
@@ -181,10 +182,12 @@ def read_cells(
     path: Path | str,   # a notebook
 ) -> list[dict]:        # its cells, each with its source as one string
     "Read a notebook's cells; a missing or broken notebook is a `CvnbError`."
-    try: cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
+    from cvnb.core.formats import Notebook
+    again = "Restore it from version control."
+    try: found = json.loads(Path(path).read_bytes())   # an output may hold NaN
     except FileNotFoundError: raise UsageError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError):
-        raise CvnbError(f"{path} is not a notebook", "Restore it from version control.") from None
+    except (OSError, ValueError, RecursionError): raise CvnbError(f"{path} is not a notebook", again) from None
+    cells = check_record(found, Notebook, path, again)["cells"]
     return [c | dict(source="".join(c["source"])) for c in cells]
 
 # %% ../../nbs/pipeline/01_params.ipynb #9d1f40a7

@@ -22,11 +22,13 @@ from typing import Any
 
 import cvnb
 from ..core.errors import CvnbError, UsageError, did_you_mean
-from ..core.files import atomic_path, read_json, write_json
+from ..core.files import atomic_path
 from ..core.fingerprint import imported_packages
 from ..core.project import project_root
+from ..core.records import write_record
 from ..core.stage import ACCESS_LOG, MAX_NOTES, PENDING_MANIFEST, STAGE_MARKER, format_metric, format_notes, lock_run
-from ..core.stage import read_notes, read_stage_manifest, split_accesses
+from ..core.stage import manifest_fault, read_ended_stage, read_notes, read_progress, read_run_manifest
+from ..core.stage import read_stage_manifest, split_accesses
 from ..core.system import machine_info, timestamp
 from .freshness import check_named_files, key_parts, lock_digest, read_code_cells, stale_reasons
 from .freshness import summarize_reasons
@@ -80,10 +82,9 @@ def read_run_parameters(
     run: Path,         # run directory
 ) -> RunParameters:    # empty for a new run
     "Read the parameters that a run was given, checked against today's contracts."
-    if not (run/"run.json").exists(): return RunParameters()
     known = read_contracts()
     layer = {}
-    for stage, values in read_json(run/"run.json").get("given", {}).items():
+    for stage, values in read_run_manifest(run).get("given", {}).items():
         if stage not in known: continue
         kept = {name: value for name, value in values.items() if name in known[stage].names}
         layer[stage] = check_parameters(known[stage], kept, "run.json")
@@ -155,7 +156,7 @@ def write_run(
     Commit, packages, machine and date are those of the last stage that ran. The time is that of all stages together.
     """
     plain = json.loads(json.dumps(dict(given=parameters.given, params=params), default=str))
-    old = read_json(run/"run.json") if (run/"run.json").exists() else {}
+    old = read_run_manifest(run)
     origins = {}
     for s, values in params.items():
         origins[s] = {name: parameters.origins.get(s, {}).get(name, "the notebook") for name in values}
@@ -163,11 +164,12 @@ def write_run(
     if seconds is not None or len(made) < 6:
         made = dict(updated=timestamp(), git=_git_state(root), lock=lock_digest(root), machine=machine_info(),
                     cvnb=cvnb.__version__, seconds=round(made.get("seconds", 0) + (seconds or 0), 2))
-    records = [record for s in params if (record := read_stage_manifest(run, s))]
-    return write_json(run/"run.json", dict(
+    records = [record for s in params if not manifest_fault(run, s) and (record := read_stage_manifest(run, s))]
+    from cvnb.core.formats import RunManifest
+    return write_record(run/"run.json", dict(
         run=run.name, created=old.get("created", timestamp()), **plain, origins=origins, **made,
         seeds={s: p["seed"] for s, p in params.items() if "seed" in p}, test_looks=split_accesses(run),
-        data=next((record["data"] for record in records if record.get("data")), None)))
+        data=next((record["data"] for record in records if record.get("data")), None)), RunManifest)
 
 # %% ../../nbs/pipeline/05_runner.ipynb #cell-35
 Progress = Callable[[str, str, float, str], None]   # stage, event, fraction, text
@@ -185,15 +187,14 @@ def _forward_progress(
     path.unlink(missing_ok=True)   # left by a killed run
 
     def forward() -> None:
-        last = ""
+        last = None
         sent = 0.0
         n_notes = 0
         while not stop.wait(0.2):
-            text = path.read_text() if path.exists() else ""
-            if not text or (text == last and time.monotonic() < sent + 10): continue
-            last = text
+            report = read_progress(path)
+            if not report or (report == last and time.monotonic() < sent + 10): continue
+            last = report
             sent = time.monotonic()
-            report = json.loads(text)
             notes = report.get("notes", [])
             for note in notes[n_notes:]: progress(stage, "note", report["fraction"], note)
             n_notes = len(notes)
@@ -302,10 +303,11 @@ def _record_failure(
     "Write a stage.json that says the stage failed."
     with contextlib.suppress(OSError):   # a full disk must not hide the error itself
         plain = json.loads(json.dumps(params, default=str))
-        write_json(folder/"stage.json", dict(
+        from cvnb.core.formats import StageManifest
+        write_record(folder/"stage.json", dict(
             stage=contract.stage, status="failed", key=None, params=plain, inputs={}, outputs={}, metrics={},
             seconds=None, started=timestamp(), cvnb=cvnb.__version__,
-            environment=dict(machine=machine_info(), parts=parts, error=str(error))))
+            environment=dict(machine=machine_info(), parts=parts, error=str(error))), StageManifest)
 
 # %% ../../nbs/pipeline/05_runner.ipynb #862eaa27
 def run_stage(
@@ -323,7 +325,7 @@ def run_stage(
     notebook = folder/"notebook.ipynb"
     pending = folder/PENDING_MANIFEST
     aside = {}
-    if read_stage_manifest(run, contract.stage):
+    if manifest_fault(run, contract.stage) or read_stage_manifest(run, contract.stage):
         before = [path for path in (folder/"stage.json", notebook) if path.exists()]
         aside = {path: path.with_name(f".{path.name}.before.tmp") for path in before}
     for path, kept in aside.items(): os.replace(path, kept)
@@ -343,7 +345,7 @@ def run_stage(
     finally:
         for kept in aside.values(): kept.unlink(missing_ok=True)
     os.replace(pending, folder/"stage.json")
-    return read_json(folder/"stage.json")
+    return read_ended_stage(run, contract.stage)
 
 # %% ../../nbs/pipeline/05_runner.ipynb #b41f2a6b
 def _delete_temporary_files(
@@ -386,7 +388,7 @@ def run_pipeline(
     prepare_run(run)
     with lock_run(run):
         new = not (run/"run.json").exists()
-        before = RunParameters() if new else RunParameters().add(read_json(run/"run.json").get("given", {}), "run.json")
+        before = RunParameters().add(read_run_manifest(run).get("given", {}), "run.json")
         write_run(run, root, parameters, params)
         for s in order:
             start = time.perf_counter()
@@ -471,12 +473,12 @@ def stage_states(
     for s, contract in known.items():
         found = stale_reasons(run, contract, key_parts(contract, parameters.for_stage(contract, run), root))
         above = [n for n in contract.needs if rows[n]["state"] != "fresh"]
-        record = read_stage_manifest(run, s)
-        path = run/s/"stage.json"
+        damaged = bool(manifest_fault(run, s))
+        record = None if damaged else read_stage_manifest(run, s)
         if not found: state = "waits" if above else "fresh"
-        else: state = "stale" if record else "failed" if path.exists() else "missing"
+        else: state = "stale" if record or damaged else "failed" if (run/s/"stage.json").exists() else "missing"
         if above: found.append(f"the outputs of {', '.join(above)} may change")
         rows[s] = dict(stage=s, state=state, why=summarize_reasons(found), reasons=found,
-                       seconds=record and record["seconds"], headline=headline_metrics(record) if record else "",
+                       seconds=record and record.get("seconds"), headline=headline_metrics(record) if record else "",
                        notes=read_notes(run, s))
     return list(rows.values())

@@ -16,7 +16,7 @@ from typing import Any
 from ..core.errors import UsageError
 from ..core.files import digest
 from ..core.project import project_root
-from ..core.stage import lock_run
+from ..core.stage import lock_run, read_progress
 from .params import Contract, read_contracts
 from .runner import preload_packages
 from .sweep_engines import ProcessEngine
@@ -179,8 +179,7 @@ def _read_progress(
     "Read a trial's progress, and the curve of the metric that is compared."
     stage, name = sweep.metric.split(".", 1)
     for i, s in enumerate(sweep.stages):
-        try: found = json.loads((sweep.run_folder(trial)/s/".progress").read_text())
-        except (OSError, ValueError): continue
+        if not (found := read_progress(sweep.run_folder(trial)/s/".progress")): continue
         if s == stage: trial.curve = found.get("curves", {}).get(name, trial.curve)
         if s == stage or found["fraction"] < 1:
             return found["fraction"], f"{s} ({i + 1}/{len(sweep.stages)}) {found['text']}"

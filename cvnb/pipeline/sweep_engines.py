@@ -17,11 +17,12 @@ from typing import Any, ClassVar
 
 import cvnb
 from ..core.errors import CvnbError, UsageError
-from ..core.files import read_json, write_json
-from ..core.stage import read_stage_manifest, stage_key
+from ..core.files import write_json
+from ..core.records import read_kept
+from ..core.stage import changed_outputs, manifest_fault, read_stage_manifest, stage_key
 from ..core.system import n_cores
 from ..core.workers import WorkerProcess, serve_requests
-from .freshness import changed_outputs, input_digest
+from .freshness import input_digest
 from .params import Contract, check_parameters, read_contracts
 from .runner import Progress, RunParameters, run_pipeline, run_stage
 
@@ -46,10 +47,10 @@ def reuse_stage(
 ) -> dict | None:        # the stage's manifest; None if it does not fit
     "Link a stage that another run has finished into this run, if its key is the same and its outputs are intact."
     stage = contract.stage
-    record = read_stage_manifest(source, stage) if source != run else None
-    if not record: return None
+    if source == run or manifest_fault(source, stage): return None
+    if not (record := read_stage_manifest(source, stage)): return None
     if record["key"] != stage_key(parts, {name: input_digest(run, name) for name in record["inputs"]}): return None
-    if any(changed_outputs(source, record)): return None
+    if any(changed_outputs(source, record["outputs"])): return None
     temp = run/f".{stage}.tmp"
     shutil.rmtree(temp, ignore_errors=True)
     shutil.copytree(source/stage, temp, copy_function=_link_or_copy, symlinks=True, ignore=shutil.ignore_patterns(".*"))
@@ -81,11 +82,14 @@ def _sharing_executor(
     keys: dict[str, str],   # stage -> key
 ) -> Callable[..., dict]:   # runs a stage, as `run_stage` does
     "Make a function that runs a stage once for all trials with the same key."
+    from cvnb.core.output_formats import SharedStage
+
     def execute(contract: Contract, params: dict, parts: dict, root: Path, progress: Progress) -> dict:
         run = Path(params["run"])
         note = store/f"{contract.stage}-{keys[contract.stage][:16]}.json"
         with _exclusive_lock(note.with_suffix(".lock"), run/contract.stage):
-            source = store.parent/"trials"/read_json(note)["trial"] if note.exists() else None
+            shared = read_kept(note, SharedStage)
+            source = store.parent/"trials"/shared["trial"] if shared else None
             if source and (record := reuse_stage(source, run, contract, parts)): return record
             record = run_stage(contract, params, parts, root, progress)
             write_json(note, dict(trial=run.name))

@@ -16,8 +16,9 @@ from typing import Any
 
 import cvnb
 from ..core.errors import CvnbError, UsageError, did_you_mean
-from ..core.files import digest, read_json, write_json
-from ..core.stage import read_stage_manifest
+from ..core.files import digest
+from ..core.records import read_record, write_record
+from ..core.stage import manifest_fault, read_run_manifest, read_stage_manifest
 from ..core.system import timestamp
 from .freshness import key_parts, stale_reasons
 from .params import Contract, check_parameters, read_cells, read_contracts
@@ -104,7 +105,7 @@ def _trial_to_record(
 def _trial_from_record(
     record: dict,   # a trial of sweep.json
 ) -> Trial:         # the trial
-    "Read a trial from a record of sweep.json; raise `TypeError` for a record that is not a trial's."
+    "Read a trial from a record of sweep.json."
     return Trial(**{"metric_estimate" if name == "figure" else name: value for name, value in {**record}.items()})
 
 # %% ../../nbs/pipeline/07_sweep_trials.ipynb #3725926c
@@ -307,7 +308,7 @@ def fresh_stages(
 ) -> list[str]:                   # the stages up to the first that has to run
     "List the stages of a run that are up to date."
     def fresh(s: str) -> bool:
-        if not read_stage_manifest(run, s): return False
+        if manifest_fault(run, s) or not read_stage_manifest(run, s): return False
         parts = key_parts(known[s], parameters.for_stage(known[s], run), root, seen.get(s))
         return not stale_reasons(run, known[s], parts)
     return list(itertools.takewhile(fresh, stages)) if run.exists() else []
@@ -335,13 +336,13 @@ def _read_record(
     sweep: Sweep,    # a sweep
 ) -> list[Trial]:    # those that were pruned by another metric are to do
     "Read the trials of sweep.json; raise `UsageError` if it is damaged."
-    try:
-        record = read_json(path)
-        trials = [_trial_from_record(t) for t in record["trials"]]
-        same_metric = (record["metric"], record["minimize"]) == (sweep.metric, sweep.minimize)
-    except (CvnbError, KeyError, TypeError) as e:
-        what = f"{path} is damaged ({type(e).__name__})"
+    from cvnb.core.output_formats import SweepRecord
+    try: record = read_record(path, SweepRecord)
+    except CvnbError as e:
+        what = f"{path} is damaged: {e.what.removeprefix(str(path)).lstrip(': ')}"
         raise UsageError(what, "Delete it; trials are found again by their folders.") from None
+    trials = [_trial_from_record(t) for t in record["trials"]]
+    same_metric = (record["metric"], record["minimize"]) == (sweep.metric, sweep.minimize)
     for t in [] if same_metric else trials:
         t.state = "to do" if t.state == "pruned" else t.state
         t.curve = []
@@ -362,10 +363,11 @@ def _trial_from_run(
     path: Path,     # run.json of a trial
 ) -> Trial | None:  # None if it is not a sweep's
     "Reconstruct a trial from its run."
-    record = read_json(path)
+    record = read_run_manifest(path.parent)
     values = {}
-    for s, origins in record["origins"].items():
-        values |= {f"{s}.{p}": record["given"][s][p] for p, origin in origins.items() if origin == "sweep"}
+    for s, origins in record.get("origins", {}).items():
+        given = record.get("given", {}).get(s, {})
+        values |= {f"{s}.{p}": given[p] for p, origin in origins.items() if origin == "sweep" and p in given}
     return next((t for seed in range(1000) if (t := Trial(values, seed)).name == path.parent.name), None)
 
 # %% ../../nbs/pipeline/07_sweep_trials.ipynb #690875bb
@@ -446,7 +448,8 @@ def write_sweep(
     "Write sweep.json."
     plain = lambda value: json.loads(json.dumps(value, default=str))
     axes = {a.name: list(a.values) or [a.low, a.high] for a in sweep.axes}
-    write_json(sweep.folder/"sweep.json", dict(
+    from cvnb.core.output_formats import SweepRecord
+    write_record(sweep.folder/"sweep.json", dict(
         sweep=sweep.folder.name, metric=sweep.metric, minimize=sweep.minimize, search=sweep.search, seeds=sweep.seeds,
         stages=sweep.stages, axes=axes, updated=timestamp(), cvnb=cvnb.__version__, given=plain(sweep.base.given),
-        trials=[plain(_trial_to_record(t)) for t in [*sweep.trials, *sweep.others]]))
+        trials=[plain(_trial_to_record(t)) for t in [*sweep.trials, *sweep.others]]), SweepRecord)

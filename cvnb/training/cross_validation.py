@@ -16,7 +16,9 @@ import pandas as pd
 import torch
 
 from ..core.errors import UsageError
-from ..core.files import digest, read_json, write_json
+from ..core.files import digest, sha256_file
+from ..core.output_formats import FoldRecord
+from ..core.records import read_kept, write_record
 from ..core.html import html_table
 from ..data.splits import assign_folds, distinct_images, group_ids
 from ..data.tables import write_table
@@ -184,16 +186,20 @@ def _run_fold(
     model = make_model()
     parts = training_parts(model, data, options)
     key = digest([parts, fold.train.tolist(), fold.val.tolist()])
-    known = read_json(folder/"fold.json") if (folder/"fold.json").exists() else {}
-    if known.get("key") == key: return known["row"], pd.read_parquet(folder/"predictions.parquet"), known["notes"]
-    if known:
-        same = known.get("parts") == parts
-        why = "the images of the folds changed" if same else "; ".join(restart_reasons(known.get("parts", {}), parts))
+    table = folder/"predictions.parquet"
+    known = read_kept(folder/"fold.json", FoldRecord)
+    intact = known and table.exists() and sha256_file(table) == known.get("predictions")
+    if intact and known["key"] == key: return known["row"], pd.read_parquet(table), known["notes"]
+    if (folder/"fold.json").exists():
+        why = "the images of the folds changed"
+        if not intact: why = "the files of a finished fold are damaged"
+        elif known.get("parts") != parts: why = "; ".join(restart_reasons(known.get("parts", {}), parts))
         announce(f"finished folds are trained again: {why}")
     row, predictions, notes = _train_fold(fold, model, rows, data, options, folder, progress, announce)
-    write_table(folder/"predictions.parquet", predictions)
+    write_table(table, predictions)
     # last, because it marks the fold as finished
-    write_json(folder/"fold.json", dict(key=key, row=row, notes=notes, parts=parts))
+    record = dict(key=key, row=row, notes=notes, parts=parts, predictions=sha256_file(table))
+    write_record(folder/"fold.json", record, FoldRecord)
     clear_checkpoints(folder)
     return row, predictions, notes
 

@@ -23,7 +23,9 @@ from pytorch_lightning.strategies import StrategyRegistry
 from pytorch_lightning.utilities.memory import is_out_of_cpu_memory
 
 from ..core.errors import CvnbError, UsageError
-from ..core.files import read_json, write_json
+from ..core.files import write_json
+from ..core.output_formats import WorkerError
+from ..core.records import read_kept
 
 # %% auto #0
 __all__ = ['FORK_STRATEGIES', 'FRESH_KERNEL_REMEDY', 'launched_externally', 'count_nodes', 'local_gpu', 'resolve_strategy',
@@ -146,7 +148,7 @@ def find_worker_error(
     launcher: Any = None,   # of Lightning, whose processes have ended
 ) -> Exception:             # the first error of a process, or else an explanation of `error`
     "Find out why a training failed."
-    recorded = read_json(path) if path.exists() else dict(kind="none")
+    recorded = read_kept(path, WorkerError) or dict(kind="none")
     if recorded["kind"] == "memory": return torch.OutOfMemoryError(recorded["what"])
     if recorded["kind"] == "known": return CvnbError(recorded["what"], recorded["remedy"])
     for process in getattr(launcher, "procs", []):

@@ -27,8 +27,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..core.errors import CvnbError, UsageError
-from ..core.files import digest, read_json, write_json
+from ..core.files import digest
 from ..core.fingerprint import code_fingerprint, code_parts
+from ..core.output_formats import CheckpointRecord
+from ..core.records import read_kept, read_record, write_record
 from ..models.inference import weights_sha256
 from ..models.vision_model import VisionModel, check_image_size, patch_coverage_notes, task_of
 from .callbacks import AveragedWeights, BestWeights, EpochHistory, ResumableEarlyStopping, ResumeCheckpoint
@@ -128,7 +130,7 @@ def _is_intact(
     "Verify the checksums of a checkpoint."
     try:
         with zipfile.ZipFile(path) as file: return file.testzip() is None
-    except (FileNotFoundError, zipfile.BadZipFile): return False
+    except Exception: return False   # a damaged archive raises a dozen types
 
 # %% ../../nbs/training/09_fit.ipynb #dist-05
 def _reset_checkpoints(
@@ -140,18 +142,18 @@ def _reset_checkpoints(
     if rank_zero_only.rank: return
     for path in (folder/"checkpoints").glob("*"):
         if path.name != "picked.json": path.unlink(missing_ok=True)
-    write_json(folder/"checkpoints/training.json", dict(identity=digest(parts), halved=halvings, parts=parts))
+    record = dict(identity=digest(parts), halved=halvings, parts=parts)
+    write_record(folder/"checkpoints/training.json", record, CheckpointRecord)
 
 # %% ../../nbs/training/09_fit.ipynb #cell-23
 def _describe_restart(
     folder: Path,   # the stage's folder
-    known: dict,    # content of training.json
+    known: dict,    # content of training.json; empty if it is damaged
     parts: dict,    # from `training_parts`, of the training that begins
 ) -> str:           # a sentence
     "Say why a checkpoint is not used, and how many epochs that costs."
-    history = folder/"checkpoints/history.json"
-    epochs = len(read_json(history)) if history.exists() else 0
-    reasons = "; ".join(restart_reasons(known.get("parts", {}), parts))
+    epochs = len(read_kept(folder/"checkpoints/history.json", list[dict]) or [])
+    reasons = "; ".join(restart_reasons(known.get("parts", {}), parts)) if known else "the record beside it is damaged"
     return f"training begins anew, its checkpoint (epochs finished: {epochs}) is not used: {reasons}"
 
 # %% ../../nbs/training/09_fit.ipynb #02798ef9
@@ -160,12 +162,11 @@ def _find_checkpoint(
     parts: dict,    # from `training_parts`
 ) -> tuple[Path | None, int, str]:   # checkpoint to resume from, halvings of its batch, why another one is not used
     "Find the checkpoint of the same training; delete any other."
-    record = folder/"checkpoints/training.json"
     checkpoint = folder/"checkpoints/last.ckpt"
-    known = read_json(record) if record.exists() else {}
+    known = read_kept(folder/"checkpoints/training.json", CheckpointRecord) or {}
     why = ""
     if checkpoint.exists() and known.get("identity") == digest(parts):
-        if _is_intact(checkpoint): return checkpoint, known["halved"], ""
+        if _is_intact(checkpoint): return checkpoint, known.get("halved", 0), ""
         why = "training begins anew: its checkpoint is damaged"
     elif checkpoint.exists(): why = _describe_restart(folder, known, parts)
     _reset_checkpoints(folder, parts)
@@ -444,7 +445,7 @@ def _train(
         _run_trainer(trainer, module, data, resume, job.folder/"checkpoints/failed.json")
     if module.gathered_weights: model.load_state_dict(module.gathered_weights)
     if in_child and job.logger:
-        rows = read_json(job.folder/"checkpoints/history.json")
+        rows = read_record(job.folder/"checkpoints/history.json", list[dict])
         _log_epochs(job.logger, rows, -(-data.batches_per_epoch // o.accumulate))
     model.to("cpu").eval()
 
@@ -520,7 +521,7 @@ def _read_history(
     notes: list[str],      # from `_check_inputs`
 ) -> pd.DataFrame:         # as `fit` returns it
     "Read the history that the training wrote, and add what was changed."
-    history = pd.DataFrame(read_json(job.folder/"checkpoints/history.json"))
+    history = pd.DataFrame(read_record(job.folder/"checkpoints/history.json", list[dict]))
     notes = notes + ([_halved_note(options)] if halvings else [])
     if len(history) < options.epochs:   # stopped by patience, or by a callback of the caller
         why = f": the validation loss had not fallen for {options.patience}" if options.patience else ""

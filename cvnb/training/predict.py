@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from ..core.output_formats import MetricsRecord
 from ..core.html import html_table
 from ..core.stage import subprogress
 from ..metrics.estimates import Estimate
@@ -108,6 +109,6 @@ def metrics_record(
     notes: list[str],                # about data and training
 ) -> dict:                           # content of metrics.json
     "Collect the content of metrics.json; the speed is left out, because it differs between identical trainings."
-    return dict(history=history.drop(columns="images_per_s").to_dict("records"),
+    return dict(format=MetricsRecord.NEWEST, history=history.drop(columns="images_per_s").to_dict("records"),
                 figures={name: vars(estimate) for name, estimate in metrics.items()},
                 picked=[dict(option=p["option"], picked=p["picked"]) for p in picked], notes=notes)

@@ -23,7 +23,9 @@ import torch
 from pytorch_lightning.tuner import Tuner
 
 from ..core.errors import CvnbError, UsageError
-from ..core.files import digest, read_json, write_json
+from ..core.files import digest
+from ..core.output_formats import PickedOptions
+from ..core.records import read_kept, write_record
 from ..core.html import html_table
 from ..models.devices import torch_device
 from ..models.inference import weights_sha256
@@ -235,13 +237,13 @@ def autotune(
     inputs = [asdict(options), asdict(model.spec), weights_sha256(model), train.identity, torch.cuda.is_available()]
     key = digest(inputs)
     file = Path(folder)/"checkpoints/picked.json"
-    known = read_json(file) if file.exists() else {}
+    known = read_kept(file, PickedOptions) or {}
     if known.get("key") != key:
         if options.devices > 1 and launched_externally() and not (options.batch_size and options.lr):
             raise UsageError("processes of torchrun or Slurm would each pick a batch_size and a lr of their own",
                              "Give both, or let one process make this call before.")
         known = dict(key=key, picked=_pick_options(options, model, train, progress))
-        write_json(file, known)
+        write_record(file, known, PickedOptions)
     values = {p["option"]: p["picked"] for p in known["picked"]}
     table = pd.DataFrame(known["picked"], columns=["option", "picked", "why"], dtype=object)
     return TunedOptions(replace(options, **values), table)

@@ -64,6 +64,7 @@ WRONG_CALLS = {
     "corrections of no run": (["audit", "accept", "nowhere"], ["nowhere", "not a run directory"]),
     "params of no stage": (["params", "tain"], ["tain", "Did you mean 'train'?"]),
     "predict without a model": (["predict", "nowhere", "a.png"], ["nowhere"]),
+    "verify no bundle": (["verify", "nowhere"], ["no bundle in nowhere"]),
     "no such option": (["run", "--sett", "train.epochs=3"], ["no such option: --sett", "--set", "cvnb run --help"]),
     "a parameter as an option": (["run", "--batch-size", "3"],
                                  ["no such option: --batch-size", "--set train.batch_size=…", "cvnb run --help"]),
@@ -116,7 +117,8 @@ def test_installed_command_prints_no_traceback():
     assert done.returncode == 2 and done.stderr.startswith("cvnb: no stage 'trian'") and "Traceback" not in done.stderr
 
 
-COMMANDS = ["run", "status", "sweep", "init", "params", "dashboard", "browse", "audit", "predict", "data", "doctor"]
+COMMANDS = ["run", "status", "sweep", "init", "params", "dashboard", "browse", "audit", "predict", "verify", "data",
+            "doctor"]
 
 
 def test_every_command_has_help_and_is_documented(call, root):

@@ -1,6 +1,7 @@
 """One planted example of each kind of image that users have, with its defined result."""
 from __future__ import annotations
 
+import ast
 import io
 import json
 import os
@@ -16,13 +17,15 @@ import pandas as pd
 import pytest
 from PIL import Image, ImageCms, ImageOps, TiffImagePlugin
 
+from cvnb.audit.privacy import inspect_metadata, strip_metadata
 from cvnb.core.errors import UsageError
 from cvnb.core.files import read_json
 from cvnb.data import images
 from cvnb.data.dataset import scan_dataset
-from cvnb.data.images import Decoding, inspect_image, inspect_images, load_images, open_image
-from cvnb.data.listing import list_images
+from cvnb.data.images import Decoding, UnreadableImage, inspect_image, inspect_images, load_images, open_image
+from cvnb.data.listing import IMAGE_FORMATS, list_images
 from cvnb.data.tables import read_manifest
+from cvnb.export.runtimes import read_pixels
 
 CVNB = Path(sys.executable).with_name("cvnb")
 rng = np.random.default_rng(0)
@@ -269,3 +272,59 @@ def test_audit_handles_every_kind_of_image_and_keeps_groups_together(write_class
     assert {u["path"] for u in audit["unreadable"]} == unreadable and all(u["error"] for u in audit["unreadable"])
     status = subprocess.run([CVNB, "status", tmp_path/"run", "--json"], capture_output=True, text=True).stdout
     assert json.loads(status)[0]["state"] == "fresh"
+
+
+# Formats
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
+
+
+@pytest.fixture
+def ghostscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    "The file that a stand-in for Ghostscript on the search path writes when it is started."
+    from PIL import EpsImagePlugin
+    started = tmp_path/"started"
+    (tmp_path/"bin").mkdir()
+    (tmp_path/"bin/gs").write_text(f"#!/bin/sh\ntouch {started}\necho 10.0.0\n")
+    (tmp_path/"bin/gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path/'bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    return started
+
+
+def test_postscript_in_a_png_is_no_image_and_starts_no_program(tmp_path, ghostscript):
+    (tmp_path/"x.png").write_bytes(POSTSCRIPT)
+    with pytest.raises(UnreadableImage, match="its bytes are EPS, and the formats that are read are JPEG, PNG,") as e:
+        open_image(tmp_path/"x.png")
+    assert len(str(e.value).splitlines()) == 1
+    assert inspect_image(tmp_path/"x.png")["kind"] == "unsupported"
+    assert inspect_metadata(tmp_path/"x.png") == dict(private="", camera="")
+    for call in images.read_deep_values, strip_metadata:
+        with pytest.raises((UnreadableImage, OSError)): call(tmp_path/"x.png")
+    with pytest.raises(UsageError, match=r"x\.png is not an image that can be read \(its bytes are EPS"):
+        read_pixels(tmp_path/"x.png")
+    assert not ghostscript.exists()
+
+
+@pytest.mark.parametrize("format_", ["PCX", "SGI", "DDS", "EPS"])
+def test_format_that_is_not_documented_is_refused(format_, tmp_path):
+    PHOTO.save(tmp_path/"x.jpg", format_)
+    with pytest.raises(UnreadableImage, match=rf"{format_}, and the formats that are read are"):
+        open_image(tmp_path/"x.jpg")
+
+
+def test_every_documented_format_is_read_whatever_its_ending(tmp_path):
+    written = [f for f in IMAGE_FORMATS if f in Image.SAVE or Image.init() and f in Image.SAVE]
+    assert {"JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "TGA", "ICO"} <= {*written}
+    several = dict(MPO=dict(save_all=True, append_images=[PHOTO]))
+    for format_ in [*written, "MPO", "DIB"]:
+        PHOTO.save(tmp_path/"x.png", format_, **several.get(format_, {}))
+        assert inspect_image(tmp_path/"x.png")["format"] == format_
+
+
+def test_each_call_that_opens_an_image_names_formats(root):
+    nodes = [(path, node) for path in (root/"cvnb").rglob("*.py") for node in ast.walk(ast.parse(path.read_text()))]
+    calls = [(path, node) for path, node in nodes
+             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Image.open")]
+    assert calls and [path.name for path, node in calls if "formats" not in {k.arg for k in node.keywords}] == []

@@ -26,7 +26,9 @@ from processes import left_after
 
 from cvnb.core.errors import CvnbError
 from cvnb.core.files import read_json, write_json
+from cvnb.core.formats import StageManifest
 from cvnb.core.project import asset_folder
+from cvnb.core.records import write_record
 from cvnb.core.stage import Stage
 from cvnb.data.tables import write_table
 from cvnb.evaluate import voila_server
@@ -81,7 +83,8 @@ def make_run(folder: Path, wrong: float = 0.4, weights: bool = False) -> Path:
     audit.finish()
     train = Stage("train", folder/"run")
     write_table(train.path("predictions.parquet"), make_predictions(pd.DataFrame(rows), rng, wrong))
-    write_json(train.path("model.json"), dict(backbone="resnet10t", classes=CLASSES))
+    write_json(train.path("model.json"), dict(backbone="resnet10t", classes=CLASSES, image_size=12,
+                                                mean=[0.5] * 3, std=[0.5] * 3))
     if weights: save_weights(train.path("model.safetensors").parent)
     train.finish()
     return folder/"run"
@@ -146,9 +149,9 @@ def test_saliency_pictures_must_belong_to_the_trained_model(tmp_path: Path) -> N
     assert list(read_dashboard_data(run).saliency) == ["cat/002.png"]
     record = read_json(run/"train/stage.json")
     record["outputs"]["model.safetensors"]["sha256"] = "0" * 64   # another training
-    write_json(run/"train/stage.json", record)
+    write_record(run/"train/stage.json", record, StageManifest)
     assert read_dashboard_data(run).saliency == {}
-    write_json(run/"train/stage.json", record | dict(status="failed"))
+    write_record(run/"train/stage.json", record | dict(status="failed"), StageManifest)
     with pytest.raises(CvnbError, match="no finished train stage"): read_dashboard_data(run)
 
 

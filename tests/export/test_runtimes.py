@@ -1,6 +1,7 @@
 """The table of runtimes: a new entry is all that a new runtime needs."""
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ from cvnb.benchmark.table import Benchmark, benchmark_rows, list_candidates, lis
 from cvnb.benchmark.timing import Measurements, Timings, check_control
 from cvnb.cli.doctor import check_installation
 from cvnb.core.errors import CvnbError, UsageError
+from cvnb.core.files import file_record
+from cvnb.core.records import record_digest
 from cvnb.export.bundle import Bundle, bundle_files, bundle_runtimes, write_bundle
 from cvnb.export.onnx import export_onnx
 from cvnb.export.parity import REFERENCE_RUNTIME, bundle_metrics, check_parity, parity_table
@@ -176,9 +179,12 @@ def test_bundle_keeps_two_runtimes_of_one_precision(exported: Path, monkeypatch:
         assert loaded.runtime.name == name and loaded.verify()["images"] == 3
     with pytest.raises(UsageError, match="precision 'int8' does not exist.*'fp32' or 'fp16'"):
         Bundle.load(bundle, "int8")
-    with pytest.raises(CvnbError, match="does not belong to model.copy"):
-        (bundle/"bundle.json").write_text((bundle/"bundle.json").read_text().replace('"cat",', '"cat", "eel",'))
-        Bundle.load(bundle, "copy fp32")
+    record = json.loads((bundle/"bundle.json").read_text())
+    record["labels"].append("eel")
+    (bundle/"labels.txt").write_text("cat\ndog\neel\n")
+    record["files"]["labels.txt"] = file_record(bundle/"labels.txt")
+    (bundle/"bundle.json").write_text(json.dumps(record | dict(digest=record_digest(record))))
+    with pytest.raises(CvnbError, match="model.copy was exported with other labels"): Bundle.load(bundle, "copy fp32")
 
 
 def test_bundle_is_refused_without_runtime_in_it(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:

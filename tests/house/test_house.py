@@ -19,6 +19,7 @@ import nbformat as nbf
 import pytest
 import readme
 import run_tests
+import schemas
 
 from cvnb.cli.doctor import INSTALLED_PARTS
 from cvnb.pipeline.params import read_contracts
@@ -152,6 +153,13 @@ def test_the_recipe_schema_is_that_of_the_notebooks() -> None:
     for recipe in (ROOT/"configs").glob("*.yaml"):
         first = recipe.read_text(encoding="utf-8").partition("\n")[0]
         assert first == "# yaml-language-server: $schema=recipe.schema.json", recipe
+
+
+def test_published_schemas_are_those_of_the_formats() -> None:
+    files = schemas.schema_files()
+    assert sorted(files) == sorted((ROOT/"configs/schemas").iterdir()), "write them anew: python dev/schemas.py"
+    for path, text in files.items():
+        assert path.read_text(encoding="utf-8") == text, f"write {path.name} anew: python dev/schemas.py"
 
 
 # Notebooks

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import zipfile
 from pathlib import Path
 
 import nbformat as nbf
@@ -99,14 +100,25 @@ def test_core_installation_is_small_and_predicts(wheel, smoke_run, tmp_path):
 
 
 @pytest.mark.slow
+def test_wheel_made_from_the_source_distribution_holds_the_projects_files(wheel, root):
+    kinds = dict(stages="nbs/stages/*.ipynb", configs="configs/*.*", dashboards="dashboards/*.ipynb")
+    wanted = {f"cvnb/_project/{kind}/{path.name}" for kind, glob in kinds.items() for path in root.glob(glob)}
+    with zipfile.ZipFile(wheel) as archive: packed = {n for n in archive.namelist() if n.startswith("cvnb/_project/")}
+    assert "cvnb/_project/configs/recipe.schema.json" in packed and packed == wanted
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_fork_server")
-def test_wheel_runs_all_stages(wheel, small_photos, tmp_path):
+def test_wheel_starts_a_project_runs_all_stages_and_predicts(wheel, small_photos, tmp_path):
     bin = install(tmp_path/"venv", "--no-deps", wheel)
     site = next((tmp_path/"venv").glob("lib/*/site-packages"))
     (site/"lock.pth").write_text(sysconfig.get_path("purelib"))   # the lock's packages, where `make setup` has put them
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
     where = call(bin/"python", "-c", "import cvnb, torch; print(cvnb.__file__)", cwd=tmp_path, env=env).stdout.strip()
     assert where == str(site/"cvnb/__init__.py")
+    call(bin/"cvnb", "init", "mine", "--data", small_photos, cwd=tmp_path, env=env)
+    assert (tmp_path/"mine/configs/recipe.schema.json").exists()
+    assert "train" in call(bin/"cvnb", "params", cwd=tmp_path/"mine", env=env).stdout
     sets = ("train.backbone=resnet10t", "train.weights=", "train.epochs=1", "compress.epochs=1", "benchmark.n_calls=20",
             "benchmark.rounds=3")
     options = [arg for s in sets for arg in ("--set", s)]
@@ -116,3 +128,7 @@ def test_wheel_runs_all_stages(wheel, small_photos, tmp_path):
     assert "× torch" in done.stdout and "× peer: speed relative to trained, openvino int8" in done.stdout
     assert (tmp_path/"runs/whole.csv/benchmark/report.html").exists()
     assert str(small_photos) in done.stdout.splitlines()[-2], "the example names an image of the data"
+    image = next(small_photos.rglob("*.png"))
+    done = call(bin/"cvnb", "predict", "runs/whole.csv", image, "--json", cwd=tmp_path, env=env)
+    answer = json.loads(done.stdout)
+    assert answer["path"] == str(image) and answer["label"] in ("1", "7")

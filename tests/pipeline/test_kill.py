@@ -20,6 +20,8 @@ from processes import left_after
 from projects import write_project
 
 from cvnb.core.files import read_json, sha256_file
+from cvnb.core.formats import RunManifest
+from cvnb.core.records import write_record
 
 STAGES = ["audit", "train", "errors", "compress", "export", "benchmark"]
 pytestmark = pytest.mark.usefixtures("own_fork_server")   # a kill has to reach the kernels
@@ -169,7 +171,7 @@ def test_refused_value_is_forgotten_and_finished_stages_stay(tmp_path):
     assert cvnb("run", "--run", run, "--set", "two.seed=4", cwd=where).returncode == 0
     elsewhere = dict(git=dict(commit="0" * 40, dirty=False), machine=dict(cores=3), updated="2026-01-01T00:00:00+00:00")
     before = read_json(run/"run.json") | elsewhere   # as if another commit on another machine had made the run
-    (run/"run.json").write_text(json.dumps(before))
+    write_record(run/"run.json", before, RunManifest)
     for force in [], ["two", "--force"]:
         assert cvnb("run", *force, "--run", run, "--set", "two.seed=13", cwd=where).returncode == 2
         assert values()["two"] == dict(seed=4)

@@ -50,15 +50,15 @@ def test_json_has_all_notes(project):
     assert len(row["notes"]) == 7 and sum(note["exceeded"] for note in row["notes"]) == 1
 
 
-def test_run_of_an_older_version_has_no_notes_and_stays_fresh(project):
+def test_run_of_an_older_version_has_no_notes_and_is_stale_for_lack_of_a_digest(project):
     call(project, "run", "--run", "runs/a")
     path = project/"runs/a/only/stage.json"
     record = read_json(path)
-    del record["notes"]
+    for name in "notes", "format", "digest": del record[name]
     write_json(path, record)
     (row,) = json.loads(call(project, "status", "runs/a", "--json").stdout)
-    assert row["state"] == "fresh" and row["notes"] == []
-    assert call(project, "run", "--run", "runs/a").returncode == 0
+    assert row["state"] == "stale" and row["notes"] == []
+    assert row["reasons"] == ["its manifest has no digest, so it may have been changed"]
     assert "\nonly:" not in call(project, "status", "runs/a").stdout
 
 

@@ -15,6 +15,8 @@ import psutil
 import pytest
 
 from cvnb.core.files import read_json
+from cvnb.core.output_formats import SweepRecord
+from cvnb.core.records import write_record
 from cvnb.pipeline.params import read_contracts
 from cvnb.pipeline.runner import RunParameters
 from cvnb.pipeline.sweep import run_sweep
@@ -219,7 +221,7 @@ def test_trial_pruned_by_another_metric_is_tried_again(project):
     path = project/"sweeps/x/sweep.json"
     record = read_json(path)
     record["trials"][0] |= dict(state="pruned", figure=None, curve=[0.1])
-    path.write_text(json.dumps(record))
+    write_record(path, record, SweepRecord)
     for run in (project/"sweeps/x/trials").glob("*/train/stage.json"): run.unlink()
     sweep(project, *args)
     assert [t["state"] for t in trials(project).values()] == ["pruned", "done"] and calls(project)["train"] == 3
