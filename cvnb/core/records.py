@@ -18,8 +18,8 @@ from .errors import CvnbError
 from .files import atomic_path, digest, load_json, to_plain, write_json
 
 # %% auto #0
-__all__ = ['AGAIN', 'printable', 'check_record', 'record_digest', 'write_record', 'read_record', 'read_kept', 'write_cached',
-           'read_cached']
+__all__ = ['AGAIN', 'printable', 'NewerFormatError', 'check_record', 'record_digest', 'write_record', 'read_record', 'read_kept',
+           'write_cached', 'read_cached']
 
 # %% ../../nbs/core/10_records.ipynb #cd429f4f
 _ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_])")
@@ -73,6 +73,10 @@ def _describe_error(
     return f"{place} {printable(what, 120)}, not {printable(repr(error['input']), 60)}"
 
 # %% ../../nbs/core/10_records.ipynb #30f2c896
+class NewerFormatError(CvnbError):
+    "A file of a later version of cvnb: it is not damaged, and is not to be overwritten."
+
+# %% ../../nbs/core/10_records.ipynb #845c872f
 AGAIN = "Run the stage that writes it again, with --force."
 
 def check_record(
@@ -86,7 +90,7 @@ def check_record(
     newest = getattr(model, "NEWEST", None)
     given = value.get("format", 0) if newest and isinstance(value, dict) else 0
     if type(given) is int and newest and given > newest:
-        raise CvnbError(f"{name} has format {given}, and this cvnb reads formats up to {newest}", "Update cvnb.")
+        raise NewerFormatError(f"{name} has format {given}, and this cvnb reads formats up to {newest}", "Update cvnb.")
     try: _adapter(model).validate_python(value, strict=True)
     except ValidationError as e:
         found = e.errors(include_url=False, include_context=False)

@@ -20,14 +20,15 @@ import cvnb
 from .errors import CvnbError
 from .files import _to_builtin, atomic_path, digest, file_record, sha256_file, write_json
 from .project import resolve_run, shell_path
-from .records import check_record, load_json, printable, read_record, record_digest, write_record
+from .records import NewerFormatError, check_record, load_json, printable, read_record, record_digest
+from .records import write_record
 from .system import machine_info, timestamp
 
 # %% auto #0
 __all__ = ['PENDING_MANIFEST', 'STAGE_MARKER', 'ACCESS_LOG', 'MAX_NOTES', 'lock_run', 'Stage', 'read_ended_stage',
-           'read_stage_manifest', 'manifest_fault', 'read_run_manifest', 'changed_outputs', 'find_output',
-           'check_unchanged', 'split_accesses', 'read_progress', 'subprogress', 'format_metric', 'stage_key',
-           'read_notes', 'format_notes']
+           'read_stage_manifest', 'manifest_fault', 'refuse_newer_format', 'read_run_manifest', 'changed_outputs',
+           'find_output', 'check_unchanged', 'split_accesses', 'read_progress', 'subprogress', 'format_metric',
+           'stage_key', 'read_notes', 'format_notes']
 
 # %% ../../nbs/core/06_stage.ipynb #cell-37
 PENDING_MANIFEST = "stage.json.ready"   # written by `finish` in a pipeline, which renames it to stage.json
@@ -127,6 +128,16 @@ def manifest_fault(
     try: read_ended_stage(run, stage)
     except CvnbError as e: return e.what.replace(f"{run/stage}{os.sep}", "")
     return ""
+
+# %% ../../nbs/core/06_stage.ipynb #5ff9f0a1
+def refuse_newer_format(
+    run: Path,     # run directory
+    stage: str,    # stage name
+) -> None:
+    "Raise `CvnbError` if a later version of cvnb has finished the stage: its result is not to be overwritten unasked."
+    try: read_ended_stage(run, stage)
+    except NewerFormatError as e: raise CvnbError(e.what, "Update cvnb, or give --force to overwrite it.") from None
+    except CvnbError: return   # damaged: the stage runs again
 
 # %% ../../nbs/core/06_stage.ipynb #063a7d76
 def read_run_manifest(

@@ -28,7 +28,7 @@ from ..core.project import project_root
 from ..core.records import write_record
 from ..core.stage import ACCESS_LOG, MAX_NOTES, PENDING_MANIFEST, STAGE_MARKER, format_metric, format_notes, lock_run
 from ..core.stage import manifest_fault, read_ended_stage, read_notes, read_progress, read_run_manifest
-from ..core.stage import read_stage_manifest, split_accesses
+from ..core.stage import read_stage_manifest, refuse_newer_format, split_accesses
 from ..core.system import machine_info, timestamp
 from .freshness import check_named_files, key_parts, lock_digest, read_code_cells, stale_reasons
 from .freshness import summarize_reasons
@@ -394,6 +394,7 @@ def run_pipeline(
             start = time.perf_counter()
             parts = key_parts(known[s], params[s], root)
             forced = force and s in (stages or order)
+            if not forced: refuse_newer_format(run, s)
             why = "--force" if forced else summarize_reasons(stale_reasons(run, known[s], parts))
             progress(s, "start" if why else "fresh", 0, why)
             if why: preload_packages([known[o] for o in order])
