@@ -59,6 +59,8 @@ def lock_run(
         owner = _lock_owner(note)
         raise CvnbError(f"{run} is in use by process {owner.get('pid', '?')} since {owner.get('since', '?')}",
                         f"Wait for it, or give another {option}.") from None
+    except OSError as e:   # of a link too: whoever planted it chose a file that would be emptied
+        raise CvnbError(f"{lock.lock_file} cannot be locked ({e.strerror or e})", f"Give another {option}.") from None
     try:
         write_json(note, dict(pid=os.getpid(), since=timestamp()))
         yield

@@ -73,14 +73,19 @@ def run(tmp_path_factory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def served(run: Path) -> Iterator[tuple[str, str, subprocess.Popen]]:
+def served(run: Path, tmp_path_factory) -> Iterator[tuple[str, str, subprocess.Popen]]:
     "The App in a process: its first line, its address, the process. Afterwards Ctrl-C ends it without a message."
-    command, pipe = [CVNB, "browse", run, "--no-open"], subprocess.PIPE
-    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
+    tmp_path = tmp_path_factory.mktemp("browser")
+    browser, pipe = tmp_path/"browser", subprocess.PIPE
+    browser.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 600 > /dev/null 2>&1\n")
+    browser.chmod(0o700)   # it stays in the foreground, and the App has to answer all the same
+    process = subprocess.Popen([CVNB, "browse", run], stdout=pipe, stderr=pipe, text=True,
+                               env=os.environ | dict(BROWSER=f"{browser} %s"))
     lines = [process.stdout.readline() for _ in range(3)]
     yield lines[0], re.search(r"http://\S+", lines[1])[0], process
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
+    os.kill(int((tmp_path/"pid").read_text()), signal.SIGKILL)
     assert process.returncode == 0 and not out and not err, err
 
 
@@ -209,6 +214,8 @@ def test_reviewer_corrects_images_in_the_app(run, served, playwright_page, tmp_p
     base, token = address.split("?token=")
     from_elsewhere = base.split("/datasets")[0] + f"/media?filepath={run/'run.json'}"
     assert status(base) == status(f"{base}?token=wrong") == status(from_elsewhere) == 403
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    assert len(family) > 1 and not any(token in " ".join(p.cmdline()) for p in family)
     connections = psutil.Process(process.pid).net_connections("tcp")
     assert {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN} == {"127.0.0.1"}
 

@@ -16,6 +16,7 @@ from PIL import Image
 from cvnb.core.cache import RowCache, cache_dir
 from cvnb.core.errors import CvnbError
 from cvnb.core.files import _is_private_group, atomic_path, check_trusted, write_json
+from cvnb.core.stage import lock_run
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="owners and modes of files are POSIX's")
 STRANGER = 12_345
@@ -178,6 +179,13 @@ def test_fork_server_of_another_user_is_refused(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv(FORK_SERVER_VARIABLE, str(tmp_path/"fork"))
     for use in start_fork_server, ForkKernelManager:
         with pytest.raises(CvnbError, match=f"every user.* or unset {FORK_SERVER_VARIABLE}"): use()
+
+
+def test_lock_that_is_a_link_is_refused_and_its_target_kept(tmp_path: Path) -> None:
+    (tmp_path/"precious").write_text("a")
+    (tmp_path/".lock").symlink_to(tmp_path/"precious")
+    with pytest.raises(CvnbError, match=r"\.lock cannot be locked"), lock_run(tmp_path): pass
+    assert (tmp_path/"precious").read_text() == "a"
 
 
 def test_command_line_names_a_planted_cache_in_one_line(cache: Path) -> None:

@@ -321,6 +321,7 @@ def test_doctor_knows_every_imported_package() -> None:
     known = {module for modules, _ in INSTALLED_PARTS.values() for module in modules.split()}
     # These come with dependencies.
     known |= {"pymongo", "hypercorn", "starlette", "threadpoolctl", "IPython", "zmq", "jupyter_client", "click"}
+    known |= {"huggingface_hub", "jupyter_server", "tornado"}
     known |= {"cvnb", "openvino"} | set(sys.stdlib_module_names)   # openvino is measured where it is installed
     for module, source in SOURCES.items():
         unknown = {found.split(".")[0] for found in house.imports(source, around=module.rpartition(".")[0])} - known
