@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['group_ids', 'check_shares', 'assign_splits', 'assign_folds', 'distinct_images', 'read_splits', 'count_copies']
+__all__ = ['group_ids', 'image_groups', 'check_shares', 'assign_splits', 'assign_folds', 'distinct_images', 'read_splits',
+           'count_copies']
 
 # %% ../../nbs/data/14_splits.ipynb #cell-29
 def group_ids(
@@ -39,6 +40,14 @@ def group_ids(
     for a, b in links: sets.merge(a, b)
     ids = {name: max(members) for members in sets.subsets() for name in members}
     return table.pixel_sha256.map(lambda name: ids.get(name, name))
+
+# %% ../../nbs/data/14_splits.ipynb #groups-of
+def image_groups(
+    table: pd.DataFrame,      # path, pixel_sha256; optionally group and near_duplicate_of
+) -> np.ndarray | None:       # id of each image's group (N,); None where the user gave no groups
+    "Name the group of each image for the intervals of metrics."
+    if "group" not in table or not (table.group.fillna("").astype(str) != "").any(): return None
+    return group_ids(table).to_numpy(str)
 
 # %% ../../nbs/data/14_splits.ipynb #check-shares
 def check_shares(
