@@ -201,6 +201,7 @@ def run_benchmark(
     batch_size: int = 32,             # images per batch for throughput
     progress: Callable[[float, str], None] = lambda fraction, text: None,   # takes the share that is done, and a text
     decoding: Decoding = DEFAULT_DECODING,   # of the test images
+    groups: np.ndarray | None = None,   # group of each test image (N,); None where images are independent
 ) -> Benchmark:
     "Measure candidates and make their table; classification only."
     from cvnb.metrics.classification import accuracy
@@ -209,5 +210,5 @@ def run_benchmark(
     accuracies = {c: known[c.model, c.runtime.name] for c in candidates if (c.model, c.runtime.name) in known}
     classify = {c: test_files for c in candidates if c not in accuracies}
     measured = measure_candidates(candidates, images, n_calls, rounds, batch_size, classify, progress, decoding)
-    accuracies |= {c: accuracy(np.array(classes) == labels) for c, classes in measured.classes.items()}
+    accuracies |= {c: accuracy(np.array(classes) == labels, groups) for c, classes in measured.classes.items()}
     return Benchmark(measured, benchmark_rows(measured.timings, accuracies, batch_size))

@@ -14,6 +14,7 @@ from .split_names import SPLITS
 from .tables import read_manifest
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
 
 # %% auto #0
@@ -44,10 +45,13 @@ def group_ids(
 # %% ../../nbs/data/14_splits.ipynb #groups-of
 def image_groups(
     table: pd.DataFrame,      # path, pixel_sha256; optionally group and near_duplicate_of
+    paths: pd.Series | None = None,   # images in another order (N,); by default those of the table
 ) -> np.ndarray | None:       # id of each image's group (N,); None where the user gave no groups
     "Name the group of each image for the intervals of metrics."
     if "group" not in table or not (table.group.fillna("").astype(str) != "").any(): return None
-    return group_ids(table).to_numpy(str)
+    import pandas as pd
+    ids = group_ids(table).to_numpy(str)
+    return ids if paths is None else pd.Series(ids, table.path)[paths].to_numpy()
 
 # %% ../../nbs/data/14_splits.ipynb #check-shares
 def check_shares(

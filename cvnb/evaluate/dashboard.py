@@ -188,8 +188,9 @@ def _format_percent(
     "Write a proportion for people."
     if not estimate.n: return "–", "no images"
     count = f"n = {estimate.n:,}" + f", {estimate.n_groups:,} groups" * (estimate.n_groups > 0)
-    if np.isnan(estimate.low): return "–" if np.isnan(estimate.value) else f"{estimate.value:.1%}", f"no interval · {count}"
-    return f"{estimate.value:.1%}", f"{estimate.low:.1%} … {estimate.high:.1%} · {count}"
+    value = "–" if np.isnan(estimate.value) else f"{estimate.value:.1%}"
+    if np.isnan(estimate.low): return value, f"no interval · {count}"
+    return value, f"{estimate.low:.1%} … {estimate.high:.1%} · {count}"
 
 # %% ../../nbs/evaluate/03_dashboard.ipynb #cell-26
 def _card_html(
@@ -215,7 +216,8 @@ def cards_html(
     cards = [
         _card_html(f"Accuracy, {filters.split}", *_format_percent(accuracy(split.correct, table_groups(split)))),
         _card_html(f"Calibration error, {filters.split}", *_format_percent(calibration)),
-        _card_html("Accuracy of the selection", *_format_percent(accuracy(selection.correct, table_groups(selection))), "chosen"),
+        _card_html("Accuracy of the selection",
+                   *_format_percent(accuracy(selection.correct, table_groups(selection))), "chosen"),
         _card_html("Errors in the selection", f"{n_errors:,}", f"of {len(selection):,} images", "chosen")]
     return f'<div class="cards">{"".join(cards)}</div>'
 

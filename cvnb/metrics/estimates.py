@@ -27,6 +27,10 @@ class Estimate:
     n: int         # observations
     n_groups: int = 0   # groups of observations that the interval is by; 0 where observations are independent
 
+    def __post_init__(self) -> None:
+        for name in "value", "low", "high":   # JSON has null for NaN
+            if getattr(self, name) is None: object.__setattr__(self, name, float("nan"))
+
     def __str__(self) -> str:
         count = f"n={self.n}" + f", {self.n_groups} groups" * (self.n_groups > 0)
         if np.isnan(self.low): return f"{self.value:.4f} (no interval, {count})"

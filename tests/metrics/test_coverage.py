@@ -1,8 +1,6 @@
 """Intervals cover the truth as often as they say, on simulated data; marks and lists keep their level."""
 from __future__ import annotations
 
-from collections import defaultdict
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -41,7 +39,8 @@ def null_table(rng: np.random.Generator, n: int, classes: int, accuracy: float, 
     "Draw predictions of a model that is equally accurate everywhere, with slices that overlap."
     labels = rng.integers(0, classes, n)
     correct = rng.random(n) < accuracy
-    table = pd.DataFrame(dict(label=labels, predicted=np.where(correct, labels, (labels + 1) % classes), correct=correct))
+    predicted = np.where(correct, labels, (labels + 1) % classes)
+    table = pd.DataFrame(dict(label=labels, predicted=predicted, correct=correct))
     light = rng.normal(0, 1, n)
     table = table.assign(brightness=light, contrast=light + rng.normal(0, 1, n), width=32, height=32, tags=[[]] * n)
     return table.assign(**{f"meta_{i}": rng.integers(0, 8, n).astype(str) for i in range(columns)})
@@ -52,7 +51,8 @@ def test_a_model_without_weak_slice_gets_no_mark_in_95_of_100_runs(repeats: int)
     marked = {}
     for accuracy in (0.7, 0.9, 0.98) if repeats > 60 else (0.9,):
         rng = np.random.default_rng(0)
-        marked[accuracy] = np.mean([slice_accuracy(null_table(rng, 600, 10, accuracy)).below.any() for _ in range(repeats)])
+        tables = (null_table(rng, 600, 10, accuracy) for _ in range(repeats))
+        marked[accuracy] = np.mean([slice_accuracy(table).below.any() for table in tables])
     print(marked)
     assert max(marked.values()) <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / repeats)
 
@@ -94,7 +94,8 @@ def test_intervals_of_the_most_confused_pairs_hold_together(repeats: int) -> Non
 
 
 def test_figures_that_nothing_holds_for_have_no_interval() -> None:
-    few = dict(accuracy=dict(correct=[True, False] * 6, groups=[0, 1, 2] * 4), rmse=dict(truth=np.zeros(9), predicted=np.arange(9.)),
+    few = dict(accuracy=dict(correct=[True, False] * 6, groups=[0, 1, 2] * 4),
+               rmse=dict(truth=np.zeros(9), predicted=np.arange(9.)),
                latency_p99=dict(seconds=np.random.default_rng(0).exponential(1, (10, 10))),
                speed_ratio=dict(reference=np.ones((3, 2)), other=np.ones((3, 2))))
     for name, arguments in few.items():
