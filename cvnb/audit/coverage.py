@@ -13,7 +13,7 @@ from ..metrics.estimates import Estimate
 
 # %% auto #0
 __all__ = ['CONTENT_FEATURES', 'SHORTCUT_AUC_LIMITS', 'project_pca', 'neighbour_distances', 'make_ood_samples', 'class_distance',
-           'check_outliers', 'group_columns', 'count_groups', 'check_rare_groups', 'delong_auc', 'simple_features',
+           'check_outliers', 'group_columns', 'count_groups', 'check_rare_groups', 'auc_interval', 'simple_features',
            'feature_lift', 'check_shortcuts', 'domain_classifier_scores', 'drift_tests', 'check_drift',
            'uniqueness_scores']
 
@@ -243,21 +243,24 @@ def _validate_rare_groups(
     return CheckValidation.from_hits(hits, note)
 
 # %% ../../nbs/audit/06_coverage.ipynb #cell-24
-def delong_auc(
+def auc_interval(
     positive: np.ndarray,   # scores of the class (M,)
     negative: np.ndarray,   # scores of the rest (N,)
 ) -> Estimate:              # area under the ROC curve
-    "Estimate an AUC with DeLong's interval (Biometrics 1988)."
+    "Estimate an AUC with a score interval (Newcombe, Statistics in Medicine 25, 2006, method 5)."
+    from scipy.optimize import brentq
     from scipy.stats import rankdata
-    m = len(positive)
-    n = len(negative)
-    ranks = rankdata(np.concatenate([positive, negative]))
-    above = (ranks[:m] - rankdata(positive)) / n   # share of the negative below each positive
-    below = 1 - (ranks[m:] - rankdata(negative)) / m
-    variance = (above.var(ddof=1) if m > 1 else 0.25) / m + (below.var(ddof=1) if n > 1 else 0.25) / n
-    error = np.sqrt(variance)
-    value = float(above.mean())
-    return Estimate(value, float(max(value - 1.96 * error, 0)), float(min(value + 1.96 * error, 1)), m + n)
+    m, n = len(positive), len(negative)
+    value = float((rankdata(np.concatenate([positive, negative]))[:m].sum() - m * (m + 1) / 2) / (m * n))
+    pairs = (m + n) / 2 - 1
+
+    def excess(auc: float) -> float:   # negative inside the interval
+        variance = auc * (1 - auc) * (1 + pairs * (1 - auc) / (2 - auc) + pairs * auc / (1 + auc)) / (m * n)
+        return (value - auc) ** 2 - 1.96**2 * variance
+
+    tiny = 1e-9   # at 0 and 1 the variance is 0
+    low = brentq(excess, 0, min(value, 1 - tiny)) if value > tiny else 0.0
+    return Estimate(value, float(low), float(brentq(excess, max(value, tiny), 1)) if value < 1 - tiny else 1.0, m + n)
 
 # %% ../../nbs/audit/06_coverage.ipynb #cell-26
 CONTENT_FEATURES = ("brightness", "contrast", "size_bytes")   # they depend on the content of an image
@@ -325,7 +328,7 @@ def _class_aucs(
     for i, label in enumerate(classes):
         own = labels == i
         if own.sum() < 20: continue
-        auc = delong_auc(lift[own, i], lift[~own, i])
+        auc = auc_interval(lift[own, i], lift[~own, i])
         rows.append(dict(feature=feature, label=label, auc=auc, limit=limit, flagged=auc.low >= limit))
     return rows
 
@@ -444,7 +447,7 @@ def domain_classifier_scores(
     for rows in (half, ~half):
         model = LogisticRegression(C=0.01, max_iter=200, class_weight="balanced")
         with threadpool_limits(1): scores[~rows] = model.fit(z[rows], other[rows]).decision_function(z[~rows])
-    for rows in (half, ~half): aucs.append(delong_auc(scores[rows & other], scores[rows & ~other]))
+    for rows in (half, ~half): aucs.append(auc_interval(scores[rows & other], scores[rows & ~other]))
     value = np.mean([auc.value for auc in aucs])
     error = np.mean([(auc.high - auc.low) / 2 for auc in aucs])
     return scores, Estimate(float(value), float(max(value - error, 0)), float(min(value + error, 1)), len(x))

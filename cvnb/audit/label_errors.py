@@ -12,7 +12,7 @@ import pandas as pd
 
 from .checks import Check, CheckValidation, make_findings
 from ..metrics.classification import accuracy
-from ..metrics.estimates import Estimate, estimate_proportion
+from ..metrics.estimates import Estimate, estimate_proportion, simultaneous_proportions
 
 # %% auto #0
 __all__ = ['SIMILARITY_DISCOUNT', 'HARD_IMAGE_SHARE', 'PRECISION_MARGIN', 'pca_features', 'add_fourier_features',
@@ -369,9 +369,9 @@ def confused_labels(
         usual = count.sum() / (len(given) * (len(classes) - 1))
         test = binomtest(int(count[i, j]), int(size[i]), usual, alternative="greater")
         if test.pvalue >= 0.05 / (count.size - len(classes)): continue
-        share = estimate_proportion(count[i, j], size[i])
+        low, high = simultaneous_proportions(count[i, j], size[i], count.size - len(classes))
         rows.append(dict(given=str(classes[i]), looks_like=str(classes[j]), images=int(count[i, j]),
-                         share=share.value, low=share.low, high=share.high))
+                         share=float(count[i, j] / size[i]), low=float(low), high=float(high)))
     columns = ["given", "looks_like", "images", "share", "low", "high"]
     table = pd.DataFrame(rows, columns=columns)
     return table.sort_values(["images", "given"], ascending=[False, True], ignore_index=True)

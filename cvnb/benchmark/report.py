@@ -39,7 +39,8 @@ def plot_benchmark(
     from matplotlib.ticker import LogLocator, NullLocator
     figure, axes = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
     for r in rows:
-        bars = [[max(0, r["accuracy"] - r["accuracy_low"])], [max(0, r["accuracy_high"] - r["accuracy"])]]
+        ends = [r["accuracy"] if e is None or e != e else e for e in (r["accuracy_low"], r["accuracy_high"])]
+        bars = [[max(0, r["accuracy"] - ends[0])], [max(0, ends[1] - r["accuracy"])]]
         axes.errorbar(r["p50_ms"], r["accuracy"], yerr=bars, fmt=RUNTIMES[r["runtime"]].marker, markersize=7,
                       color=_COLORS[r["model"]], capsize=3, label=f"{r['model']}, {r['runtime']}")
     axes.set(xscale="log", xlabel="median latency at batch 1, ms, one thread", ylabel="test accuracy")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .timing import Measurements, Timings, bootstrap_rounds, measure_candidates, speed_ratio
+from .timing import Measurements, Timings, measure_candidates, median_latency, speed_ratio, tail_latency
 from .workers import Candidate
 from ..data.images import DEFAULT_DECODING, Decoding
 from ..export.runtimes import MODELS, RUNTIMES, read_pixels
@@ -100,12 +100,11 @@ def _candidate_row(
     batch_size: int,              # images in the large batch
 ) -> dict[str, Any]:              # one row
     "Summarize the measurements of one candidate."
-    percentile_ms = lambda q: bootstrap_rounds(lambda s: 1e3 * float(np.percentile(s, q)), timings.seconds)
-    p50 = percentile_ms(50)
+    p50, p99 = median_latency(timings.seconds), tail_latency(timings.seconds)
     batch_seconds = float(np.median(timings.batch_seconds))
     return dict(
         model=candidate.model, runtime=candidate.runtime.name,
-        **_interval_columns("p50_ms", p50), p99_ms=percentile_ms(99).value, n_calls=p50.n,
+        **_interval_columns("p50_ms", p50), **_interval_columns("p99_ms", p99), n_calls=p50.n,
         images_per_s=1 / float(timings.seconds.mean()),
         images_per_s_batch=batch_size / batch_seconds, batch_size=batch_size,
         size_mb=model_size_mb(candidate.path), peak_memory_mb=timings.peak_memory_mb,
@@ -133,6 +132,8 @@ def _format_interval(
 ) -> str:                  # such as "1.20 [1.10, 1.30]"; empty where there is no value
     "Format a value with its interval."
     if row[name] is None: return ""
+    low = row.get(f"{name}_low")   # a table of an earlier version lacks the interval of p99
+    if low is None or low != low: return f"{row[name]:.{digits}f} (no interval)"
     return f"{row[name]:.{digits}f} [{row[f'{name}_low']:.{digits}f}, {row[f'{name}_high']:.{digits}f}]"
 
 # %% ../../nbs/benchmark/03_table.ipynb #7e32a4c8
@@ -147,7 +148,7 @@ def benchmark_table(
         "p50 ms": _format_interval(r, "p50_ms", 3),
         "× torch": _format_interval(r, "speedup", 2),
         "× peer": _format_interval(r, "vs_peer", 2),
-        "p99 ms": f"{r['p99_ms']:.3f}",
+        "p99 ms": _format_interval(r, "p99_ms", 3),
         "images/s": f"{r['images_per_s']:.0f}",
         f"images/s, batch {r['batch_size']}": f"{r['images_per_s_batch']:.0f}",
         "MB": f"{r['size_mb']:.2f}",
@@ -200,6 +201,7 @@ def run_benchmark(
     batch_size: int = 32,             # images per batch for throughput
     progress: Callable[[float, str], None] = lambda fraction, text: None,   # takes the share that is done, and a text
     decoding: Decoding = DEFAULT_DECODING,   # of the test images
+    groups: np.ndarray | None = None,   # group of each test image (N,); None where images are independent
 ) -> Benchmark:
     "Measure candidates and make their table; classification only."
     from cvnb.metrics.classification import accuracy
@@ -208,5 +210,5 @@ def run_benchmark(
     accuracies = {c: known[c.model, c.runtime.name] for c in candidates if (c.model, c.runtime.name) in known}
     classify = {c: test_files for c in candidates if c not in accuracies}
     measured = measure_candidates(candidates, images, n_calls, rounds, batch_size, classify, progress, decoding)
-    accuracies |= {c: accuracy(np.array(classes) == labels) for c, classes in measured.classes.items()}
+    accuracies |= {c: accuracy(np.array(classes) == labels, groups) for c, classes in measured.classes.items()}
     return Benchmark(measured, benchmark_rows(measured.timings, accuracies, batch_size))

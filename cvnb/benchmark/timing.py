@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from cvnb.metrics.estimates import Estimate
 
 # %% auto #0
-__all__ = ['CONTROL', 'CONTROL_LIMITS', 'Timings', 'bootstrap_rounds', 'speed_ratio', 'find_control', 'check_control',
-           'load_average', 'Measurements', 'measure_candidates']
+__all__ = ['CONTROL', 'CONTROL_LIMITS', 'Timings', 'median_latency', 'tail_latency', 'speed_ratio', 'find_control',
+           'check_control', 'load_average', 'Measurements', 'measure_candidates']
 
 # %% ../../nbs/benchmark/02_timing.ipynb #29d624f1
 @dataclass(frozen=True)
@@ -64,23 +64,61 @@ def _start_workers(
         yield workers
 
 # %% ../../nbs/benchmark/02_timing.ipynb #c57e7c4c
-def bootstrap_rounds(
-    statistic: Callable[..., float],   # of arrays (rounds, calls)
-    *seconds: np.ndarray,              # one or more of these, with the same rounds
-) -> Estimate:                         # n counts calls
-    "Estimate a statistic of timings with an interval from resampled rounds."
-    from cvnb.metrics.estimates import Estimate, bootstrap
-    rounds = np.arange(len(seconds[0]))
-    found = bootstrap(lambda rows: statistic(*(s[rows.astype(int)] for s in seconds)), rounds, n_resamples=300)
-    return Estimate(found.value, found.low, found.high, seconds[0].size)
+_MIN_ROUNDS = 5   # fewer have no interval
+
+def _round_error(
+    values: np.ndarray,   # one per round (R,)
+) -> float:               # half of the 95 % interval of their mean; NaN for no interval
+    "Estimate the error of a mean of rounds, corrected for the correlation of successive rounds."
+    from scipy.special import stdtrit
+    n = len(values)
+    if n < _MIN_ROUNDS: return float("nan")
+    centered = values - values.mean()
+    total = float(centered @ centered)
+    correlation = float(np.clip(centered[1:] @ centered[:-1] / total + 1 / n, 0, 0.75)) if total else 0.0
+    error = np.sqrt(total / (n - 1) / n * (1 + correlation) / (1 - correlation))
+    return float(stdtrit(n - 1, 0.975) * error)
+
+# %% ../../nbs/benchmark/02_timing.ipynb #median-def
+def median_latency(
+    seconds: np.ndarray,   # (rounds, calls)
+) -> Estimate:             # in milliseconds; n counts calls
+    "Estimate a median latency with an interval by rounds (Law and Kelton, 2000, section 9.5)."
+    from cvnb.metrics.estimates import Estimate
+    value = 1e3 * float(np.median(seconds))
+    error = _round_error(np.log(np.median(seconds, axis=1)))
+    return Estimate(value, value * float(np.exp(-error)), value * float(np.exp(error)), seconds.size)
+
+# %% ../../nbs/benchmark/02_timing.ipynb #tail-def
+def tail_latency(
+    seconds: np.ndarray,   # (rounds, calls)
+    q: float = 99,         # percentile
+) -> Estimate:             # in milliseconds; n counts calls
+    "Estimate a high percentile of latencies with an interval from order statistics (Conover, 1999, section 3.2)."
+    from scipy.stats import binom
+    from cvnb.metrics.estimates import Estimate
+    rounds, calls = seconds.shape
+    value = 1e3 * float(np.percentile(seconds, q))
+    slow = (seconds > np.percentile(seconds, 90)).sum(1)   # of each round, because those above `q` are too few
+    effect = max(1.0, float(np.var(slow, ddof=1)) / (0.09 * calls)) if rounds > 1 else float(calls)
+    n = max(1, int(seconds.size / effect))
+    low, high = int(binom.ppf(0.025, n, q / 100)), int(binom.ppf(0.975, n, q / 100)) + 1   # ranks among n
+    if high > n or low < 1 or rounds < _MIN_ROUNDS: return Estimate(value, float("nan"), float("nan"), seconds.size)
+    ordered = 1e3 * np.sort(seconds, axis=None)
+    at = lambda rank: float(ordered[min(int(np.ceil(rank * seconds.size / n)), seconds.size) - 1])
+    return Estimate(value, min(at(low), value), max(at(high), value), seconds.size)
 
 # %% ../../nbs/benchmark/02_timing.ipynb #88edd150
 def speed_ratio(
     reference: np.ndarray,   # seconds (rounds, calls)
     other: np.ndarray,       # seconds (rounds, calls), from the same rounds
 ) -> Estimate:               # how many times faster `other` is
-    "Estimate the ratio of two medians."
-    return bootstrap_rounds(lambda a, b: float(np.median(a) / np.median(b)), reference, other)
+    "Estimate the ratio of two medians: the geometric mean over rounds, with an interval by rounds."
+    from cvnb.metrics.estimates import Estimate
+    ratios = np.log(np.median(reference, axis=1)) - np.log(np.median(other, axis=1))
+    error = _round_error(ratios)
+    low, value, high = (float(np.exp(ratios.mean() + e)) for e in (-error, 0, error))
+    return Estimate(value, low, high, reference.size)
 
 # %% ../../nbs/benchmark/02_timing.ipynb #a22daec9
 CONTROL = ("trained", "onnx fp32")   # model and runtime that run in two processes

@@ -242,7 +242,10 @@ def metric(self: Stage,
     builtin = (int, float, type(None))
     plain = lambda v: (int(v) if isinstance(v, bool) else v if type(v) in builtin else _to_builtin(v))
     given = dict(value=value, low=low, high=high, n=n)
-    self.metrics[name] = {k: plain(getattr(value, k, v)) for k, v in given.items()}
+    record = {k: plain(getattr(value, k, v)) for k, v in given.items()}
+    record |= {k: None for k in ("low", "high") if record[k] != record[k]}   # NaN: no interval
+    if groups := getattr(value, "n_groups", 0): record["n_groups"] = int(groups)
+    self.metrics[name] = record
     return value
 
 # %% ../../nbs/core/06_stage.ipynb #cell-49
@@ -334,12 +337,15 @@ def _collect(self: Stage) -> dict[str, dict]:   # file -> {"path", "sha256", "by
 
 # %% ../../nbs/core/06_stage.ipynb #cell-53
 def format_metric(
-    metric: dict,   # value, low, high, n
-) -> str:           # "0.9840 [0.9740, 0.9900] (n=750)"
+    metric: dict,   # value, low, high, n; n_groups where the interval is by group
+) -> str:           # "0.9840 [0.9740, 0.9900] (n=750)", "0.98 (no interval, n=4)"
     "Format a recorded metric with its interval and count."
     number = lambda v: "–" if v is None else f"{v:,}" if isinstance(v, int) else f"{v:.4g}"
     interval = "" if metric["low"] is None else f" [{number(metric['low'])}, {number(metric['high'])}]"
-    return number(metric["value"]) + interval + (f" (n={metric['n']:,})" if metric["n"] else "")
+    notes = [f"n={metric['n']:,}"] if metric["n"] else []
+    if metric["n"] and metric["low"] is None: notes.insert(0, "no interval")   # counts have no n
+    if metric.get("n_groups"): notes.append(f"{metric['n_groups']:,} groups")
+    return number(metric["value"]) + interval + (f" ({', '.join(notes)})" if notes else "")
 
 # %% ../../nbs/core/06_stage.ipynb #cell-54
 @patch

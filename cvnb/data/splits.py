@@ -14,13 +14,14 @@ from .split_names import SPLITS
 from .tables import read_manifest
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
 
     from cvnb.core.stage import Stage
 
 # %% auto #0
-__all__ = ['IMAGE_ROLES', 'group_ids', 'check_shares', 'assign_splits', 'assign_folds', 'distinct_images', 'read_splits',
-           'count_copies', 'ImageRole', 'record_images']
+__all__ = ['IMAGE_ROLES', 'group_ids', 'image_groups', 'check_shares', 'assign_splits', 'assign_folds', 'distinct_images',
+           'read_splits', 'count_copies', 'ImageRole', 'record_images']
 
 # %% ../../nbs/data/14_splits.ipynb #cell-29
 def group_ids(
@@ -42,6 +43,17 @@ def group_ids(
     for a, b in links: sets.merge(a, b)
     ids = {name: max(members) for members in sets.subsets() for name in members}
     return table.pixel_sha256.map(lambda name: ids.get(name, name))
+
+# %% ../../nbs/data/14_splits.ipynb #groups-of
+def image_groups(
+    table: pd.DataFrame,      # path, pixel_sha256; optionally group and near_duplicate_of
+    paths: pd.Series | None = None,   # images in another order (N,); by default those of the table
+) -> np.ndarray | None:       # id of each image's group (N,); None where the user gave no groups
+    "Name the group of each image for the intervals of metrics."
+    if "group" not in table or not (table.group.fillna("").astype(str) != "").any(): return None
+    import pandas as pd
+    ids = group_ids(table).to_numpy(str)
+    return ids if paths is None else pd.Series(ids, table.path)[paths].to_numpy()
 
 # %% ../../nbs/data/14_splits.ipynb #check-shares
 def check_shares(

@@ -31,7 +31,7 @@ from ..core.stage import find_output, manifest_fault, read_stage_manifest
 from ..data.image_grid import truncate
 from ..data.images import DEFAULT_DECODING, Decoding, open_image
 from ..data.tables import MANIFEST_COLUMNS, PREDICTION_COLUMNS, read_output_table
-from .errors import confused_pairs, prediction_table, slice_accuracy
+from .errors import confused_pairs, prediction_table, slice_accuracy, table_groups
 from .voila_server import check_trained_run
 from ..metrics.classification import accuracy, calibration_error, calibration_table, confusion_matrix
 from ..metrics.estimates import Estimate
@@ -190,7 +190,10 @@ def _format_percent(
 ) -> tuple[str, str]:     # the value, and its interval with the count
     "Write a proportion for people."
     if not estimate.n: return "–", "no images"
-    return f"{estimate.value:.1%}", f"{estimate.low:.1%} … {estimate.high:.1%} · n = {estimate.n:,}"
+    count = f"n = {estimate.n:,}" + f", {estimate.n_groups:,} groups" * (estimate.n_groups > 0)
+    value = "–" if np.isnan(estimate.value) else f"{estimate.value:.1%}"
+    if np.isnan(estimate.low): return value, f"no interval · {count}"
+    return value, f"{estimate.low:.1%} … {estimate.high:.1%} · {count}"
 
 # %% ../../nbs/evaluate/03_dashboard.ipynb #cell-26
 def _card_html(
@@ -214,9 +217,10 @@ def cards_html(
     selection = apply_filters(data.table, filters, "show")
     n_errors = int((~selection.correct).sum())
     cards = [
-        _card_html(f"Accuracy, {filters.split}", *_format_percent(accuracy(split.correct))),
+        _card_html(f"Accuracy, {filters.split}", *_format_percent(accuracy(split.correct, table_groups(split)))),
         _card_html(f"Calibration error, {filters.split}", *_format_percent(calibration)),
-        _card_html("Accuracy of the selection", *_format_percent(accuracy(selection.correct)), "chosen"),
+        _card_html("Accuracy of the selection",
+                   *_format_percent(accuracy(selection.correct, table_groups(selection))), "chosen"),
         _card_html("Errors in the selection", f"{n_errors:,}", f"of {len(selection):,} images", "chosen")]
     return f'<div class="cards">{"".join(cards)}</div>'
 
@@ -336,7 +340,7 @@ def reliability_figure(
 # %% ../../nbs/evaluate/03_dashboard.ipynb #cell-41
 _BAR_ROW = """<tr class="{css_class}"><td>{name}</td>
 <td class="bar"><i style="left:{low:.1f}%;width:{width:.1f}%"></i><b style="left:{value:.1f}%"></b></td>
-<td>{value:.1f}%</td><td class="soft">{low:.1f} … {high:.1f}%</td><td class="soft">n = {n:,}</td></tr>"""
+<td>{value:.1f}%</td><td class="soft">{interval}</td><td class="soft">n = {n:,}</td></tr>"""
 
 # %% ../../nbs/evaluate/03_dashboard.ipynb #cell-42
 def _bar_list_html(
@@ -350,8 +354,9 @@ def _bar_list_html(
     bars = []
     for name, row, mark in zip(names, rows.itertuples(), marked):
         bars.append(_BAR_ROW.format(
-            css_class="marked" if mark else "", name=escape(name), value=100 * row.value, low=100 * row.low,
-            high=100 * row.high, width=100 * (row.high - row.low), n=row.n))
+            css_class="marked" if mark else "", name=escape(name), value=100 * row.value, n=row.n,
+            low=100 * np.nan_to_num(row.low), width=100 * np.nan_to_num(row.high - row.low),
+            interval="no interval" if np.isnan(row.low) else f"{100 * row.low:.1f} … {100 * row.high:.1f}%"))
     return (f'<div class="list"><h2>{escape(title)}</h2><p>{escape(note)}</p>'
             f'<table>{"".join(bars)}</table></div>')
 
@@ -366,10 +371,10 @@ def weak_spots_html(
     pairs = confused_pairs(table, _LIST_LENGTH)
     worst = _bar_list_html(
         "Least accurate slices",
-        "Red: ten images or more, and the whole interval lies below the accuracy of the split.",
+        "Red: more errors than chance explains. The 95 % intervals hold for all slices at once.",
         slices.slice + " " + slices.name, slices.rename(columns=dict(accuracy="value")), slices.below)
     confused = _bar_list_html(
-        "Most confused pairs", "Share of the true class, with its 95 % interval.",
+        "Most confused pairs", "Share of the true class. The 95 % intervals hold for all pairs at once.",
         pairs.label + " predicted as " + pairs.predicted, pairs.rename(columns=dict(share="value")),
         [False] * len(pairs))
     return f'<div class="lists">{worst}{confused}</div>'
@@ -585,7 +590,7 @@ class Dashboard:
     def _summarize_split(self, split: str) -> tuple[Estimate, str]:   # calibration error, and the weak spots' HTML
         "Compute what depends on no other filter."
         table = self.data.table[self.data.table.split == split]
-        return calibration_error(table.confidence, table.correct), weak_spots_html(table)
+        return calibration_error(table.confidence, table.correct, groups=table_groups(table)), weak_spots_html(table)
 
 # %% ../../nbs/evaluate/03_dashboard.ipynb #cell-58
 @patch

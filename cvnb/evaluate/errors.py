@@ -18,16 +18,18 @@ from ..core.output_formats import ErrorsRecord
 from ..core.html import html_table
 from ..data.image_grid import plot_image_grid, truncate
 from ..data.images import DEFAULT_DECODING, Decoding
+from ..data.splits import image_groups
 from ..metrics.classification import accuracy, calibration_error, calibration_table, confusion_matrix
 from ..metrics.classification import per_class_metrics
-from ..metrics.estimates import Estimate, estimate_proportion
+from ..metrics.estimates import Estimate, Units, design_effect, simultaneous_proportions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['prediction_table', 'most_confident_errors', 'plot_predictions', 'plot_confusion', 'confused_pairs', 'tertiles',
-           'slice_accuracy', 'plot_slices', 'plot_reliability', 'ErrorAnalysis', 'analyze_errors', 'error_summary']
+__all__ = ['MIN_SLICE_IMAGES', 'FALSE_DISCOVERIES', 'prediction_table', 'table_groups', 'most_confident_errors',
+           'plot_predictions', 'plot_confusion', 'confused_pairs', 'tertiles', 'slice_accuracy', 'plot_slices',
+           'plot_reliability', 'ErrorAnalysis', 'analyze_errors', 'error_summary']
 
 # %% ../../nbs/evaluate/01_errors.ipynb #cell-5
 _AUDIT_COLUMNS = ["path", "brightness", "contrast", "width", "height", "tags", "label_score"]
@@ -37,14 +39,22 @@ def prediction_table(
     predictions: pd.DataFrame,   # from predictions.parquet
     manifest: pd.DataFrame,      # from manifest.parquet
     split: str = "",             # only this split; all splits if empty
-) -> pd.DataFrame:               # `predictions` with the columns of `_AUDIT_COLUMNS` and meta_*, ordered by path
+) -> pd.DataFrame:               # `predictions` with `_AUDIT_COLUMNS`, meta_* and group, ordered by path
     "Join predictions with the audit's manifest; raise `CvnbError` where the split has none. Classification only."
     table = predictions[predictions.split == split] if split else predictions
     if table.empty:
         raise CvnbError(f"there are no predictions for split '{split or 'any'}'",
                         "Give that split images and run train again.")
     properties = manifest.reindex(columns=[*_AUDIT_COLUMNS, *(c for c in manifest if c.startswith("meta_"))])
+    if (groups := image_groups(manifest)) is not None: properties["group"] = groups
     return table.merge(properties, on="path", how="left", validate="1:1").sort_values("path", ignore_index=True)
+
+# %% ../../nbs/evaluate/01_errors.ipynb #groups-fn
+def table_groups(
+    table: pd.DataFrame,      # from `prediction_table`
+) -> np.ndarray | None:       # group of each image (N,); None where images are independent
+    "Return the groups of a table's images."
+    return table.group.to_numpy() if "group" in table else None
 
 # %% ../../nbs/evaluate/01_errors.ipynb #cell-11
 def most_confident_errors(
@@ -93,18 +103,40 @@ def plot_confusion(
     plt.close(figure)
     return figure
 
+# %% ../../nbs/evaluate/01_errors.ipynb #effective-fn
+def _effective_number(
+    hits: np.ndarray,            # bool (M,)
+    groups: np.ndarray | None,   # group of each image (M,); None where images are independent
+) -> float:                      # at most M; NaN for too few groups
+    "Count independent images that would tell as much about a share."
+    n = len(hits)
+    if groups is None: return float(n)
+    units = Units.of(groups, n)
+    if units.too_few: return float("nan")
+    share = hits.mean()
+    return n / design_effect((hits - share) / n, share * (1 - share) / n, np.ones(n), ~hits, units)
+
 # %% ../../nbs/evaluate/01_errors.ipynb #cell-22
 def confused_pairs(
     table: pd.DataFrame,   # from `prediction_table`
     n: int = 10,           # at most so many pairs
+    n_classes: int = 0,    # of the model; 0: those of the table
 ) -> pd.DataFrame:         # label, predicted, mistakes, share of the label's images with low and high, n
-    "List the pairs of classes with the most errors, with the share of the true class and its interval."
+    "List the pairs of classes with the most errors, with the share of the true class; the intervals hold together."
     totals = table.label.value_counts()
+    n_classes = n_classes or len(set(table.label) | set(table.predicted))
     pairs = table[~table.correct].groupby(["label", "predicted"]).size().rename("mistakes").reset_index()
     pairs = pairs.sort_values(["mistakes", "label", "predicted"], ascending=[False, True, True]).head(n)
-    shares = [vars(estimate_proportion(row.mistakes, totals[row.label])) for row in pairs.itertuples()]
-    shares = pd.DataFrame(shares, columns=["value", "low", "high", "n"]).rename(columns={"value": "share"})
-    return pairs.reset_index(drop=True).join(shares)
+    pairs = pairs.reset_index(drop=True)
+    groups = table_groups(table)
+    count = pairs.label.map(totals).to_numpy(int)
+    effective = np.array(count, float)
+    for i, row in enumerate(pairs.itertuples() if groups is not None else []):
+        own = (table.label == row.label).to_numpy()
+        effective[i] = _effective_number((table.predicted == row.predicted).to_numpy()[own], groups[own])
+    share = pairs.mistakes.to_numpy(float) / count
+    low, high = simultaneous_proportions(share * effective, effective, len(totals) * (n_classes - 1))
+    return pairs.assign(share=share, low=low, high=high, n=count)
 
 # %% ../../nbs/evaluate/01_errors.ipynb #cell-25
 def tertiles(
@@ -145,18 +177,53 @@ def _iter_slices(
     for column in [c for c in table if c.startswith("meta_")]:
         for name, mask in _metadata_groups(table[column]).items(): yield column.removeprefix("meta_"), name, mask
 
+# %% ../../nbs/evaluate/01_errors.ipynb #slice-test
+def _slice_p_values(
+    correct: np.ndarray,         # bool (N,)
+    masks: list[np.ndarray],     # bool (N,) of each slice
+    groups: np.ndarray | None,   # group of each image (N,); None where images are independent
+) -> np.ndarray:                 # that a slice has so many errors by chance; NaN for a slice that cannot be tested
+    "Test slices against all images: Fisher's exact test, and where images come in groups a t-test by group as well."
+    from scipy.special import stdtr
+    from scipy.stats import hypergeom
+    wrong = ~correct
+    sizes = np.array([mask.sum() for mask in masks])
+    errors = np.array([wrong[mask].sum() for mask in masks])
+    p = hypergeom.sf(errors - 1, len(correct), wrong.sum(), sizes)
+    if groups is None: return p
+    units = Units.of(groups, len(correct))
+    for i, mask in enumerate(masks):
+        own = len(np.unique(units.codes[mask]))
+        rest = max(len(correct) - sizes[i], 1)
+        residuals = (wrong - wrong.mean()) * np.where(mask, 1 / max(sizes[i], 1), -1 / rest)
+        spread = np.sqrt(units.n / max(units.n - 1, 1) * (units.sum(residuals) ** 2).sum())
+        if units.grouped and own < 5: p[i] = np.nan
+        elif spread > 0: p[i] = max(p[i], stdtr(own - 1, -residuals.sum() / spread))
+    return p
+
 # %% ../../nbs/evaluate/01_errors.ipynb #cell-28
+MIN_SLICE_IMAGES = 10      # smaller slices are not tested
+FALSE_DISCOVERIES = 0.05   # expected share of false ones among the marked slices
+
 def slice_accuracy(
     table: pd.DataFrame,   # from `prediction_table`
-) -> pd.DataFrame:         # slice, name, accuracy, low, high, n, below; least accurate first
-    "Measure the accuracy of every slice; mark those of ten images or more with an interval below the overall accuracy."
-    rows = []
-    for kind, name, mask in _iter_slices(table):
-        found = accuracy(table.correct[mask])
-        rows.append(dict(slice=kind, name=name, accuracy=found.value, low=found.low, high=found.high, n=found.n))
-    slices = pd.DataFrame(rows)
-    below = (slices.high < accuracy(table.correct).value) & (slices.n >= 10)
-    return slices.assign(below=below).sort_values(["accuracy", "slice", "name"], ignore_index=True)
+) -> pd.DataFrame:         # slice, name, accuracy, low, high, n, p, below; lowest accuracy first
+    "Measure the accuracy of each slice; mark those that have more errors than chance (Benjamini and Yekutieli, 2001)."
+    from scipy.stats import false_discovery_control
+    found = list(_iter_slices(table))
+    correct, groups = table.correct.to_numpy(bool), table_groups(table)
+    masks = [mask for _, _, mask in found]
+    n = np.array([mask.sum() for mask in masks])
+    share = np.array([correct[mask].mean() for mask in masks])
+    effective = [_effective_number(correct[m], None if groups is None else groups[m]) for m in masks]
+    low, high = simultaneous_proportions(share * effective, effective, len(masks))
+    p = _slice_p_values(correct, masks, groups)
+    tested = (n >= MIN_SLICE_IMAGES) & np.isfinite(p)
+    p = np.where(tested, p, np.nan)
+    if tested.any(): p[tested] = false_discovery_control(np.clip(p[tested], 0, 1), method="by")
+    slices = pd.DataFrame(dict(slice=[kind for kind, _, _ in found], name=[name for _, name, _ in found],
+                               accuracy=share, low=low, high=high, n=n, p=p, below=p < FALSE_DISCOVERIES))
+    return slices.sort_values(["accuracy", "slice", "name"], ignore_index=True)
 
 # %% ../../nbs/evaluate/01_errors.ipynb #cell-33
 _SLICES_PLOTTED = 30   # the least accurate ones
@@ -165,7 +232,7 @@ def plot_slices(
     slices: pd.DataFrame,   # from `slice_accuracy`
     overall: float,         # overall accuracy
 ) -> Figure:                # a matplotlib figure
-    "Plot the least accurate slices with intervals; those below the overall accuracy are red."
+    "Plot the least accurate slices with intervals that hold together; the marked ones are red."
     import matplotlib.pyplot as plt
     rows = slices.head(_SLICES_PLOTTED)[::-1]
     figure, ax = plt.subplots(figsize=(7, 0.8 + 0.22 * len(rows)))
@@ -176,7 +243,7 @@ def plot_slices(
     ax.axvline(overall, color="grey", lw=1, ls="--")
     names = [f"{row.slice} {truncate(row.name, 24)} (n={row.n})" for row in rows.itertuples()]
     ax.set_yticks(range(len(rows)), names, fontsize=8, parse_math=False)
-    ax.set_xlabel("accuracy with 95 % interval; dashed: all images")
+    ax.set_xlabel("accuracy with 95 % interval for all slices at once; dashed: all images")
     figure.tight_layout()
     plt.close(figure)
     return figure
@@ -216,7 +283,7 @@ class ErrorAnalysis:
 
     @property
     def slices_below(self) -> pd.DataFrame:   # rows of `slices`
-        "List the slices whose interval lies below the overall accuracy."
+        "List the slices that have more errors than chance explains."
         return self.slices[self.slices.below]
 
     @property
@@ -242,14 +309,15 @@ def analyze_errors(
     n_images: int = 16,    # how many of the most confident errors to list
 ) -> ErrorAnalysis:        # with every metric
     "Measure a model's errors on one split. Classification only."
+    groups = table_groups(table)
     return ErrorAnalysis(
         split=split, classes=list(classes), n=len(table), n_errors=int((~table.correct).sum()),
-        accuracy=accuracy(table.correct),
-        calibration_error=calibration_error(table.confidence, table.correct, bins),
-        per_class=per_class_metrics(table.label, table.predicted, classes),
+        accuracy=accuracy(table.correct, groups),
+        calibration_error=calibration_error(table.confidence, table.correct, bins, groups),
+        per_class=per_class_metrics(table.label, table.predicted, classes, groups),
         confusion=confusion_matrix(table.label, table.predicted, classes),
-        confused_pairs=confused_pairs(table),
-        calibration=calibration_table(table.confidence, table.correct, bins),
+        confused_pairs=confused_pairs(table, n_classes=len(classes)),
+        calibration=calibration_table(table.confidence, table.correct, bins, groups),
         slices=slice_accuracy(table),
         worst=most_confident_errors(table, n_images))
 

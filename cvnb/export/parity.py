@@ -77,13 +77,15 @@ def measure_parity(
     found: np.ndarray,      # the runtime's probabilities (N, C)
     labels: np.ndarray,     # int (N,), true classes
     paths: Iterable[str],   # N names, to name the worst
+    groups: np.ndarray | None = None,   # group of each image (N,); None where images are independent
 ) -> ParityResult:
     "Compare a runtime's class probabilities with torch's; classification only."
     from cvnb.metrics.classification import accuracy
     gap = np.abs(expected - found).max(1)   # (N,)
     worst = int(np.argmax(np.where(np.isnan(gap), np.inf, gap)))   # NaN counts as the largest difference
     return ParityResult(runtime, float(gap[worst]), list(paths)[worst] if gap[worst] != 0 else "",
-                        accuracy(expected.argmax(1) == found.argmax(1)), accuracy(found.argmax(1) == labels))
+                        accuracy(expected.argmax(1) == found.argmax(1), groups),
+                        accuracy(found.argmax(1) == labels, groups))
 
 # %% ../../nbs/export/04_parity.ipynb #e4d65709
 def require_parity(
@@ -101,10 +103,11 @@ def compare_runtimes(
     predictions: dict[str, np.ndarray],   # from `predict_with_runtimes`
     labels: np.ndarray,                   # int (N,), true classes
     paths: Iterable[str],                 # N names, to name the worst
+    groups: np.ndarray | None = None,     # group of each image (N,); None where images are independent
 ) -> dict[str, ParityResult]:             # by runtime
     "Compare every runtime with torch."
     expected = predictions[REFERENCE_RUNTIME]
-    return {name: measure_parity(name, expected, found, labels, paths) for name, found in predictions.items()}
+    return {name: measure_parity(name, expected, found, labels, paths, groups) for name, found in predictions.items()}
 
 # %% ../../nbs/export/04_parity.ipynb #abd87c2c
 def parity_table(
@@ -173,6 +176,7 @@ def check_parity(
     decoding: Decoding = DEFAULT_DECODING,   # of the data set
 ) -> ParityReport:
     "Compare every model in every runtime over the test set; classification only."
+    from cvnb.data.splits import image_groups
     from cvnb.models.vision_model import task_of
     results = {}
     correct = {}
@@ -180,7 +184,7 @@ def check_parity(
     for name, model in models.items():
         labels = task_of(model.spec).encode(test.label, classes, test.path)
         predictions = predict_with_runtimes(model, name, run, root, test.path, decoding)
-        results[name] = compare_runtimes(predictions, labels, test.path)
+        results[name] = compare_runtimes(predictions, labels, test.path, image_groups(test))
         correct[name] = {runtime: found.argmax(1) == labels for runtime, found in predictions.items()}
         reasons = {f"{name}, {runtime.name}": runtime.missing_reason(run, name) for runtime in _compared_runtimes()}
         left_out |= {candidate: reason for candidate, reason in reasons.items() if reason}

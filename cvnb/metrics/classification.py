@@ -5,13 +5,13 @@
 # %% ../../nbs/metrics/02_classification.ipynb #ae234b29
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
-from .estimates import Estimate, bootstrap, estimate_proportion, safe_divide, weighted_bootstrap
+from .estimates import Estimate, Units, design_effect, estimate_proportion, mean_share_interval
+from .estimates import safe_divide, score_interval
 
 # %% auto #0
 __all__ = ['accuracy', 'per_class_metrics', 'confusion_matrix', 'balanced_accuracy', 'f1', 'mean_average_precision',
@@ -19,31 +19,56 @@ __all__ = ['accuracy', 'per_class_metrics', 'confusion_matrix', 'balanced_accura
 
 # %% ../../nbs/metrics/02_classification.ipynb #cell-6
 def accuracy(
-    correct: np.ndarray,   # bool (N,), which predictions are correct
-) -> Estimate:             # share of correct predictions
-    "Estimate accuracy with Wilson's score interval."
+    correct: np.ndarray,                # bool (N,), which predictions are correct
+    groups: np.ndarray | None = None,   # group of each image (N,); None where images are independent
+) -> Estimate:                          # share of correct predictions
+    "Estimate accuracy with Wilson's score interval, of an effective number of images where they come in groups."
     correct = np.asarray(correct, bool)
-    return estimate_proportion(correct.sum(), len(correct))
+    n = len(correct)
+    units = Units.of(groups, n)
+    found = estimate_proportion(correct.sum(), n)
+    if not units.grouped: return found
+    if units.too_few: return Estimate(found.value, float("nan"), float("nan"), n, units.n)
+    influence = (correct - found.value) / n
+    effect = design_effect(influence, found.value * (1 - found.value) / n, np.ones(n), ~correct, units)
+    low, high = score_interval(found.value, n / effect, units.df)
+    return Estimate(found.value, float(low), float(high), n, units.n)
 
 # %% ../../nbs/metrics/02_classification.ipynb #cell-19
+def _shares(
+    hits: np.ndarray,   # bool (N,)
+    codes: np.ndarray,  # class of each image, int (N,); -1 for none
+    n_classes: int,     # C
+    groups: np.ndarray | None,   # group of each image (N,); None where images are independent
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:   # images, share of hits, low, high (C,)
+    "Estimate a share for each class."
+    counts = np.bincount(codes[codes >= 0], minlength=n_classes)
+    shares = safe_divide(np.bincount(codes[hits & (codes >= 0)], minlength=n_classes), counts)
+    low, high = score_interval(shares, np.maximum(counts, 1))
+    if groups is not None:
+        for c in np.flatnonzero(counts):
+            found = accuracy(hits[codes == c], groups[codes == c])
+            low[c], high[c] = found.low, found.high
+    return counts, shares, low, high
+
+# %% ../../nbs/metrics/02_classification.ipynb #per-class
 def per_class_metrics(
     labels: np.ndarray,      # true class names (N,)
     predicted: np.ndarray,   # predicted class names (N,)
     classes: list[str],      # all classes, in the order of the rows
+    groups: np.ndarray | None = None,   # group of each image (N,); None where images are independent
 ) -> pd.DataFrame:           # label, n, n_predicted, f1, recall and precision with _low and _high
     "Estimate recall and precision of each class with intervals."
-    labels = np.asarray(labels)
-    predicted = np.asarray(predicted)
-    rows = []
-    for c in classes:
-        hits = int(((labels == c) & (predicted == c)).sum())
-        recall = estimate_proportion(hits, (labels == c).sum())
-        precision = estimate_proportion(hits, (predicted == c).sum())
-        total = recall.n + precision.n
-        rows.append(dict(label=c, n=recall.n, n_predicted=precision.n, f1=2 * hits / total if total else float("nan"),
-                         recall=recall.value, recall_low=recall.low, recall_high=recall.high,
-                         precision=precision.value, precision_low=precision.low, precision_high=precision.high))
-    return pd.DataFrame(rows)
+    true, found = (pd.Index(classes).get_indexer(np.asarray(names)) for names in (labels, predicted))
+    groups = None if groups is None else np.asarray(groups)
+    hits = (true == found) & (true >= 0)
+    n, recall, recall_low, recall_high = _shares(hits, true, len(classes), groups)
+    n_predicted, precision, precision_low, precision_high = _shares(hits, found, len(classes), groups)
+    both = np.bincount(true[hits], minlength=len(classes))
+    return pd.DataFrame(dict(
+        label=classes, n=n, n_predicted=n_predicted, f1=safe_divide(2 * both, n + n_predicted), recall=recall,
+        recall_low=recall_low, recall_high=recall_high, precision=precision, precision_low=precision_low,
+        precision_high=precision_high))
 
 # %% ../../nbs/metrics/02_classification.ipynb #cell-20
 def confusion_matrix(
@@ -60,71 +85,131 @@ def confusion_matrix(
 def balanced_accuracy(
     labels: np.ndarray,    # true class indices (N,)
     correct: np.ndarray,   # bool (N,), which predictions are correct
+    groups: np.ndarray | None = None,   # group of each image (N,); None where images are independent
 ) -> Estimate:             # mean recall of the classes with images
-    "Estimate balanced accuracy; the interval combines the classes' Wilson intervals (Zou and Donner, 2008)."
-    labels = np.asarray(labels)
+    "Estimate balanced accuracy with a score interval of the effective number of images (Korn and Graubard, 1998)."
     correct = np.asarray(correct, bool)
-    groups = [correct[labels == c] for c in np.unique(labels)]
-    recalls = [estimate_proportion(int(g.sum()), len(g)) for g in groups]
-    if not recalls: return estimate_proportion(0, 0)
-    value = float(np.mean([r.value for r in recalls]))
-    below = np.sqrt(sum((r.low - r.value)**2 for r in recalls)) / len(recalls)
-    above = np.sqrt(sum((r.high - r.value)**2 for r in recalls)) / len(recalls)
-    return Estimate(value, float(max(0, value - below)), float(min(1, value + above)), len(labels))
+    n = len(correct)
+    if not n: return estimate_proportion(0, 0)
+    units = Units.of(groups, n)
+    _, classes = np.unique(np.asarray(labels), return_inverse=True)
+    counts = np.bincount(classes)
+    recalls = np.bincount(classes, correct) / counts
+    value = float(recalls.mean())
+    if units.too_few: return Estimate(value, float("nan"), float("nan"), n, units.n)
+    effect, df = 1.0, np.inf
+    if units.grouped:
+        influence = (correct - recalls[classes]) / counts[classes] / len(counts)
+        parts = len(np.unique(classes * units.n + units.codes))   # groups of each class, added over the classes
+        df = min(units.df, parts - len(counts))
+        if df < 1: return Estimate(value, float("nan"), float("nan"), n, units.n)
+        effect = design_effect(influence, float((influence**2).sum()), np.ones(n), ~correct, units)
+        effect *= parts / (parts - len(counts))
+    low, high = mean_share_interval(recalls, counts, effect, df)
+    return Estimate(value, min(low, value), max(high, value), n, units.n_groups)
+
+# %% ../../nbs/metrics/02_classification.ipynb #f1-curve
+def _f1_of_share(
+    q: np.ndarray,   # true positives ÷ (true positives + errors)
+) -> np.ndarray:     # F1
+    "Compute F1 from the Jaccard index."
+    return 2 * q / (1 + q)
+
+# %% ../../nbs/metrics/02_classification.ipynb #f1-slope
+def _f1_slope(
+    q: np.ndarray,   # true positives ÷ (true positives + errors)
+) -> np.ndarray:     # derivative of F1
+    "Compute the derivative of `_f1_of_share`."
+    return 2 / (1 + q) ** 2
 
 # %% ../../nbs/metrics/02_classification.ipynb #cell-27
 def f1(
     truth: np.ndarray,        # bool (N, C), labels of each image
     predicted: np.ndarray,    # bool (N, C), predicted labels
     average: str = "micro",   # "micro": over all labels; "macro": over the classes with a true or predicted label
+    groups: np.ndarray | None = None,   # group of each image (N,); None where images are independent
 ) -> Estimate:                # F1, 0 … 1
-    "Estimate F1 of several labels per image with a bootstrap interval over images."
+    "Estimate F1 of several labels per image (Goutte and Gaussier, 2005; Takahashi and others, 2022)."
     truth = np.asarray(truth, bool)
     predicted = np.asarray(predicted, bool)
-    hits = (truth & predicted).astype(float)
-    total = truth.astype(float) + predicted   # F1 is 2 · hits / total
-    if average == "micro":
-        hits = hits.sum(1, keepdims=True)
-        total = total.sum(1, keepdims=True)
-
-    def statistic(counts: np.ndarray) -> float:
-        values = safe_divide(2 * (counts @ hits), counts @ total)
-        return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
-    return weighted_bootstrap(statistic, len(truth))
+    hits, errors = truth & predicted, truth ^ predicted
+    if average == "micro": hits, errors = hits.sum(1, keepdims=True), errors.sum(1, keepdims=True)
+    used = (hits + errors).sum(0) > 0   # (C,)
+    n = len(truth)
+    units = Units.of(groups, n)
+    if not used.any(): return Estimate(float("nan"), float("nan"), float("nan"), n, units.n_groups)
+    hits, errors = hits[:, used].astype(float), errors[:, used].astype(float)
+    counts = (hits + errors).sum(0)
+    shares = hits.sum(0) / counts
+    value = float(_f1_of_share(shares).mean())
+    if units.too_few or n < 2: return Estimate(value, float("nan"), float("nan"), n, units.n_groups)
+    weights = _f1_slope(shares) / counts / len(counts)
+    influence = (hits - shares * (hits + errors)) @ weights
+    variance = float((weights**2 * counts * shares * (1 - shares)).sum())
+    effect = design_effect(influence, variance, (hits + errors).sum(1), errors.sum(1), units)
+    low, high = mean_share_interval(shares, counts, effect, units.df, _f1_of_share, _f1_slope)
+    return Estimate(value, min(low, value), max(high, value), n, units.n_groups)
 
 # %% ../../nbs/metrics/02_classification.ipynb #cell-29
-def _make_average_precision(
-    truth: np.ndarray,    # bool (N, C)
+@dataclass(frozen=True)
+class _AveragePrecision:
+    "Average precision of classes."
+    value: np.ndarray       # (C,)
+    n: np.ndarray           # images with the label (C,)
+    influence: np.ndarray   # of each image on `value` (N, C)
+    bias: np.ndarray        # of `value`, because an image counts in its own precision (C,)
+
+# %% ../../nbs/metrics/02_classification.ipynb #ap-def
+def _average_precision(
+    truth: np.ndarray,    # bool (N, C), at least one image per class
     scores: np.ndarray,   # float (N, C), larger is more likely
-) -> Callable[[np.ndarray], np.ndarray]:   # counts of the images (N,) -> average precision of each class (C,)
-    "Return a function that computes the average precision of each class for weighted images."
+) -> _AveragePrecision:
+    "Compute the average precision of each class, and the influence of each image on it (Efron, 1982)."
     scores = np.asarray(scores, float)
     order = np.argsort(-scores, axis=0, kind="stable")
     truth = np.take_along_axis(np.asarray(truth, float), order, 0)
     ranked = np.take_along_axis(scores, order, 0)
-    last = np.vstack([ranked[1:] != ranked[:-1], np.ones((1, ranked.shape[1]), bool)])   # last of equal scores
     rows = np.arange(len(ranked))[:, None]
-    end = np.minimum.accumulate(np.where(last, rows, len(ranked))[::-1], axis=0)[::-1]   # row of that last one
-
-    def weighted_precision(counts: np.ndarray) -> np.ndarray:
-        weights = np.asarray(counts)[order]
-        hits = weights * truth
-        precision = np.take_along_axis(safe_divide(np.cumsum(hits, 0), np.cumsum(weights, 0)), end, 0)
-        return safe_divide((hits * np.nan_to_num(precision)).sum(0), hits.sum(0))
-    return weighted_precision
+    differs = ranked[1:] != ranked[:-1]
+    edge = np.ones((1, ranked.shape[1]), bool)
+    last, first = np.vstack([differs, edge]), np.vstack([edge, differs])   # of equal scores
+    end = np.minimum.accumulate(np.where(last, rows, len(ranked))[::-1], axis=0)[::-1]   # row of the last one
+    begin = np.maximum.accumulate(np.where(first, rows, 0), axis=0)
+    above = end + 1.0   # images with this score or a higher one
+    precision = np.take_along_axis(np.cumsum(truth, 0), end, 0) / above
+    n = truth.sum(0)
+    value = (truth * precision).sum(0) / n
+    later = lambda x: np.take_along_axis(np.cumsum(x[::-1], 0)[::-1], begin, 0)   # sum over this score and lower ones
+    sorted_influence = truth * (precision - value + later(truth / above)) - later(truth * precision / above)
+    influence = np.empty_like(sorted_influence)
+    np.put_along_axis(influence, order, sorted_influence / n, 0)
+    return _AveragePrecision(value, n, influence, (truth * (1 - precision) / above).sum(0) / n)
 
 # %% ../../nbs/metrics/02_classification.ipynb #cell-30
 def mean_average_precision(
     truth: np.ndarray,    # bool (N, C)
     scores: np.ndarray,   # float (N, C), larger is more likely
+    groups: np.ndarray | None = None,   # group of each image (N,); None where images are independent
 ) -> Estimate:            # mean over the classes with images
-    "Estimate mean average precision with a bootstrap interval over images."
-    weighted_precision = _make_average_precision(truth, scores)
-
-    def statistic(counts: np.ndarray) -> float:
-        values = weighted_precision(counts)
-        return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
-    return weighted_bootstrap(statistic, len(truth))
+    "Estimate mean average precision with a score interval; none with fewer than five images per label on average."
+    truth = np.asarray(truth, bool)
+    n = len(truth)
+    units = Units.of(groups, n)
+    used = truth.any(0)
+    if not used.any(): return Estimate(float("nan"), float("nan"), float("nan"), n, units.n_groups)
+    found = _average_precision(truth[:, used], np.asarray(scores, float)[:, used])
+    value = float(found.value.mean())
+    none = Estimate(value, float("nan"), float("nan"), n, units.n_groups)
+    if units.too_few or found.n.mean() < 5: return none
+    counts = np.maximum(found.n - 1, 1)
+    expected = float((found.value * (1 - found.value) / counts).sum()) / len(counts) ** 2
+    by_class = (found.influence**2).sum(0)
+    few = float((by_class * found.n / counts).sum() / by_class.sum()) if by_class.any() else 1.0
+    variance = few * units.n / (units.n - 1) * float((units.sum(found.influence.mean(1)) ** 2).sum())
+    effect = max(1.0, variance / expected) if expected > 0 else 1.0
+    shares = np.clip(found.value - found.bias, 0, 1)
+    low, high = mean_share_interval(shares, counts, effect, units.df)
+    return Estimate(value, min(low, value), max(high, value), n, units.n_groups)
 
 # %% ../../nbs/metrics/02_classification.ipynb #c1fe55d0
 def _split_by_confidence(
@@ -140,27 +225,72 @@ def calibration_table(
     confidence: np.ndarray,   # probability of the predicted class (N,)
     correct: np.ndarray,      # bool (N,), which predictions are correct
     bins: int = 10,           # of equally many images
+    groups: np.ndarray | None = None,   # group of each image (N,); None where images are independent
 ) -> pd.DataFrame:            # one row per bin: confidence, accuracy, low, high, n
     "Compare confidence with accuracy in bins of equal size."
     confidence = np.asarray(confidence)
     correct = np.asarray(correct)
+    groups = None if groups is None else np.asarray(groups)
     rows = []
     for part in _split_by_confidence(confidence, bins):
-        found = accuracy(correct[part])
+        found = accuracy(correct[part], None if groups is None else groups[part])
         rows.append(dict(confidence=float(confidence[part].mean()), accuracy=found.value, low=found.low,
                          high=found.high, n=found.n))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/metrics/02_classification.ipynb #cell-40
+_FACTORS = np.r_[0, np.geomspace(0.05, 4, 20)]   # of the measured error
+_N_SIMULATED = 400
+
+def _simulate_errors(
+    confidence: np.ndarray,   # mean of each bin (B,)
+    gaps: np.ndarray,         # confidence - accuracy of each bin (B,)
+    counts: np.ndarray,       # images, or their effective number (B,)
+    weights: np.ndarray,      # share of the images (B,)
+) -> tuple[np.ndarray, np.ndarray]:   # true errors (F,), and simulated figures (F, S)
+    "Simulate the plain calibration error of models whose differences are multiples of the given ones."
+    rng = np.random.default_rng(0)
+    chance = np.clip(confidence - _FACTORS[:, None] * gaps, 0, 1)   # (F, B)
+    simulated = [[rng.binomial(n, p, _N_SIMULATED) / n for n, p in zip(counts, row)] for row in chance]   # (F, B, S)
+    figures = np.einsum("fbs,b->fs", np.abs(confidence[:, None] - simulated), weights)
+    return np.abs(confidence - chance) @ weights, figures
+
+# %% ../../nbs/metrics/02_classification.ipynb #ece-explain
+def _explain_error(
+    plain: float,         # measured figure
+    errors: np.ndarray,   # true errors (F,)
+    figures: np.ndarray,  # simulated figures (F, S)
+) -> np.ndarray:          # errors whose figures are as large as the measured one in 2.5, 50 and 97.5 % of cases (3,)
+    "Find the true errors that explain a measured calibration error."
+    above = ((figures >= plain - 1e-12).mean(1) + (figures > plain + 1e-12).mean(1)) / 2
+    return np.interp([0.025, 0.5, 0.975], np.maximum.accumulate(above), errors, left=0.0)
+
+# %% ../../nbs/metrics/02_classification.ipynb #ece-def
 def calibration_error(
     confidence: np.ndarray,   # probability of the predicted class (N,)
     correct: np.ndarray,      # bool (N,), which predictions are correct
     bins: int = 10,           # of equally many images
-) -> Estimate:                # expected calibration error, 0 … 1
-    "Estimate the expected calibration error with a basic bootstrap interval."
-    def error(confidence: np.ndarray, correct: np.ndarray) -> float:
-        parts = _split_by_confidence(confidence, bins)
-        return sum(len(p) * abs(confidence[p].mean() - correct[p].mean()) for p in parts) / len(confidence)
-    columns = np.asarray(confidence, float), np.asarray(correct, float)
-    found = bootstrap(error, *columns, n_resamples=200, method="basic")
-    return replace(found, low=max(0.0, min(found.value, found.low)), high=min(1.0, max(found.value, found.high)))
+    groups: np.ndarray | None = None,   # group of each image (N,); None where images are independent
+) -> Estimate:                # expected calibration error without its bias, 0 … 1
+    "Estimate the expected calibration error by test inversion (Bröcker and Smith, 2007; Kumar, Liang and Ma, 2019)."
+    confidence, correct = np.asarray(confidence, float), np.asarray(correct, float)
+    n = len(confidence)
+    units = Units.of(groups, n)
+    if n < 2 or units.too_few: return Estimate(float("nan"), float("nan"), float("nan"), n, units.n_groups)
+    parts = _split_by_confidence(confidence, bins)
+    counts = np.array([len(p) for p in parts])
+    expected = np.array([confidence[p].mean() for p in parts])
+    gaps = expected - [correct[p].mean() for p in parts]
+    plain = float(np.abs(gaps) @ counts / n)
+    effect = 1.0
+    if units.grouped:
+        excess = (confidence - correct - (confidence - correct).mean()) / n
+        effect = design_effect(excess, float((excess**2).sum()), np.ones(n), 1 - correct, units)
+    effective = np.maximum(1, np.round(counts / effect)).astype(int)
+    equal = np.where(gaps < 0, -plain, plain)
+    noise = np.sqrt(np.maximum(expected * (1 - expected), 0.25 / effective) / effective)
+    large = np.where(np.abs(gaps) > 1.5 * noise, gaps, 0)   # larger than chance makes most of them
+    few = large * plain / max(np.abs(large) @ counts / n, 1e-12) if large.any() else equal
+    found = [_explain_error(plain, *_simulate_errors(expected, shape, effective, counts / n)) for shape in (equal, few)]
+    low, value, high = np.min(found, 0)[0], np.mean(found, 0)[1], np.max(found, 0)[2]
+    return Estimate(float(value), float(low), float(min(high, 1)), n, units.n_groups)

@@ -10,35 +10,195 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 # %% auto #0
-__all__ = ['Estimate', 'estimate_proportion', 'estimate_mean', 'bootstrap', 'weighted_bootstrap', 'safe_divide']
+__all__ = ['MIN_GROUPS', 'Estimate', 'score_interval', 'estimate_proportion', 'simultaneous_proportions', 'Units',
+           'design_effect', 'mean_share_interval', 'LogMean', 'log_mean_interval', 'estimate_mean', 'bootstrap',
+           'safe_divide']
 
 # %% ../../nbs/metrics/01_estimates.ipynb #3cf33099
 @dataclass(frozen=True)
 class Estimate:
     "A measured value with its 95 % confidence interval and the number of observations."
     value: float   # point estimate; NaN where only the interval is known
-    low: float     # lower end of the interval
-    high: float    # upper end of the interval
+    low: float     # lower end of the interval; NaN for no interval
+    high: float    # upper end of the interval; NaN for no interval
     n: int         # observations
+    n_groups: int = 0   # groups of observations that the interval is by; 0 where observations are independent
+
+    def __post_init__(self) -> None:
+        for name in "value", "low", "high":   # JSON has null for NaN
+            if getattr(self, name) is None: object.__setattr__(self, name, float("nan"))
 
     def __str__(self) -> str:
-        if self.n and np.isnan(self.value): return f"{self.low:.4f} to {self.high:.4f} (n={self.n})"
-        return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}] (n={self.n})"
+        count = f"n={self.n}" + f", {self.n_groups} groups" * (self.n_groups > 0)
+        if np.isnan(self.low): return f"{self.value:.4f} (no interval, {count})"
+        if self.n and np.isnan(self.value): return f"{self.low:.4f} to {self.high:.4f} ({count})"
+        return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}] ({count})"
 
     __repr__ = __str__
 
 # %% ../../nbs/metrics/01_estimates.ipynb #6fd6c51e
+_NORMAL = float(special.ndtri(0.975))
+
+def score_interval(
+    share: np.ndarray,   # 0 … 1, any shape
+    n: np.ndarray,       # observations, or their effective number; above 0
+    df: float = np.inf,  # degrees of freedom of the variance behind an effective number
+) -> tuple[np.ndarray, np.ndarray]:   # low, high
+    "Compute Wilson's interval with Poisson's limits near 0 and 1 (Brown, Cai and DasGupta, 2001)."
+    share = np.asarray(share, float)
+    quantile = special.stdtrit(df, 0.975) if np.isfinite(df) else _NORMAL
+    n = np.asarray(n, float) * (_NORMAL / quantile) ** 2
+    z2 = _NORMAL**2
+    center = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = np.sqrt(z2 * (np.clip(share * (1 - share), 0, None) / n + z2 / (4 * n * n))) / (1 + z2 / n)
+
+    def limit(k: np.ndarray) -> np.ndarray:   # of k observations, which are few
+        few = (k > 1e-9) & (k <= np.where(n > 50, 3, 2) + 1e-9)
+        return np.where(few, special.gammaincinv(np.maximum(k, 1e-9), 0.05) / n, np.inf)
+
+    low = np.where(share <= 0, 0, np.minimum(center - half, limit(share * n)))
+    high = np.where(share >= 1, 1, np.maximum(center + half, 1 - limit((1 - share) * n)))
+    return np.clip(low, 0, 1), np.clip(high, 0, 1)
+
+# %% ../../nbs/metrics/01_estimates.ipynb #proportion-def
 def estimate_proportion(
     k: int,     # successes
     n: int,     # trials
-) -> Estimate:  # k / n with Wilson's interval; NaN for no trials
-    "Estimate a proportion with Wilson's score interval."
+) -> Estimate:  # k / n with `score_interval`; NaN for no trials
+    "Estimate a proportion with Wilson's score interval, with exact limits near 0 and 1."
     if n == 0: return Estimate(float("nan"), float("nan"), float("nan"), 0)
-    interval = stats.binomtest(int(k), int(n)).proportion_ci(0.95, method="wilson")
-    return Estimate(k / n, float(interval.low), float(interval.high), int(n))
+    low, high = score_interval(k / n, n)
+    return Estimate(float(k / n), float(low), float(high), int(n))
+
+# %% ../../nbs/metrics/01_estimates.ipynb #many-def
+def simultaneous_proportions(
+    k: np.ndarray,   # successes (M,)
+    n: np.ndarray,   # trials (M,), at least one; fractions for effective numbers
+    n_looked_at: int,   # proportions among which these were picked
+) -> tuple[np.ndarray, np.ndarray]:   # low (M,), high (M,)
+    "Compute Clopper and Pearson's intervals that hold together (Bonferroni)."
+    k = np.asarray(k, float)
+    n = np.asarray(n, float)
+    tail = 0.025 / max(n_looked_at, 1)
+    failures = np.maximum(n - k, 0)
+    low = np.where(k > 0, special.betaincinv(np.maximum(k, 1e-9), failures + 1, tail), 0.0)
+    return low, np.where(failures > 0, special.betainccinv(k + 1, np.maximum(failures, 1e-9), tail), 1.0)
+
+# %% ../../nbs/metrics/01_estimates.ipynb #units-def
+MIN_GROUPS = 5   # fewer give no interval
+
+@dataclass(frozen=True)
+class Units:
+    "The independent units of a data set: its images, or groups of them."
+    codes: np.ndarray   # unit of each image, int (N,)
+    n: int              # units
+    grouped: bool       # whether a unit has several images
+
+    @classmethod
+    def of(cls,
+        groups: np.ndarray | None,   # group of each image (N,); None where images are independent
+        n: int,                      # images
+    ) -> Units:
+        "Number the groups."
+        if groups is None: return cls(np.arange(n), n, False)
+        names, codes = np.unique(np.asarray(groups), return_inverse=True)
+        return cls(codes.reshape(-1), len(names), len(names) < n)
+
+    @property
+    def n_groups(self) -> int: return self.n if self.grouped else 0   # of `Estimate`
+
+    @property
+    def df(self) -> float: return self.n - 1 if self.grouped else np.inf   # degrees of freedom of a variance by group
+
+    @property
+    def too_few(self) -> bool: return self.grouped and self.n < MIN_GROUPS   # for an interval
+
+    def sum(self,
+        values: np.ndarray,   # (N,) or (N, K)
+    ) -> np.ndarray:          # per unit (U,) or (U, K)
+        "Add the values of each unit."
+        if not self.grouped: return np.asarray(values, float)
+        if np.ndim(values) == 1: return np.bincount(self.codes, values, self.n)
+        return np.stack([np.bincount(self.codes, column, self.n) for column in np.transpose(values)], 1)
+
+# %% ../../nbs/metrics/01_estimates.ipynb #deff-def
+def design_effect(
+    influence: np.ndarray,   # of each image on the figure (N,), sum 0
+    variance: float,         # of the figure if all events were independent
+    events: np.ndarray,      # decisions in each image (N,)
+    errors: np.ndarray,      # wrong ones among them (N,)
+    units: Units,            # of the images
+) -> float:                  # at least 1
+    "Estimate how many times larger the variance is because the events of a unit depend on each other (Kish, 1965)."
+    wrong = units.sum(errors)
+    right = units.sum(events) - wrong
+    m = min((wrong > 0).sum(), (right > 0).sum(), ((wrong > 0) | (right > 0)).sum())
+    size = wrong + right
+    largest = max(1.0, float((size**2).sum() / max(size.sum(), 1)))
+    if variance <= 0 or units.n < 2: return largest
+    found = units.n / (units.n - 1) * float((units.sum(influence) ** 2).sum()) / variance
+    return max(1.0, (m * m * found + largest) / (m * m + 1))
+
+# %% ../../nbs/metrics/01_estimates.ipynb #share-def
+def mean_share_interval(
+    shares: np.ndarray,    # of each class (K,)
+    counts: np.ndarray,    # observations of each class (K,), above 0
+    effect: float = 1.0,   # from `design_effect`
+    df: float = np.inf,    # at most so many degrees of freedom
+    curve: Callable[[np.ndarray], np.ndarray] = lambda q: q,       # what is averaged, as a function of a share
+    slope: Callable[[np.ndarray], np.ndarray] = lambda q: np.ones_like(q),   # its derivative
+) -> tuple[float, float]:  # low, high
+    "Estimate the interval of a mean over classes (Korn and Graubard, 1998; Satterthwaite, 1946)."
+    shares = np.asarray(shares, float)
+    counts = np.asarray(counts, float)
+    average = (shares.sum() + 1) / (len(shares) + 2)   # of classes, because their shares may differ
+    mixed = (shares * counts + 2 * average) / (counts + 2)
+    variances = slope(mixed) ** 2 * mixed * (1 - mixed) / counts / len(shares) ** 2
+    mean = curve(mixed).mean()
+    effective = mean * (1 - mean) / (variances.sum() * effect)
+    df = min(df, variances.sum() ** 2 / (variances**2 / (counts + 2)).sum())
+    low, high = score_interval(curve(shares).mean(), effective, df)
+    return float(low), float(high)
+
+# %% ../../nbs/metrics/01_estimates.ipynb #log-type
+@dataclass(frozen=True)
+class LogMean:
+    "The logarithm of a mean of positive numbers, with its interval."
+    value: float            # logarithm of the mean
+    below: float            # distance to the lower end; NaN for no interval
+    above: float            # distance to the upper end; NaN for no interval
+    influence: np.ndarray   # of each unit on `value` (U,)
+
+# %% ../../nbs/metrics/01_estimates.ipynb #log-def
+def log_mean_interval(
+    values: np.ndarray,    # at least 0 (N,)
+    units: Units,          # of the images
+    min_units: int = 10,   # fewer give no interval
+    caution: float = 1.0,  # factor of the degrees of freedom; less for values that are squares, whose tails are heavier
+) -> LogMean:              # of their mean
+    "Estimate the logarithm of a mean by Hall's transformed t (1992)."
+    totals, sizes = units.sum(values), units.sum(np.ones(len(values)))
+    n = units.n
+    mean = totals.sum() / sizes.sum() if n else 0.0
+    none = LogMean(float(np.log(mean)) if mean > 0 else -np.inf, np.nan, np.nan, np.zeros(n))
+    if n < min_units or units.too_few or mean <= 0: return none
+    influence = n * (totals / mean - sizes) / sizes.sum()
+    spread = float(influence.std())
+    if spread < 1e-12: return none
+    error = spread / np.sqrt(n - 1)
+    skew, kurtosis = (float(np.mean((influence / spread) ** power)) for power in (3, 4))
+    df = float(np.clip(caution * 2 * n / max(kurtosis - 1, 1e-9), 1, n - 1))
+
+    def transformed(t: float) -> float:   # distance from the logarithm
+        x = t / np.sqrt(n) - skew / (6 * n)
+        return np.sqrt(n) * error * (3 * (np.cbrt(1 + skew * x) - 1) / skew if abs(skew) > 1e-6 else x)
+
+    usual, wide = (float(special.stdtrit(d, 0.975)) for d in (n - 1, df))
+    below = max(usual * error, transformed(usual))
+    return LogMean(none.value, below, max(wide * error, -transformed(-wide)), influence)
 
 # %% ../../nbs/metrics/01_estimates.ipynb #5b178031
 def estimate_mean(
@@ -81,26 +241,9 @@ def bootstrap(
     columns = tuple(np.asarray(c) for c in columns)
     n = len(columns[0])
     value = float(statistic(*columns))
-    if n < 2: return Estimate(value, value, value, n)   # scipy takes at least two observations
+    if n < 2: return Estimate(value, float("nan"), float("nan"), n)   # scipy takes at least two observations
     interval = _resample(columns, statistic, n_resamples, method).confidence_interval
     return Estimate(value, float(interval.low), float(interval.high), n)
-
-# %% ../../nbs/metrics/01_estimates.ipynb #12ecaa35
-def weighted_bootstrap(
-    statistic: Callable[[np.ndarray], float],   # of the count of each observation, float (N,)
-    n: int,      # observations
-) -> Estimate:   # the statistic with its interval; NaN where it has none
-    "Estimate a statistic of weighted observations with a bias-corrected percentile interval (Efron, 1981)."
-    value = float(statistic(np.ones(n)))
-    if n < 2: return Estimate(value, value, value, n)   # scipy takes at least two observations
-    resampled = lambda rows: statistic(np.bincount(rows, minlength=n).astype(float))
-    draws = _resample((np.arange(n),), resampled, _N_RESAMPLES, "percentile").bootstrap_distribution
-    draws = draws[np.isfinite(draws)]
-    if not len(draws) or not np.isfinite(value): return Estimate(value, float("nan"), float("nan"), n)
-    below = ((draws < value).mean() + (draws <= value).mean()) / 2   # 0.5 without bias
-    bias = stats.norm.ppf(np.clip(below, 1 / _N_RESAMPLES, 1 - 1 / _N_RESAMPLES))
-    low, high = np.quantile(draws, stats.norm.cdf(2 * bias + stats.norm.ppf([0.025, 0.975])))
-    return Estimate(value, float(low), float(high), n)
 
 # %% ../../nbs/metrics/01_estimates.ipynb #cecb960b
 def safe_divide(

@@ -7,38 +7,78 @@ from __future__ import annotations
 
 import numpy as np
 
-from .estimates import Estimate, bootstrap, safe_divide, weighted_bootstrap
+from .estimates import Estimate, LogMean, Units, log_mean_interval, safe_divide
 
 # %% auto #0
 __all__ = ['r2', 'mae', 'rmse']
 
+# %% ../../nbs/metrics/03_regression.ipynb #mover-def
+def _combine(
+    parts: list[LogMean],   # whose values are added, with the influence of each unit
+    signs: list[float],     # weights of the parts
+) -> LogMean:               # of the weighted sum
+    "Combine the distances to the ends of intervals by their correlation (MOVER: Zou and Donner, 2008)."
+    weights = np.array(signs)
+    influence = np.stack([p.influence for p in parts], 1)   # (U, P)
+    spread = influence.std(0)
+    centered = (influence - influence.mean(0)) / np.where(spread > 0, spread, 1)
+    correlation = centered.T @ centered / len(influence)
+    np.fill_diagonal(correlation, 1)
+    below = weights * [p.below if w > 0 else p.above for p, w in zip(parts, weights)]
+    above = weights * [p.above if w > 0 else p.below for p, w in zip(parts, weights)]
+    distance = lambda d: float(np.sqrt(max(d @ correlation @ d, 0)))
+    return LogMean(float(weights @ [p.value for p in parts]), distance(below), distance(above), influence @ weights)
+
 # %% ../../nbs/metrics/03_regression.ipynb #cell-34
+_CAUTION = 0.7   # holds for errors whose fourth moment is infinite (Student's t with 3 degrees of freedom)
+
 def r2(
     truth: np.ndarray,       # float (N,) or (N, K)
     predicted: np.ndarray,   # the same shape
+    groups: np.ndarray | None = None,   # group of each image (N,); None where images are independent
 ) -> Estimate:               # at most 1; mean over K; NaN if all labels are equal
-    "Estimate the coefficient of determination with a bootstrap interval."
+    "Estimate the coefficient of determination with an interval by MOVER (Zou and Donner, 2008)."
     truth, predicted = (np.asarray(x, float).reshape(len(x), -1) for x in (truth, predicted))
-    squares = (truth - predicted) ** 2
-
-    def statistic(counts: np.ndarray) -> float:
-        mean = counts @ truth / counts.sum()
-        return float(np.mean(1 - safe_divide(counts @ squares, counts @ (truth - mean) ** 2)))
-    return weighted_bootstrap(statistic, len(truth))
+    n = len(truth)
+    units = Units.of(groups, n)
+    squares, total = (truth - predicted) ** 2, (truth - truth.mean(0)) ** 2
+    rest = safe_divide(squares.sum(0), total.sum(0))
+    value = float(np.mean(1 - rest))
+    none = Estimate(value, float("nan"), float("nan"), n, units.n_groups)
+    if not np.isfinite(value) or n < 2: return none
+    ratios = []   # 1 - R² of each number, with the distances to its ends
+    for k in range(truth.shape[1]):
+        parts = [log_mean_interval(x, units, 20, _CAUTION) for x in (squares[:, k], total[:, k] * n / (n - 1))]
+        if any(np.isnan(p.below) for p in parts): return none
+        found = _combine(parts, [1, -1])
+        q = float(np.exp(found.value))
+        ratios.append(LogMean(q, q * -np.expm1(-found.below), q * np.expm1(found.above), q * found.influence))
+    mean = _combine(ratios, [1 / len(ratios)] * len(ratios))
+    low, high = 1 - mean.value - mean.above, 1 - mean.value + mean.below
+    return Estimate(value, min(low, value), max(high, value), n, units.n_groups)
 
 # %% ../../nbs/metrics/03_regression.ipynb #cell-35
 def mae(
     truth: np.ndarray,       # float (N,)
     predicted: np.ndarray,   # float (N,)
+    groups: np.ndarray | None = None,   # group of each image (N,); None where images are independent
 ) -> Estimate:               # in the label's unit
-    "Estimate the mean absolute error with a bootstrap interval."
-    return bootstrap(np.mean, np.abs(np.asarray(truth, float) - np.asarray(predicted, float)))
+    "Estimate the mean absolute error with Hall's transformed t (1992)."
+    errors = np.abs(np.asarray(truth, float) - np.asarray(predicted, float))
+    units = Units.of(groups, len(errors))
+    found = log_mean_interval(errors, units)
+    low, high = np.exp(found.value - found.below), np.exp(found.value + found.above)
+    return Estimate(float(np.exp(found.value)), float(low), float(high), len(errors), units.n_groups)
 
 # %% ../../nbs/metrics/03_regression.ipynb #cell-36
 def rmse(
     truth: np.ndarray,       # float (N,)
     predicted: np.ndarray,   # float (N,)
+    groups: np.ndarray | None = None,   # group of each image (N,); None where images are independent
 ) -> Estimate:               # in the label's unit
-    "Estimate the root mean squared error with a bootstrap interval."
+    "Estimate the root mean squared error with Hall's transformed t (1992)."
     squares = (np.asarray(truth, float) - np.asarray(predicted, float)) ** 2
-    return bootstrap(lambda x, axis=-1: np.sqrt(np.mean(x, axis)), squares)
+    units = Units.of(groups, len(squares))
+    found = log_mean_interval(squares, units, 20, _CAUTION)
+    low, high = np.exp((found.value - found.below) / 2), np.exp((found.value + found.above) / 2)
+    return Estimate(float(np.exp(found.value / 2)), float(low), float(high), len(squares), units.n_groups)

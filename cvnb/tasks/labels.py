@@ -166,6 +166,7 @@ class Task(ABC):
     def metrics(self,
         logits: np.ndarray,        # (N, …)
         targets: np.ndarray,       # from `encode`
+        groups: np.ndarray | None = None,   # group of each image (N,); None where images are independent
     ) -> dict[str, Estimate]:      # the main metric first
         "Estimate the metrics with 95 % intervals."
 
@@ -300,10 +301,12 @@ class Classification(_ClassTask):
     def score(self, logits: Tensor, targets: Tensor) -> float:
         return (logits.argmax(1) == targets).float().mean().item()
 
-    def metrics(self, logits: np.ndarray, targets: np.ndarray) -> dict[str, Estimate]:
+    def metrics(self,
+        logits: np.ndarray, targets: np.ndarray, groups: np.ndarray | None = None,
+    ) -> dict[str, Estimate]:
         from cvnb.metrics.classification import accuracy, balanced_accuracy
         correct = np.asarray(logits).argmax(1) == targets
-        return dict(accuracy=accuracy(correct), balanced_accuracy=balanced_accuracy(targets, correct))
+        return dict(accuracy=accuracy(correct, groups), balanced_accuracy=balanced_accuracy(targets, correct, groups))
 
     def prediction_table(self, classes: list[str], rows: pd.DataFrame, logits: np.ndarray) -> pd.DataFrame:
         probabilities = self.predict(torch.as_tensor(logits)).numpy()
@@ -375,13 +378,15 @@ class Multilabel(_ClassTask):
         true = targets > 0.5
         return (2 * (predicted & true).sum() / (predicted.sum() + true.sum())).item()
 
-    def metrics(self, logits: np.ndarray, targets: np.ndarray) -> dict[str, Estimate]:
+    def metrics(self,
+        logits: np.ndarray, targets: np.ndarray, groups: np.ndarray | None = None,
+    ) -> dict[str, Estimate]:
         from cvnb.metrics.classification import accuracy, f1, mean_average_precision
         true = np.asarray(targets) > 0.5
         predicted = np.asarray(logits) > 0
-        return dict(f1=f1(true, predicted), f1_macro=f1(true, predicted, "macro"),
-                    mean_average_precision=mean_average_precision(true, logits),
-                    all_labels_right=accuracy((true == predicted).all(1)))
+        return dict(f1=f1(true, predicted, groups=groups), f1_macro=f1(true, predicted, "macro", groups),
+                    mean_average_precision=mean_average_precision(true, logits, groups),
+                    all_labels_right=accuracy((true == predicted).all(1), groups))
 
     def prediction_table(self, classes: list[str], rows: pd.DataFrame, logits: np.ndarray) -> pd.DataFrame:
         probabilities = self.predict(torch.as_tensor(logits)).numpy()
@@ -475,13 +480,16 @@ class Regression(Task):
         total = (targets - targets.mean(0)).square().sum(0)
         return torch.where(total > 0, 1 - residual / total, torch.nan).mean().item()   # as `r2` of `metrics`
 
-    def metrics(self, logits: np.ndarray, targets: np.ndarray) -> dict[str, Estimate]:
+    def metrics(self,
+        logits: np.ndarray, targets: np.ndarray, groups: np.ndarray | None = None,
+    ) -> dict[str, Estimate]:
         from cvnb.metrics.regression import mae, r2, rmse
-        found = dict(r2=r2(targets, logits))
+        found = dict(r2=r2(targets, logits, groups))
         k = targets.shape[1]
         for i in range(k):
             end = "" if k == 1 else f"_{i + 1}"
-            found |= {f"mae{end}": mae(targets[:, i], logits[:, i]), f"rmse{end}": rmse(targets[:, i], logits[:, i])}
+            pair = targets[:, i], logits[:, i]
+            found |= {f"mae{end}": mae(*pair, groups), f"rmse{end}": rmse(*pair, groups)}
         return found
 
     def prediction_table(self, classes: list[str], rows: pd.DataFrame, logits: np.ndarray) -> pd.DataFrame:

@@ -14,6 +14,7 @@ import pandas as pd
 from ..core.output_formats import MetricsRecord
 from ..core.html import html_table
 from ..core.stage import subprogress
+from ..data.splits import image_groups
 from ..metrics.estimates import Estimate
 from ..models.devices import torch_device
 from ..models.inference import predict_logits
@@ -90,14 +91,15 @@ def predict_splits(
     for split, part in zip(("val", "test"), parts):
         logits = predict_with_tta(model, data.images[split], device=device, progress=part)
         tables[split] = task.prediction_table(model.spec.classes, data.rows[split], logits)
-        measured[split] = task.metrics(logits, data.images[split].targets)
+        measured[split] = task.metrics(logits, data.images[split].targets, image_groups(data.rows[split]))
     metrics = {}
     tta_metrics = {}
     for name in measured["val"]:
         for split in "val", "test": metrics[f"{name}_{split}"] = measured[split][name]
     if tta != "none":
         averaged = predict_with_tta(model, data.images["test"], tta, device, parts[-1])
-        for name, estimate in task.metrics(averaged, data.images["test"].targets).items():
+        groups = image_groups(data.rows["test"])
+        for name, estimate in task.metrics(averaged, data.images["test"].targets, groups).items():
             tta_metrics[f"{name}_test_tta"] = estimate
     return SplitPredictions(tables, metrics, tta_metrics)
 
