@@ -10,6 +10,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..core.errors import CvnbError
+from ..core.files import load_json
+from ..core.records import record_digest
 from ..core.system import timestamp
 
 # %% auto #0
@@ -26,12 +29,13 @@ def read_tests(
     "Read a run's confirmatory tests; a damaged line counts as a test that was failed."
     path = run/TEST_LEDGER
     tests = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
-        try: record = json.loads(line)
-        except ValueError: record = None
-        readable = isinstance(record, dict) and isinstance(record.get("accepted"), bool)
-        readable = readable and isinstance(record.get("level"), float) and 0 < record["level"] < ERROR_BUDGET
-        tests.append(record if readable else dict(question=None, claim="a damaged line", level=None, accepted=False))
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        if not line.strip(): continue
+        try:
+            record = load_json(line, TEST_LEDGER)
+            whole = isinstance(record, dict) and record.get("digest") == record_digest(record)
+        except CvnbError: whole = False
+        tests.append(record if whole else dict(question=None, claim="a damaged line", level=None, accepted=False))
     return tests
 
 # %% ../../nbs/compress/04_error_budget.ipynb #70c239a8
@@ -65,8 +69,9 @@ def record_test(
     "Record a test, unless its question is recorded already."
     if any(t["question"] == question for t in read_tests(run)): return
     record = dict(question=question, claim=claim, level=level, accepted=accepted, margin=margin, n=n, when=timestamp())
+    line = json.dumps(record | dict(digest=record_digest(record)))
     with open(run/TEST_LEDGER, "a", encoding="utf-8") as f:
-        f.write(json.dumps(record) + "\n")
+        f.write(line + "\n")
         f.flush()
         os.fsync(f.fileno())
 
