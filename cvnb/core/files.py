@@ -113,7 +113,9 @@ def _is_private_group(
     "Say whether a group is named like this user and has no other member."
     import grp
     import pwd
-    try: group, user = grp.getgrgid(number), pwd.getpwuid(os.geteuid())
+    try:
+        group = grp.getgrgid(number)
+        user = pwd.getpwuid(os.geteuid())
     except KeyError: return False
     return group.gr_gid == user.pw_gid and group.gr_name == user.pw_name and {*group.gr_mem} <= {user.pw_name}
 
