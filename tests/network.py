@@ -24,7 +24,8 @@ RESOLVERS = re.compile(r'sun_path="[^"]*(?:/systemd/resolve/|/avahi-daemon/)')
 # nscd is asked for users too. Requests for hosts have the types 4 to 7, 13 and 14, behind version 2 of its protocol.
 # Where nscd does not run, glibc asks a name server itself.
 NSCD_HOSTS = re.compile(r'"\\2\\0\\0\\0(?:\\[4-7]|\\r|\\16)\\0\\0\\0')
-ENDED = re.compile(r"^\d+ +\+\+\+ .* \+\+\+$")   # a process
+# A process that has ended, or was killed before strace could read which call it was about to make.
+ENDED = re.compile(r"^\d+ +(?:\+\+\+ .* \+\+\+|\?+\( <(?:detached|unfinished) \.\.\.>)$")
 LOCAL_FAMILIES = {"AF_UNSPEC", "AF_UNIX", "AF_NETLINK"}   # AF_UNSPEC ends a connection
 
 

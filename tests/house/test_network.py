@@ -26,6 +26,8 @@ ALLOWED = [
     ".cache/wandb/logs/*.log",                 # of W&B's process
     ".fiftyone/var/lib/mongo/*",               # FiftyOne's database
     ".ipython/profile_default/*",              # history, and an empty profile
+    ".local/share/jupyter/nbsignatures.db",    # which notebooks Jupyter trusts on this machine
+    ".local/share/jupyter/notebook_secret",    # the key of these signatures
 ]
 LOCAL = '4242 connect(3, {sa_family=AF_INET, sin_port=htons(8000), sin_addr=inet_addr("127.0.0.1")}, 16) = 0'
 DNS = LOCAL.replace("8000", "53").replace("127.0.0.1", "10.0.0.1")
@@ -42,6 +44,8 @@ def stays_here(watched: network.Watched, *also_allowed: str) -> None:
     (LOCAL.replace("127.0.0.1", "127.1.2.3").replace(") = 0", " <unfinished ...>"), ""),
     ("4242  <... connect resumed>) = 0", ""),
     ("4242  +++ superseded by execve in pid 4243 +++", ""),
+    ("4242  ???( <detached ...>", ""),
+    ("4242  ???(3, 0x7ffc, 16) = 0", "not understood"),
     ('1 connect(3, {sa_family=AF_INET6, sin6_port=htons(80), sin6_flowinfo=htonl(0), inet_pton(AF_INET6, "::1", '
      '&sin6_addr), sin6_scope_id=0}, 28) = 0', ""),
     ('1 connect(3, {sa_family=AF_INET6, sin6_port=htons(80), sin6_flowinfo=htonl(0), inet_pton(AF_INET6, '
