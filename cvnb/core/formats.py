@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 # %% auto #0
 __all__ = ['Sha256', 'SEGMENT', 'RelativePath', 'Number', 'Share', 'Count', 'Record', 'SealedRecord', 'Metric', 'OutputFile',
            'Note', 'DataVersion', 'KeyParts', 'StageEnvironment', 'ImageUse', 'StageManifest', 'RunManifest', 'Access',
-           'Progress', 'NotebookCell', 'Notebook', 'LockNote']
+           'ProgressReport', 'NotebookCell', 'Notebook', 'LockNote']
 
 # %% ../../nbs/core/13_formats.ipynb #22d85e78
 class Record(BaseModel):
@@ -136,7 +136,7 @@ class Access(Record):
     when: str
     digest: str = Field("", description="SHA-256 of the other keys' canonical JSON")
 
-class Progress(Record):
+class ProgressReport(Record):
     ".progress: how far a running stage is."
     model_config = ConfigDict(allow_inf_nan=True)   # a loss that diverged
     fraction: float

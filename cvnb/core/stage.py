@@ -307,8 +307,8 @@ def read_progress(
     path: Path,      # that `progress` writes
 ) -> dict | None:    # fraction, text, curves, notes; None if there is no whole report
     "Read a report of progress; the next one replaces a damaged one."
-    from cvnb.core.formats import Progress
-    try: return check_record(json.loads(path.read_bytes()), Progress, path)
+    from cvnb.core.formats import ProgressReport
+    try: return check_record(json.loads(path.read_bytes()), ProgressReport, path)
     except (OSError, ValueError, RecursionError, CvnbError): return None
 
 # %% ../../nbs/core/06_stage.ipynb #stage-part
