@@ -123,7 +123,8 @@ def _checked(
     "Check a text against its schema and its digest; a known good one is not checked again."
     record = check_record(load_json(text, name, remedy), model, name, remedy)
     if not isinstance(record, dict) or not getattr(model, "SEALED", False): return
-    if "digest" not in record and record.get("format", 0) < getattr(model, "SEALED_FROM", 1): return   # from before the digests
+    first = getattr(model, "SEALED_FROM", 1)
+    if "digest" not in record and record.get("format", 0) < first: return   # from before there were digests
     if record.get("digest") != record_digest(record):
         raise CvnbError(f"{name} was changed after it was written: its digest does not fit", remedy)
 
