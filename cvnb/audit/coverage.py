@@ -250,7 +250,8 @@ def auc_interval(
     "Estimate an AUC with a score interval (Newcombe, Statistics in Medicine 25, 2006, method 5)."
     from scipy.optimize import brentq
     from scipy.stats import rankdata
-    m, n = len(positive), len(negative)
+    m = len(positive)
+    n = len(negative)
     value = float((rankdata(np.concatenate([positive, negative]))[:m].sum() - m * (m + 1) / 2) / (m * n))
     pairs = (m + n) / 2 - 1
 

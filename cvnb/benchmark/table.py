@@ -100,7 +100,8 @@ def _candidate_row(
     batch_size: int,              # images in the large batch
 ) -> dict[str, Any]:              # one row
     "Summarize the measurements of one candidate."
-    p50, p99 = median_latency(timings.seconds), tail_latency(timings.seconds)
+    p50 = median_latency(timings.seconds)
+    p99 = tail_latency(timings.seconds)
     batch_seconds = float(np.median(timings.batch_seconds))
     return dict(
         model=candidate.model, runtime=candidate.runtime.name,

@@ -102,7 +102,8 @@ def tail_latency(
     slow = (seconds > np.percentile(seconds, 90)).sum(1)   # of each round, because those above `q` are too few
     effect = max(1.0, float(np.var(slow, ddof=1)) / (0.09 * calls)) if rounds > 1 else float(calls)
     n = max(1, int(seconds.size / effect))
-    low, high = int(binom.ppf(0.025, n, q / 100)), int(binom.ppf(0.975, n, q / 100)) + 1   # ranks among n
+    low = int(binom.ppf(0.025, n, q / 100))
+    high = int(binom.ppf(0.975, n, q / 100)) + 1   # ranks among n
     if high > n or low < 1 or rounds < _MIN_ROUNDS: return Estimate(value, float("nan"), float("nan"), seconds.size)
     ordered = 1e3 * np.sort(seconds, axis=None)
     at = lambda rank: float(ordered[min(int(np.ceil(rank * seconds.size / n)), seconds.size) - 1])

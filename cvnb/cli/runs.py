@@ -100,7 +100,8 @@ def _print_result(
     times = lambda ratio: f"{ratio:.1f}×" if ratio else "–"
     rows = []
     for m in models:
-        low, high = m["accuracy_low"], m["accuracy_high"]
+        low = m["accuracy_low"]
+        high = m["accuracy_high"]
         accuracy = f"{m['accuracy']:.4f} " + ("(no interval)" if low is None else f"[{low:.4f}, {high:.4f}]")
         rows.append((m["model"], m["runtime"], accuracy, f"{m['p50_ms']:.2f}", f"{m['size_mb']:.2f}",
                      times(m["speedup"]), times(m["vs_peer"])))

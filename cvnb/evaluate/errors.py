@@ -211,7 +211,8 @@ def slice_accuracy(
     "Measure the accuracy of each slice; mark those that have more errors than chance (Benjamini and Yekutieli, 2001)."
     from scipy.stats import false_discovery_control
     found = list(_iter_slices(table))
-    correct, groups = table.correct.to_numpy(bool), table_groups(table)
+    correct = table.correct.to_numpy(bool)
+    groups = table_groups(table)
     masks = [mask for _, _, mask in found]
     n = np.array([mask.sum() for mask in masks])
     share = np.array([correct[mask].mean() for mask in masks])

@@ -48,7 +48,8 @@ def _shares(
     if groups is not None:
         for c in np.flatnonzero(counts):
             found = accuracy(hits[codes == c], groups[codes == c])
-            low[c], high[c] = found.low, found.high
+            low[c] = found.low
+            high[c] = found.high
     return counts, shares, low, high
 
 # %% ../../nbs/metrics/02_classification.ipynb #per-class
@@ -97,7 +98,8 @@ def balanced_accuracy(
     recalls = np.bincount(classes, correct) / counts
     value = float(recalls.mean())
     if units.too_few: return Estimate(value, float("nan"), float("nan"), n, units.n)
-    effect, df = 1.0, np.inf
+    effect = 1.0
+    df = np.inf
     if units.grouped:
         influence = (correct - recalls[classes]) / counts[classes] / len(counts)
         parts = len(np.unique(classes * units.n + units.codes))   # groups of each class, added over the classes
@@ -132,13 +134,17 @@ def f1(
     "Estimate F1 of several labels per image (Goutte and Gaussier, 2005; Takahashi and others, 2022)."
     truth = np.asarray(truth, bool)
     predicted = np.asarray(predicted, bool)
-    hits, errors = truth & predicted, truth ^ predicted
-    if average == "micro": hits, errors = hits.sum(1, keepdims=True), errors.sum(1, keepdims=True)
+    hits = truth & predicted
+    errors = truth ^ predicted
+    if average == "micro":
+        hits = hits.sum(1, keepdims=True)
+        errors = errors.sum(1, keepdims=True)
     used = (hits + errors).sum(0) > 0   # (C,)
     n = len(truth)
     units = Units.of(groups, n)
     if not used.any(): return Estimate(float("nan"), float("nan"), float("nan"), n, units.n_groups)
-    hits, errors = hits[:, used].astype(float), errors[:, used].astype(float)
+    hits = hits[:, used].astype(float)
+    errors = errors[:, used].astype(float)
     counts = (hits + errors).sum(0)
     shares = hits.sum(0) / counts
     value = float(_f1_of_share(shares).mean())
@@ -172,7 +178,8 @@ def _average_precision(
     rows = np.arange(len(ranked))[:, None]
     differs = ranked[1:] != ranked[:-1]
     edge = np.ones((1, ranked.shape[1]), bool)
-    last, first = np.vstack([differs, edge]), np.vstack([edge, differs])   # of equal scores
+    last = np.vstack([differs, edge])
+    first = np.vstack([edge, differs])   # of equal scores
     end = np.minimum.accumulate(np.where(last, rows, len(ranked))[::-1], axis=0)[::-1]   # row of the last one
     begin = np.maximum.accumulate(np.where(first, rows, 0), axis=0)
     above = end + 1.0   # images with this score or a higher one
@@ -273,7 +280,8 @@ def calibration_error(
     groups: np.ndarray | None = None,   # group of each image (N,); None where images are independent
 ) -> Estimate:                # expected calibration error without its bias, 0 … 1
     "Estimate the expected calibration error by test inversion (Bröcker and Smith, 2007; Kumar, Liang and Ma, 2019)."
-    confidence, correct = np.asarray(confidence, float), np.asarray(correct, float)
+    confidence = np.asarray(confidence, float)
+    correct = np.asarray(correct, float)
     n = len(confidence)
     units = Units.of(groups, n)
     if n < 2 or units.too_few: return Estimate(float("nan"), float("nan"), float("nan"), n, units.n_groups)
@@ -292,5 +300,7 @@ def calibration_error(
     large = np.where(np.abs(gaps) > 1.5 * noise, gaps, 0)   # larger than chance makes most of them
     few = large * plain / max(np.abs(large) @ counts / n, 1e-12) if large.any() else equal
     found = [_explain_error(plain, *_simulate_errors(expected, shape, effective, counts / n)) for shape in (equal, few)]
-    low, value, high = np.min(found, 0)[0], np.mean(found, 0)[1], np.max(found, 0)[2]
+    low = np.min(found, 0)[0]
+    value = np.mean(found, 0)[1]
+    high = np.max(found, 0)[2]
     return Estimate(float(value), float(low), float(min(high, 1)), n, units.n_groups)

@@ -180,7 +180,8 @@ def log_mean_interval(
     caution: float = 1.0,  # factor of the degrees of freedom; less for values that are squares, whose tails are heavier
 ) -> LogMean:              # of their mean
     "Estimate the logarithm of a mean by Hall's transformed t (1992)."
-    totals, sizes = units.sum(values), units.sum(np.ones(len(values)))
+    totals = units.sum(values)
+    sizes = units.sum(np.ones(len(values)))
     n = units.n
     mean = totals.sum() / sizes.sum() if n else 0.0
     none = LogMean(float(np.log(mean)) if mean > 0 else -np.inf, np.nan, np.nan, np.zeros(n))

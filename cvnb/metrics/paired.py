@@ -86,7 +86,8 @@ def _lower_bound(
         stakes = np.minimum(bets, 0.75 / max(m, 1e-12))   # at most three quarters can be lost
         return np.cumsum(np.log1p(stakes * (x - m))).max() >= np.log(1 / level)
 
-    low, high = 0.0, float(x.mean())
+    low = 0.0
+    high = float(x.mean())
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (middle, high) if wins(middle) else (low, middle)
@@ -156,7 +157,8 @@ def _truncated_median_unbiased(
         s = np.sqrt(rate * (1 - rate) / n)
         return float(stats.norm.logsf((p - rate) / s) - stats.norm.logsf((bound - rate) / s) - np.log(tail))
 
-    low, high = 1e-6, 1 - 1e-6
+    low = 1e-6
+    high = 1 - 1e-6
     if excess(low) > 0: return 0.0
     if excess(high) < 0: return 1.0
     return float(brentq(excess, low, high, xtol=1e-7))

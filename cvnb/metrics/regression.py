@@ -41,7 +41,8 @@ def r2(
     truth, predicted = (np.asarray(x, float).reshape(len(x), -1) for x in (truth, predicted))
     n = len(truth)
     units = Units.of(groups, n)
-    squares, total = (truth - predicted) ** 2, (truth - truth.mean(0)) ** 2
+    squares = (truth - predicted) ** 2
+    total = (truth - truth.mean(0)) ** 2
     rest = safe_divide(squares.sum(0), total.sum(0))
     value = float(np.mean(1 - rest))
     none = Estimate(value, float("nan"), float("nan"), n, units.n_groups)
@@ -54,7 +55,8 @@ def r2(
         q = float(np.exp(found.value))
         ratios.append(LogMean(q, q * -np.expm1(-found.below), q * np.expm1(found.above), q * found.influence))
     mean = _combine(ratios, [1 / len(ratios)] * len(ratios))
-    low, high = 1 - mean.value - mean.above, 1 - mean.value + mean.below
+    low = 1 - mean.value - mean.above
+    high = 1 - mean.value + mean.below
     return Estimate(value, min(low, value), max(high, value), n, units.n_groups)
 
 # %% ../../nbs/metrics/03_regression.ipynb #cell-35
@@ -67,7 +69,8 @@ def mae(
     errors = np.abs(np.asarray(truth, float) - np.asarray(predicted, float))
     units = Units.of(groups, len(errors))
     found = log_mean_interval(errors, units)
-    low, high = np.exp(found.value - found.below), np.exp(found.value + found.above)
+    low = np.exp(found.value - found.below)
+    high = np.exp(found.value + found.above)
     return Estimate(float(np.exp(found.value)), float(low), float(high), len(errors), units.n_groups)
 
 # %% ../../nbs/metrics/03_regression.ipynb #cell-36
@@ -80,5 +83,6 @@ def rmse(
     squares = (np.asarray(truth, float) - np.asarray(predicted, float)) ** 2
     units = Units.of(groups, len(squares))
     found = log_mean_interval(squares, units, 20, _CAUTION)
-    low, high = np.exp((found.value - found.below) / 2), np.exp((found.value + found.above) / 2)
+    low = np.exp((found.value - found.below) / 2)
+    high = np.exp((found.value + found.above) / 2)
     return Estimate(float(np.exp(found.value / 2)), float(low), float(high), len(squares), units.n_groups)
