@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-import sysconfig
+import site
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -42,12 +41,10 @@ def lock_digest(
 ) -> str:         # 64 hexadecimal digits
     "Digest requirements.lock, or outside a checkout the installed packages."
     if (lock := root/"requirements.lock").exists(): return sha256_file(lock)
-    site = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
-    folders = []
-    for p in sys.path:   # some packages add their bundled copies of others
-        bundled = any(p != s and p.startswith(s + os.sep) for s in site)
-        if os.path.isdir(p) and not bundled: folders.append((p, os.stat(p).st_mtime_ns))
-    return _installed_digest(tuple(folders))
+    own = [site.getusersitepackages()] if site.ENABLE_USER_SITE else []
+    added = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    folders = [p for p in (*site.getsitepackages(), *own, *added) if p and os.path.isdir(p)]
+    return _installed_digest(tuple((p, os.stat(p).st_mtime_ns) for p in folders))
 
 # %% ../../nbs/pipeline/04_freshness.ipynb #85f569c9
 def read_code_cells(
