@@ -26,16 +26,20 @@ ERROR_BUDGET = 0.05   # probability that a run accepts any model that is worse b
 def read_tests(
     run: Path,         # run directory
 ) -> list[dict[str, Any]]:   # question, claim, level, accepted, margin, n, when; in the order of the tests
-    "Read a run's confirmatory tests; a damaged line counts as a test that was failed."
+    "Read a run's confirmatory tests; a damaged line counts as a failed test, and so do verdicts without a ledger."
     path = run/TEST_LEDGER
+    failed = lambda claim: dict(question=None, claim=claim, level=None, accepted=False)
+    if not path.exists() or not path.stat().st_size:
+        lost = [run/file for file in ("compress/verdict.json", "export/export.json") if (run/file).exists()]
+        return [failed(f"{file.relative_to(run)} without {TEST_LEDGER}") for file in lost]
     tests = []
-    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+    for line in path.read_bytes().split(b"\n"):
         if not line.strip(): continue
         try:
             record = load_json(line, TEST_LEDGER)
             whole = isinstance(record, dict) and record.get("digest") == record_digest(record)
         except CvnbError: whole = False
-        tests.append(record if whole else dict(question=None, claim="a damaged line", level=None, accepted=False))
+        tests.append(record if whole else failed(f"a damaged line of {TEST_LEDGER}"))
     return tests
 
 # %% ../../nbs/compress/04_error_budget.ipynb #70c239a8

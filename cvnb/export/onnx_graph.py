@@ -14,7 +14,7 @@ from ..core.errors import CvnbError
 from ..core.records import printable
 
 # %% auto #0
-__all__ = ['CONTROL_FLOW', 'RANDOM_OPERATORS', 'OnnxGraph', 'read_graph', 'check_graph']
+__all__ = ['CONTROL_FLOW', 'RANDOM_OPERATORS', 'FOLDABLE_OPERATORS', 'OnnxGraph', 'read_graph', 'check_graph']
 
 # %% ../../nbs/export/06_onnx_graph.ipynb #674ca8dc
 _Span = tuple[int, int]   # positions in the file: first byte, and the one after the last
@@ -60,13 +60,16 @@ _FUNCTION = 25
 _NODE = 1             # of a graph
 _INITIALIZER = 5
 _SPARSE_INITIALIZER = 15
-_OPERATOR = 4         # of a node
+_INPUT = 1            # of a node
+_OUTPUT = 2
+_OPERATOR = 4
 _ATTRIBUTE = 5
 _DOMAIN = 7
 _TENSORS = (5, 10)    # of an attribute: one tensor, several
 _SUBGRAPHS = (6, 11)
 _SPARSE_TENSORS = (22, 23)
-_EXTERNAL_DATA = 13   # of a tensor
+_NAME = 8             # of a tensor
+_EXTERNAL_DATA = 13
 _DATA_LOCATION = 14
 
 # %% ../../nbs/export/06_onnx_graph.ipynb #fbec0849
@@ -76,26 +79,33 @@ class OnnxGraph:
     operators: set[str] = field(default_factory=set)            # such as "Conv", or "com.microsoft.FusedConv"
     metadata: dict[str, str] = field(default_factory=dict)      # of the model
     parts: set[str] = field(default_factory=set)                # what the graph holds beside nodes and weights
+    constants: set[str] = field(default_factory=set)            # names of values that do not depend on the images
+    folded: set[str] = field(default_factory=set)               # operators that compute such values from such values
 
     def add_tensor(self,
         data: mmap.mmap,   # the file
         span: _Span,       # of a tensor
     ) -> None:
-        "Note whether a tensor's values are in another file."
-        if any(number in (_EXTERNAL_DATA, _DATA_LOCATION) and value != 0 for number, value in _read_fields(data, span)):
-            self.parts.add("weights in another file")
+        "Note a tensor's name, and whether its values are in another file."
+        for number, value in _read_fields(data, span):
+            if number == _NAME and isinstance(value, tuple): self.constants.add(data[slice(*value)].decode())
+            if number in (_EXTERNAL_DATA, _DATA_LOCATION) and value != 0: self.parts.add("weights in another file")
 
     def add_node(self,
         data: mmap.mmap,   # the file
         span: _Span,       # of a node
     ) -> None:
         "Note a node's operator, and what its attributes hold."
-        names = {_OPERATOR: "", _DOMAIN: ""}
+        names: dict[int, list[str]] = {_INPUT: [], _OUTPUT: [], _OPERATOR: [""], _DOMAIN: [""]}
         for number, value in _read_fields(data, span):
-            if number in names and isinstance(value, tuple): names[number] = data[slice(*value)].decode()
+            if number in names and isinstance(value, tuple): names[number].append(data[slice(*value)].decode())
             if number == _ATTRIBUTE and isinstance(value, tuple): self._add_attribute(data, value)
-        domain = "" if names[_DOMAIN] in ("", "ai.onnx") else f"{names[_DOMAIN]}."
-        self.operators.add(domain + names[_OPERATOR])
+        domain = "" if names[_DOMAIN][-1] in ("", "ai.onnx") else f"{names[_DOMAIN][-1]}."
+        operator = domain + names[_OPERATOR][-1]
+        self.operators.add(operator)
+        if set(names[_INPUT]) - {""} <= self.constants:
+            self.constants.update(names[_OUTPUT])
+            self.folded.add(operator)
 
     def _add_attribute(self, data: mmap.mmap, span: _Span) -> None:
         for number, value in _read_fields(data, span):
@@ -107,12 +117,13 @@ class OnnxGraph:
         data: mmap.mmap,   # the file
         span: _Span,       # of a graph
     ) -> None:
-        "Note the nodes and the weights of a graph."
-        for number, value in _read_fields(data, span):
-            if not isinstance(value, tuple): continue
-            if number == _NODE: self.add_node(data, value)
+        "Note the weights and the nodes of a graph, in this order."
+        fields = [(number, value) for number, value in _read_fields(data, span) if isinstance(value, tuple)]
+        for number, value in fields:
             if number == _INITIALIZER: self.add_tensor(data, value)
             if number == _SPARSE_INITIALIZER: self.parts.add("sparse weights")
+        for number, value in fields:
+            if number == _NODE: self.add_node(data, value)
 
     def add_metadata(self,
         data: mmap.mmap,   # the file
@@ -149,13 +160,19 @@ CONTROL_FLOW = {"If", "Loop", "Scan", "SequenceMap"}
 RANDOM_OPERATORS = {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform",
                     "RandomUniformLike"}
 
+# What may compute with weights alone: nothing here makes its result larger or takes long.
+FOLDABLE_OPERATORS = {"Cast", "Constant", "DequantizeLinear", "Gather", "Identity", "QuantizeLinear", "Reshape",
+                      "Shape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
+
 def check_graph(
     path: Path | str,   # an ONNX file
 ) -> OnnxGraph:
     "Read an ONNX file; raise `CvnbError` that names what it holds and no file of cvnb holds."
     graph = read_graph(path)
     named = sorted(graph.operators & (CONTROL_FLOW | RANDOM_OPERATORS) or {o for o in graph.operators if "." in o})
+    slow = sorted(graph.folded - FOLDABLE_OPERATORS)
     if named: found = f"the operator {printable(named[0], 60)}"
+    elif slow: found = f"a {printable(slow[0], 60)} of constants"
     elif graph.parts: found = sorted(graph.parts)[0]
     else: return graph
     raise CvnbError(f"{path} is refused: it has {found}, and no model of cvnb has that", _REMEDY)

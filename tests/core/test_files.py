@@ -148,9 +148,10 @@ def test_shared_cache_is_used_where_the_user_says_so(cache: Path, monkeypatch: p
     assert cache_dir("rows") == cache/"rows"
 
 
-@pytest.mark.parametrize("folder", ["data/digits", "archives", "digests-2", "sources/hf", ""])
+@pytest.mark.parametrize("folder", ["data/digits", "archives", "digests-3", "sources/hf", ""])
 def test_each_user_of_the_cache_refuses_a_planted_folder(folder: str, cache: Path, tmp_path: Path) -> None:
-    from cvnb.data import archives, fiftyone_db, named, sources, versions
+    from cvnb.core.cache import cache_dir
+    from cvnb.data import archives, named, sources, versions
     archive = tmp_path/"a.zip"
     archive.touch()
     for label in "ab":
@@ -160,7 +161,7 @@ def test_each_user_of_the_cache_refuses_a_planted_folder(folder: str, cache: Pat
     (cache/folder).chmod(0o777)
     use = {"data/digits": lambda: named.prepare_dataset(named.NAMED_DATASETS["digits"], print),
            "archives": lambda: archives.unpack_archive(archive), "sources/hf": lambda: sources._table_folder("hf", "a"),
-           "digests-2": lambda: versions.dataset_digest(tmp_path/"images"), "": fiftyone_db._keeper_files}[folder]
+           "digests-3": lambda: versions.dataset_digest(tmp_path/"images"), "": lambda: cache_dir("rows")}[folder]
     with pytest.raises(CvnbError, match="can be written by every user"): use()
 
 

@@ -282,7 +282,7 @@ HEIC = ("c-muNV30{GsVvAy%}izhg51nBLl8SRGck>Ufw49>wIq=N0u(b+a*CjAhJwuG5(YG&l$nzcH
 def test_heic_is_decoded_with_its_package_and_named_without(tmp_path, monkeypatch):
     from cvnb.data import images
     (tmp_path/"phone.heic").write_bytes(zlib.decompress(base64.b85decode(HEIC)))
-    monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
+    monkeypatch.setattr(Image, "OPEN", {name: opener for name, opener in Image.OPEN.items() if name != "HEIF"})
     monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name != "HEIF"])
     monkeypatch.setattr(images, "_register_heif", lambda: None)
     with pytest.raises(UnreadableImage, match="HEIC image needs the package pi-heif; pip install 'cvnb.heif.'"):

@@ -36,7 +36,7 @@ def manifest_of(folder: Path, copies: dict[str, int]) -> Path:   # manifest.parq
     rows = []
     for split in SPLITS:
         for i in range(4 + copies.get(split, 0)):
-            rows.append(dict(path=f"{split}/{i:02}.png", split=split, ok=True, pixel_sha256=f"{i % 4}"))
+            rows.append(dict(path=f"{split}/{i:02}.png", label="a", split=split, ok=True, pixel_sha256=f"{i % 4}"))
     table = pd.DataFrame(rows).sample(frac=1, random_state=0, ignore_index=True)
     return write_table(folder/"manifest.parquet", table)
 

@@ -212,6 +212,16 @@ def test_model_that_runs_for_too_long_is_stopped(bundle, capfd):
     assert len(str(e.value).splitlines()) == 1 and capfd.readouterr() == ("", "")
 
 
+def test_model_that_would_compute_while_it_is_opened_is_refused(bundle):
+    products = [helper.make_node("MatMul", [f"x{i}", f"x{i}"], [f"x{i + 1}"]) for i in range(400)]
+    end = [helper.make_node("ReduceMean", ["x400"], ["mean"], keepdims=0),
+           helper.make_node("Add", ["logits", "mean"], ["sum"]),
+           helper.make_node("Softmax", ["sum"], ["probabilities"], axis=1)]
+    replace_model(bundle, lambda: [*products, *end], weights=dict(x0=np.zeros((900, 900), np.float32)))
+    with pytest.raises(CvnbError, match="it has a MatMul of constants, and no model of cvnb has that"):
+        Bundle.load(bundle)
+
+
 def test_model_that_needs_too_much_memory_is_stopped(bundle, capfd):
     replace_model(bundle, widen(2**20, 0), weights=dict(axes=np.array([0, 1]), shape=np.array([2**20, 2**20])))
     with pytest.raises(CvnbError, match="model.onnx cannot be run .it needs more than .* GB of memory"):

@@ -20,7 +20,8 @@ def check(found: list[Coverage]) -> None:
     two_sided = [c.covered for c in shown if not c.point.at_bound]
     assert min(c.covered for c in shown) >= 0.9, report
     assert np.mean([c.covered for c in shown]) >= 0.93, report
-    assert np.mean(two_sided or [0.95]) <= 0.98, report
+    error = np.sqrt(0.05 * 0.95 / sum(c.n for c in shown)) if shown else 0
+    assert np.mean(two_sided or [0.95]) <= 0.98 + 2 * error, report
 
 
 @pytest.mark.parametrize("estimate", ESTIMATES)

@@ -44,7 +44,7 @@ def test_every_stage_writes_manifest_outputs_and_notebook(smoke_run):
     for stage in STAGES:
         record = read_json(smoke_run/stage/"stage.json")
         assert set(record) == {"stage", "status", "key", "params", "data", "inputs", "outputs", "metrics", "notes",
-                               "seconds", "started", "cvnb", "environment"}
+                               "seconds", "started", "cvnb", "environment", "format", "digest", "images"}
         assert record["status"] == "done" and len(record["key"]) == 64 and record["outputs"]
         for out in record["outputs"].values():
             path = smoke_run/out["path"]
