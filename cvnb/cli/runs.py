@@ -5,10 +5,11 @@
 # %% ../../nbs/cli/03_runs.ipynb #24ce7bbf
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -173,18 +174,23 @@ def status_command(
 
 # %% ../../nbs/cli/03_runs.ipynb #16ff7ea4
 def _list_paths(
-    images: list[str],   # files, folders, or "-" for standard input
+    images: list[str],   # files and folders
     recursive: bool,     # whether folders are taken
 ) -> list[str]:          # files
-    "List the images of a call; raise `UsageError` for a folder that is not asked for, and for none at all."
-    lines = os.fsdecode(sys.stdin.buffer.read()).splitlines() if "-" in images else []
-    named = [*filter(None, lines), *(image for image in images if image != "-")]
-    folders = [path for path in named if os.path.isdir(path)]
+    "List the images of a call; raise `UsageError` for a folder that is not asked for."
+    folders = [path for path in images if os.path.isdir(path)]
     if folders and not recursive:
         raise UsageError(f"{printable(folders[0])} is a folder", "Give --recursive to take the images in it.")
-    found = [path for name in named for path in (_list_folder(name) if name in folders else [name])]
-    if not found: raise UsageError("there is no image to classify", "Give image files, or a folder and --recursive.")
-    return found
+    return [path for name in images for path in (_list_folder(name) if name in folders else [name])]
+
+def _read_paths(
+    recursive: bool,   # whether folders are taken
+) -> Iterator[str]:    # files
+    "Yield the paths on standard input as they come."
+    for line in sys.stdin.buffer:
+        name = os.fsdecode(line).rstrip("\r\n")
+        if name and recursive and os.path.isdir(name): yield from _list_folder(name)
+        elif name: yield name
 
 def _list_folder(
     folder: str,
@@ -225,9 +231,12 @@ def predict_command(
 ) -> None:
     "Classify images with a run's bundle; needs neither torch nor the training packages."
     from cvnb.export.bundle import Bundle
-    paths = _list_paths(images, recursive)
+    paths = _list_paths([image for image in images if image != "-"], recursive)
+    batches = dict(batch_size=1) if "-" in images else {}   # an answer does not wait for the next path
+    given = itertools.chain(paths, _read_paths(recursive)) if "-" in images else paths
     bundle = Bundle.load(model, max_megapixels=max_megapixels)
     unreadable: list[Any] = []
+    n_answers = 0
 
     def skip(image: Any, error: CvnbError) -> None:
         unreadable.append(image)
@@ -235,14 +244,17 @@ def predict_command(
 
     show = _print_json_line if as_json else _open_prediction_table(paths, bundle.labels)
     clipped = 0
-    for prediction in bundle.iter_predictions(paths, skip=skip):
+    for prediction in bundle.iter_predictions(given, skip=skip, **batches):
+        n_answers += 1
         clipped += prediction.get("clipped", 0) > 0
         show(prediction)
+    n = n_answers + len(unreadable)
+    if not n: raise UsageError("there is no image to classify", "Give image files, or a folder and --recursive.")
     if clipped:
-        print(f"! {clipped} of {len(paths)} images have values outside of the bundle's scale "
+        print(f"! {clipped} of {n} images have values outside of the bundle's scale "
               f"({bundle.decoding.scale.name}), which are clipped", file=sys.stderr)
-    if unreadable and len(paths) > 1:
-        raise CvnbError(f"{len(unreadable)} of {len(paths)} images could not be read", "The lines above name them.")
+    if unreadable and n > 1:
+        raise CvnbError(f"{len(unreadable)} of {n} images could not be read", "The lines above name them.")
     if unreadable: raise typer.Exit(1)
 
 # %% ../../nbs/cli/03_runs.ipynb #699e0587

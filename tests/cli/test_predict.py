@@ -94,6 +94,17 @@ def test_dash_reads_paths_from_standard_input(call, photos):
                                                "--recursive."]
 
 
+def test_answer_does_not_wait_for_the_next_path_on_standard_input(bundle, photos):
+    command, pipe = [Path(sys.executable).with_name("cvnb"), "predict", bundle, "-", "--json"], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        for path in photos[:2]:
+            process.stdin.write(f"{path}\n")
+            process.stdin.flush()
+            assert json.loads(process.stdout.readline())["path"] == str(path)
+        process.stdin.close()
+        assert process.wait(60) == 0
+
+
 def test_folder_is_taken_with_recursive_only(call, photos):
     folder = photos[0].parent
     code, out, error = call(folder, photos[0])
