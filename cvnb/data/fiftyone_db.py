@@ -24,7 +24,7 @@ from urllib.parse import quote
 
 import cvnb
 from ..core.errors import CvnbError, UsageError
-from ..core.files import digest, read_json
+from ..core.files import check_trusted, digest, read_json
 
 # %% auto #0
 __all__ = ['database_folder', 'keep_database', 'start_database', 'import_fiftyone', 'database_errors', 'open_database_note']
@@ -59,10 +59,12 @@ def database_folder() -> str:   # an absolute path
 def _private_folder(
     folder: Path,   # made unless it exists
 ) -> Path:          # `folder`
-    "Close a folder to other users; raise `UsageError` if it is not this user's."
+    "Close a folder to other users; raise `CvnbError` if it is not this user's, or if others could write to it."
     folder.mkdir(0o700, parents=True, exist_ok=True)
     is_own = lambda: not folder.is_symlink() and folder.stat().st_uid == os.getuid()
-    if is_own(): folder.chmod(0o700)
+    if is_own():
+        check_trusted(folder, "name another folder in FIFTYONE_DATABASE_DIR")
+        folder.chmod(0o700)
     if is_own() and folder.stat().st_mode & 0o077 == 0: return folder
     raise UsageError(f"the folder {folder} of FiftyOne's database can be used by other users",
                      "Name a folder of your own in FIFTYONE_DATABASE_DIR.")

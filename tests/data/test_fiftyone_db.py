@@ -183,8 +183,17 @@ def test_folder_that_is_not_the_users_own_is_refused(kind, tmp_path):
 
 def test_folder_of_an_older_version_is_closed_to_others(tmp_path):
     (tmp_path/"mongo").mkdir()
-    (tmp_path/"mongo").chmod(0o777)
+    (tmp_path/"mongo").chmod(0o755)
     assert database._private_folder(tmp_path/"mongo").stat().st_mode & 0o777 == 0o700
+
+
+def test_folder_that_every_user_could_write_to_is_refused_and_left_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr("cvnb.core.files._is_out_of_reach", lambda path: False)   # the folder of tests is closed
+    (tmp_path/"mongo").mkdir()
+    (tmp_path/"mongo").chmod(0o777)
+    with pytest.raises(CvnbError, match="can be written by every user.*FIFTYONE_DATABASE_DIR"):
+        database._private_folder(tmp_path/"mongo")
+    assert (tmp_path/"mongo").stat().st_mode & 0o777 == 0o777
 
 
 @pytest.mark.parametrize("folder", ["/proc/database", "file"])
