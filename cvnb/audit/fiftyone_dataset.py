@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..core.errors import CvnbError
+from ..core.errors import CvnbError, UsageError
 from ..core.files import digest
 from ..core.project import resolve_run
 from ..data.split_names import SPLITS
@@ -238,8 +238,8 @@ def load_dataset(
                 _recover_dataset(fo, name)
                 if fo.dataset_exists(name): return fo.load_dataset(name)
                 break
-        except CvnbError:
-            if not attempts_left: raise
+        except CvnbError as e:
+            if not attempts_left or isinstance(e, UsageError): raise   # a wrong setting stays wrong
             time.sleep(1)   # the database may be shutting down, as on a full disk; the next attempt starts a new one
     raise CvnbError(f"FiftyOne has no dataset '{name}' of {resolve_run(run)}",
                     f"Run `cvnb run audit --run {run} --force`.")

@@ -267,6 +267,8 @@ def accept_corrections(
     from cvnb.tasks.labels import get_task   # imports torch
     folder, audit = read_audit(run)
     file = Path(out) if out else corrections_file(audit["data"])
+    if file.suffix.lower() != ".csv":
+        raise UsageError(f"corrections are written as CSV, and {file} is named otherwise", "Give --out FILE.csv.")
     old = read_corrections(file if file.exists() else "")
     dataset = load_dataset(folder)
     with database_errors(f"FiftyOne's dataset of {run} cannot be read"):

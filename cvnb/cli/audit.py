@@ -53,8 +53,8 @@ def audit_accept_command(
     folder = existing_run(run)
     from cvnb.audit.review import UNCHANGED_STATES, accept_corrections
     from cvnb.data.fiftyone_db import open_database_note
-    if note := open_database_note(): print(f"! {note}", file=sys.stderr)
     file, corrections = accept_corrections(folder, out, dry_run, new_class)
+    if note := open_database_note(): print(f"! {note}", file=sys.stderr)
     if as_json: return print(json.dumps(corrections.to_dict("records"), indent=1))
     if corrections.empty: return print(f"{folder.name}: nothing was corrected in the App.")
     shown = [(r.path, r.action, r.was, r.label, r.findings, r.state) for r in corrections.itertuples()]

@@ -144,6 +144,18 @@ def _example_image(
     audit = read_record(find_output(folder, "audit", "audit.json"), AuditRecord)
     return Path(audit["root"])/rows["path"].filter(rows["ok"])[0].as_py()
 
+# %% ../../nbs/cli/03_runs.ipynb #status-record
+def _status_record(
+    folder: Path,              # run directory
+    rows: list[dict],          # from `stage_states`
+    accesses: dict[str, int],  # from `split_accesses`
+    tests: list[dict],         # from `read_tests`
+) -> dict:                     # for --json
+    "Collect the states of a run's stages, its accesses to the test split and its confirmatory tests."
+    from cvnb.compress.error_budget import ERROR_BUDGET, next_level
+    budget = dict(total=ERROR_BUDGET, next_level=next_level(tests), tests=tests)
+    return dict(run=str(folder), stages=rows, test_accesses=accesses, error_budget=budget)
+
 # %% ../../nbs/cli/03_runs.ipynb #c6d2d6f1
 def status_command(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
@@ -156,7 +168,9 @@ def status_command(
     from cvnb.pipeline.runner import read_run_parameters, stage_states
     folder = existing_run(run)
     rows = stage_states(folder, read_run_parameters(folder))
-    if as_json: return print(json.dumps(rows, indent=1))
+    tests = read_tests(folder)
+    found = split_accesses(folder)
+    if as_json: return print(json.dumps(_status_record(folder, rows, found, tests), indent=1))
     shown = []
     for r in rows:
         seconds = f"{r['seconds']:.1f}" if r["seconds"] else ""
@@ -164,11 +178,11 @@ def status_command(
     print_table(f"{folder}", dict(stage="left", state="left", because="left", seconds="right", metrics="left"), shown)
     for r in rows:
         if r["notes"]: print("\n  ".join([f"\n{r['stage']}:", *format_notes(folder, r["notes"])]))
-    if found := split_accesses(folder):
+    if found:
         stages = ", ".join(f"{s} {n}" for s, n in found.items())
         print(f"\nThe test split was read {sum(found.values())} times ({stages}): "
               "a model that is chosen by these results needs new images for its test.")
-    if budget := describe_budget(read_tests(folder)): print(f"\n{budget}")
+    if budget := describe_budget(tests): print(f"\n{budget}")
     for r in rows if why else []:
         print(f"\n{r['stage']}: {r['state']}" + "".join(f"\n  {reason}" for reason in r["reasons"]))
 
@@ -177,11 +191,11 @@ def _list_paths(
     images: list[str],   # files and folders
     recursive: bool,     # whether folders are taken
 ) -> list[str]:          # files
-    "List the images of a call; raise `UsageError` for a folder that is not asked for."
+    "List the images of a call; raise `UsageError` if all that is given are folders, which are not asked for."
     folders = [path for path in images if os.path.isdir(path)]
-    if folders and not recursive:
+    if not recursive and folders == images != []:
         raise UsageError(f"{printable(folders[0])} is a folder", "Give --recursive to take the images in it.")
-    return [path for name in images for path in (_list_folder(name) if name in folders else [name])]
+    return [path for name in images for path in (_list_folder(name) if recursive and name in folders else [name])]
 
 def _read_paths(
     recursive: bool,   # whether folders are taken

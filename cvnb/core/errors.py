@@ -21,6 +21,10 @@ class CvnbError(Exception):
         self.remedy = remedy
         super().__init__(f"{what}. {remedy}" if remedy else what)
 
+    def _render_traceback_(self) -> list[str]:   # lines that IPython shows
+        "Show the message alone in a notebook: the remedy counts, not where cvnb noticed the fault."
+        return [f"{type(self).__name__}: {self}"]
+
 # %% ../../nbs/core/01_errors.ipynb #cell-6
 class UsageError(CvnbError):
     "A call with wrong arguments; it has started and written nothing."

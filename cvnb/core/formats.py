@@ -98,6 +98,7 @@ class StageManifest(SealedRecord):
     data: DataVersion | None = None
     inputs: dict[str, Sha256] = Field({}, description="stage/file -> its SHA-256")
     outputs: dict[str, OutputFile] = Field({}, description="file in the stage's folder -> path, digest, size")
+    notebook: OutputFile | None = Field(None, description="the executed notebook; null: run by hand")
     images: dict[str, ImageUse] = Field({}, description="role, such as weights -> the images that have it")
     metrics: dict[str, Metric] = {}
     notes: list[Note] = []

@@ -393,6 +393,18 @@ def announce(self: Stage,
     if line not in self._urgent: self._urgent.append(line)
     self.progress(*self._reported)
 
+# %% ../../nbs/core/06_stage.ipynb #nb-digest
+def _notebook_notes(
+    run: Path,      # run directory
+    record: dict,   # a stage's manifest
+) -> list[dict]:    # as of `Stage.note`; empty for a notebook that is whole, and for one without a digest
+    "Say that a stage's executed notebook is missing or was changed."
+    if not (notebook := record.get("notebook")): return []
+    if not any(changed_outputs(run, {"notebook": notebook})): return []
+    what = "was changed after the stage ran" if (run/notebook["path"]).is_file() else "is missing"
+    text = f"notebook.ipynb {what}: it is no record of this run, whose figures are in stage.json"
+    return [dict(text=text, file=notebook["path"], exceeded=True)]
+
 # %% ../../nbs/core/06_stage.ipynb #659f23e1
 def read_notes(
     run: Path,      # run directory
@@ -401,7 +413,7 @@ def read_notes(
     "Read the notes of a stage; there are none in a manifest of an older version. A damaged manifest is a note too."
     if fault := manifest_fault(run, stage): return [dict(text=fault, file="", exceeded=True)]
     record = read_ended_stage(run, stage) or {}
-    if record.get("status") != "failed": return record.get("notes", [])
+    if record.get("status") != "failed": return _notebook_notes(run, record) + record.get("notes", [])
     error = record["environment"].get("error", "").strip().splitlines()
     return [dict(text=error[0], file="", exceeded=True)] if error else []
 

@@ -281,7 +281,7 @@ def _check_server(
     address = re.sub("//[^@/]*@", "//…@", uri)   # without user name and password
     server = f"the database at {address} (FIFTYONE_DATABASE_URI or FiftyOne's config)"
     remedy = "Start a MongoDB there, or unset the setting: cvnb then starts one of its own."
-    options = {} if "serverselectiontimeoutms" in uri.lower() else dict(serverSelectionTimeoutMS=10000)
+    options = {} if "serverselectiontimeoutms" in uri.lower() else dict(serverSelectionTimeoutMS=5000)
     try:
         with MongoClient(uri, **options) as client: version = client.server_info()["version"]
     except (PyMongoError, ValueError) as e:

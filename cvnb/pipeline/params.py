@@ -322,6 +322,17 @@ def _check_timm_model(
         what = f"{contract.stage}.{p.name} = {shorten(repr(value), 80)}{_origin_note(origin)}: timm has no such model"
         raise UsageError(what, did_you_mean(network, sorted(known))[:200])
 
+# %% ../../nbs/pipeline/01_params.ipynb #suggest-choice
+def _suggest_choice(
+    p: Param,     # the parameter
+    value: Any,   # a value that it does not take
+) -> str:         # "Did you mean 'light'? "; empty where no choice is similar
+    "Suggest the choice that is most similar to a value."
+    from difflib import get_close_matches
+    choices = [c for c in typing.get_args(p.base_type) if isinstance(c, str)]
+    close = get_close_matches(value, choices, n=1, cutoff=0.5) if isinstance(value, str) else []
+    return f"Did you mean '{close[0]}'? " if close else ""
+
 # %% ../../nbs/pipeline/01_params.ipynb #92e83ff9
 def check_parameters(
     contract: Contract,        # a stage's contract
@@ -336,7 +347,7 @@ def check_parameters(
         p = find_parameter(contract, str(e.errors()[0]["loc"][0]))
         given = shorten(repr(values.get(p.name)), 80)
         raise UsageError(f"{contract.stage}.{p.name} = {given}{_origin_note(origin)}: expected {_expected(p)}",
-                         f"See `cvnb params {contract.stage}`.") from None
+                         _suggest_choice(p, values.get(p.name)) + f"See `cvnb params {contract.stage}`.") from None
     for name in values: _check_timm_model(contract, find_parameter(contract, name), values[name], origin)
     return {n: getattr(model, n) for n in values}
 
@@ -457,8 +468,9 @@ def open_stage(
     Raise `UsageError` for a wrong parameter, and `CvnbError` where another process of cvnb holds the run directory.
     """
     contract = read_contract(asset_folder("stages")/f"{name}.ipynb")
-    check_injected(contract, list(namespace.get("_ih", [])))   # IPython's history
+    injected = check_injected(contract, list(namespace.get("_ih", [])))   # IPython's history
     given = {n: namespace[n] for n in contract.names if n in namespace}
+    check_parameters(contract, {n: v for n, v in given.items() if n in injected}, PAPERMILL)
     params = contract.defaults() | check_parameters(contract, given, "the notebook")
     by_hand = "CVNB_KEY_PARTS" not in os.environ   # `cvnb run` holds the lock itself
     with lock_run(resolve_run(params["run"]), "`run`", 5) if by_hand else contextlib.nullcontext():

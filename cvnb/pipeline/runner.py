@@ -22,10 +22,10 @@ from typing import Any
 
 import cvnb
 from ..core.errors import CvnbError, UsageError, did_you_mean
-from ..core.files import atomic_path
+from ..core.files import atomic_path, file_record
 from ..core.fingerprint import imported_packages
 from ..core.project import project_root
-from ..core.records import write_record
+from ..core.records import read_record, write_record
 from ..core.stage import ACCESS_LOG, MAX_NOTES, PENDING_MANIFEST, STAGE_MARKER, format_metric, format_notes, lock_run
 from ..core.stage import manifest_fault, read_ended_stage, read_notes, read_progress, read_run_manifest
 from ..core.stage import read_stage_manifest, refuse_newer_format, split_accesses
@@ -309,6 +309,17 @@ def _record_failure(
             seconds=None, started=timestamp(), cvnb=cvnb.__version__,
             environment=dict(machine=machine_info(), parts=parts, error=str(error))), StageManifest)
 
+# %% ../../nbs/pipeline/05_runner.ipynb #seal-notebook
+def _seal_notebook(
+    manifest: Path,   # written by the stage
+    notebook: Path,   # the executed notebook
+) -> None:
+    "Add the digest of a stage's executed notebook to its manifest."
+    from cvnb.core.formats import StageManifest
+    record = read_record(manifest, StageManifest)
+    path = f"{notebook.parent.name}/{notebook.name}"
+    write_record(manifest, record | dict(notebook=dict(path=path, **file_record(notebook))), StageManifest)
+
 # %% ../../nbs/pipeline/05_runner.ipynb #862eaa27
 def run_stage(
     contract: Contract,   # the stage
@@ -344,6 +355,7 @@ def run_stage(
         raise error from None
     finally:
         for kept in aside.values(): kept.unlink(missing_ok=True)
+    _seal_notebook(pending, notebook)
     os.replace(pending, folder/"stage.json")
     return read_ended_stage(run, contract.stage)
 

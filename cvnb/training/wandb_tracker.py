@@ -24,7 +24,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from ..core.errors import UsageError
 from ..core.files import sha256_file
-from ..core.stage import Stage
+from ..core.stage import STAGE_MARKER, Stage
 
 # %% auto #0
 __all__ = ['UPLOAD_LIMIT_S', 'sync_command', 'WandbTracker', 'open_wandb']
@@ -278,7 +278,10 @@ class WandbTracker(WandbLogger):
 
     def finish(self) -> None:
         "Finish the run without waiting for uploads."
-        if not (error := _finish_run(self._experiment)): return
+        error = _finish_run(self._experiment)
+        mode = (self.stage.dir/STAGE_MARKER).stat().st_mode & 0o777   # W&B stages files with mode 0400
+        for file in (self.stage.dir/"wandb/artifacts/staging").glob("*"): file.chmod(mode)
+        if not error: return
         timed_out = isinstance(error, TimeoutError)
         why = "the server has not taken everything in time" if timed_out else _failure_reason(error)
         self.stage.environment["wandb"]["why"] = why

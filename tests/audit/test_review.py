@@ -314,6 +314,8 @@ def test_edits_are_stale_when_the_pixels_have_changed(run, tmp_path):
     shown = lambda pixels: dataset._sample_collection.update_one(
         dict(path=sample.path), {"$set": dict(pixel_sha256=pixels)})   # the field is read-only in FiftyOne
     shown("0" * 64)
+    with pytest.raises(UsageError, match="c.png is named otherwise. Give --out FILE.csv"):
+        accept_corrections(run, tmp_path/"c.png")
     _, accepted = accept_corrections(run, tmp_path/"c.csv")
     assert accepted.set_index("path").state[sample.path] == "stale"
     assert sample.path not in set(read_corrections(tmp_path/"c.csv").path)

@@ -107,9 +107,12 @@ def test_answer_does_not_wait_for_the_next_path_on_standard_input(bundle, photos
 
 def test_folder_is_taken_with_recursive_only(call, photos):
     folder = photos[0].parent
-    code, out, error = call(folder, photos[0])
+    code, out, error = call(folder)
     assert code == 2 and not out
     assert error == [f"cvnb: {folder} is a folder. Give --recursive to take the images in it."]
+    code, out, error = call(folder, photos[0], "--json")
+    assert code == 1 and [json.loads(line)["path"] for line in out] == [str(photos[0])]
+    assert error[0] == f"cvnb: {folder} is a folder, not an image. Name its files, or give --recursive."
     (folder/"b").mkdir()
     for path in photos[5:]: path.unlink()
     photos[0].rename(folder/"b/0.png")
@@ -119,6 +122,12 @@ def test_folder_is_taken_with_recursive_only(call, photos):
         "001.png", "002.png", "003.png", "004.png", "0.png"]
     assert len(error) == 3 and all(line.startswith(f"! {folder}: ") and "left out" in line for line in error)
     assert any("notes.txt" in line for line in error)
+
+
+def test_pipe_is_not_waited_for(call, tmp_path):
+    os.mkfifo(tmp_path/"pipe.png")
+    code, out, error = call(tmp_path/"pipe.png")
+    assert code == 1 and "pipe.png is a pipe or a device, not a file" in error[0]
 
 
 def test_control_characters_of_a_name_do_not_reach_the_terminal(call, tmp_path):

@@ -37,7 +37,8 @@ class Run:
     def __init__(self, source: Path, folder: Path):
         self.folder = Path(shutil.copytree(source, folder/"run"))
         records = [read_stage_manifest(self.folder, s) for s in STAGES]
-        outputs = [self.folder/o["path"] for record in records for o in record["outputs"].values()]
+        outputs = [self.folder/o["path"] for record in records
+                   for o in [*record["outputs"].values(), record["notebook"]]]
         manifests = [self.folder/s/"stage.json" for s in STAGES]
         self.outputs = [p for p in outputs if "bundle" not in p.parts]
         self.files = [self.folder/"run.json", self.folder/ACCESS_LOG, *manifests, *self.outputs]

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from projects import write_project
 
+from cvnb.compress.error_budget import record_test
 from cvnb.core.files import read_json, write_json
+from cvnb.core.stage import Stage
 
 CVNB = Path(sys.executable).with_name("cvnb")
 BODY = """stage.path("page.html").write_text("x")
@@ -45,7 +47,7 @@ def test_notes_follow_the_stage_and_the_limit_comes_first(project):
 
 def test_json_has_all_notes(project):
     stage = json.loads(call(project, "run", "--run", "runs/a", "--json").stdout)["stages"]["only"]
-    (row,) = json.loads(call(project, "status", "runs/a", "--json").stdout)
+    (row,) = json.loads(call(project, "status", "runs/a", "--json").stdout)["stages"]
     assert stage["notes"] == row["notes"] == read_json(project/"runs/a/only/stage.json")["notes"]
     assert len(row["notes"]) == 7 and sum(note["exceeded"] for note in row["notes"]) == 1
 
@@ -56,14 +58,41 @@ def test_run_of_an_older_version_has_no_notes_and_is_stale_for_lack_of_a_digest(
     record = read_json(path)
     for name in "notes", "format", "digest": del record[name]
     write_json(path, record)
-    (row,) = json.loads(call(project, "status", "runs/a", "--json").stdout)
+    (row,) = json.loads(call(project, "status", "runs/a", "--json").stdout)["stages"]
     assert row["state"] == "stale" and row["notes"] == []
     assert row["reasons"] == ["its manifest has no digest, so it may have been changed"]
     assert "\nonly:" not in call(project, "status", "runs/a").stdout
 
 
+def test_changed_notebook_is_said_and_runs_nothing_again(project):
+    call(project, "run", "--run", "runs/a")
+    notebook = project/"runs/a/only/notebook.ipynb"
+    whole = notebook.read_bytes()
+    said = "notebook.ipynb was changed after the stage ran"
+    assert said not in call(project, "status", "runs/a").stdout
+    notebook.write_bytes(whole + b"\n")
+    status = json.loads(call(project, "status", "runs/a", "--json").stdout)
+    (row,) = status["stages"]
+    assert row["state"] == "fresh" and said in row["notes"][0]["text"] and row["notes"][0]["exceeded"]
+    assert f"! {said}" in call(project, "run", "--run", "runs/a").stdout
+    notebook.unlink()
+    assert "! notebook.ipynb is missing" in call(project, "status", "runs/a").stdout
+
+
+def test_json_status_has_test_accesses_and_the_error_budget(project):
+    call(project, "run", "--run", "runs/a")
+    status = json.loads(call(project, "status", "runs/a", "--json").stdout)
+    assert status["test_accesses"] == {} and status["error_budget"] == dict(total=0.05, next_level=0.025, tests=[])
+    record_test(project/"runs/a", "q", "compressed", 0.025, False, 0.01, 600)
+    Stage("only", project/"runs/a").log_access("test", 600)
+    status = json.loads(call(project, "status", "runs/a", "--json").stdout)
+    assert status["test_accesses"] == dict(only=1)
+    assert status["error_budget"]["next_level"] == 0.0125
+    assert status["error_budget"]["tests"][0]["claim"] == "compressed"
+
+
 def test_failed_stage_shows_its_error_in_status(project):
     assert call(project, "run", "--run", "runs/a", "--set", "only.fail=true").returncode == 1
-    (row,) = json.loads(call(project, "status", "runs/a", "--json").stdout)
+    (row,) = json.loads(call(project, "status", "runs/a", "--json").stdout)["stages"]
     assert row["state"] == "failed" and "AssertionError: planted" in row["notes"][0]["text"]
     assert "! only failed in cell [5]" in call(project, "status", "runs/a").stdout

@@ -36,13 +36,13 @@ def test_run_of_older_version_is_read_and_repeated(project):
     # Modules lay flat in the package: "core.stage.Stage" was "stage.Stage".
     parts["functions"] = {name.split(".", 1)[-1]: digest for name, digest in parts["functions"].items()}
     path.write_text(json.dumps(record))
-    (row,) = json.loads(call(project, "status", "runs/old", "--json"))
+    (row,) = json.loads(call(project, "status", "runs/old", "--json"))["stages"]
     assert row["state"] == "stale" and len(row["reasons"]) == 1
     assert row["reasons"][0].startswith("cvnb was reorganised: ")
     assert row["reasons"][0] in call(project, "run", "--run", "runs/old")
     assert read_json(path)["params"]["n"] == 3, "the run's own parameters are used again"
-    assert json.loads(call(project, "status", "runs/old", "--json"))[0]["state"] == "fresh"
+    assert json.loads(call(project, "status", "runs/old", "--json"))["stages"][0]["state"] == "fresh"
     record["environment"]["parts"]["modules"] = parts.pop("functions")   # a key of still older versions
     path.write_text(json.dumps(record))
-    (row,) = json.loads(call(project, "status", "runs/old", "--json"))
+    (row,) = json.loads(call(project, "status", "runs/old", "--json"))["stages"]
     assert row["state"] == "stale" and row["reasons"] == ["another version of cvnb made it"]

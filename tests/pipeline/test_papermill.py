@@ -68,10 +68,11 @@ def stage(project: Path, name: str = "one") -> Path:
 REFUSED = {
     "an unknown name": (dict(sead=5), r"two\.sead \(from papermill\): no such parameter. Did you mean 'seed'\?"),
     "another run's name": (dict(rum="runs/R"), r"two\.rum \(from papermill\): no such parameter. Did you mean 'run'\?"),
-    "a wrong type": (dict(seed="5"), r"two\.seed = '5' \(from .*\): expected int in 0 … 9"),
-    "out of range": (dict(seed=10), r"two\.seed = 10 \(from .*\): expected int in 0 … 9"),
-    "no choice": (dict(kind="c"), r"two\.kind = 'c' \(from .*\): expected one of 'a', 'b'"),
-    "not a number": (dict(share=float("nan")), r"two\.share = nan \(from .*\): expected Optional\[float\] in 0 … 1"),
+    "a wrong type": (dict(seed="5"), r"two\.seed = '5' \(from papermill\): expected int in 0 … 9"),
+    "out of range": (dict(seed=10), r"two\.seed = 10 \(from papermill\): expected int in 0 … 9"),
+    "no choice": (dict(kind="c"), r"two\.kind = 'c' \(from papermill\): expected one of 'a', 'b'\. See"),
+    "a misspelt choice": (dict(kind="aa"), r"expected one of 'a', 'b'\. Did you mean 'a'\? See `cvnb params two`"),
+    "not a number": (dict(share=float("nan")), r"two\.share = nan \(from papermill\): expected Optional\[float\] in 0 … 1"),
 }
 
 
@@ -83,10 +84,12 @@ def test_engine_refuses_before_a_kernel_starts(project, kind):
     assert not client.called and not (project/"out.ipynb").exists() and not (project/"runs").exists()
 
 
-def test_plain_papermill_refuses_before_any_work(project):
-    given, said = REFUSED["another run's name"]
-    with pytest.raises(PapermillExecutionError, match=said):
+@pytest.mark.parametrize("kind", ["another run's name", "a wrong type"])
+def test_plain_papermill_refuses_before_any_work(project, kind):
+    given, said = REFUSED[kind]
+    with pytest.raises(PapermillExecutionError, match=said) as error:
         execute(stage(project, "two"), engine=None, parameters=given)
+    assert "Traceback" not in str(error.value)
     assert not (project/"runs").exists(), "no stage has begun, neither this one nor one that it needs"
 
 

@@ -44,7 +44,8 @@ def test_every_stage_writes_manifest_outputs_and_notebook(smoke_run):
     for stage in STAGES:
         record = read_json(smoke_run/stage/"stage.json")
         assert set(record) == {"stage", "status", "key", "params", "data", "inputs", "outputs", "metrics", "notes",
-                               "seconds", "started", "cvnb", "environment", "format", "digest", "images"}
+                               "seconds", "started", "cvnb", "environment", "format", "digest", "images",
+                               "notebook"}
         assert record["status"] == "done" and len(record["key"]) == 64 and record["outputs"]
         for out in record["outputs"].values():
             path = smoke_run/out["path"]
@@ -91,6 +92,11 @@ def test_tracked_training_matches_stage_manifest(smoke_run):
     logged = {k for row in tracked["history"] for k in row}
     assert {"val/worst/captions", "val/best/captions", "val/confusion_table/path", "audit/checks/path"} <= logged
     assert tracked["artifacts"][f"model-{tracked['id']}"]["sha256"] == sha256_file(smoke_run/"train/model.safetensors")
+
+
+def test_files_of_a_run_have_one_mode(smoke_run):
+    modes = {oct(path.stat().st_mode & 0o777) for path in smoke_run.rglob("*") if path.is_file()}
+    assert len(modes) == 1
 
 
 def test_run_directory_has_the_documented_files(smoke_run):

@@ -99,7 +99,7 @@ def test_grid_runs_shared_stages_once(project):
     assert "Every trial is done." in sweep(project, *grid, "--dry-run").stdout
     for run in runs[::7]:
         status = subprocess.run([CVNB, "status", run, "--json"], capture_output=True, text=True, cwd=project)
-        assert [r["state"] for r in json.loads(status.stdout)] == ["fresh", "fresh"]
+        assert [r["state"] for r in json.loads(status.stdout)["stages"]] == ["fresh", "fresh"]
 
 
 def test_larger_grid_runs_only_new_trials(project):
