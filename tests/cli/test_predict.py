@@ -112,7 +112,7 @@ def test_folder_is_taken_with_recursive_only(call, photos):
     assert error == [f"cvnb: {folder} is a folder. Give --recursive to take the images in it."]
     code, out, error = call(folder, photos[0], "--json")
     assert code == 1 and [json.loads(line)["path"] for line in out] == [str(photos[0])]
-    assert error[0] == f"cvnb: {folder} is a folder, not an image. Name its files, or give --recursive."
+    assert error[0] == f"cvnb: {folder} is a folder, not an image. Name files, or give --recursive."
     (folder/"b").mkdir()
     for path in photos[5:]: path.unlink()
     photos[0].rename(folder/"b/0.png")
