@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import house
+import network
 import pytest
 from filelock import FileLock
 
@@ -119,7 +120,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     sizes = Counter(item.path for item in items)
 
     def order_key(item: pytest.Item) -> tuple[int, int]:
-        waits = "traced_run" in item.fixturenames
+        waits = bool({"traced_run", "small_run"} & {*item.fixturenames})
         if item.path.name == "test_runner.py": return 0, 0
         if item.nodeid.partition("[")[0] in alone: return 1 + waits, 0
         return (3, LONG.index(item.path.stem)) if item.path.stem in LONG else (5 - waits, -sizes[item.path])
@@ -225,6 +226,25 @@ def traced_run(shared) -> tuple[Path, dict[str, set[tuple[str, str]]]]:
         names = map(tuple, json.loads(file.read_text()))
         called.setdefault(file.name.split("-")[0], set()).update(names)
     return run, called
+
+
+# A small run of all six stages.
+SMALL = [arg for setting in ("train.backbone=resnet10t", "train.weights=", "train.epochs=2", "compress.epochs=1",
+                             "benchmark.n_calls=20", "benchmark.rounds=3") for arg in ("--set", setting)]
+
+
+@pytest.fixture(scope="session")
+def small_run(shared) -> Path:
+    "All six stages on sixty images, run once with a home folder of its own, and watched where strace is installed."
+    folder = shared/"watched"
+    run = folder/"runs/small"
+    with FileLock(shared/"small.lock"):
+        if not (folder/"out").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            photos = write_small_photos(folder/"photos")
+            command = Path(sys.executable).with_name("cvnb"), "run", "--data", photos, "--run", run, *SMALL
+            (folder/"out").write_text(network.watch(folder, *command, traced=shutil.which("strace") is not None).out)
+    return run
 
 
 @pytest.fixture(scope="session")

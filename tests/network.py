@@ -107,13 +107,16 @@ def watch(
     *command: object,       # program and arguments
     cwd: Path | None = None,
     use: Callable[[subprocess.Popen], None] | None = None,   # uses a server, which Ctrl-C ends afterwards
+    traced: bool = True,    # by strace; otherwise the command runs the same, and the trace is empty
     **variables: str,       # added to the environment
 ) -> Watched:
     "Run a command, which has to succeed, with a home folder of its own; watch it and all processes that it starts."
     home, trace = folder/"home", folder/"trace"
     home.mkdir(parents=True, exist_ok=True)
     pipe = subprocess.PIPE
-    process = subprocess.Popen([*STRACE, "-o", str(trace), *map(str, command)], stdout=pipe, stderr=pipe, text=True,
+    trace.write_text("")
+    tracer = [*STRACE, "-o", str(trace)] if traced else []
+    process = subprocess.Popen([*tracer, *map(str, command)], stdout=pipe, stderr=pipe, text=True,
                                cwd=cwd, env=fresh_environment(home, **variables), start_new_session=True)
     try:
         if use:

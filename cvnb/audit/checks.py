@@ -102,6 +102,7 @@ class Check:
     n_checked: int                  # images that it examined
     threshold: float | None = None  # score from which it flags an image; None for a check without one
     validation: CheckValidation | None = None   # None where no faults were planted
+    off: str = ""                   # why it flags nothing at all, such as that no threshold keeps the precision
 
     @property
     def about(self) -> str:   # one sentence
@@ -122,7 +123,8 @@ class Check:
     def row(self) -> dict[str, Any]:   # check, images, share, recall, precision
         "Summarize the check as a row of the report's table."
         recall = self.validation and self.validation.recall
-        return dict(check=self.name.replace("_", " "), images=len(self.paths),
+        images = f"{len(self.paths)} (switched off)" if self.off else len(self.paths)
+        return dict(check=self.name.replace("_", " "), images=images,
                     share=str(self.share) if self.n_checked else "",
                     recall=str(recall) if recall and recall.n else "",
                     precision=self.validation.precision_text if self.validation else "")

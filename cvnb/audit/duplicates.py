@@ -594,6 +594,7 @@ class NearDuplicates:
     threshold: float      # similarity from which two images are near duplicates, 0 … 1
     validation: CheckValidation   # on planted copies
     n_images: int         # images that were compared
+    off: str = ""         # why no pair can be found; empty where pairs can be
 
 # %% ../../nbs/audit/02_duplicates.ipynb #cell-61
 def _validate(
@@ -659,7 +660,8 @@ def find_near_duplicates(
     pairs = pairs.sort_values(["similarity", "i", "j"], ascending=[False, True, True], ignore_index=True)
     found = matches.i.to_numpy()[planted_scores >= least_score]
     validation = _validate(copies, found, predict_pair_precision(least_score, scores, tails))
-    return NearDuplicates(pairs, float(expit(least_score)), validation, len(thumbs))
+    off = f"no similarity that copies reach keeps the precision of {precision:g}" if not len(found) else ""
+    return NearDuplicates(pairs, float(expit(least_score)), validation, len(thumbs), off)
 
 # %% ../../nbs/audit/02_duplicates.ipynb #cell-68
 def _pair_columns(
@@ -774,7 +776,7 @@ def check_duplicates(
     exact = exact_pairs(table)
     copies = pd.concat([exact, near], ignore_index=True) if classes else exact
     two_labels = _pair_findings(copies[copies.label != copies.other_label])
-    measured = (result.threshold, result.validation)
+    measured = (result.threshold, result.validation, result.off)
     return [Check("exact_duplicate", _pair_findings(exact), n, validation=exact_validation),
             Check("near_duplicate", _pair_findings(near), result.n_images, *measured),
             Check("leak", _pair_findings(find_leaks(table, near)), n, *measured),

@@ -226,6 +226,18 @@ def precision_tradeoff(
         rows.append(dict(target=target, threshold=threshold, images=images, precision=precision, recall=recall))
     return pd.DataFrame(rows)
 
+# %% ../../nbs/audit/03_label_errors.ipynb #in-force
+def _would_be_flagged(
+    planted: np.ndarray,   # probabilities of planted errors (P,)
+    wrong: np.ndarray,     # probability that each of the data's own labels is wrong (N,)
+    precision: float,      # least share of errors among the flagged labels, 0 … 1
+) -> np.ndarray:           # bool (P,)
+    "Decide for each planted error alone whether `pick_error_threshold` would flag it among the data's own labels."
+    ranked = np.sort(wrong)
+    above = len(ranked) - np.searchsorted(ranked, planted)   # own labels with at least this probability
+    sums = np.append(0, np.cumsum(ranked[::-1]))[above]
+    return (planted >= 0.5) & ((sums + planted) / (above + 1) >= precision)
+
 # %% ../../nbs/audit/03_label_errors.ipynb #cell-42
 def _unit_vectors(
     x: np.ndarray,   # features (N, D)
@@ -339,7 +351,7 @@ def validate_label_check(
     flipped_labels, flipped, to_similar = flip_labels(labels[some], part, wrong[some] < 0.5, seed)
     present = np.unique(flipped_labels, return_inverse=True)[1]   # a rare class may have no image in the sample
     _, again = estimate_label_errors(z[some], present, ridges=(model.ridge,), seed=seed)
-    found = (again >= pick_error_threshold(again, precision))[flipped]
+    found = _would_be_flagged(again[flipped], wrong, precision)
     flagged = wrong >= pick_error_threshold(wrong, precision)
     shown = model.posterior(np.arange(len(labels)), labels).argmax(axis=1)
     ranks = typicality(z, np.flatnonzero(flagged), shown, seed)
@@ -497,6 +509,8 @@ def check_labels(
         validation = validate_label_check(z, labels, model, wrong, precision, seed)
         validation = replace(validation, note="; ".join(filter(None, (validation.note, note))))
     n_checked = int((results.label_score.notna() | results.label_error).sum())
-    check = Check("label_error", _label_findings(table, results, conflicts), n_checked, threshold, validation)
+    is_off = validation and threshold > 1
+    off = f"no threshold keeps the precision of {precision:g}, so only exact copies are compared" if is_off else ""
+    check = Check("label_error", _label_findings(table, results, conflicts), n_checked, threshold, validation, off)
     confused = confused_labels(labels, shown, wrong >= threshold, classes)
     return LabelCheck(check, results.drop(columns="reason"), confused, precision_tradeoff(wrong), accuracy(right))

@@ -23,7 +23,8 @@ from ..data.images import DEFAULT_DECODING, Decoding, open_image
 
 
 # %% auto #0
-__all__ = ['Policy', 'parse_limits', 'AuditReport', 'quarantine', 'enforce_limits', 'audit_notes', 'write_audit_page']
+__all__ = ['MIN_RECALL', 'Policy', 'parse_limits', 'AuditReport', 'quarantine', 'enforce_limits', 'audit_notes',
+           'write_audit_page']
 
 # %% ../../nbs/audit/07_report.ipynb #cell-6
 def parse_limits(
@@ -40,6 +41,9 @@ def parse_limits(
             raise UsageError(f"limit '{limit}' has no share from 0 to 1", f"Write it like {name}=0.05.")
     return parsed
 
+# %% ../../nbs/audit/07_report.ipynb #min-recall
+MIN_RECALL = 0.8   # least share of planted faults that a check with a limit finds
+
 # %% ../../nbs/audit/07_report.ipynb #cell-9
 Policy = Literal["report", "quarantine", "fail"]   # the audit's parameter `policy`
 
@@ -53,6 +57,7 @@ class AuditReport:
     limits: dict[str, float] = field(default_factory=dict)   # check -> largest share of images
     policy: Policy = "report"   # what happens when a limit is exceeded
     notes: list[str] = field(default_factory=list)   # sentences about the data as a whole
+    min_recall: float = MIN_RECALL   # least share of planted faults that a proven check finds, 0 … 1
 
     @property
     def exceeded(self) -> list[Check]:   # checks whose share of flagged images is above their limit
@@ -61,18 +66,29 @@ class AuditReport:
 
     @property
     def unproven(self) -> list[Check]:   # checks whose silence proves nothing
-        "List the checks that examined no image, had no planted fault to find, or found less than half of them."
-        recall = {c.name: c.validation.recall.value for c in self.checks if c.validation}
-        return [c for c in self.checks if not c.n_checked or not recall.get(c.name, 1) >= 0.5]   # NaN: none was planted
+        "List the checks that examined no image, had no planted fault to find, or found too few of them."
+        return [c for c in self.checks if not c.n_checked or not self._is_proven(c)]
+
+    @property
+    def not_proven(self) -> list[Check]:   # a part of `unproven`
+        "List the checks with a limit that found too few planted faults: they count as exceeded."
+        return [c for c in self.checks if c.name in self.limits and c.n_checked and not self._is_proven(c)]
+
+    def _is_proven(self,
+        check: Check,   # of the report
+    ) -> bool:          # True for a check that plants no faults, because it needs no threshold
+        "Compare the recall on planted faults with its least value."
+        return not check.validation or check.validation.recall.value >= self.min_recall   # NaN: none was planted
 
     @property
     def table(self) -> pd.DataFrame:   # check, images, share, recall, precision, limit: a row per check
         "Summarize every check in a row."
         exceeded = {c.name for c in self.exceeded}
+        not_proven = {c.name for c in self.not_proven}
 
         def limit(name: str) -> str:
             if name not in self.limits: return ""
-            return f"{self.limits[name]:g}" + " exceeded" * (name in exceeded)
+            return f"{self.limits[name]:g}" + " exceeded" * (name in exceeded) + " NOT PROVEN" * (name in not_proven)
 
         return pd.DataFrame([c.row | dict(limit=limit(c.name)) for c in self.checks])
 
@@ -86,31 +102,35 @@ class AuditReport:
     def verdict(self) -> str:   # a paragraph
         "Say how many checks have findings, which exceed their limits, and what follows."
         found = sum(bool(c.paths) for c in self.checks)
-        names = ", ".join(c.name.replace("_", " ") for c in self.exceeded)
+        join = lambda checks: ", ".join(c.name.replace("_", " ") for c in checks)
+        names = join(self.exceeded)
         exceeded = f"{len(self.exceeded)} of {len(self.limits)} limits exceeded: {names}."
+        if self.not_proven: exceeded += f" NOT PROVEN: {join(self.not_proven)}."
+        ends = self.exceeded or self.not_proven
         consequence = dict(
-            report="Nothing was changed.", fail="The run ends here." if names else "The run continues.",
+            report="Nothing was changed.", fail="The run ends here." if ends else "The run continues.",
             quarantine="Flagged images outside of the test are left out." if names else "Nothing was left out.")
         unread = self.n_files - self.n_images
         left_out = f" ({unread:,} more files were left out)" if unread else ""
         counts = f"{self.n_images:,} images{left_out}, {len(self.checks)} checks, {found} of them with findings."
-        return f"{counts} {exceeded if names else 'No limit is exceeded.'} {consequence[self.policy]}"
+        return f"{counts} {exceeded if ends else 'No limit is exceeded.'} {consequence[self.policy]}"
 
     def to_json(self) -> dict[str, Any]:   # without the findings themselves
         "Return the report as `audit.json` holds it."
         exceeded = {c.name for c in self.exceeded}
         checks = {c.name: dict(about=c.about, n=len(c.paths), n_checked=c.n_checked, share=asdict(c.share),
                                threshold=c.threshold, limit=self.limits.get(c.name), over=c.name in exceeded,
+                               proven=self._is_proven(c) if c.n_checked else None, off=c.off,
                                proof=c.validation and c.validation.to_json()) for c in self.checks}
         return dict(data=self.data, n_files=self.n_files, n_images=self.n_images, policy=self.policy, checks=checks,
-                    notes=self.notes)
+                    notes=self.notes, min_recall=self.min_recall)
 
     def __repr__(self) -> str: return f"AuditReport: {self.verdict}"
 
     def _repr_html_(self) -> str:   # the verdict, the notes and the table
-        exceeded = {c.name for c in self.exceeded}
-        rows = {i for i, c in enumerate(self.checks) if c.name in exceeded}
-        void = " class=void" if exceeded else ""
+        marked = {c.name for c in self.exceeded + self.not_proven}
+        rows = {i for i, c in enumerate(self.checks) if c.name in marked}
+        void = " class=void" if marked else ""
         notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
         return f"<p{void}>{html.escape(self.verdict)}</p>{notes}{html_table(self.table, rows)}"
 
@@ -137,17 +157,35 @@ def quarantine(
     error = manifest.error.where(~out, manifest.path.map(reasons))
     return manifest.assign(ok=kept, error=error, split=manifest.split.where(~out, ""))
 
+# %% ../../nbs/audit/07_report.ipynb #not-proven-notes
+def _not_proven_notes(
+    report: AuditReport,   # of a finished audit
+) -> list[tuple[str, list[Check]]]:   # text, checks; checks that share their planted faults share a text
+    "Say which limits are not proven, with the recall in force."
+    groups: dict[Any, list[Check]] = {}
+    for c in report.not_proven: groups.setdefault(id(c.validation), []).append(c)
+    notes = []
+    for checks in groups.values():
+        recall = checks[0].validation.recall
+        planted = f"finds {recall} of the planted faults" if recall.n else "had no planted fault to find"
+        names = ", ".join(c.name for c in checks)
+        notes.append((f"NOT PROVEN: {names} {planted}, and {report.min_recall:g} is the least that proves it", checks))
+    return notes
+
 # %% ../../nbs/audit/07_report.ipynb #cell-14
 def enforce_limits(
     report: AuditReport,   # of a finished audit
     page: Path | str = "report.html",   # that shows the findings
 ) -> None:
-    "Raise `CvnbError` that names the exceeded limits and the page, if the policy is `fail`."
-    if report.policy != "fail" or not report.exceeded: return
+    "Raise `CvnbError` that names the exceeded limits, those not proven and the page, if the policy is `fail`."
+    if report.policy != "fail" or not (report.exceeded or report.not_proven): return
     limits = report.limits
-    shares = ", ".join(f"{c.name} {len(c.paths)} of {c.n_checked} (limit {limits[c.name]:g})" for c in report.exceeded)
-    raise CvnbError(f"the audit of {report.data} is over its limits: {shares}",
-                    f"Look at {page}, correct the data or raise audit.limits.")
+    over = [f"{c.name} {len(c.paths)} of {c.n_checked} (limit {limits[c.name]:g})" for c in report.exceeded]
+    over += [text for text, _ in _not_proven_notes(report)]
+    remedies = ["correct the data or raise audit.limits"] * bool(report.exceeded)
+    remedies += ["lower audit.min_recall or leave the limit out of audit.limits"] * bool(report.not_proven)
+    raise CvnbError(f"the audit of {report.data} is over its limits: {', '.join(over)}",
+                    f"Look at {page}, {'; '.join(remedies)}.")
 
 # %% ../../nbs/audit/07_report.ipynb #9febefc2
 def _left_out_note(
@@ -173,15 +211,16 @@ def audit_notes(
     for c in report.exceeded:
         text = f"{c.name}: {len(c.paths)} of {c.n_checked} images (limit {report.limits[c.name]:g})"
         notes.append(dict(text=text, file=page, exceeded=True))
+    notes += [dict(text=text, file=page, exceeded=True) for text, _ in _not_proven_notes(report)]
     notes += [dict(text=text, file=page) for text in report.notes if text not in set(said)]
     for c in [c for c in report.checks if c.name == "leak" and c.paths]:
         first = c.findings.iloc[0]
         text = f"leak: {first.path} and {first.other} are in different splits ({first.reason})"
         notes.append(dict(text=text, file=page))
     if left_out := _left_out_note(manifest): notes.append(dict(text=left_out, file="audit.json"))
-    if report.unproven:
-        names = ", ".join(c.name for c in report.unproven)
-        notes.append(dict(text=f"not proven, so no finding does not mean no fault: {names}", file=page))
+    if rest := [c.name for c in report.unproven if c not in report.not_proven]:
+        notes.append(dict(text=f"not proven, so no finding does not mean no fault: {', '.join(rest)}", file=page))
+    notes += [dict(text=f"{c.name} is switched off: {c.off}", file=page) for c in report.checks if c.off]
     return notes
 
 # %% ../../nbs/audit/07_report.ipynb #cell-19
@@ -209,6 +248,7 @@ def _check_html(
     "Write the section of a check."
     validation = check.validation
     lines = [f"{len(check.paths)} of {check.n_checked} images."]
+    if check.off: lines.append(f"Switched off: {check.off}.")
     if validation and validation.recall.n: lines.append(f"Recall on planted faults {validation.recall}.")
     if validation and validation.precision_text: lines.append(f"Predicted precision {validation.precision_text}.")
     if validation and validation.note: lines.append(validation.note)

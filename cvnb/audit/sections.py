@@ -29,7 +29,7 @@ from .manifest import audit_summary, make_manifest
 from .pictures import plot_embedding_map, plot_findings, plot_images
 from .privacy import check_privacy, read_metadata
 from .quality import check_integrity, check_quality, measure_appearance, whole_set_notes
-from .report import AuditReport, Policy, audit_notes, enforce_limits, parse_limits, quarantine
+from .report import MIN_RECALL, AuditReport, Policy, audit_notes, enforce_limits, parse_limits, quarantine
 from .report import write_audit_page
 from .review import apply_corrections, drop_reviewed, read_corrections
 from ..core.files import write_json
@@ -72,6 +72,7 @@ class AuditData:
     seed: int                  # of splits, planted faults and folds
     max_images: int            # findings shown of each check
     depth: str = "auto"        # auto, bits, or a range, as for `parse_depth`
+    min_recall: float = MIN_RECALL   # least share of planted faults that a check with a limit finds, 0 … 1
     decoding: Decoding = DEFAULT_DECODING   # the limit on the images' size; with their scale in `FileResult.data`
 
     @property
@@ -99,6 +100,7 @@ def open_audit(
     progress: Callable[..., None],   # called with the fraction done, 0 … 1, and a text
     depth: str = "auto",    # of images with more than 8 bits: auto, bits, or a range, as for `parse_depth`
     max_megapixels: float = MAX_MEGAPIXELS,   # largest image that is decoded, in millions of pixels
+    min_recall: float = MIN_RECALL,   # least share of planted faults that a check with a limit finds, 0 … 1
 ) -> AuditData:             # opened
     "Check the parameters of an audit and open its data; raise `UsageError` for faulty ones."
     from cvnb.tasks.labels import get_task
@@ -111,7 +113,7 @@ def open_audit(
     start_database()   # in the background, while images are decoded
     version = dict(digest=dataset_digest(dataset), revision=data_revision(dataset.source))
     return AuditData(data, dataset, version, get_task(task), parsed, out_of_fold, val_share, test_share, seed,
-                     max_images, depth, Decoding(max_megapixels=max_megapixels))
+                     max_images, depth, min_recall, Decoding(max_megapixels=max_megapixels))
 
 # %% ../../nbs/audit/13_sections.ipynb #e139f609
 _MAX_ROWS = 60   # of a table that is shown
@@ -380,7 +382,8 @@ def combine_sections(
         checks += [drop_reviewed(c, table) for c in section.checks]
         metrics |= section.metrics
         notes += section.notes
-    report = AuditReport(data.name, len(table), int(table.ok.sum()), checks, data.limits, policy, notes)
+    report = AuditReport(data.name, len(table), int(table.ok.sum()), checks, data.limits, policy, notes,
+                         data.min_recall)
     with_scores = add_image_columns(table, coverage.uniqueness)
     manifest = quarantine(report, make_manifest(with_scores, checks, labels.scores))
     metrics |= dict(n_images=int(manifest.ok.sum()), n_unreadable=int((table.kind != "").sum()))

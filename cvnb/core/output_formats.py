@@ -45,6 +45,8 @@ class CheckRecord(Record):
     threshold: Number | None = None
     limit: Number | None = None
     over: bool = False
+    proven: bool | None = Field(None, description="whether it finds enough planted faults; null: nothing to examine")
+    off: str = Field("", description="why it can flag nothing; empty for a check that can")
     proof: dict[str, Any] | None = None
 
 class AuditRecord(OutputRecord):
@@ -67,6 +69,7 @@ class AuditRecord(OutputRecord):
     counts: dict[str, dict[str, Count]] = Field({}, description="split -> label -> images")
     image_size: dict[str, Number | None] = {}
     policy: str = "report"
+    min_recall: Number | None = Field(None, description="least recall on planted faults of a proven check")
     checks: dict[str, CheckRecord] = {}
     notes: list[str] = []
 

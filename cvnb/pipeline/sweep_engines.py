@@ -180,13 +180,20 @@ class ProcessEngine:
 
 # %% ../../nbs/pipeline/09_sweep_engines.ipynb #57b06b18
 def check_reachable(
-    address: str,   # HOST:PORT, ray://HOST:PORT or auto
+    address: str,    # HOST:PORT, ray://HOST:PORT or auto
+    own: str = "",   # the address of this machine that Ray uses in place of 127.0.0.1
 ) -> None:
     "Raise `OSError` at once if nothing listens at an address; Ray itself would try for minutes."
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if address == "auto": return
     if not host or not port.isdigit(): raise OSError("an address is HOST:PORT")
-    socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    host = host.strip("[]")
+    socket.create_connection((host, int(port)), timeout=10).close()
+    if not own or host not in ("127.0.0.1", "localhost", "::1") or "//" in address: return
+    try: socket.create_connection((own, int(port)), timeout=10).close()
+    except OSError:
+        raise OSError(f"it listens on {host} alone, and Ray uses {own}; RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 "
+                      "makes Ray stay on 127.0.0.1") from None
 
 # %% ../../nbs/pipeline/09_sweep_engines.ipynb #ef18b290
 class RayEngine:
@@ -201,10 +208,10 @@ class RayEngine:
         except ModuleNotFoundError: raise UsageError("Ray is not installed", "pip install 'cvnb[ray]'") from None
         self.ray = ray
         try:
-            check_reachable(address)
+            check_reachable(address, ray.util.get_node_ip_address())
             ray.init(address, log_to_driver=False, logging_level="ERROR", namespace="cvnb", configure_logging=False)
         except (ValueError, RuntimeError, OSError, OverflowError) as e:
-            what = f"no Ray cluster answers at {address} ({shorten(str(e).splitlines()[0], 120)})"
+            what = f"no Ray cluster answers at {address} ({shorten(str(e).splitlines()[0], 160)})"
             remedy = "Start one with `ray start --head --disable-usage-stats`, or give its --address HOST:PORT."
             raise UsageError(what, remedy) from None
         total = ray.cluster_resources()

@@ -87,7 +87,7 @@ def writing(run: Path, stage: str) -> bool:
 
 def cut_and_finish(run: Path, cuts: list[tuple[str, Callable[[], bool]]], whole: Path) -> dict[str, str]:
     "Kill a run at each cut, let it finish, compare its files with an uninterrupted run's, and return the last states."
-    call = [CVNB, "run", "--run", run, "--set", "benchmark.n_calls=20", "--set", "benchmark.rounds=3"]
+    call = [CVNB, "run", "--run", run]
     for stage, reached in cuts:
         before = done(run)
         process = subprocess.Popen(call, start_new_session=True, **SILENT)
@@ -106,13 +106,13 @@ def cut_and_finish(run: Path, cuts: list[tuple[str, Callable[[], bool]]], whole:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)   # it may wait for the smoke run, and a machine may be busy
-def test_training_and_bundle_survive_kills(smoke_run, tmp_path):
-    run = Path(shutil.copytree(smoke_run, tmp_path/"run"))
+@pytest.mark.timeout(1200)   # it may wait for the small run, and a machine may be busy
+def test_training_and_bundle_survive_kills(small_run, tmp_path):
+    run = Path(shutil.copytree(small_run, tmp_path/"run"))
     for stage in STAGES[1:]: shutil.rmtree(run/stage)   # the audit is kept: the test below kills it
     cuts = [("train", (run/"train/checkpoints/last.ckpt").exists), ("train", (run/"train/model.safetensors").exists),
             ("export", lambda: writing(run, "export"))]
-    last = cut_and_finish(run, cuts, smoke_run)
+    last = cut_and_finish(run, cuts, small_run)
     assert [s for s in STAGES if last[s] == "done"] == ["export", "benchmark"]   # the last cut and the stage after it
 
 

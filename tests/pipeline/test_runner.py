@@ -147,7 +147,7 @@ def test_plain_papermill_runs_a_stage(copy, root, tmp_path):
 
 def test_plain_papermill_refuses_wrong_value(copy, root, tmp_path):
     done = papermill(root/"nbs/stages/errors.ipynb", tmp_path/"out.ipynb", "-p", "run", copy, "-p", "n_images", "-3")
-    assert done.returncode != 0 and "errors.n_images = -3 (from the notebook): expected int" in done.stderr
+    assert done.returncode != 0 and "errors.n_images = -3 (from papermill): expected int" in done.stderr
 
 
 def test_predict_classifies_images_and_reports_broken_ones(smoke_run, tmp_path):
