@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from cvnb.pipeline.runner import RunParameters
 
 # %% auto #0
-__all__ = ['DATA_HELP', 'LAYOUT_HELP', 'LEAVE_OUT_HELP', 'TAKE_IN_HELP', 'RECIPE_HELP', 'INTERRUPTED', 'choose_recipe',
-           'default_name', 'collect_parameters', 'complete_parameter', 'describe_reading', 'reading_parameters',
-           'fetch_data', 'existing_run']
+__all__ = ['DATA_HELP', 'LAYOUT_HELP', 'LEAVE_OUT_HELP', 'TAKE_IN_HELP', 'RECIPE_HELP', 'choose_recipe', 'default_name',
+           'collect_parameters', 'complete_parameter', 'describe_reading', 'reading_parameters', 'fetch_data',
+           'existing_run']
 
 # %% ../../nbs/cli/02_common.ipynb #27b12471
 DATA_HELP = ("A name that `cvnb data` lists, a folder with one sub-folder per class, a table, a zip file, or "
@@ -31,7 +31,6 @@ LAYOUT_HELP = "How the folder is read: auto, classes, splits/classes or table. D
 LEAVE_OUT_HELP = "File or folder that is not read, such as masks or '*_mask.png'. Can be repeated."
 TAKE_IN_HELP = "Folder that is read although its name says unlabelled or made by a tool. Can be repeated."
 RECIPE_HELP = "Recipe: a YAML file, or the name of one in configs/."
-INTERRUPTED = "interrupted", "What finished is kept; the same command resumes."   # message and remedy after Ctrl-C
 
 # %% ../../nbs/cli/02_common.ipynb #fdd6049d
 def choose_recipe(

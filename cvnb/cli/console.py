@@ -10,6 +10,8 @@ import sys
 import time
 from typing import Any
 
+from ..core.system import TimeLeft
+
 # %% auto #0
 __all__ = ['ProgressLines', 'print_table', 'RowPrinter']
 
@@ -33,6 +35,7 @@ class ProgressLines:
             disable=not self.console.is_terminal)
         self.tasks: dict[str, tuple[Any, float]] = {}   # name -> its bar and its start
         self.printed: dict[str, float] = {}             # name -> time of its last line in a file
+        self.left: dict[str, TimeLeft] = {}             # name -> the estimate of the time that it still takes
 
     def __enter__(self) -> ProgressLines:
         self.bar.start()
@@ -64,7 +67,9 @@ class ProgressLines:
         if name not in self.tasks:
             self.tasks[name] = self.bar.add_task(text, total=1, name=name), now
             self.printed[name] = now
+            self.left[name] = TimeLeft()
         task, begin = self.tasks[name]
+        if event == "progress": text = " · ".join(filter(None, (text, self.left[name](fraction, now))))
         self.bar.update(task, completed=fraction, description=text or "starting")
         if self.bar.disable: self._print_to_file(name, event, fraction, text, now)
         if event not in self.marks: return

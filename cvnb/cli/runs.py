@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from .common import DATA_HELP, INTERRUPTED, LAYOUT_HELP, LEAVE_OUT_HELP, RECIPE_HELP, TAKE_IN_HELP
+from .common import DATA_HELP, LAYOUT_HELP, LEAVE_OUT_HELP, RECIPE_HELP, TAKE_IN_HELP
 from .common import choose_recipe, collect_parameters, complete_parameter, default_name, existing_run
 from .common import fetch_data, reading_parameters
 from .console import ProgressLines, RowPrinter, print_table
@@ -61,7 +61,9 @@ def run_command(
         fetch_data(parameters, folder, known, lines)
         lines.note(f"{folder}" + (f" · recipe {recipe.name}" if recipe else ""))
         try: results = run_pipeline(folder, parameters, stages, force, lines)
-        except KeyboardInterrupt: raise CvnbError(*INTERRUPTED) from None
+        except KeyboardInterrupt:
+            command = " ".join(["cvnb run", *(stages or []), "--run", shell_path(folder)])
+            raise CvnbError("interrupted", f"What finished is kept; `{command}` resumes.") from None
     if as_json: print(json.dumps(_result_record(folder, results), indent=1))
     else: _print_result(folder, results)
 
@@ -288,7 +290,7 @@ def verify_command(
 def dashboard_command(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1; 0 picks a free one.", min=0, max=65535)] = 0,
-    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open a browser.")] = True,
+    browser: Annotated[bool, typer.Option("--open/--no-open", help="Open a browser.")] = True,
 ) -> None:
     "Serve the error-analysis dashboard on 127.0.0.1 until Ctrl-C."
     folder = existing_run(run)

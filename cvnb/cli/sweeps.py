@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from .common import DATA_HELP, INTERRUPTED, RECIPE_HELP, choose_recipe, collect_parameters, complete_parameter
+from .common import DATA_HELP, RECIPE_HELP, choose_recipe, collect_parameters, complete_parameter
 from .common import default_name, fetch_data
 from .console import ProgressLines, print_table
 from ..core.errors import CvnbError, UsageError, did_you_mean
@@ -116,7 +116,8 @@ def _run_trials(
         where = kind(jobs, address or "auto") if kind.on_cluster else kind(jobs)
         lines.note(f"{sweep.folder} · {' × '.join(map(str, sweep.axes)) or 'no parameter varies'}")
         try: run_sweep(sweep, where, progress)
-        except KeyboardInterrupt: raise CvnbError(*INTERRUPTED) from None
+        except KeyboardInterrupt:
+            raise CvnbError("interrupted", "What finished is kept; the same command resumes.") from None
 
 # %% ../../nbs/cli/04_sweeps.ipynb #4b1433d7
 def _print_ranking(

@@ -144,6 +144,7 @@ class ProgressReport(Record):
     text: str = ""
     curves: dict[str, list[float | None]] = {}
     notes: list[str] = []
+    started: str = Field("", description="when the stage was opened, ISO 8601")
 
 class NotebookCell(Record):
     "A cell of a notebook."

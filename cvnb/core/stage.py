@@ -25,22 +25,22 @@ from .records import write_record
 from .system import machine_info, timestamp
 
 # %% auto #0
-__all__ = ['PENDING_MANIFEST', 'STAGE_MARKER', 'ACCESS_LOG', 'MAX_NOTES', 'lock_run', 'Stage', 'read_ended_stage',
-           'read_stage_manifest', 'manifest_fault', 'refuse_newer_format', 'read_run_manifest', 'changed_outputs',
-           'find_output', 'check_unchanged', 'split_accesses', 'read_progress', 'subprogress', 'format_metric',
-           'stage_key', 'read_notes', 'format_notes']
+__all__ = ['PENDING_MANIFEST', 'STAGE_MARKER', 'ACCESS_LOG', 'MAX_NOTES', 'read_lock_owner', 'lock_run', 'Stage',
+           'read_ended_stage', 'read_stage_manifest', 'manifest_fault', 'refuse_newer_format', 'read_run_manifest',
+           'changed_outputs', 'find_output', 'check_unchanged', 'split_accesses', 'read_progress', 'subprogress',
+           'format_metric', 'stage_key', 'read_notes', 'format_notes']
 
 # %% ../../nbs/core/06_stage.ipynb #cell-37
 PENDING_MANIFEST = "stage.json.ready"   # written by `finish` in a pipeline, which renames it to stage.json
 STAGE_MARKER = ".stage"                 # marks the folder of a stage, finished or not
 
 # %% ../../nbs/core/06_stage.ipynb #07fec82b
-def _lock_owner(
-    note: Path,   # written by the process that holds a lock
-) -> dict:        # pid and since; empty if the note cannot be read
-    "Read who holds a lock; the lock itself is the operating system's and does not depend on the note."
+def read_lock_owner(
+    run: Path,   # run directory
+) -> dict:       # pid and since; empty if the note cannot be read
+    "Read who holds the lock of a run; the lock itself is the operating system's and does not depend on the note."
     from cvnb.core.formats import LockNote
-    try: return read_record(note, LockNote)
+    try: return read_record(run/".lock.json", LockNote)
     except CvnbError: return {}
 
 # %% ../../nbs/core/06_stage.ipynb #held
@@ -56,7 +56,7 @@ def lock_run(
     note = run/".lock.json"
     try: lock.acquire()
     except Timeout:
-        owner = _lock_owner(note)
+        owner = read_lock_owner(run)
         raise CvnbError(f"{run} is in use by process {owner.get('pid', '?')} since {owner.get('since', '?')}",
                         f"Wait for it, or give another {option}.") from None
     except OSError as e:   # of a link too: whoever planted it chose a file that would be emptied
@@ -297,7 +297,8 @@ def progress(self: Stage,
     self.curves = curves or self.curves   # repeated in each report, because a sweep may have missed the last one
     self._reported = fraction, text
     if not (target := os.environ.get("CVNB_PROGRESS")): return
-    report = dict(fraction=round(float(fraction), 3), text=text, curves=self.curves, notes=self._urgent)
+    report = dict(fraction=round(float(fraction), 3), text=text, curves=self.curves, notes=self._urgent,
+                  started=self.started)
     with contextlib.suppress(OSError), open(target + ".new", "w") as f:   # a failure to report must not stop a run
         json.dump(report, f)
     with contextlib.suppress(OSError): os.replace(target + ".new", target)

@@ -13,12 +13,37 @@ from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['timestamp', 'n_cores', 'memory_bytes', 'machine_info', 'seed_everything']
+__all__ = ['timestamp', 'format_duration', 'TimeLeft', 'n_cores', 'memory_bytes', 'machine_info', 'seed_everything']
 
 # %% ../../nbs/core/04_system.ipynb #cell-38
 def timestamp() -> str:   # ISO 8601, UTC, seconds
     "Return the current time in the format that all files of a run use."
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+# %% ../../nbs/core/04_system.ipynb #left-code
+def format_duration(
+    seconds: float,
+) -> str:             # "0:07", "1:02:03"
+    "Format a duration."
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes}:{seconds:02}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+class TimeLeft:
+    "Estimate the time left of a work from its own speed."
+    def __init__(self):
+        self.first: float | None = None   # share that was done at the first report
+        self.began = 0.0
+
+    def __call__(self,
+        done: float,   # share of the work, 0 … 1
+        now: float,    # seconds, of a clock that only goes forward
+    ) -> str:          # "1:02 left"; empty before the second step
+        "Report a step."
+        if self.first is None: self.first = done
+        if done <= self.first: self.began = now   # time before the first step does not count
+        progress = done - self.first
+        if progress <= 0 or done >= 1: return ""
+        return f"{format_duration((now - self.began) * (1 - done) / progress)} left"
 
 # %% ../../nbs/core/04_system.ipynb #cell-30
 def _cpu_info() -> dict[str, Any]:   # {"model": str, "flags": [str]}

@@ -595,9 +595,14 @@ def absolute_data_name(
     return data if data in NAMED_DATASETS or not path.exists() else f"{head}{path.resolve()}{tail}"
 
 # %% ../../nbs/data/16_sources.ipynb #cell-66
+_USUAL_NAMES = {"data", "dataset", "images", "imgs", "photos", "pictures"}   # of folders that say nothing
+
 def default_run_name(
     data: str,   # a value of --data
 ) -> str:        # usable as the name of a folder
-    "Name a run after its data set."
+    "Name a run after its data set, and after the folder above where the name says nothing."
     prefix, _, rest = data.partition(":")
-    return _slug(rest) if prefix in SOURCES and rest else Path(data).resolve().name
+    if prefix in SOURCES and rest: return _slug(rest)
+    path = Path(data).resolve()
+    if path.name.lower() not in _USUAL_NAMES or not path.parent.name: return path.name
+    return f"{path.parent.name}-{path.name}"

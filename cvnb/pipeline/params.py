@@ -477,6 +477,7 @@ def open_stage(
         stage = Stage(name, params["run"], params)
     for need in contract.needs: _run_missing_stage(stage, need)
     seed_everything(params.get("seed", 0))
+    stage.progress(0, "opened")
     return stage
 
 # %% ../../nbs/pipeline/01_params.ipynb #202f295f

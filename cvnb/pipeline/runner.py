@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,16 +28,16 @@ from ..core.fingerprint import imported_packages
 from ..core.project import project_root
 from ..core.records import read_record, write_record
 from ..core.stage import ACCESS_LOG, MAX_NOTES, PENDING_MANIFEST, STAGE_MARKER, format_metric, format_notes, lock_run
-from ..core.stage import manifest_fault, read_ended_stage, read_notes, read_progress, read_run_manifest
-from ..core.stage import read_stage_manifest, refuse_newer_format, split_accesses
-from ..core.system import machine_info, timestamp
+from ..core.stage import manifest_fault, read_ended_stage, read_lock_owner, read_notes, read_progress
+from ..core.stage import read_run_manifest, read_stage_manifest, refuse_newer_format, split_accesses
+from ..core.system import TimeLeft, format_duration, machine_info, timestamp
 from .freshness import check_named_files, key_parts, lock_digest, read_code_cells, stale_reasons
 from .freshness import summarize_reasons
 from .params import Contract, check_parameters, read_contracts
 
 # %% auto #0
 __all__ = ['Progress', 'RunParameters', 'read_run_parameters', 'select_stages', 'prepare_run', 'write_run', 'run_stage',
-           'StageResult', 'run_pipeline', 'preload_packages', 'headline_metrics', 'stage_states']
+           'StageResult', 'run_pipeline', 'preload_packages', 'headline_metrics', 'running_progress', 'stage_states']
 
 # %% ../../nbs/pipeline/05_runner.ipynb #15b7eda2
 @dataclass
@@ -470,6 +471,33 @@ def _result_lines(
     notes = format_notes(run, read_notes(run, record["stage"]), limit)
     return "\n".join([headline_metrics(record), *notes])
 
+# %% ../../nbs/pipeline/05_runner.ipynb #running-code
+def running_progress(
+    run: Path,    # run directory
+    stage: str,   # stage name
+) -> str:         # "54 %: epoch 3/8, for 2:10, 1:50 left (process 4242)"; empty where the stage does not run
+    "Say how far a running stage is."
+    report = read_progress(run/stage/".progress")
+    pid = read_lock_owner(run).get("pid")
+    if not report or not pid or not _is_alive(pid): return ""
+    now = datetime.now(timezone.utc).timestamp()
+    begun = datetime.fromisoformat(report["started"]).timestamp() if report.get("started") else now
+    left = TimeLeft()
+    left(0, begun)
+    times = [f"for {format_duration(now - begun)}", left(report["fraction"], now)]
+    what = f"{report['fraction']:.0%}" + (f": {report['text']}" if report["text"] else "")
+    return f"{what}, {', '.join(filter(None, times))} (process {pid})"
+
+def _is_alive(
+    pid: int,   # of a process on this machine
+) -> bool:      # True where the system cannot tell
+    "Look whether a process exists."
+    if os.name != "posix": return True   # elsewhere the signal would end it
+    try: os.kill(pid, 0)
+    except ProcessLookupError: return False
+    except PermissionError: pass   # another user's
+    return True
+
 # %% ../../nbs/pipeline/05_runner.ipynb #269b8eaf
 def stage_states(
     run: Path,                   # run directory
@@ -478,7 +506,7 @@ def stage_states(
 ) -> list[dict]:                 # per stage: stage, state, why, reasons, seconds, headline, notes
     """List each stage's state, the reasons for it, and its notes.
 
-    States: fresh, waits (for a stage that it needs), stale, failed, missing.
+    States: fresh, waits (for a stage that it needs), stale, failed, missing, running.
     """
     root = root or project_root()
     rows = {}
@@ -491,7 +519,8 @@ def stage_states(
         if not found: state = "waits" if above else "fresh"
         else: state = "stale" if record or damaged else "failed" if (run/s/"stage.json").exists() else "missing"
         if above: found.append(f"the outputs of {', '.join(above)} may change")
-        rows[s] = dict(stage=s, state=state, why=summarize_reasons(found), reasons=found,
+        if now := running_progress(run, s): state = "running"
+        rows[s] = dict(stage=s, state=state, why=now or summarize_reasons(found), reasons=found,
                        seconds=record and record.get("seconds"), headline=headline_metrics(record) if record else "",
                        notes=read_notes(run, s))
     return list(rows.values())

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from ..core.system import TimeLeft, format_duration
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -51,14 +53,6 @@ def plot_curves(
     plt.close(figure)
     return figure
 
-# %% ../../nbs/training/15_progress.ipynb #f91ff3fc
-def _format_duration(
-    seconds: float,
-) -> str:             # "0:07", "1:02:03"
-    "Format a duration."
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes}:{seconds:02}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
-
 # %% ../../nbs/training/15_progress.ipynb #f3a2841e
 class _ProgressDisplay(ABC):
     "Show progress with the elapsed or the remaining time, a few times a second at most."
@@ -67,7 +61,7 @@ class _ProgressDisplay(ABC):
     ):
         self.pause = pause
         self.ended = True
-        self.first: float | None = None   # fraction that was done at the first call
+        self.left: TimeLeft | None = None
 
     @abstractmethod
     def start(self) -> None: "Begin a new display."
@@ -81,24 +75,18 @@ class _ProgressDisplay(ABC):
         curves: dict[str, list[float]],   # such as loss_train, a value per epoch
     ) -> None:
         now = time.perf_counter()
-        if self.ended and done >= 1 and self.first is not None: return   # the end was shown already
+        if self.ended and done >= 1 and self.left: return   # the end was shown already
         if self.ended:
-            self.first = done
-            self.began = now
+            self.left = TimeLeft()
             self.updated = float("-inf")
             self.ended = False
             self.start()
-        if done <= self.first: self.began = now   # time before the first step does not count
+        left = self.left(done, now)
         if done < 1 and now - self.updated < self.pause: return
         self.updated = now
         self.ended = done >= 1
-        self.show(min(max(done, 0), 1), " · ".join(filter(None, (f"{done:.0%}", text, self._time(done, now)))), curves)
-
-    def _time(self, done: float, now: float) -> str:
-        elapsed = now - self.began
-        progress = done - self.first
-        if self.ended: return f"in {_format_duration(elapsed)}"
-        return f"{_format_duration(elapsed * (1 - done) / progress)} left" if progress > 0 else ""
+        if self.ended: left = f"in {format_duration(now - self.left.began)}"
+        self.show(min(max(done, 0), 1), " · ".join(filter(None, (f"{done:.0%}", text, left))), curves)
 
 # %% ../../nbs/training/15_progress.ipynb #8021044f
 class _TerminalLine(_ProgressDisplay):
@@ -166,7 +154,7 @@ class _NotebookOutput(_ProgressDisplay):
     def show(self, done: float, text: str, curves: dict[str, list[float]]) -> None:
         now = time.perf_counter()
         history = _curves_to_history(curves)
-        if len(history) > self.n_drawn and (self.ended or self.seconds_drawing <= self.share * (now - self.began)):
+        if len(history) > self.n_drawn and (self.ended or self.seconds_drawing <= self.share * (now - self.left.began)):
             self.picture = _draw_curves(history)
             self.n_drawn = len(history)
             self.seconds_drawing += time.perf_counter() - now

@@ -138,7 +138,7 @@ def get(process: subprocess.Popen, *queries: str) -> list[str]:
 def test_dashboard_stays_on_this_machine(chain: tuple[Path, network.Watched]) -> None:
     run, watched = chain
     pages: list[str] = []
-    command = (BIN/"cvnb", "dashboard", run, "--no-browser")
+    command = (BIN/"cvnb", "dashboard", run, "--no-open")
     stays_here(network.watch(watched.home.parent, *command, use=lambda process: pages.extend(get(process))))
     assert "application/vnd.jupyter.widget-view+json" in pages[0], "the page shows no dashboard"
 

@@ -265,12 +265,18 @@ def test_second_call_names_the_process_that_holds_the_run(tmp_path):
     second = cvnb("run", cwd=tmp_path)
     assert second.returncode == 1 and len(second.stderr.splitlines()) == 1
     assert f"in use by process {first.pid}" in second.stderr
+    assert wait(first, (run/"two/.progress").exists)
+    rows = {r["stage"]: r for r in json.loads(cvnb("status", run, "--json", cwd=tmp_path).stdout)["stages"]}
+    assert (rows["one"]["state"], rows["two"]["state"]) == ("fresh", "running")
+    assert rows["two"]["why"].startswith("0%: opened, for 0:") and f"(process {first.pid})" in rows["two"]["why"]
     code = "from cvnb.pipeline.params import open_stage; open_stage('one', dict(run='runs/smoke'))"
     opened = [sys.executable, "-c", code]
     by_hand = subprocess.run(opened, cwd=tmp_path, capture_output=True, text=True)
     assert f"in use by process {first.pid}" in by_hand.stderr and (run/"one/stage.json").exists()
     first.send_signal(signal.SIGKILL)
     first.wait()
+    rows = {r["stage"]: r for r in json.loads(cvnb("status", run, "--json", cwd=tmp_path).stdout)["stages"]}
+    assert rows["two"]["state"] == "missing", "a killed call does not run"
     edit(tmp_path/"nbs/stages/two.ipynb", "time.sleep(60)", "time.sleep(0)")
     third = cvnb("run", "--json", cwd=tmp_path)     # the lock ends with its process
     assert third.returncode == 0, third.stderr
