@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import UsageError
+from ..core.stage import subprogress
 from ..models.inference import extract_features
 from ..models.vision_model import VisionModel, task_of
+from ..tasks.labels import Task
 from .loaders import LabelledImages
 
 # %% auto #0
-__all__ = ['L2_PENALTIES', 'fit_head']
+__all__ = ['L2_PENALTIES', 'fit_linear', 'fit_head']
 
 # %% ../../nbs/training/04_linear_probe.ipynb #cell-5
 L2_PENALTIES = (1.0, 0.1, 0.01, 1e-3, 1e-4)   # tried in this order
@@ -86,6 +88,43 @@ def _fold_scale(
         head.weight.copy_(fitted.weight / std)
         head.bias.copy_(fitted.bias - (fitted.weight / std) @ mean)
 
+# %% ../../nbs/training/04_linear_probe.ipynb #fit-linear
+def fit_linear(
+    features: Sequence[Tensor],   # of the training and the validation images (N, D), (M, D)
+    targets: Sequence[Tensor],    # of both (N, …), (M, …)
+    task: Task,                   # gives loss and score
+    n_outputs: int,               # of the head
+    to_logits: Callable[[Tensor], Tensor] = lambda outputs: outputs,   # turns outputs into logits of the task
+    smoothing: float = 0.0,       # label smoothing, 0 … 1
+    weights: Tensor | None = None,   # of the classes (C,)
+    progress: Callable[[float, str], None] | None = None,   # called with the fraction that is done and a text
+) -> tuple[nn.Linear, pd.DataFrame]:   # the head; a row per penalty as of `fit_head`
+    "Fit a linear head to features; the validation images choose the penalty."
+    mean = features[0].mean(0)
+    std = features[0].std(0).clamp(min=1e-6)
+    x_train, x_val = ((x - mean) / std for x in features)
+    head = nn.Linear(x_train.shape[1], n_outputs)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    rows = []
+    heads = []
+
+    def loss(outputs: Tensor) -> Tensor: return task.loss(to_logits(outputs), targets[0], smoothing, weights)
+
+    for i, penalty in enumerate(L2_PENALTIES):   # each fit starts from the head before
+        if progress: progress(i / len(L2_PENALTIES), f"a head with the penalty {penalty}")
+        _fit_penalized(x_train, loss, head, penalty)
+        with torch.no_grad():
+            fitted = to_logits(head(x_train))
+            predicted = to_logits(head(x_val))
+        rows.append(dict(decay=penalty, train_loss=float(task.loss(fitted, targets[0])),
+                         val_loss=float(task.loss(predicted, targets[1]))))
+        rows[-1][f"val_{task.main_metric}"] = task.score(predicted, targets[1])
+        heads.append(copy.deepcopy(head))
+    best = min(range(len(rows)), key=lambda i: rows[i]["val_loss"])
+    _fold_scale(head, heads[best], mean, std)
+    return head, pd.DataFrame([*rows[:best], *rows[best + 1:], rows[best]])
+
 # %% ../../nbs/training/04_linear_probe.ipynb #cell-7
 def fit_head(
     model: VisionModel,     # its head is replaced; ends in eval mode on the CPU
@@ -98,32 +137,12 @@ def fit_head(
 ) -> pd.DataFrame:          # a row per penalty: decay, train_loss, val_loss, val_<metric>; the chosen one is last
     "Train the head alone, on features without augmentation; raise `UsageError` for a network whose head is not linear."
     task = task_of(model.spec)
-    x_train, x_val = _compute_features(model, (train, val), device, progress)
-    mean = x_train.mean(0)
-    std = x_train.std(0).clamp(min=1e-6)
-    x_train = (x_train - mean) / std
-    x_val = (x_val - mean) / std
-    targets = task.collate_targets(train.targets, np.arange(len(train)))
-    val_targets = task.collate_targets(val.targets, np.arange(len(val)))
-    head = nn.Linear(x_train.shape[1], model.net.get_classifier().out_features)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    rows = []
-    heads = []
-
-    def loss(outputs: Tensor) -> Tensor: return task.loss(model.unstandardize(outputs), targets, smoothing, weights)
-
-    for i, penalty in enumerate(L2_PENALTIES):   # each fit starts from the head before
-        if progress: progress(0.9 + 0.1 * i / len(L2_PENALTIES), f"a head with the penalty {penalty}")
-        _fit_penalized(x_train, loss, head, penalty)
-        with torch.no_grad():
-            fitted = model.unstandardize(head(x_train))
-            predicted = model.unstandardize(head(x_val))
-        rows.append(dict(decay=penalty, train_loss=float(task.loss(fitted, targets)),
-                         val_loss=float(task.loss(predicted, val_targets))))
-        rows[-1][f"val_{task.main_metric}"] = task.score(predicted, val_targets)
-        heads.append(copy.deepcopy(head))
-    best = min(range(len(rows)), key=lambda i: rows[i]["val_loss"])
-    _fold_scale(model.net.get_classifier(), heads[best], mean, std)
+    features = _compute_features(model, (train, val), device, progress)
+    targets = [task.collate_targets(part.targets, np.arange(len(part))) for part in (train, val)]
+    last = progress and subprogress(progress, 0.9, 1)
+    head = model.net.get_classifier()
+    fitted, tried = fit_linear(features, targets, task, head.out_features, model.unstandardize, smoothing, weights,
+                               last)
+    head.load_state_dict(fitted.state_dict())
     model.to("cpu").eval()
-    return pd.DataFrame([*rows[:best], *rows[best + 1:], rows[best]])
+    return tried

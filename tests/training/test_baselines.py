@@ -1,0 +1,87 @@
+"""A training stands beside what takes seconds, and says where it is worse."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cvnb.core.errors import CvnbError
+from cvnb.metrics.estimates import Estimate
+from cvnb.tasks.labels import get_task
+from cvnb.training import baselines as module
+from cvnb.training.baselines import WatchCurves, compare_with_baselines, fit_baselines, read_split_embeddings
+from cvnb.training.loaders import LabelledImages, SplitImages
+
+SIZES = dict(train=120, val=60, test=60)
+LABELS = {"classification": ["a", "b", "c"], "multilabel": ["a|b", "b", "c"], "regression": ["1", "2.5", "9"]}
+
+
+def split_data(task: str) -> tuple[SplitImages, dict[str, np.ndarray]]:
+    "Images of three labels with embeddings that tell the label; half of the images have the first one."
+    kind, rng = get_task(task), np.random.default_rng(0)
+    rows, vectors, images, classes = {}, {}, {}, None
+    for split, n in SIZES.items():
+        which = np.where(np.arange(n) % 2 == 0, 0, rng.integers(1, 3, n))
+        labels = pd.Series([LABELS[task][i] for i in which])
+        rows[split] = pd.DataFrame(dict(path=[f"{split}/{i}.png" for i in range(n)], label=labels, split=split))
+        classes = classes or kind.classes(labels)
+        pixels = np.zeros((n, 4, 4, 3), np.uint8)
+        images[split] = LabelledImages(pixels, kind.encode(labels, classes))
+        vectors[split] = (np.eye(3)[which] + 0.1 * rng.normal(size=(n, 3))).astype(np.float32)
+    return SplitImages("", kind, classes, 4, rows, images, []), vectors
+
+
+@pytest.mark.parametrize("task", LABELS)
+def test_probe_learns_what_embeddings_tell_and_the_constant_answer_does_not(task):
+    data, vectors = split_data(task)
+    metrics = fit_baselines(vectors, data).metrics("val", "test")
+    main = data.task.main_metric
+    assert metrics[f"{main}_test_probe"].value > 0.9
+    assert metrics[f"{main}_val_majority"].value < 0.7
+    if task == "classification": assert metrics["accuracy_val_majority"].value == 0.5
+
+
+def test_large_training_set_is_sampled_and_that_is_said(monkeypatch):
+    monkeypatch.setattr(module, "MAX_PROBE_IMAGES", 50)
+    data, vectors = split_data("classification")
+    baselines = fit_baselines(vectors, data)
+    assert baselines.notes == ["the probe has learned from 50 of 120 training images"]
+    assert baselines.notes[0] in baselines._repr_html_()
+
+
+def test_embeddings_belong_to_their_images_also_with_quarantine_and_broken_files(tmp_path: Path):
+    manifest = pd.DataFrame(dict(path=list("abcdef"), kind=["", "truncated", "", "", "", ""],
+                                 ok=[True, False, False, True, False, True],   # c: quarantine, e: dropped
+                                 excluded=[False, False, False, False, True, False]))
+    manifest.to_parquet(tmp_path/"manifest.parquet")
+    np.save(tmp_path/"embeddings.npy", np.array([[0], [2], [3], [5]], np.float32))   # a c d f
+    rows = dict(train=pd.DataFrame(dict(path=["f", "a"])), val=pd.DataFrame(dict(path=["d"])))
+    found = read_split_embeddings(tmp_path/"embeddings.npy", tmp_path/"manifest.parquet", rows)
+    assert found["train"].tolist() == [[5], [0]] and found["val"].tolist() == [[3]]
+    np.save(tmp_path/"embeddings.npy", np.zeros((6, 1), np.float32))
+    with pytest.raises(CvnbError, match="6 rows for 4 readable images. Run the audit again"):
+        read_split_embeddings(tmp_path/"embeddings.npy", tmp_path/"manifest.parquet", rows)
+
+
+def test_model_is_called_worse_only_by_the_paired_test():
+    data, vectors = split_data("classification")
+    baselines = fit_baselines(vectors, data)
+    compare = lambda right: compare_with_baselines(
+        baselines, pd.DataFrame(dict(correct=np.arange(60) < right)), dict(accuracy_val=Estimate(right / 60, 0, 1, 60)))
+    assert compare(60) == [] and compare(57) == []
+    (note,) = compare(45)
+    assert "a linear probe on the audit's embeddings is better than the model" in note and "train.weights" in note
+    assert len(compare(10)) == 2, "worse than the constant answer, too"
+
+
+@pytest.mark.parametrize("losses, said", [
+    ([0.9, 0.8, 0.7], ""), ([1.2], "above that of the same answer"), ([float("nan")], "above that of the same answer"),
+    ([0.7, 0.8, 0.9], "rises from the first epoch"), ([0.7, 0.9, 0.8], "")])
+def test_curves_of_a_training_that_goes_wrong_are_reported_once(losses, said):
+    found = []
+    watch = WatchCurves(lambda *_, **__: None, 1.0, found.append)
+    for i in range(len(losses)): watch(0.1, "epoch", loss_val=losses[:i + 1])
+    watch(0.2, "epoch", loss_val=losses)
+    assert len(found) == bool(said) and all(said in text for text in found)
