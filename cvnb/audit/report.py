@@ -167,7 +167,7 @@ def _not_proven_notes(
     notes = []
     for checks in groups.values():
         recall = checks[0].validation.recall
-        planted = f"finds {recall} of the planted faults" if recall.n else "had no planted fault to find"
+        planted = f"found {recall} of the planted faults" if recall.n else "had no planted fault to find"
         names = ", ".join(c.name for c in checks)
         notes.append((f"NOT PROVEN: {names} {planted}, and {report.min_recall:g} is the least that proves it", checks))
     return notes

@@ -12,7 +12,7 @@ import numpy as np
 from scipy import stats
 from scipy.optimize import brentq
 
-from .estimates import Estimate, estimate_proportion
+from .estimates import Estimate, Units, design_effect, estimate_proportion
 
 # %% auto #0
 __all__ = ['DEFAULT_LEVEL', 'NonInferiority', 'paired_difference', 'bounded_difference', 'noninferiority', 'images_needed',
@@ -33,14 +33,16 @@ class NonInferiority:
     n: int              # images
     accepted: bool      # whether `low` lies above `-margin`
     level: float = DEFAULT_LEVEL   # probability of each tail: a model that is worse by the margin is accepted so often
+    n_groups: int = 0       # groups of images that the test is by; 0 where images are independent
+    effect: float = 1.0     # how many images of a group count as one; at least 1
 
 # %% ../../nbs/metrics/04_paired.ipynb #486828eb
 def _score_statistic(
     delta: float,          # a difference of accuracies, -1 … 1
-    only_new: int,         # images that only the new model predicts correctly
-    only_reference: int,   # images that only the reference predicts correctly
-    n: int,                # images
-) -> float:                # standard normal if `delta` is the true difference
+    only_new: float,         # images that only the new model predicts correctly
+    only_reference: float,   # images that only the reference predicts correctly
+    n: float,                # images
+) -> float:                  # standard normal if `delta` is the true difference
     "Compute Tango's score statistic for a difference of paired proportions."
     b = -only_new - only_reference + (2 * n - only_new + only_reference) * delta
     c = -only_reference * delta * (1 - delta)
@@ -51,14 +53,15 @@ def _score_statistic(
 
 # %% ../../nbs/metrics/04_paired.ipynb #2a76d4c6
 def paired_difference(
-    only_new: int,         # images that only the new model predicts correctly
-    only_reference: int,   # images that only the reference predicts correctly
-    n: int,                # images
+    only_new: float,         # images that only the new model predicts correctly
+    only_reference: float,   # images that only the reference predicts correctly
+    n: float,                # images
     level: float = DEFAULT_LEVEL,   # probability of each tail, 0 … 0.5
-) -> Estimate:             # accuracy(new) - accuracy(reference)
+    df: float = np.inf,      # degrees of freedom of the variance
+) -> Estimate:               # accuracy(new) - accuracy(reference)
     "Estimate a difference of paired proportions with Tango's score interval (Statistics in Medicine 17, 1998)."
     value = (only_new - only_reference) / n
-    z = float(stats.norm.isf(level))
+    z = float(stats.t.isf(level, df))
     end = lambda sign: brentq(lambda d: _score_statistic(d, only_new, only_reference, n) - sign * z,
                               *((-1, value) if sign > 0 else (value, 1)), xtol=1e-10)
     return Estimate(value, -1.0 if value == -1 else end(1), 1.0 if value == 1 else end(-1), n)
@@ -107,6 +110,32 @@ def bounded_difference(
     high = 1 - _lower_bound(1 - x, level)
     return Estimate(float(differences.mean()), span * (2 * low - 1), span * (2 * high - 1), len(x))
 
+# %% ../../nbs/metrics/04_paired.ipynb #paired-effect
+def _paired_effect(
+    differences: np.ndarray,   # right answers of the new model minus those of the reference (N,): -1, 0, 1
+    units: Units,              # of the images
+) -> float:                    # at least 1
+    "Estimate how many images of a group count as one."
+    if not units.grouped: return 1.0
+    n = len(differences)
+    influence = (differences - differences.mean()) / n
+    return design_effect(influence, float(differences.var()) / n, np.ones(n), differences != 0, units)
+
+def _bounded_by_group(
+    differences: np.ndarray,   # (N,), -span … span
+    units: Units,              # of the images
+    level: float,              # probability of each tail
+    span: float,               # largest value of the statistic
+) -> Estimate:
+    "Estimate a mean difference over images, or over groups that weigh by their size."
+    if not units.grouped: return bounded_difference(differences, level, span)
+    sums = units.sum(differences)
+    largest = float(units.sum(np.ones(len(differences))).max())
+    mean_size = len(differences) / units.n
+    found = bounded_difference(sums, level, span * largest)
+    return Estimate(float(differences.mean()), max(-span, found.low / mean_size), min(span, found.high / mean_size),
+                    len(differences), units.n)
+
 # %% ../../nbs/metrics/04_paired.ipynb #cf0a9749
 def noninferiority(
     reference: np.ndarray,   # (N,): bool, correct predictions of the reference; or float, a statistic of each image
@@ -114,19 +143,26 @@ def noninferiority(
     margin: float = 0.01,    # acceptable loss
     level: float = DEFAULT_LEVEL,   # how often a model that is worse by exactly the margin is accepted, at most
     span: float = 1,         # largest value of a statistic that is no bool; its smallest is 0
+    groups: np.ndarray | None = None,   # group of each image (N,); None where images are independent
 ) -> NonInferiority:
     "Test on the same images whether a new model is worse than the reference by less than `margin`."
     reference = np.asarray(reference)
     new = np.asarray(new)
-    if reference.dtype != bool or new.dtype != bool:
-        found = bounded_difference(new.astype(float) - reference.astype(float), level, span)
-        return NonInferiority(found.value, found.low, found.high, margin, None, None, found.n, found.low > -margin,
-                              level)
-    only_reference = int((reference & ~new).sum())
-    only_new = int((new & ~reference).sum())
-    found = paired_difference(only_new, only_reference, len(new), level)
-    return NonInferiority(found.value, found.low, found.high, margin, only_reference, only_new, found.n,
-                          found.low > -margin, level)
+    n = len(new)
+    units = Units.of(groups, n)
+    differences = new.astype(float) - reference.astype(float)
+    only_reference = None
+    only_new = None
+    effect = 1.0
+    if reference.dtype != bool or new.dtype != bool: found = _bounded_by_group(differences, units, level, span)
+    else:
+        only_reference = int((reference & ~new).sum())
+        only_new = int((new & ~reference).sum())
+        effect = _paired_effect(differences, units)
+        found = paired_difference(only_new / effect, only_reference / effect, n / effect, level, units.df)
+    low, high = (-span, span) if units.too_few else (found.low, found.high)
+    return NonInferiority(found.value, low, high, margin, only_reference, only_new, n, low > -margin, level,
+                          units.n_groups, effect)
 
 # %% ../../nbs/metrics/04_paired.ipynb #e34970f2
 def images_needed(

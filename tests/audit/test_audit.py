@@ -98,7 +98,7 @@ def test_limits_and_corrections_decide_what_is_trained_on(small_photos, tmp_path
     assert "\"done\"" not in (run/"audit/stage.json").read_text()
     blind = cvnb(*command, "--set", "audit.limits=[\"label_error=1\"]", "--set", "audit.policy=fail",
                  "--set", "audit.min_recall=1")
-    assert blind.returncode == 1 and "over its limits: NOT PROVEN: label_error finds 0." in blind.stderr
+    assert blind.returncode == 1 and "over its limits: NOT PROVEN: label_error found 0." in blind.stderr
     assert "lower audit.min_recall" in blind.stderr and "Traceback" not in blind.stderr
     refused = cvnb(*command, "--set", "audit.limits=[\"leek=0\"]")
     assert refused.returncode == 2 and "limit 'leek=0' names no check. Did you mean 'leak'?" in refused.stderr
@@ -116,7 +116,7 @@ def test_limits_and_corrections_decide_what_is_trained_on(small_photos, tmp_path
     assert done.returncode == 0, done.stderr
     notes = [line.strip() for line in done.stdout.splitlines() if line.startswith("  ")]
     assert notes[0] == f"! leak: 1 of 60 images (limit 0) → {run/'audit/report.html'}"
-    assert notes[1].startswith("! NOT PROVEN: leak finds 0.")
+    assert notes[1].startswith("! NOT PROVEN: leak found 0.")
     assert notes[2].startswith(f"- leak: {copy} and {original} are in different splits")
     assert notes[3].startswith("- 2 of 61 files are left out (1 ") and "1 quarantined" in notes[3]
     manifest = pd.read_parquet(run/"audit/manifest.parquet").set_index("path")

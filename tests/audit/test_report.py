@@ -24,7 +24,7 @@ def report(found: int, planted: int, policy: str = "report", **limits: float) ->
 
 
 @pytest.mark.parametrize("found, planted, said", [
-    (79, 100, "NOT PROVEN: leak, two_labels finds 0.7900"), (0, 0, "NOT PROVEN: leak, two_labels had no planted")])
+    (79, 100, "NOT PROVEN: leak, two_labels found 0.7900"), (0, 0, "NOT PROVEN: leak, two_labels had no planted")])
 def test_limit_on_a_check_that_finds_too_few_planted_faults_counts_as_exceeded(found, planted, said):
     limits = dict(leak=0, two_labels=0, animated=0)
     blind = report(found, planted, "fail", **limits)
@@ -68,4 +68,4 @@ def test_check_that_no_copy_can_reach_is_switched_off_with_a_recall_of_zero(monk
     assert check.off and leak.off and check.row["images"] == "0 (switched off)"
     blind = AuditReport("x", 120, 120, [check, leak], dict(leak=0))
     texts = [note["text"] for note in audit_notes(blind, MANIFEST)]
-    assert texts[0].startswith("NOT PROVEN: leak finds 0") and any("leak is switched off: no simil" in t for t in texts)
+    assert texts[0].startswith("NOT PROVEN: leak found 0") and any("leak is switched off: no simil" in t for t in texts)

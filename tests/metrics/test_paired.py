@@ -119,3 +119,37 @@ def test_accuracy_of_accepted_models_is_covered_and_unbiased(n, accuracy, margin
     bias = np.median([e.value for e in estimates]) - accuracy
     assert coverage >= 0.9
     assert abs(bias) < 0.007 and abs(bias) < max(abs(np.mean(plain) - accuracy), 0.002)
+
+
+def clustered(rng: np.random.Generator, n_groups: int, size: int, margin: float, spread: float) -> np.ndarray:
+    "Differences of right answers in groups whose loss varies; the new model is worse by the margin on average."
+    loss = rng.beta(1, 1 / spread, n_groups) * margin * (1 + 1 / spread)   # mean: the margin
+    lost = rng.random((n_groups, size)) < np.minimum(loss, 1)[:, None]
+    return -lost.astype(float).ravel()
+
+
+@pytest.mark.parametrize("n_groups, size, spread", [(20, 20, 0.3), (60, 10, 0.3), (60, 10, 0.05), (200, 5, 0.3)])
+def test_grouped_images_at_the_margin_are_accepted_hardly_more_often_than_the_level(n_groups, size, spread):
+    rng, margin, accepted, plain = np.random.default_rng(5), 0.05, 0, 0
+    groups = np.repeat(np.arange(n_groups), size)
+    for _ in range(400):
+        d = clustered(rng, n_groups, size, margin, spread)
+        reference, new = np.ones(len(d), bool), d == 0
+        test = noninferiority(reference, new, margin, groups=groups)
+        accepted += test.accepted
+        plain += noninferiority(reference, new, margin).accepted
+        assert test.n_groups == n_groups and test.effect >= 1
+    assert accepted <= stats.binom.ppf(0.999, 400, 0.035), accepted
+    assert accepted <= plain
+
+
+def test_groups_of_one_image_change_nothing_and_four_groups_prove_nothing():
+    rng = np.random.default_rng(6)
+    reference, new = rng.random(1000) < 0.9, rng.random(1000) < 0.9
+    alone, grouped = noninferiority(reference, new, 0.1), noninferiority(reference, new, 0.1, groups=np.arange(1000))
+    assert (alone.low, alone.high, grouped.n_groups) == (grouped.low, grouped.high, 0)
+    few = noninferiority(reference, reference, 0.1, groups=np.arange(1000) % 4)
+    assert not few.accepted and (few.low, few.high) == (-1, 1)
+    statistic = rng.random(1000)
+    assert noninferiority(statistic, statistic, 0.1, groups=np.arange(1000) // 2).low < \
+        noninferiority(statistic, statistic, 0.1).low
