@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -34,9 +34,9 @@ from ..core.errors import UsageError
 from ..core.files import check_trusted
 
 # %% auto #0
-__all__ = ['KERNEL_MODULES', 'PRELOADED_PACKAGES', 'FORK_SERVER_VARIABLE', 'SAVE_INTERVAL', 'TICK', 'serve_forks',
-           'ForkedProcess', 'start_fork_server', 'stop_fork_server', 'ForkProvisioner', 'ForkKernelManager',
-           'ForkEngine', 'register_translator']
+__all__ = ['KERNEL_MODULES', 'PRELOADED_PACKAGES', 'FORK_SERVER_VARIABLE', 'SPIN_COUNT', 'SAVE_INTERVAL', 'TICK', 'serve_forks',
+           'ForkedProcess', 'with_short_spin', 'start_fork_server', 'stop_fork_server', 'ForkProvisioner',
+           'ForkKernelManager', 'ForkEngine', 'register_translator']
 
 # %% ../../nbs/pipeline/03_kernels.ipynb #8fea3ea4
 # without matplotlib's inline backend, which attaches to the kernel that imports it
@@ -306,6 +306,16 @@ def _inherited_folder() -> str:   # "" where no parent process has a server
     if not os.path.isdir(folder): return ""
     return str(check_trusted(folder, f"unset {FORK_SERVER_VARIABLE}"))
 
+# %% ../../nbs/pipeline/03_kernels.ipynb #spin-code
+SPIN_COUNT = "100000"   # turns for which a waiting thread of libgomp spins; by default some milliseconds
+_SPIN_SETTINGS = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")   # of the user
+
+def with_short_spin(
+    env: Mapping[str, str],   # of a process that will load torch
+) -> dict[str, str]:          # the same, with a shorter spin unless the user has set one
+    "Let the threads of a process wait without taking processors from other work for long."
+    return dict(env) if any(name in env for name in _SPIN_SETTINGS) else dict(env) | dict(GOMP_SPINCOUNT=SPIN_COUNT)
+
 # %% ../../nbs/pipeline/03_kernels.ipynb #60df91be
 def start_fork_server(
     wanted: set[str] | None = None,   # packages that will be needed, such as "torch"; by default all that stages use
@@ -322,7 +332,7 @@ def start_fork_server(
     call = f"serve_forks({address!r}, {theirs.fileno()}, {names!r})"
     code = f"from {cvnb.__name__}.pipeline.kernels import serve_forks; {call}"
     process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
-                               start_new_session=True)
+                               start_new_session=True, env=with_short_spin(os.environ))
     theirs.close()
     _own_server.update(address=address, process=process, lease=lease, folder=folder)
     atexit.register(stop_fork_server)
@@ -363,8 +373,9 @@ class ForkProvisioner(LocalProvisioner):
         "Start a kernel's process."
         ours = cmd[0] == sys.executable and cmd[1:3] == ["-m", "ipykernel_launcher"]
         address = start_fork_server() if ours else ""
-        if not address or not _wait_for_server(address): return await super().launch_kernel(cmd, **kwargs)
-        env = dict(kwargs.get("env") or os.environ)
+        env = with_short_spin(kwargs.get("env") or os.environ)   # its own processes inherit it
+        if not address or not _wait_for_server(address):
+            return await super().launch_kernel(cmd, **kwargs | dict(env=env))
         cwd = str(kwargs.get("cwd") or os.getcwd())
         request = dict(argv=cmd[3:], env=env, cwd=cwd)
         try: self.process = ForkedProcess(address, request)

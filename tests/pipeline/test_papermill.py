@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -224,3 +225,15 @@ def test_kernel_that_does_not_start_in_time_is_given_up(tmp_path, monkeypatch):
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
     with pytest.raises(RuntimeError, match="not ready within 1 s"):
         execute(write_cells(tmp_path/"in.ipynb", "1", kernel="mute"), start_timeout=1)
+
+
+@pytest.mark.parametrize("own, seen", [({}, "100000 None"), (dict(GOMP_SPINCOUNT="7"), "7 None"),
+                                       (dict(OMP_WAIT_POLICY="active"), "None active")])
+def test_kernels_wait_with_a_short_spin_unless_the_user_chose_one(tmp_path, own, seen):
+    body = ("import os\nnames = 'GOMP_SPINCOUNT', 'OMP_WAIT_POLICY'\n"
+            "stage.path('x').write_text(' '.join(str(os.environ.get(name)) for name in names))")
+    write_project(tmp_path, spin=body)
+    done = subprocess.run([Path(sys.executable).with_name("cvnb"), "run"], cwd=tmp_path, capture_output=True,
+                          text=True, env=os.environ | own)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path/"runs/smoke/spin/x").read_text() == seen
