@@ -92,8 +92,9 @@ def fit_baselines(
     logits = {}
     losses = {}
     for name, x in sides.items():
-        head, tried = fit_linear((x["train"][some], x["val"]), targets, task, task.n_outputs(data.classes), to_logits,
-                                 progress=progress)
+        with torch.random.fork_rng(devices=[]):   # the weights of the model do not depend on its baselines
+            head, tried = fit_linear((x["train"][some], x["val"]), targets, task, task.n_outputs(data.classes),
+                                     to_logits, progress=progress)
         with torch.no_grad(): logits[name] = {split: to_logits(head(x[split])).numpy() for split in ("val", "test")}
         losses[name] = float(tried.val_loss.iloc[-1])
     notes = [f"the probe has learned from {len(some):,} of {n:,} training images"] if len(some) < n else []

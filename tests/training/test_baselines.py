@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from cvnb.core.errors import CvnbError
 from cvnb.metrics.estimates import Estimate
@@ -41,6 +42,14 @@ def test_probe_learns_what_embeddings_tell_and_the_constant_answer_does_not(task
     assert metrics[f"{main}_test_probe"].value > 0.9
     assert metrics[f"{main}_val_majority"].value < 0.7
     if task == "classification": assert metrics["accuracy_val_majority"].value == 0.5
+
+
+def test_baselines_draw_no_random_numbers_of_the_training():
+    data, vectors = split_data("classification")
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    fit_baselines(vectors, data)
+    assert torch.equal(before, torch.random.get_rng_state())
 
 
 def test_large_training_set_is_sampled_and_that_is_said(monkeypatch):
