@@ -79,8 +79,8 @@ class ModelRecord(OutputRecord):
     backbone: str = Field(min_length=1, description="timm model name")
     classes: list[str] = Field(min_length=1, description="names of the outputs, in their order")
     image_size: int = Field(ge=1, le=100_000, description="side in pixels")
-    mean: list[Number] = Field(min_length=1, max_length=64, description="per channel, of pixels in 0…1")
-    std: list[Annotated[float, Field(gt=0)]] = Field(min_length=1, max_length=64)
+    mean: list[Number] = Field(min_length=3, max_length=3, description="per channel, of pixels in 0…1")
+    std: list[Annotated[float, Field(gt=0)]] = Field(min_length=3, max_length=3)
     stem: Literal["full", "half", "small"] = "full"
     task: Literal["classification", "multilabel", "regression"] = "classification"
     target_mean: list[Number] = []
