@@ -17,7 +17,8 @@ from projects import write_project
 BIN = Path(sys.executable).parent
 # A small run of all six stages.
 SMALL = [arg for setting in ("train.backbone=resnet10t", "train.weights=", "train.epochs=1", "compress.epochs=1",
-                             "benchmark.n_calls=20", "benchmark.rounds=3") for arg in ("--set", setting)]
+                             "benchmark.n_calls=20", "benchmark.rounds=3",
+                             "benchmark.control_seconds=0") for arg in ("--set", setting)]
 STAGES = ("audit", "train", "errors", "compress", "export", "benchmark")
 # What may appear in the home folder of a user who has never run anything.
 ALLOWED = [

@@ -87,7 +87,8 @@ def writing(run: Path, stage: str) -> bool:
 
 def cut_and_finish(run: Path, cuts: list[tuple[str, Callable[[], bool]]], whole: Path) -> dict[str, str]:
     "Kill a run at each cut, let it finish, compare its files with an uninterrupted run's, and return the last states."
-    call = [CVNB, "run", "--run", run, "--set", "benchmark.n_calls=20", "--set", "benchmark.rounds=3"]
+    call = [CVNB, "run", "--run", run, "--set", "benchmark.n_calls=20", "--set", "benchmark.rounds=3",
+            "--set", "benchmark.control_seconds=0"]
     for stage, reached in cuts:
         before = done(run)
         process = subprocess.Popen(call, start_new_session=True, **SILENT)
