@@ -8,10 +8,10 @@
 
 The sides (`train_sides.py`) run in turns, each in its own process, with the same threads, model, images and
 augmentation. `ours, again` is the control: a comparison is void unless the interval of its ratio to `ours` lies within
-0.95 to 1.05. In `speed`, a turn is a single training step of processes that run beside each other, so that a slow phase
-of the machine affects all of them. cvnb makes its batches within its turns (`workers=0`). At 32 pixels the images are CIFAR-10's PNG
-files. At 224 pixels they are the photographs of sign-digits, enlarged to JPEG files of 256 pixels, so that reading
-one costs what reading the thumbnail of a photograph costs.
+0.95 to 1.05. In `speed`, a turn is a single training step of processes that run beside each other, so that a slow
+phase of the machine affects all of them. cvnb makes its batches within its turns (`workers=0`). At 32 pixels the
+images are CIFAR-10's PNG files. At 224 pixels they are the photographs of sign-digits, enlarged to JPEG files of 256
+pixels, so that reading one costs what reading the thumbnail of a photograph costs.
 
 `accuracy` measures the processor time of a process and its workers, from before the first image is read (cvnb's cache
 is empty) until the validation that reached the target. Validation counts on both sides. It takes hours; with --keep,
