@@ -143,8 +143,9 @@ def _poll_trials(
         fraction, text = _read_progress(sweep, t)
         now.epochs = len(t.curve)
         if (error := engine.poll(now.handle)) is not None:
-            if error: t.state, t.why = "failed", error
-            else: take_metric(sweep, t)
+            t.state = "failed"
+            t.why = error
+            if not error: take_metric(sweep, t)
         elif sweep.prune and sweep.search != "grid" and now.epochs > before and should_prune(sweep, t, fraction):
             t.state = "pruned"
             t.why = f"{t.curve[-1]:.4g} after epoch {len(t.curve)} is worse than the median"
