@@ -172,6 +172,7 @@ def test_rounds_end_when_the_time_is_over():
     n, control, _ = count_rounds(["cpu"], 3, 0.2, pause=0.02)
     assert 3 < n < 20 and control["clock"] == "cpu"
     assert count_rounds(["none"], 3, 0)[0] == 3
+    assert 100 < count_rounds(["none"], 100, 0.05, pause=0.002)[0] < 150, "the time also ends rounds before a look"
 
 
 def test_looks_at_the_control_rarely_accept_a_ratio_on_the_limit():
