@@ -7,11 +7,11 @@
     python benchmarks/train.py gpu --run RUN [--config cifar10_fast] [--target 0.94] [--write]
 
 The sides (`train_sides.py`) run in turns, each in its own process, with the same threads, model, images and
-augmentation. `ours, again` is the control: a comparison is void if its ratio to `ours` is outside 0.95 to 1.05. In
-`speed`, a turn is a single training step of processes that run beside each other, so that a slow phase of the machine
-affects all of them. cvnb makes its batches within its turns (`workers=0`). At 32 pixels the images are CIFAR-10's PNG
-files. At 224 pixels they are the photographs of sign-digits, enlarged to JPEG files of 256 pixels, so that reading
-one costs what reading the thumbnail of a photograph costs.
+augmentation. `ours, again` is the control: a comparison is void unless the interval of its ratio to `ours` lies within
+0.95 to 1.05. In `speed`, a turn is a single training step of processes that run beside each other, so that a slow
+phase of the machine affects all of them. cvnb makes its batches within its turns (`workers=0`). At 32 pixels the
+images are CIFAR-10's PNG files. At 224 pixels they are the photographs of sign-digits, enlarged to JPEG files of 256
+pixels, so that reading one costs what reading the thumbnail of a photograph costs.
 
 `accuracy` measures the processor time of a process and its workers, from before the first image is read (cvnb's cache
 is empty) until the validation that reached the target. Validation counts on both sides. It takes hours; with --keep,
@@ -40,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from table import show  # noqa: E402
 from train_data import prepare_folders  # noqa: E402
 
+from cvnb.benchmark.timing import CONTROL_LIMITS  # noqa: E402
 from cvnb.core.files import read_json, write_json  # noqa: E402
 from cvnb.core.project import asset_folder  # noqa: E402
 from cvnb.core.system import n_cores  # noqa: E402
@@ -166,9 +167,11 @@ def median_speeds(results: list[dict]) -> list[float]:
 
 
 def format_control(again: list[float], ours: list[float]) -> str:
-    "Format the ratio of the control, and whether the comparison is void."
-    value = float(np.exp(np.mean(np.log(np.divide(again, ours)))))
-    return f"{value:.3f}" + ("" if 0.95 <= value <= 1.05 else " (void)")
+    "Format the ratio of the control; the comparison is void where its interval leaves 0.95 to 1.05, or has none."
+    if len(ours) < 2: return f"{format_ratio(again, ours)} (void)"
+    ratio = estimate_mean(np.log(np.divide(again, ours)))
+    holds = CONTROL_LIMITS[0] <= np.exp(ratio.low) and np.exp(ratio.high) <= CONTROL_LIMITS[1]
+    return format_ratio(again, ours) + ("" if holds else " (void)")
 
 
 def loader(args: argparse.Namespace, folder: Path) -> list[dict]:

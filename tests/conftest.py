@@ -230,7 +230,8 @@ def traced_run(shared) -> tuple[Path, dict[str, set[tuple[str, str]]]]:
 
 # A small run of all six stages.
 SMALL = [arg for setting in ("train.backbone=resnet10t", "train.weights=", "train.epochs=2", "compress.epochs=1",
-                             "benchmark.n_calls=20", "benchmark.rounds=3") for arg in ("--set", setting)]
+                             "benchmark.n_calls=20", "benchmark.rounds=3",
+                             "benchmark.control_seconds=0") for arg in ("--set", setting)]
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .table import Benchmark, benchmark_table
+from .table import Benchmark, benchmark_table, headline_columns
+from .timing import describe_load
 from ..core.files import atomic_path
 from ..core.output_formats import BenchmarkRecord
 from ..core.system import machine_info, timestamp
@@ -33,17 +34,19 @@ _COLORS = dict(zip(MODELS, cycle(_PALETTE)))   # by model
 # %% ../../nbs/benchmark/04_report.ipynb #f5afd59d
 def plot_benchmark(
     rows: list[dict[str, Any]],   # from `benchmark_rows`
-) -> Figure:                      # accuracy against latency
+    control: dict[str, Any],      # of the same benchmark
+) -> Figure:                      # accuracy against latency by the headline's clock
     "Plot accuracy against median latency at batch 1."
     from matplotlib import pyplot as plt
     from matplotlib.ticker import LogLocator, NullLocator
+    title, latency = next(iter(headline_columns(control).items()))
     figure, axes = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
     for r in rows:
         ends = [r["accuracy"] if e is None or e != e else e for e in (r["accuracy_low"], r["accuracy_high"])]
         bars = [[max(0, r["accuracy"] - ends[0])], [max(0, ends[1] - r["accuracy"])]]
-        axes.errorbar(r["p50_ms"], r["accuracy"], yerr=bars, fmt=RUNTIMES[r["runtime"]].marker, markersize=7,
+        axes.errorbar(r[latency], r["accuracy"], yerr=bars, fmt=RUNTIMES[r["runtime"]].marker, markersize=7,
                       color=_COLORS[r["model"]], capsize=3, label=f"{r['model']}, {r['runtime']}")
-    axes.set(xscale="log", xlabel="median latency at batch 1, ms, one thread", ylabel="test accuracy")
+    axes.set(xscale="log", xlabel=f"{title}, median at batch 1, one thread", ylabel="test accuracy")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_locator(NullLocator())
@@ -84,9 +87,8 @@ def _facts(
     host = summary["machine"]
     digests = {f"bundle {name}": sha256 for name, sha256 in summary["bundle"].items()}
     processor = f"{host['cpu']['model']} ({' '.join(host['cpu']['flags'])})"
-    load = "{:.2f} before, {:.2f} after".format(*summary["load"])
     return dict(run=summary["run"], date=summary["date"], processor=processor, cores=host["cores"], system=host["os"],
-                load=load, images=summary["images"], shipped=summary["shipped"], **digests)
+                load=describe_load(summary["load"]), images=summary["images"], shipped=summary["shipped"], **digests)
 
 # %% ../../nbs/benchmark/04_report.ipynb #99b5b68b
 def benchmark_html(
@@ -95,11 +97,11 @@ def benchmark_html(
     "Write the page of a benchmark."
     from cvnb.core.html import html_page, html_table
     control = summary["control"]
-    kind = "valid" if control["valid"] else "void"
+    kind = "void" if control["clock"] == "none" else "valid"
     items = [f"<dt>{html.escape(k)}</dt><dd>{html.escape(str(v))}</dd>" for k, v in _facts(summary).items()]
     return html_page(f"{summary['run']}: benchmark", f"""<p class="{kind}">{html.escape(control["verdict"])}</p>
-{html_table(benchmark_table(summary["rows"]))}
-{_svg(plot_benchmark(summary["rows"]))}
+{html_table(benchmark_table(summary["rows"], control))}
+{_svg(plot_benchmark(summary["rows"], control))}
 <p>From raw images to probabilities, one thread, one process per row, in alternating rounds. Intervals are 95 %.</p>
 <dl>{"".join(items)}</dl>""")
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .timing import Measurements, Timings, measure_candidates, median_latency, speed_ratio, tail_latency
+from .timing import Measurements, Timings, measure_candidates, median_latency, read_control
+from .timing import speed_ratio, tail_latency
 from .workers import Candidate
 from ..data.images import DEFAULT_DECODING, Decoding
 from ..export.runtimes import MODELS, RUNTIMES, read_pixels
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['BASELINE', 'PEER', 'list_candidates', 'list_left_out', 'sample_images', 'model_size_mb', 'benchmark_rows',
-           'benchmark_table', 'Benchmark', 'benchmark_notes', 'run_benchmark']
+           'headline_columns', 'benchmark_table', 'Benchmark', 'benchmark_notes', 'run_benchmark']
 
 # %% ../../nbs/benchmark/03_table.ipynb #30c8bc51
 def _candidate_reasons(
@@ -92,26 +93,30 @@ def _interval_columns(
 
 # %% ../../nbs/benchmark/03_table.ipynb #c086acaf
 def _candidate_row(
-    candidate: Candidate,         # the row
-    timings: Timings,             # of the candidate
-    accuracy: Estimate,           # on the test images
-    baseline: np.ndarray,         # seconds of the baseline (rounds, calls)
-    peer: np.ndarray | None,      # seconds of the peer (rounds, calls); None where it was not measured
-    batch_size: int,              # images in the large batch
-) -> dict[str, Any]:              # one row
+    candidate: Candidate,      # the row
+    timings: Timings,          # of the candidate
+    accuracy: Estimate,        # on the test images
+    baseline: Timings,         # of the baseline
+    peer: Timings | None,      # of the peer; None where it was not measured
+    batch_size: int,           # images in the large batch
+) -> dict[str, Any]:           # one row
     "Summarize the measurements of one candidate."
     p50 = median_latency(timings.seconds)
-    p99 = tail_latency(timings.seconds)
-    batch_seconds = float(np.median(timings.batch_seconds))
-    return dict(
+    ratios = dict(
+        speedup=speed_ratio(baseline.seconds, timings.seconds),
+        vs_peer=peer and speed_ratio(peer.seconds, timings.seconds),
+        cpu_ms=median_latency(timings.cpu_seconds),
+        cpu_speedup=speed_ratio(baseline.cpu_seconds, timings.cpu_seconds),
+        cpu_vs_peer=peer and speed_ratio(peer.cpu_seconds, timings.cpu_seconds))
+    row = dict(
         model=candidate.model, runtime=candidate.runtime.name,
-        **_interval_columns("p50_ms", p50), **_interval_columns("p99_ms", p99), n_calls=p50.n,
+        **_interval_columns("p50_ms", p50), **_interval_columns("p99_ms", tail_latency(timings.seconds)), n_calls=p50.n,
         images_per_s=1 / float(timings.seconds.mean()),
-        images_per_s_batch=batch_size / batch_seconds, batch_size=batch_size,
+        images_per_s_batch=batch_size / float(np.median(timings.batch_seconds)), batch_size=batch_size,
         size_mb=model_size_mb(candidate.path), peak_memory_mb=timings.peak_memory_mb,
-        **_interval_columns("accuracy", accuracy), n=accuracy.n,
-        **_interval_columns("speedup", speed_ratio(baseline, timings.seconds)),
-        **_interval_columns("vs_peer", None if peer is None else speed_ratio(peer, timings.seconds)))
+        **_interval_columns("accuracy", accuracy), n=accuracy.n)
+    for name, ratio in ratios.items(): row |= _interval_columns(name, ratio)
+    return row
 
 # %% ../../nbs/benchmark/03_table.ipynb #7d44ad95
 def benchmark_rows(
@@ -120,10 +125,22 @@ def benchmark_rows(
     batch_size: int,                        # images in the large batch
 ) -> list[dict[str, Any]]:                  # one row per candidate
     "Make the table."
-    seconds = {(c.model, c.runtime.name): t.seconds for c, t in timings.items()}
-    baseline = seconds[BASELINE]
-    peer = seconds.get(PEER)
+    by_name = {(c.model, c.runtime.name): t for c, t in timings.items()}
+    baseline = by_name[BASELINE]
+    peer = by_name.get(PEER)
     return [_candidate_row(c, t, accuracies[c], baseline, peer, batch_size) for c, t in timings.items()]
+
+# %% ../../nbs/benchmark/03_table.ipynb #headline-code
+_HEADLINES = dict(
+    wall={"p50 ms": "p50_ms", "× torch": "speedup", "× peer": "vs_peer"},
+    cpu={"CPU ms": "cpu_ms", "× torch, CPU": "cpu_speedup", "× peer, CPU": "cpu_vs_peer"})
+
+def headline_columns(
+    control: dict[str, Any],   # of benchmark.json, of this version or an earlier one
+) -> dict[str, str]:           # title -> column of `benchmark_rows`: the latency, and the ratios to torch and the peer
+    "Choose the columns of the headline; those of a void comparison are of wall time, and each title says void."
+    clock = read_control(control)["clock"]
+    return _HEADLINES.get(clock) or {f"{title} (void)": column for title, column in _HEADLINES["wall"].items()}
 
 # %% ../../nbs/benchmark/03_table.ipynb #c8c7d49b
 def _format_interval(
@@ -132,26 +149,32 @@ def _format_interval(
     digits: int,           # after the point
 ) -> str:                  # such as "1.20 [1.10, 1.30]"; empty where there is no value
     "Format a value with its interval."
-    if row[name] is None: return ""
-    low = row.get(f"{name}_low")   # a table of an earlier version lacks the interval of p99
+    if row.get(name) is None: return ""   # a table of an earlier version lacks CPU time
+    low = row.get(f"{name}_low")   # and the interval of p99
     if low is None or low != low: return f"{row[name]:.{digits}f} (no interval)"
     return f"{row[name]:.{digits}f} [{row[f'{name}_low']:.{digits}f}, {row[f'{name}_high']:.{digits}f}]"
 
 # %% ../../nbs/benchmark/03_table.ipynb #7e32a4c8
 def benchmark_table(
     rows: list[dict[str, Any]],   # from `benchmark_rows`
+    control: dict[str, Any],      # of the same benchmark
 ) -> pd.DataFrame:                # text, ready to show
-    "Format the rows as a table."
+    "Format the rows as a table: the headline first, the other clock after it."
     import pandas as pd
+    control = read_control(control)
+    void = {clock: "" if control.get(clock, {}).get("valid") else " (void)" for clock in _HEADLINES}
+    headline = headline_columns(control)
+    other = {f"p50 ms{void['wall']}": "p50_ms", f"CPU ms{void['cpu']}": "cpu_ms"}
+    digits = {column: 3 if column in other.values() else 2 for column in [*headline.values(), *other.values()]}
+    columns = headline | {title: column for title, column in other.items() if column not in headline.values()}
+    wall = void["wall"]
     shown = lambda r: {
         "model": r["model"], "runtime": r["runtime"],
         "accuracy": f"{_format_interval(r, 'accuracy', 4)} (n={r['n']})",
-        "p50 ms": _format_interval(r, "p50_ms", 3),
-        "× torch": _format_interval(r, "speedup", 2),
-        "× peer": _format_interval(r, "vs_peer", 2),
-        "p99 ms": _format_interval(r, "p99_ms", 3),
-        "images/s": f"{r['images_per_s']:.0f}",
-        f"images/s, batch {r['batch_size']}": f"{r['images_per_s_batch']:.0f}",
+        **{title: _format_interval(r, column, digits[column]) for title, column in columns.items()},
+        f"p99 ms{wall}": _format_interval(r, "p99_ms", 3),
+        f"images/s{wall}": f"{r['images_per_s']:.0f}",
+        f"images/s, batch {r['batch_size']}{wall}": f"{r['images_per_s_batch']:.0f}",
         "MB": f"{r['size_mb']:.2f}",
         "memory MB": f"{r['peak_memory_mb']:.0f}"}
     return pd.DataFrame([shown(r) for r in rows])
@@ -166,29 +189,46 @@ class Benchmark:
     def metrics(self) -> dict[str, Estimate]:   # by name
         "Collect the stage's metrics, the fastest candidate first, because a run shows a stage's first metrics."
         from cvnb.metrics.estimates import Estimate
+        control = self.measured.control
         estimate = lambda row, name: Estimate(row[name], row[f"{name}_low"], row[f"{name}_high"], row["n_calls"])
         found = {}
-        for candidate, row in sorted(zip(self.measured.timings, self.rows), key=lambda pair: pair[1]["p50_ms"]):
-            found[f"latency_p50_ms_{candidate.metric_suffix}"] = estimate(row, "p50_ms")
-            found[f"speedup_{candidate.metric_suffix}"] = estimate(row, "speedup")
-        control = self.measured.control
-        return found | dict(control_ratio=Estimate(control["ratio"], control["low"], control["high"], control["n"]))
+        if control["clock"] != "none":
+            latency, speedup, _ = headline_columns(control).values()
+            metric = latency if latency == "cpu_ms" else f"latency_{latency}"
+            for candidate, row in sorted(zip(self.measured.timings, self.rows), key=lambda pair: pair[1][latency]):
+                found[f"{metric}_{candidate.metric_suffix}"] = estimate(row, latency)
+                found[f"{speedup}_{candidate.metric_suffix}"] = estimate(row, speedup)
+        for clock in _HEADLINES:
+            for name in sorted(control[clock].keys() - {"valid"}):
+                found[f"control_{clock}_{name}"] = Estimate(**control[clock][name])
+        return found
 
-    def __repr__(self) -> str: return f"{self.measured}\n{benchmark_table(self.rows).to_string(index=False)}"
+    def __repr__(self) -> str:
+        return f"{self.measured}\n{benchmark_table(self.rows, self.measured.control).to_string(index=False)}"
 
     def _repr_html_(self) -> str:
         from cvnb.core.html import html_table
-        return f"<p>{html.escape(str(self.measured))}</p>{html_table(benchmark_table(self.rows))}"
+        table = html_table(benchmark_table(self.rows, self.measured.control))
+        return f"<p>{html.escape(str(self.measured))}</p>{table}"
 
 # %% ../../nbs/benchmark/03_table.ipynb #018bfcec
+_MAX_CPU_SHARE = 1.05   # of wall time, for one thread
+_CLOCK_MS = 0.02        # that reading the clocks adds to CPU time, at most
+
 def benchmark_notes(
     result: Benchmark,          # from `run_benchmark`
     left_out: dict[str, str],   # from `list_left_out`
 ) -> list[dict[str, Any]]:      # arguments of `Stage.note`: text, file and exceeded
     "Collect what a user should know about a benchmark."
     control = result.measured.control
-    void = [] if control["valid"] else [dict(text=control["verdict"], file="report.html", exceeded=True)]
-    return [*void, *(dict(text=f"{name} was left out: {reason}") for name, reason in left_out.items())]
+    notes = []
+    if control["clock"] != "wall":
+        notes.append(dict(text=control["verdict"], file="report.html", exceeded=control["clock"] == "none"))
+    for row in result.rows:
+        if row["cpu_ms"] <= _MAX_CPU_SHARE * row["p50_ms"] + _CLOCK_MS: continue
+        notes.append(dict(text=f"{row['model']}, {row['runtime']} uses more than one thread: its CPU time is "
+                               f"{row['cpu_ms'] / row['p50_ms']:.2f} of its wall time"))
+    return [*notes, *(dict(text=f"{name} was left out: {reason}") for name, reason in left_out.items())]
 
 # %% ../../nbs/benchmark/03_table.ipynb #a55290f5
 def run_benchmark(
@@ -197,12 +237,13 @@ def run_benchmark(
     test_files: list[str],            # N test images
     labels: np.ndarray,               # int (N,), their classes
     parity: list[dict[str, Any]],     # from export.json: model, runtime, accuracy
-    n_calls: int = 100,               # timed calls per candidate with one image each
-    rounds: int = 10,                 # number of rounds that the calls are spread over
-    batch_size: int = 32,             # images per batch for throughput
+    n_calls: int = 100,               # timed calls per candidate with one image each, at least
+    rounds: int = 10,                 # number of rounds that these calls are spread over
+    batch_size: int = 32,             # images per batch for throughput and for the control's long call
     progress: Callable[[float, str], None] = lambda fraction, text: None,   # takes the share that is done, and a text
     decoding: Decoding = DEFAULT_DECODING,   # of the test images
     groups: np.ndarray | None = None,   # group of each test image (N,); None where images are independent
+    control_seconds: float = 10,      # that further rounds may take while the control is not valid
 ) -> Benchmark:
     "Measure candidates and make their table; classification only."
     from cvnb.metrics.classification import accuracy
@@ -210,6 +251,7 @@ def run_benchmark(
     known = {(p["model"], p["runtime"]): Estimate(**p["accuracy"]) for p in parity}
     accuracies = {c: known[c.model, c.runtime.name] for c in candidates if (c.model, c.runtime.name) in known}
     classify = {c: test_files for c in candidates if c not in accuracies}
-    measured = measure_candidates(candidates, images, n_calls, rounds, batch_size, classify, progress, decoding)
+    measured = measure_candidates(candidates, images, n_calls, rounds, batch_size, classify, progress, decoding,
+                                  control_seconds)
     accuracies |= {c: accuracy(np.array(classes) == labels, groups) for c, classes in measured.classes.items()}
     return Benchmark(measured, benchmark_rows(measured.timings, accuracies, batch_size))

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -23,31 +24,28 @@ if TYPE_CHECKING:
     from cvnb.metrics.estimates import Estimate
 
 # %% auto #0
-__all__ = ['CONTROL', 'CONTROL_LIMITS', 'Timings', 'median_latency', 'tail_latency', 'speed_ratio', 'find_control',
-           'check_control', 'load_average', 'Measurements', 'measure_candidates']
+__all__ = ['CONTROL', 'CONTROL_LIMITS', 'CLOCKS', 'Timings', 'median_latency', 'tail_latency', 'speed_ratio', 'find_control',
+           'check_control', 'read_control', 'run_rounds', 'load_average', 'describe_load', 'Measurements',
+           'measure_candidates']
 
 # %% ../../nbs/benchmark/02_timing.ipynb #29d624f1
 @dataclass(frozen=True)
 class Timings:
     "Measurements of one candidate."
-    seconds: np.ndarray         # (rounds, calls), one image per call
-    batch_seconds: np.ndarray   # (rounds, 1), one batch per call
+    seconds: np.ndarray         # wall time (rounds, calls), one image per call
+    cpu_seconds: np.ndarray     # CPU time of the process (rounds, calls), of the same calls
+    batch_seconds: np.ndarray   # wall time (rounds, 1), one batch per call
     peak_memory_mb: float       # of its process, before the batches
 
 # %% ../../nbs/benchmark/02_timing.ipynb #d17edecd
-def _time_in_rounds(
+def _time_round(
     workers: dict[str, RuntimeWorker],   # loaded, by name
-    rounds: int,                         # number of rounds
-    progress: Callable[[float, str], None],   # takes the share that is done, and a text
+    round_number: int,                   # rounds before this one
     **arguments: Any,                    # of `RuntimeServer.time`
-) -> dict[str, np.ndarray]:              # per worker: seconds (rounds, calls)
-    "Time every worker in each round, beginning with another worker in every round."
-    seconds: dict[str, list] = {name: [] for name in workers}
-    for r in range(rounds):
-        progress(r / rounds, f"round {r + 1} of {rounds}, batch {arguments['batch_size']}")
-        for name in np.roll(np.array(list(workers)), -r).tolist():
-            seconds[name].append(workers[name].call("time", **arguments, round_number=r))
-    return {name: np.array(s) for name, s in seconds.items()}
+) -> dict[str, list]:                    # per worker: wall and CPU seconds of each call (calls, 2)
+    "Time every worker once, beginning with another worker in every round."
+    order = np.roll(np.array(list(workers)), -round_number).tolist()
+    return {name: workers[name].call("time", **arguments, round_number=round_number) for name in order}
 
 # %% ../../nbs/benchmark/02_timing.ipynb #dd01f701
 @contextlib.contextmanager
@@ -86,7 +84,8 @@ def median_latency(
     "Estimate a median latency with an interval by rounds (Law and Kelton, 2000, section 9.5)."
     from cvnb.metrics.estimates import Estimate
     value = 1e3 * float(np.median(seconds))
-    error = _round_error(np.log(np.median(seconds, axis=1)))
+    medians = np.median(seconds, axis=1)
+    error = _round_error(np.log(medians)) if medians.min() > 0 else float("nan")   # 0: below the clock's resolution
     return Estimate(value, value * float(np.exp(-error)), value * float(np.exp(error)), seconds.size)
 
 # %% ../../nbs/benchmark/02_timing.ipynb #tail-def
@@ -113,17 +112,20 @@ def tail_latency(
 def speed_ratio(
     reference: np.ndarray,   # seconds (rounds, calls)
     other: np.ndarray,       # seconds (rounds, calls), from the same rounds
-) -> Estimate:               # how many times faster `other` is
+) -> Estimate:               # how many times faster `other` is; NaN where a median is 0, below the clock's resolution
     "Estimate the ratio of two medians: the geometric mean over rounds, with an interval by rounds."
     from cvnb.metrics.estimates import Estimate
-    ratios = np.log(np.median(reference, axis=1)) - np.log(np.median(other, axis=1))
+    medians = np.median(reference, axis=1), np.median(other, axis=1)
+    if min(m.min() for m in medians) <= 0: return Estimate(float("nan"), float("nan"), float("nan"), reference.size)
+    ratios = np.log(medians[0]) - np.log(medians[1])
     error = _round_error(ratios)
     low, value, high = (float(np.exp(ratios.mean() + e)) for e in (-error, 0, error))
     return Estimate(value, low, high, reference.size)
 
 # %% ../../nbs/benchmark/02_timing.ipynb #a22daec9
 CONTROL = ("trained", "onnx fp32")   # model and runtime that run in two processes
-CONTROL_LIMITS = (0.95, 1.05)        # of the ratio of the candidate to itself
+CONTROL_LIMITS = (0.95, 1.05)        # of the intervals of the control's ratios
+CLOCKS = dict(wall="wall time", cpu="CPU time")   # the later one is the headline where the earlier one is void
 
 # %% ../../nbs/benchmark/02_timing.ipynb #625a5d47
 def find_control(
@@ -134,25 +136,153 @@ def find_control(
         if (candidate.model, candidate.runtime.name) == CONTROL: return candidate
     raise CvnbError(f"the control, {', '.join(CONTROL)}, is not among the candidates", "Run the export stage again.")
 
+# %% ../../nbs/benchmark/02_timing.ipynb #control-within
+def _within_limits(
+    ratio: Estimate,   # of the control
+) -> bool:             # False for no interval
+    "Judge a ratio by its interval."
+    return CONTROL_LIMITS[0] <= ratio.low and ratio.high <= CONTROL_LIMITS[1]
+
+# %% ../../nbs/benchmark/02_timing.ipynb #control-verdict
+def _control_verdict(
+    candidate: Candidate,                   # the one that ran twice
+    ratios: dict[str, dict[str, Estimate]], # clock -> name of a ratio -> its estimate
+    clock: str,                             # of the headline; "none" for a void comparison
+) -> str:                                   # one line
+    "Describe the control and what follows from it."
+    texts = dict(short="1 image", long="long call", per_cpu="÷ CPU time")
+    show = lambda e: f"{e.value:.3f} " + ("(no interval)" if np.isnan(e.low) else f"[{e.low:.3f}, {e.high:.3f}]")
+    parts = [f"{CLOCKS[c]}: " + ", ".join(f"{texts[k]} {show(e)}" for k, e in r.items()) for c, r in ratios.items()]
+    follows = dict(
+        wall="the comparison holds", cpu="WALL TIME IS VOID, the comparison is one of CPU time",
+        none="THE COMPARISON IS VOID: the machine's speed varied too much. Repeat the benchmark on an idle machine, or "
+             "give it more time (benchmark.control_seconds)")
+    return f"{candidate.name} against itself, {'; '.join(parts)}; {follows[clock]}."
+
 # %% ../../nbs/benchmark/02_timing.ipynb #4eae3020
 def check_control(
-    candidate: Candidate,   # the one that ran twice
-    first: np.ndarray,      # seconds (rounds, calls)
-    second: np.ndarray,     # seconds (rounds, calls)
-) -> dict[str, Any]:        # model, runtime, ratio, low, high, n, valid, verdict
-    "Compare a candidate with itself; outside 0.95 … 1.05 the whole comparison is void."
-    r = speed_ratio(first, second)
-    valid = CONTROL_LIMITS[0] <= r.value <= CONTROL_LIMITS[1]
-    void = "THE COMPARISON IS VOID: the machine's speed varied too much. Repeat the benchmark on an idle machine"
-    text = "the comparison holds" if valid else void
-    verdict = f"{candidate.name} against itself: {r.value:.4f} [{r.low:.4f}, {r.high:.4f}]; {text}."
-    return dict(model=candidate.model, runtime=candidate.runtime.name, ratio=r.value, low=r.low, high=r.high, n=r.n,
-                valid=valid, verdict=verdict)
+    candidate: Candidate,                  # the one that ran twice
+    short: tuple[np.ndarray, np.ndarray],  # of each process: wall and CPU seconds of one image (2, rounds, calls)
+    long: tuple[np.ndarray, np.ndarray],   # of each process: wall and CPU seconds of a batch (2, rounds, calls)
+) -> dict[str, Any]:                       # model, runtime, rounds, clock, verdict; wall and cpu: valid and the ratios
+    "Compare a candidate with itself; the headline's clock is the first whose intervals all lie in 0.95 … 1.05."
+    pairs = dict(short=short, long=long)
+    ratios = {clock: {name: speed_ratio(a[i], b[i]) for name, (a, b) in pairs.items()}
+              for i, clock in enumerate(CLOCKS)}
+    wall, cpu = np.concatenate(long, axis=2)
+    ratios["wall"]["per_cpu"] = speed_ratio(wall, cpu)
+    valid = {clock: all(map(_within_limits, found.values())) for clock, found in ratios.items()}
+    clock = next((c for c in CLOCKS if valid[c]), "none")
+    records = {c: dict(valid=valid[c]) | {k: vars(e) for k, e in found.items()} for c, found in ratios.items()}
+    return dict(model=candidate.model, runtime=candidate.runtime.name, rounds=short[0].shape[1], clock=clock,
+                verdict=_control_verdict(candidate, ratios, clock), **records)
+
+# %% ../../nbs/benchmark/02_timing.ipynb #control-old
+def read_control(
+    record: dict[str, Any],   # `control` of benchmark.json, of this version or an earlier one
+) -> dict[str, Any]:          # with clock, and a verdict by today's rule
+    "Judge the control of a stored benchmark by today's rule."
+    if "clock" in record: return record
+    low, high = (record.get(k) for k in ("low", "high"))
+    reason = "an earlier version recorded no interval of it"
+    if low is not None and high is not None:
+        reason = f"its interval [{low:.3f}, {high:.3f}] is not within {CONTROL_LIMITS[0]}–{CONTROL_LIMITS[1]}"
+        if CONTROL_LIMITS[0] <= low and high <= CONTROL_LIMITS[1]: reason = "an earlier version measured no long call"
+    ratio = "" if record.get("ratio") is None else f" {record['ratio']:.3f}"
+    verdict = f"the control's ratio{ratio} proves nothing: {reason}. THE COMPARISON IS VOID. Repeat the benchmark."
+    return record | dict(clock="none", verdict=verdict)
+
+# %% ../../nbs/benchmark/02_timing.ipynb #rounds-run
+def run_rounds(
+    measure: Callable[[int], None],            # measures the round of this number
+    check: Callable[[], dict[str, Any]],       # `check_control` of all rounds so far
+    rounds: int,                               # that are measured in any case
+    seconds: float,                            # that further rounds may take
+    progress: Callable[[float, str], None],    # takes the share that is done, and a text
+) -> dict[str, Any]:                           # the last control
+    "Measure rounds until the control of wall time is valid or the time is over."
+    for r in range(rounds):
+        progress(r / rounds, f"round {r + 1} of {rounds}, one image at a time")
+        measure(r)
+    control = check()
+    begin = time.monotonic()
+    spent = 0.0
+    done = rounds
+    while control["clock"] != "wall" and spent < seconds:
+        look = done + max(1, done // 2)
+        while done < look and spent < seconds:
+            progress(spent / seconds, f"round {done + 1}: control not valid yet, {spent:.0f} of {seconds:g} s")
+            measure(done)
+            done += 1
+            spent = time.monotonic() - begin
+        control = check()
+    return control
+
+# %% ../../nbs/benchmark/02_timing.ipynb #rounds-stack
+def _stack_rounds(
+    found: list[dict[str, list]],   # per round, of `_time_round`
+    name: str,                      # of a worker
+) -> np.ndarray:                    # wall and CPU seconds (2, rounds, calls)
+    "Collect the calls of one worker."
+    return np.moveaxis(np.array([calls[name] for calls in found]), 2, 0)
+
+# %% ../../nbs/benchmark/02_timing.ipynb #rounds-class
+_LONG_CALLS = 2   # per round and process of the control
+
+@dataclass
+class _Rounds:
+    "The calls of all rounds so far."
+    workers: dict[str, RuntimeWorker]   # loaded, by name; "control" is the second process of the control
+    control: Candidate                  # what the control runs
+    n: int                              # calls per round with one image each
+    batch_size: int                     # images of a long call
+    short: list[dict[str, list]] = field(default_factory=list)   # per round, of `_time_round`
+    long: list[dict[str, list]] = field(default_factory=list)    # per round, of the control's two processes
+    memory: dict[str, float] = field(default_factory=dict)       # megabytes, by worker
+    load: list[float] = field(default_factory=list)              # load average between rounds, where it changed
+
+    def measure(self,
+        r: int,   # rounds before this one
+    ) -> None:
+        "Measure a round."
+        if (load := load_average()) not in self.load[-1:]: self.load.append(load)
+        self.short.append(_time_round(self.workers, r, n=self.n, batch_size=1, warm_up=3))
+        if r == 0: self.memory = {name: worker.call("measure_memory") for name, worker in self.workers.items()}
+        pair = {name: self.workers[name] for name in (self.control.name, "control")}
+        self.long.append(_time_round(pair, r, n=_LONG_CALLS, batch_size=self.batch_size, warm_up=1))
+
+    def check(self) -> dict[str, Any]:   # of `check_control`
+        "Judge the control by all rounds so far."
+        pairs = [[_stack_rounds(found, name) for name in (self.control.name, "control")]
+                 for found in (self.short, self.long)]
+        return check_control(self.control, *map(tuple, pairs))
+
+# %% ../../nbs/benchmark/02_timing.ipynb #time-batches
+def _time_batches(
+    workers: dict[str, RuntimeWorker],        # loaded, by name
+    rounds: int,                              # number of rounds, a batch each
+    batch_size: int,                          # images per batch
+    progress: Callable[[float, str], None],   # takes the share that is done, and a text
+) -> list[dict[str, list]]:                   # per round, of `_time_round`
+    "Time batches for the throughput."
+    found = []
+    for r in range(rounds):
+        progress(r / rounds, f"round {r + 1} of {rounds}, batch {batch_size}")
+        found.append(_time_round(workers, r, n=1, batch_size=batch_size, warm_up=1))
+    return found
 
 # %% ../../nbs/benchmark/02_timing.ipynb #6525430d
 def load_average() -> float:   # of the last minute; NaN where the system does not report it
     "Read how busy the machine is."
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
+
+# %% ../../nbs/benchmark/02_timing.ipynb #load-describe
+def describe_load(
+    load: Sequence[float | None],   # load averages in the order of time; None where the system does not report it
+) -> str:                           # such as "0.10 before, 1.20 at most, 1.05 after"
+    "Describe how busy the machine was; the benchmark itself counts as 1."
+    known = [float("nan") if x is None else x for x in load]
+    return f"{known[0]:.2f} before, {max(known):.2f} at most, {known[-1]:.2f} after"
 
 # %% ../../nbs/benchmark/02_timing.ipynb #dfca1cbc
 @dataclass(frozen=True)
@@ -161,35 +291,34 @@ class Measurements:
     timings: dict[Candidate, Timings]         # in the order of the table
     control: dict[str, Any]                   # from `check_control`
     classes: dict[Candidate, list[int]]       # classes of the test images, from the candidates that classified them
-    load: tuple[float, float]                 # load average before and after
+    load: tuple[float, ...]                   # load average at the start, its changes between rounds, at the end
 
-    def __repr__(self) -> str:
-        return f"{self.control['verdict']}\nLoad average {self.load[0]:.2f} before, {self.load[1]:.2f} after."
+    def __repr__(self) -> str: return f"{self.control['verdict']}\nLoad average {describe_load(self.load)}."
 
 # %% ../../nbs/benchmark/02_timing.ipynb #e6761056
 def measure_candidates(
     candidates: list[Candidate],   # what to compare
     images: list[np.ndarray],      # raw images, each uint8 (H, W, 3)
-    n_calls: int = 100,            # timed calls per candidate with one image each
-    rounds: int = 10,              # number of rounds that the calls are spread over
-    batch_size: int = 32,          # images per batch for throughput
+    n_calls: int = 100,            # timed calls per candidate with one image each, at least
+    rounds: int = 10,              # number of rounds that these calls are spread over
+    batch_size: int = 32,          # images per batch for throughput and for the control's long call
     classify: dict[Candidate, list[str]] | None = None,   # candidate -> image files to classify
     progress: Callable[[float, str], None] = lambda fraction, text: None,   # takes the share that is done, and a text
     decoding: Decoding = DEFAULT_DECODING,   # of the files to classify
+    control_seconds: float = 10,   # that further rounds may take while the control is not valid
 ) -> Measurements:
     "Measure candidates in alternating rounds, each in its own process."
-    load_before = load_average()
     control = find_control(candidates)
     processes = {c.name: c for c in candidates} | dict(control=control)
+    load_before = load_average()
     progress(0, f"starting {len(processes)} processes")
     with _start_workers(processes, images) as workers:
-        n = -(-n_calls // rounds)
-        single = _time_in_rounds(workers, rounds, progress, n=n, batch_size=1, warm_up=3)
-        memory = {name: worker.call("measure_memory") for name, worker in workers.items()}
-        batch = _time_in_rounds(workers, max(3, rounds // 3), progress, n=1, batch_size=batch_size, warm_up=1)
+        found = _Rounds(workers, control, -(-n_calls // rounds), batch_size)
+        checked = run_rounds(found.measure, found.check, rounds, control_seconds, progress)
+        batch = _time_batches(workers, max(3, rounds // 3), batch_size, progress)
         progress(1, "classifying the test images")
         classes = {c: workers[c.name].call("classify", paths=paths, decoding=decoding.to_json())
                    for c, paths in (classify or {}).items()}
-    timings = {c: Timings(single[c.name], batch[c.name], memory[c.name]) for c in candidates}
-    checked = check_control(control, single[control.name], single["control"])
-    return Measurements(timings, checked, classes, (load_before, load_average()))
+    timings = {c: Timings(*_stack_rounds(found.short, c.name), _stack_rounds(batch, c.name)[0], found.memory[c.name])
+               for c in candidates}
+    return Measurements(timings, checked, classes, (load_before, *found.load, load_average()))

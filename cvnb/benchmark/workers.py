@@ -72,15 +72,17 @@ def time_calls(
     n: int,                      # calls to time
     warm_up: int,                # calls before them
     round_number: int = 0,       # rounds before this one, which continues with the input after their last one
-) -> list[float]:                # seconds of each call
+) -> list[tuple[float, float]]:   # wall and CPU seconds of each call
     "Time calls one by one; the first round first predicts every input, because a runtime may compile for its size."
     seconds = []
     for batch in batches if round_number == 0 else []: predict(batch)
     for i in range(round_number * n - warm_up, round_number * n + n):
         batch = batches[i % len(batches)]
-        begin = time.perf_counter()
+        cpu_begin = time.process_time_ns()   # of all threads
+        begin = time.perf_counter_ns()
         predict(batch)
-        seconds.append(time.perf_counter() - begin)
+        wall = time.perf_counter_ns() - begin
+        seconds.append((wall / 1e9, (time.process_time_ns() - cpu_begin) / 1e9))
     return seconds[warm_up:]
 
 # %% ../../nbs/benchmark/01_workers.ipynb #2ec861a0
@@ -102,7 +104,7 @@ class RuntimeServer:
         batch_size: int,     # images per call
         warm_up: int,        # calls before them
         round_number: int,   # rounds before this one
-    ) -> list[float]:        # seconds of each call
+    ) -> list[tuple[float, float]]:   # wall and CPU seconds of each call
         "Time calls."
         return time_calls(self.predict, make_batches(self.images, batch_size), n, warm_up, round_number)
 

@@ -72,12 +72,15 @@ def _result_record(
     folder: Path,                # run directory
     results: list[StageResult],  # from `run_pipeline`
 ) -> dict:                       # for --json
-    "Collect states, metrics and notes of a call; models only if the call included the benchmark."
+    "Collect states, metrics and notes of a call; models and their control only if the call included the benchmark."
     stages = {}
     for r in results:
         stages[r.stage] = dict(state=r.state, why=r.why, seconds=round(r.seconds, 2), metrics=r.record["metrics"],
                                notes=read_notes(folder, r.stage))
-    return dict(run=str(folder), stages=stages, models=_benchmark_rows(folder) if "benchmark" in stages else [])
+    models = _benchmark_rows(folder) if "benchmark" in stages else []
+    if not models: return dict(run=str(folder), stages=stages, models=models)
+    from cvnb.benchmark.timing import read_control
+    return dict(run=str(folder), stages=stages, models=models, control=read_control(_read_benchmark(folder)["control"]))
 
 # %% ../../nbs/cli/03_runs.ipynb #f61a69a7
 def _benchmark_rows(
@@ -93,6 +96,16 @@ def _read_benchmark(
     from cvnb.core.output_formats import BenchmarkRecord
     return read_record(find_output(folder, "benchmark", "benchmark.json"), BenchmarkRecord)
 
+# %% ../../nbs/cli/03_runs.ipynb #format-times
+def _format_times(
+    row: dict,     # of benchmark.json
+    column: str,   # a ratio
+) -> str:          # such as "2.9× [2.7, 3.1]"; a dash where nothing was compared
+    "Format a ratio of speeds with its interval."
+    if row.get(column) is None: return "–"
+    low, high = (row.get(f"{column}_{end}") for end in ("low", "high"))
+    return f"{row[column]:.1f}× " + ("(no interval)" if low is None or high is None else f"[{low:.1f}, {high:.1f}]")
+
 # %% ../../nbs/cli/03_runs.ipynb #f0fbd6ba
 def _print_result(
     folder: Path,                # run directory
@@ -100,21 +113,25 @@ def _print_result(
 ) -> None:
     "Print a run's models and the next commands, if the call included the benchmark."
     if not any(r.stage == "benchmark" for r in results) or not (models := _benchmark_rows(folder)): return
-    times = lambda ratio: f"{ratio:.1f}×" if ratio else "–"
+    from cvnb.benchmark.table import BASELINE, PEER, headline_columns
+    from cvnb.benchmark.timing import read_control
+    control = read_control(_read_benchmark(folder)["control"])
+    headline = headline_columns(control)
+    latency, *ratios = headline.values()
     rows = []
     for m in models:
         low = m["accuracy_low"]
         high = m["accuracy_high"]
         accuracy = f"{m['accuracy']:.4f} " + ("(no interval)" if low is None else f"[{low:.4f}, {high:.4f}]")
-        rows.append((m["model"], m["runtime"], accuracy, f"{m['p50_ms']:.2f}", f"{m['size_mb']:.2f}",
-                     times(m["speedup"]), times(m["vs_peer"])))
-    right = dict.fromkeys(("ms p50", "MB", "× torch", "× peer"), "right")
+        speed = f"{m[latency]:.2f}" if m.get(latency) is not None else "–"
+        rows.append((m["model"], m["runtime"], accuracy, speed, *(_format_times(m, column) for column in ratios),
+                     f"{m['size_mb']:.2f}"))
+    right = dict.fromkeys((*headline, "MB"), "right")
     print_table("", {"model": "left", "runtime": "left", "accuracy [95 %]": "left", **right}, rows)
-    from cvnb.benchmark.table import BASELINE, PEER
     print(f"\n× torch: speed relative to {', '.join(BASELINE)}. × peer: speed relative to {', '.join(PEER)}, "
           "if it was measured.")
     from cvnb.core.output_formats import VerdictRecord
-    print(f"Control: {_read_benchmark(folder)['control']['verdict']}")
+    print(f"Control: {control['verdict']}")
     verdict = read_record(find_output(folder, "compress", "verdict.json"), VerdictRecord)
     print(f"Compression: {_describe_compression(verdict)}")
     run = shell_path(folder)

@@ -15,8 +15,8 @@ from .formats import StageManifest
 # %% auto #0
 __all__ = ['FORMATS', 'OutputRecord', 'PixelScaleRecord', 'DecodingRecord', 'CheckRecord', 'AuditRecord', 'ModelRecord',
            'MetricsRecord', 'MistakeRecord', 'ErrorsRecord', 'VerdictRecord', 'ExportRecord', 'BenchmarkRow',
-           'ControlRecord', 'BenchmarkRecord', 'SharedStage', 'TrialRecord', 'SweepRecord', 'CheckpointRecord',
-           'PickedOptions', 'FoldRecord', 'WorkerError', 'format_schema']
+           'ClockControl', 'ControlRecord', 'BenchmarkRecord', 'SharedStage', 'TrialRecord', 'SweepRecord',
+           'CheckpointRecord', 'PickedOptions', 'FoldRecord', 'WorkerError', 'format_schema']
 
 # %% ../../nbs/core/14_output_formats.ipynb #f0601123
 class OutputRecord(Record):
@@ -158,13 +158,30 @@ class BenchmarkRow(Record):
     accuracy_high: Share
     p50_ms: Annotated[float, Field(ge=0)]
     size_mb: Annotated[float, Field(ge=0)]
-    speedup: Number | None
-    vs_peer: Number | None
+    speedup: Number | None = Field(description="of wall time, against torch eager")
+    vs_peer: Number | None = Field(description="of wall time, against the peer")
+    cpu_ms: Number | None = Field(None, description="CPU time of a call; files of earlier versions lack it")
+    cpu_speedup: Number | None = None
+    cpu_vs_peer: Number | None = None
+
+class ClockControl(Record):
+    "The ratios of a runtime to itself by one clock."
+    valid: bool = Field(description="whether the interval of each ratio lies within 0.95 and 1.05")
+    short: Metric = Field(description="one image")
+    long: Metric = Field(description="a batch")
+    per_cpu: Metric | None = Field(None, description="wall time of a batch to its CPU time")
 
 class ControlRecord(Record):
     "A runtime against itself."
     verdict: str
-    valid: bool = False
+    clock: Literal["wall", "cpu", "none"] | None = Field(
+        None, description="what the headline is of; none: the comparison is void; files of earlier versions lack it")
+    rounds: Count = 0
+    wall: ClockControl | None = None
+    cpu: ClockControl | None = None
+    ratio: Number | None = Field(None, description="of earlier versions: the ratio for one image")
+    low: Number | None = None
+    high: Number | None = None
 
 class BenchmarkRecord(OutputRecord):
     "benchmark/benchmark.json: speed, size and accuracy of the models of a run."
@@ -172,7 +189,7 @@ class BenchmarkRecord(OutputRecord):
     rows: list[BenchmarkRow]
     control: ControlRecord
     machine: dict[str, Any]
-    load: list[Number | None] = []
+    load: list[Number | None] = Field([], description="load average at the start, its changes, and at the end")
     date: str = ""
     images: str = ""
     shipped: str = ""

@@ -22,7 +22,7 @@ from .runner import preload_packages
 from .sweep_engines import ProcessEngine
 from .sweep_search import should_prune, suggest_trials
 from .sweep_trials import Axis, Sweep, Trial, chain_keys, fresh_stages, group_configurations, load_trials
-from .sweep_trials import read_metric, trial_parameters, update_trial_states, write_sweep
+from .sweep_trials import take_metric, trial_parameters, update_trial_states, write_sweep
 
 # %% auto #0
 __all__ = ['TrialProgress', 'run_sweep', 'has_remaining_trials', 'rank_configurations', 'plan_sweep', 'plot_sweep']
@@ -143,8 +143,9 @@ def _poll_trials(
         fraction, text = _read_progress(sweep, t)
         now.epochs = len(t.curve)
         if (error := engine.poll(now.handle)) is not None:
-            t.state, t.why = ("failed", error) if error else ("done", "")
-            if not error: t.metric_estimate = read_metric(sweep, t)
+            t.state = "failed"
+            t.why = error
+            if not error: take_metric(sweep, t)
         elif sweep.prune and sweep.search != "grid" and now.epochs > before and should_prune(sweep, t, fraction):
             t.state = "pruned"
             t.why = f"{t.curve[-1]:.4g} after epoch {len(t.curve)} is worse than the median"

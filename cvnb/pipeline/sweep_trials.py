@@ -28,7 +28,7 @@ from .runner import RunParameters, select_stages
 # %% auto #0
 __all__ = ['SEARCH_METHODS', 'Axis', 'parse_axis', 'Trial', 'Sweep', 'group_configurations', 'declared_metrics', 'make_sweep',
            'trial_parameters', 'chain_keys', 'fresh_stages', 'encode_values', 'load_trials', 'update_trial_states',
-           'read_metric', 'write_sweep']
+           'read_metric', 'take_metric', 'write_sweep']
 
 # %% ../../nbs/pipeline/07_sweep_trials.ipynb #15534195
 @dataclass(frozen=True)
@@ -411,17 +411,14 @@ def update_trial_states(
     known: dict[str, Contract],   # the stages
     root: Path,                   # the project
 ) -> None:
-    "Compare every trial with its run: done if its stages are fresh, still pruned if nothing has changed."
+    "Compare every trial with its run: finished if its stages are fresh, still pruned if nothing has changed."
     seen: dict[str, dict] = {}
     for t in sweep.trials:
         parameters = trial_parameters(sweep, t, known)
         run = sweep.run_folder(t)
         key = digest(chain_keys(parameters, sweep.stages, known, root, seen))
         done = fresh_stages(run, parameters, sweep.stages, known, root, seen) == sweep.stages
-        if done:
-            t.state = "done"
-            t.metric_estimate = read_metric(sweep, t)
-            t.why = ""
+        if done: take_metric(sweep, t)
         elif t.state != "pruned" or t.key != key or not sweep.prune:
             t.state = "to do"
             t.metric_estimate = None
@@ -438,8 +435,23 @@ def read_metric(
     stage, name = sweep.metric.split(".", 1)
     found = read_stage_manifest(sweep.run_folder(trial), stage)["metrics"]
     if name not in found:
-        raise UsageError(f"{stage} has no metric '{name}'", f"{did_you_mean(name, list(found))} Give it with --metric.")
+        raise UsageError(f"{stage} has no metric '{name}'", f"{did_you_mean(name, list(found))} Give it with --metric, "
+                         "or see the notes of the stage in `cvnb status`.")
     return found[name]
+
+# %% ../../nbs/pipeline/07_sweep_trials.ipynb #take-metric
+def take_metric(
+    sweep: Sweep,   # a sweep
+    trial: Trial,   # whose stages have finished; changed in place
+) -> None:
+    "Take the metric of a finished trial, which is done if its stage has recorded it and has failed otherwise."
+    trial.state = "done"
+    trial.why = ""
+    trial.metric_estimate = None
+    try: trial.metric_estimate = read_metric(sweep, trial)
+    except UsageError as e:
+        trial.state = "failed"
+        trial.why = str(e)
 
 # %% ../../nbs/pipeline/07_sweep_trials.ipynb #fa22a5c6
 def write_sweep(

@@ -100,14 +100,16 @@ def test_benchmark_and_report_list_new_runtime(run: Path, new_runtime: Runtime) 
     new = candidates["trained, new fp32"]
     assert new.metric_suffix == "trained_new_fp32" and new.path == str(run/"train")
     rng = np.random.default_rng(0)
-    timings = {c: Timings(rng.lognormal(-6, 0.1, (5, 4)), np.full((3, 1), 0.1), 100.0) for c in candidates.values()}
+    calls = rng.lognormal(-6, 0.1, (5, 4))
+    timings = {c: Timings(calls, calls, np.full((3, 1), 0.1), 100.0) for c in candidates.values()}
     rows = benchmark_rows(timings, {c: accuracy(rng.random(50) < 0.9) for c in timings}, batch_size=8)
-    control = check_control(new, timings[new].seconds, timings[new].seconds)
+    pair = (np.stack([calls, calls]),) * 2
+    control = check_control(new, pair, pair)
     result = Benchmark(Measurements(timings, control, {}, (0.0, 0.0)), rows)
     bundle = dict(shipped=dict(model="trained"), files={})
     page = benchmark_html(benchmark_summary("x", result, [np.zeros((4, 4, 3), np.uint8)], bundle))
     assert page.count("<td>new fp32</td>") == 2
-    lines = plot_benchmark(rows).axes[0].containers
+    lines = plot_benchmark(rows, control).axes[0].containers
     assert [line[0].get_marker() for line in lines] == ["o", "*"] * 2
 
 

@@ -111,7 +111,7 @@ def test_wheel_starts_a_project_runs_all_stages_and_predicts(wheel, small_photos
     assert (tmp_path/"mine/configs/recipe.schema.json").exists()
     assert "train" in call(bin/"cvnb", "params", cwd=tmp_path/"mine", env=env).stdout
     sets = ("train.backbone=resnet10t", "train.weights=", "train.epochs=1", "compress.epochs=1", "benchmark.n_calls=20",
-            "benchmark.rounds=3")
+            "benchmark.rounds=3", "benchmark.control_seconds=0")
     options = [arg for s in sets for arg in ("--set", s)]
     table = "path,label\n" + "".join(f"{p},{p.parent.name}\n" for p in sorted(small_photos.rglob("*.png")))
     (tmp_path/"whole.csv").write_text(table)   # with whole paths, so that its folder is another one than the images'

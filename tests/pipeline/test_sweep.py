@@ -120,6 +120,20 @@ def test_failed_trial_does_not_stop_the_others(project):
     assert calls(project)["train"] == 4, "the failed one is tried again, and only that"
 
 
+def test_trial_whose_stage_leaves_the_metric_out_does_not_stop_the_others(project):
+    # As a benchmark does whose control is void.
+    body = 'if lr < 0.5: stage.metric("speedup", lr)\nelse: stage.metric("cpu_speedup", lr)'
+    write_stage(project, "train", PARAMETERS, body)
+    args = "--set", "train.lr=0.9,0.05,0.1", "--metric", "train.speedup"
+    for _ in range(2):   # the second call finds all runs finished
+        failed = sweep(project, *args, code=1)
+        assert "1 of 3 trials failed" in failed.stderr and "train has no metric 'speedup'" in failed.stderr
+        trials = read_json(project/"sweeps/x/sweep.json")["trials"]
+        assert [t["state"] for t in trials] == ["failed", "done", "done"]
+        assert [t["figure"] and t["figure"]["value"] for t in trials] == [None, 0.05, 0.1]
+    assert calls(project)["train"] == 3
+
+
 def begin(project: Path, *args: str) -> subprocess.Popen:
     return subprocess.Popen([CVNB, "sweep", "--out", "sweeps/x", *args], cwd=project, start_new_session=True,
                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
