@@ -4,6 +4,7 @@
     python benchmarks/train.py speed [--steps 24] --sign-digits FOLDER [--write]
     python benchmarks/train.py accuracy [--data mnist5k sign-digits cifar10] [--sides ours stock] [--seeds 3] [--jobs 1]
                                         [--keep FOLDER] [--write]
+    python benchmarks/train.py beside [--steps 24] [--busy 2] --sign-digits FOLDER [--write]
     python benchmarks/train.py gpu --run RUN [--config cifar10_fast] [--target 0.94] [--write]
 
 The sides (`train_sides.py`) run in turns, each in its own process, with the same threads, model, images and
@@ -15,7 +16,9 @@ pixels, so that reading one costs what reading the thumbnail of a photograph cos
 
 `accuracy` measures the processor time of a process and its workers, from before the first image is read (cvnb's cache
 is empty) until the validation that reached the target. Validation counts on both sides. It takes hours; with --keep,
-an interrupted call resumes. `gpu` runs the train notebook on a run that has its audit.
+an interrupted call resumes. `beside` trains alone and beside busy processes, with several settings of OpenMP's waiting
+threads; cvnb sets GOMP_SPINCOUNT for the kernels of its stages. `gpu` runs the train notebook on a run that has its
+audit.
 """
 from __future__ import annotations
 
@@ -46,6 +49,7 @@ from cvnb.core.project import asset_folder  # noqa: E402
 from cvnb.core.system import n_cores  # noqa: E402
 from cvnb.data.tables import auto_image_size, read_manifest  # noqa: E402
 from cvnb.metrics.estimates import Estimate, estimate_mean, estimate_proportion  # noqa: E402
+from cvnb.pipeline.kernels import SPIN_COUNT  # noqa: E402
 from cvnb.pipeline.params import read_contracts  # noqa: E402
 from cvnb.pipeline.recipes import parse_set_option, read_recipe  # noqa: E402
 
@@ -56,6 +60,7 @@ CASES = {
     "224": dict(source="sign-digits", side=256, size=224, resize=True, change="light", flip=True, batch_size=32,
                 backbone="tf_efficientnet_lite0", stem="full", weights="imagenet", lr=1e-3, weight_decay=0.02),
 }
+CASES["64"] = CASES["224"] | dict(side=64, size=64, backbone="resnet18", weights="", stem="half")   # of `beside`
 CASES["224-crop"] = CASES["224"] | dict(change="crop")
 # Documented recipes for the same model and size: torchvision's reference from scratch, and fine-tuning with AdamW.
 SCRATCH = dict(optimizer="sgd", lr=0.1, weight_decay=5e-4, batch_size=128)
@@ -83,6 +88,7 @@ def start_side(
     job_file, result_file, log = (folder/f"{name}.{end}" for end in ("job", "json", "log"))
     write_json(job_file, job)
     own = dict(OMP_NUM_THREADS=str(job["threads"]), CUDA_VISIBLE_DEVICES="", CVNB_CACHE=str(folder/"cache"))
+    own |= job.get("environment", {})
     command = [sys.executable, Path(__file__).with_name("train_sides.py"), side, job_file, result_file]
     pin = (lambda: os.sched_setaffinity(0, cores)) if cores else None
     with open(log, "w") as out:
@@ -229,6 +235,42 @@ def speed_rows(
     return rows
 
 
+SPIN_SETTINGS = {   # name -> environment of a training
+    "default": {}, "kernels": dict(GOMP_SPINCOUNT=SPIN_COUNT), "shorter": dict(GOMP_SPINCOUNT="10000"),
+    "passive": dict(OMP_WAIT_POLICY="PASSIVE"), "default, again": {}}
+
+
+@contextmanager
+def busy_processes(n: int) -> Iterator[None]:
+    "Keep processors busy."
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n)]
+    try: yield
+    finally:
+        for process in processes: process.kill()
+
+
+def beside(args: argparse.Namespace, folder: Path) -> list[dict]:
+    "Measure training alone and beside busy processes, with settings of OpenMP's waiting threads."
+    case = CASES["64"]
+    prepared = prepare_case(case, args.steps * case["batch_size"], args.sign_digits, folder)
+    steps = len(list((prepared/"train").glob("*/*"))) // case["batch_size"]
+    job = case | dict(folder=str(prepared), threads=args.threads, workers=args.threads, steps=steps)
+    sides = {name: ("speed_ours", job | dict(environment=env)) for name, env in SPIN_SETTINGS.items()}
+    alone = run_step_by_step(sides, folder)
+    with busy_processes(args.busy): busy = run_step_by_step(sides, folder)
+    columns = {"alone": alone, f"beside {args.busy} busy processes": busy}
+    rows = []
+    for name in SPIN_SETTINGS:
+        if name == "default, again": continue
+        row = {"setting": " ".join(f"{k}={v}" for k, v in SPIN_SETTINGS[name].items()) or name}
+        for title, speeds in columns.items():
+            control = format_control(speeds["default, again"], speeds["default"]) if name == "default" else ""
+            row |= {f"images/s {title}": format_mean(speeds[name], 1),
+                    f"÷ default, {title}": format_ratio(speeds[name], speeds["default"]), f"control, {title}": control}
+        rows.append(row)
+    return rows
+
+
 def read_train_recipe(name: str, changes: list[str]) -> dict:   # parameter -> value
     "Read the train section of a recipe over the stage's defaults, with changes given as train.name=value."
     known = read_contracts()
@@ -371,6 +413,7 @@ def gpu_name(no_gpu: bool) -> str:
 
 TITLES: dict[Callable, str] = {
     loader: "The loader alone", speed: "Training", accuracy: "Processor time to an accuracy",
+    beside: "Training beside other work",
     gpu: "CIFAR-10 on a GPU, through the train notebook"}
 
 
@@ -391,8 +434,10 @@ def make_parser() -> argparse.ArgumentParser:
         part.add_argument("--work", type=Path, help="folder for prepared images, on a disk; a temporary one by default")
     parts[loader].add_argument("--rounds", type=int, default=5, help="turns of each side")
     parts[loader].add_argument("--repeats", type=int, default=3, help="timed epochs of a turn")
-    parts[speed].add_argument("--steps", type=int, default=24,
-                              help=f"training steps of each side; the first {WARM_UP_STEPS} are not timed")
+    parts[beside].add_argument("--busy", type=int, default=n_cores(), help="busy processes")
+    for call in speed, beside:
+        parts[call].add_argument("--steps", type=int, default=24,
+                                 help=f"training steps of each side; the first {WARM_UP_STEPS} are not timed")
     for call, default in (loader, list(CASES)), (speed, ["32", "224"]):
         parts[call].add_argument("--cases", nargs="+", choices=list(CASES), default=default,
                                  help="image sizes in pixels; `crop` crops at random instead of an affine change")
@@ -417,7 +462,8 @@ def main() -> None:
     "Measure, and print tables."
     parser = make_parser()
     args = parser.parse_args()
-    sources = [CASES[c]["source"] for c in getattr(args, "cases", [])] + getattr(args, "data", [])
+    cases = ["64"] if args.call is beside else getattr(args, "cases", [])
+    sources = [CASES[c]["source"] for c in cases] + getattr(args, "data", [])
     if "sign-digits" in sources and not args.sign_digits:
         parser.error("sign-digits is not a named data set: give its folder with --sign-digits")
     with TemporaryDirectory(dir=args.work) as folder: rows = args.call(args, Path(folder))
