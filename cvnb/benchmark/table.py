@@ -199,8 +199,8 @@ class Benchmark:
                 found[f"{metric}_{candidate.metric_suffix}"] = estimate(row, latency)
                 found[f"{speedup}_{candidate.metric_suffix}"] = estimate(row, speedup)
         for clock in _HEADLINES:
-            for name in sorted(control[clock].keys() - {"valid"}):
-                found[f"control_{clock}_{name}"] = Estimate(**control[clock][name])
+            for name, ratio in control[clock].items():
+                if name != "valid": found[f"control_{clock}_{name}"] = Estimate(**ratio)
         return found
 
     def __repr__(self) -> str:
