@@ -113,8 +113,9 @@ def compare_with_baselines(
     notes = []
     for name in baselines.logits:
         other = measured[f"{main}_val_{name}"]
+        worse = other.low > own.high
+        difference = ""
         if "correct" in table: worse, difference = _paired_loss(baselines, name, table)
-        else: worse, difference = other.low > own.high, ""
         if not worse: continue
         notes.append(f"{_NAMES[name]} is better than the model: {main} {other.value:.4f} against {own.value:.4f} on "
                      f"{own.n:,} validation images{difference}. {_REMEDIES[name]}")

@@ -51,7 +51,7 @@ def test_project_runs_edited_and_additional_stages(tmp_path, small_photos):
     assert (mine/"runs/mine/letter/letter.txt").read_text() == "Dear mine"
     again = call(BIN/"cvnb", "run", "letter", "--run", mine/"runs/mine", "--json", cwd=mine)
     assert {o["state"] for o in json.loads(again.stdout)["stages"].values()} == {"fresh"}
-    rows = json.loads(call(BIN/"cvnb", "status", "runs/mine", "--json", cwd=mine).stdout)
+    rows = json.loads(call(BIN/"cvnb", "status", "runs/mine", "--json", cwd=mine).stdout)["stages"]
     assert rows[-1]["stage"] in ("letter", "benchmark")
 
 
