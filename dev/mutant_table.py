@@ -18,14 +18,18 @@ class Mutant:
 
 CHECKS = "cvnb/audit/label_errors.py"
 LABEL_ERRORS = ("nbs/audit/03_label_errors.ipynb",)
-LEAKS = ("nbs/audit/02_duplicates.ipynb",)
+LEAKS = ("tests/audit/test_duplicates.py::test_leak_between_training_and_test_is_found_in_both_directions",)
 USE = ("tests/export/test_image_use.py",)
-SPLITS = ("tests/data/test_splits.py", "nbs/data/14_splits.ipynb")
-KEYS = ("nbs/pipeline/04_freshness.ipynb",)
+SPLITS = tuple(f"tests/data/test_splits.py::{name}" for name in (
+    "test_another_seed_gives_another_split_and_the_same_seed_the_same",
+    "test_groups_copies_and_near_duplicates_stay_in_one_split",
+    "test_image_of_a_group_in_the_given_test_split_is_not_trained_on",
+    "test_validation_and_test_hold_each_distinct_image_once"))
+KEYS = ("tests/pipeline/test_keys.py",)
 PIXELS = ("tests/export/test_pixels.py",)
 BUNDLE = ("tests/export/test_bundle.py",)
 RUNTIMES = ("tests/export/test_runtimes.py",)
-PREPROCESS = ("tests/models/test_weights.py", "nbs/models/03_vision_model.ipynb")
+PREPROCESS = ("tests/models/test_weights.py::test_network_gets_red_first_minus_the_mean_over_the_deviation",)
 
 _BOTH = ("LabelledImages(*(np.concatenate([getattr(images[s], part) for s in ('train', 'test')]) "
          "for part in ('images', 'targets')))")
@@ -106,7 +110,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("train", "figures of the test are those of validation", "cvnb/training/predict.py",
            "for split in \"val\", \"test\": metrics[f\"{name}_{split}\"] = measured[split][name]",
            "for split in \"val\", \"test\": metrics[f\"{name}_{split}\"] = measured[\"val\"][name]",
-           ("tests/training/test_loaders.py",)),
+           ("tests/training/test_loaders.py::test_every_figure_counts_each_distinct_image_once",)),
     # metrics
     Mutant("metrics", "an interval has one side only", "cvnb/metrics/estimates.py",
            "np.minimum(center - half, limit(share * n))", "np.minimum(share, limit(share * n))",
@@ -126,7 +130,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("errors", "intervals of slices hold for one slice only", "cvnb/evaluate/errors.py",
            "low, high = simultaneous_proportions(share * effective, effective, len(masks))",
            "low, high = simultaneous_proportions(share * effective, effective, 1)",
-           ("nbs/evaluate/01_errors.ipynb", "tests/metrics/test_coverage.py::test_a_weak_slice_is_marked")),
+           ("tests/metrics/test_coverage.py::test_intervals_of_slices_are_as_wide_as_their_number_asks_for",)),
     # compress
     Mutant("compress", "the margin has the wrong sign", "cvnb/metrics/paired.py",
            "found.low > -margin, level)", "found.low > margin, level)", ("tests/metrics/test_paired.py",)),
@@ -165,7 +169,7 @@ MUTANTS: tuple[Mutant, ...] = (
            "x = resize_images(images, self.size).permute(0, 3, 1, 2).flip(1).float()", PREPROCESS),
     Mutant("export", "images are resized without antialiasing", "cvnb/data/images.py",
            "mode=\"bilinear\", antialias=True, align_corners=False)", "mode=\"bilinear\", align_corners=False)",
-           ("tests/data/test_images.py", "nbs/data/11_images.ipynb")),
+           ("tests/data/test_images.py::test_images_are_made_smaller_as_pillow_does_it",)),
     Mutant("export", "the graph has the labels in another order", "cvnb/export/onnx.py",
            "labels = json.dumps(spec.classes)", "labels = json.dumps(spec.classes[::-1])", RUNTIMES),
     Mutant("export", "bundle.json has the labels in another order", "cvnb/export/bundle.py",
