@@ -17,7 +17,7 @@ class Mutant:
 
 
 CHECKS = "cvnb/audit/label_errors.py"
-LABEL_ERRORS = ("nbs/audit/03_label_errors.ipynb",)
+LABEL_ERRORS = ("tests/audit/test_label_errors.py",)
 LEAKS = ("tests/audit/test_duplicates.py::test_leak_between_training_and_test_is_found_in_both_directions",)
 USE = ("tests/export/test_image_use.py",)
 SPLITS = tuple(f"tests/data/test_splits.py::{name}" for name in (

@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -95,6 +96,16 @@ def copy_project(folder: Path) -> Path:   # the copy
     return folder
 
 
+_running: set[int] = set()   # process groups of tests
+_stopped = threading.Event()
+
+
+def stop(*_: object) -> None:
+    "End the tests that run, so that the copies are deleted and nothing is left."
+    _stopped.set()
+    for group in list(_running): os.killpg(group, signal.SIGKILL)
+
+
 def environment(copy: Path, scratch: Path) -> dict[str, str]:
     "Make the environment in which the copy's cvnb is imported, with caches of its own."
     return os.environ | dict(PYTHONPATH=str(copy), PYTHONDONTWRITEBYTECODE="1", CVNB_CACHE=str(scratch/"cache"),
@@ -107,14 +118,17 @@ def run(
     seconds: float,       # after which it is ended
 ) -> tuple[int | None, str]:   # exit code, None where the time was too short; what it said
     "Run a command in a copy, and end all of its processes after a time."
+    if _stopped.is_set(): raise RuntimeError("interrupted")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         process = subprocess.Popen(command, cwd=copy, env=environment(copy, Path(scratch)), text=True,
                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+        _running.add(process.pid)
         try:
             output, _ = process.communicate(timeout=seconds)
             return process.returncode, output
         except subprocess.TimeoutExpired: return None, ""
         finally:
+            _running.discard(process.pid)
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.communicate()
@@ -213,6 +227,7 @@ def main() -> int:
     if args.list:
         for m in chosen: print(f"{m.stage:<12}{m.name}\n            {m.file}: {m.old}\n            → {m.new}")
         return 0
+    for number in signal.SIGINT, signal.SIGTERM: signal.signal(number, stop)
     outcomes = try_all(chosen, args.jobs, args.seconds)
     table = as_markdown(outcomes)
     print(table)
