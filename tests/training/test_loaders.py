@@ -86,6 +86,7 @@ def test_every_figure_counts_each_distinct_image_once(tmp_path):
     write_table(tmp_path/"manifest.parquet", manifest)
     audit = dict(root=str(tmp_path/"data"), classes=["a", "b"], task="classification")
     splits = load_splits(tmp_path/"manifest.parquet", audit)
+    torch.manual_seed(0)
     model = create_model(NO_BATCHNORM, ["a", "b"], 16)
     predictions = predict_splits(model, splits, tta="flip", device="cpu")
     assert {name: m.n for name, m in predictions.metrics.items() if "accuracy" in name} == dict(
