@@ -86,7 +86,9 @@ class ImageUse(Record):
     "The images that a stage used for one purpose."
     split: Literal["train", "val", "test"]
     n: Count
-    sha256: Sha256 = Field(description="digest of the sorted digests of the images' pixels")
+    sha256: Sha256 = Field(description="digest of the sorted digests of the files' pixels, by the manifest")
+    pixels: Sha256 | None = Field(None, description="digest of the sorted digests of the arrays that were used, at the "
+                                                    "size of the model; null where a stage reads files one by one")
 
 # %% ../../nbs/core/13_formats.ipynb #2c924451
 class StageManifest(SealedRecord):

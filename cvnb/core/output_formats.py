@@ -14,9 +14,9 @@ from .formats import StageManifest
 
 # %% auto #0
 __all__ = ['FORMATS', 'OutputRecord', 'PixelScaleRecord', 'DecodingRecord', 'CheckRecord', 'AuditRecord', 'ModelRecord',
-           'MetricsRecord', 'MistakeRecord', 'ErrorsRecord', 'VerdictRecord', 'ExportRecord', 'BenchmarkRow',
-           'ClockControl', 'ControlRecord', 'BenchmarkRecord', 'SharedStage', 'TrialRecord', 'SweepRecord',
-           'CheckpointRecord', 'PickedOptions', 'FoldRecord', 'WorkerError', 'format_schema']
+           'MetricsRecord', 'MistakeRecord', 'ErrorsRecord', 'VerdictRecord', 'DecodingParityRecord', 'ExportRecord',
+           'BenchmarkRow', 'ClockControl', 'ControlRecord', 'BenchmarkRecord', 'SharedStage', 'TrialRecord',
+           'SweepRecord', 'CheckpointRecord', 'PickedOptions', 'FoldRecord', 'WorkerError', 'format_schema']
 
 # %% ../../nbs/core/14_output_formats.ipynb #f0601123
 class OutputRecord(Record):
@@ -142,11 +142,26 @@ class VerdictRecord(OutputRecord):
     accuracy: Metric | None = None
     accuracy_given_acceptance: Metric | None = Field(None, description="with what the acceptance does to it")
 
+class DecodingParityRecord(Record):
+    "The pixels of the bundle's reader compared with those of training, and the inputs that were compared."
+    n: Count = Field(description="test images")
+    max_difference: Annotated[int, Field(ge=0, le=255)] = Field(description="largest difference of a level")
+    worst: str = Field("", description="the image where it occurs; empty for equal pixels")
+    formats: dict[str, Count] = Field({}, description="file format -> images")
+    modes: dict[str, Count] = Field({}, description="Pillow's mode -> images")
+    orientations: dict[str, Count] = Field({}, description="EXIF orientation -> images; 1 is upright")
+    n_deep: Count = Field(0, description="images with more than 8 bits per value")
+    n_sizes: Count = Field(0, description="different sizes")
+    smallest: str = Field("", description="size with the fewest pixels, width × height")
+    largest: str = Field("", description="size with the most pixels, width × height")
+    not_covered: dict[str, Count] = Field({}, description="format and mode that no test image has -> training images")
+
 class ExportRecord(OutputRecord):
     "export/export.json: which model is shipped, and how runtimes agree."
     shipped: dict[str, Any]
     bundle: dict[str, str] | str
     parity: list[dict[str, Any]]
+    decodings: DecodingParityRecord | None = Field(None, description="null: an earlier version wrote the file")
     int8: dict[str, dict[str, Any]]
 
 class BenchmarkRow(Record):

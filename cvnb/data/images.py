@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 # %% auto #0
-__all__ = ['MAX_MEGAPIXELS', 'DEFAULT_DECODING', 'UnreadableImage', 'image_decoders', 'open_header', 'Decoding', 'is_deep',
-           'open_image', 'open_and_count', 'read_deep_values', 'resize_images', 'decoder_version', 'load_images',
-           'inspect_image', 'inspect_files', 'inspect_images']
+__all__ = ['MAX_MEGAPIXELS', 'DEFAULT_DECODING', 'UnreadableImage', 'image_decoders', 'open_header', 'check_pixels', 'Decoding',
+           'is_deep', 'open_guarded', 'open_image', 'read_deep', 'read_deep_values', 'resize_images', 'decoder_version',
+           'load_images', 'inspect_image', 'inspect_files', 'inspect_images']
 
 # %% ../../nbs/data/11_images.ipynb #cell-5
 def _to_rgb(
@@ -220,7 +220,7 @@ def _too_large(
     reason = f"{size}{megapixels:,.4g} megapixels, more than max_megapixels={max_megapixels:g}"
     return UnreadableImage("too_large", reason, remedy)
 
-def _check_pixels(
+def check_pixels(
     image: Image.Image,      # opened, not decoded yet
     max_megapixels: float,   # largest image that is decoded, in millions of pixels
 ) -> None:
@@ -383,21 +383,6 @@ def _scale_image(
 # %% ../../nbs/data/11_images.ipynb #247ede38
 _DECODING_ERRORS = (OSError, EOFError, SyntaxError, TypeError, ValueError, LookupError, ArithmeticError, struct.error)
 
-@contextlib.contextmanager
-def _opened(
-    path: Path | str,      # an image file
-    max_megapixels: float, # largest image that is decoded, in millions of pixels
-) -> Iterator[Image.Image]:   # opened, not decoded yet
-    "Open an image; raise `UnreadableImage` for what goes wrong until it is closed."
-    from PIL import Image
-    _permit_pixels(max_megapixels)
-    try:
-        with open_header(path) as image:
-            _check_pixels(image, max_megapixels)
-            yield image
-    except (*_DECODING_ERRORS, Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
-        raise _explain_failure(path, e, max_megapixels) from None
-
 def _refuse_misread(
     image: Image.Image,   # opened
 ) -> None:
@@ -408,14 +393,29 @@ def _refuse_misread(
     if image.mode == "L" and tags.get(_SAMPLE_FORMAT, (1,))[0] == 2:
         raise UnreadableImage("unsupported", "Pillow does not decode a TIFF of signed values of 8 bits", _CONVERT)
 
+@contextlib.contextmanager
+def open_guarded(
+    path: Path | str,      # an image file
+    max_megapixels: float, # largest image that is decoded, in millions of pixels
+) -> Iterator[Image.Image]:   # opened, not decoded yet
+    "Open an image; raise `UnreadableImage` for what goes wrong until it is closed."
+    from PIL import Image
+    _permit_pixels(max_megapixels)
+    try:
+        with open_header(path) as image:
+            check_pixels(image, max_megapixels)
+            _refuse_misread(image)
+            yield image
+    except (*_DECODING_ERRORS, Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
+        raise _explain_failure(path, e, max_megapixels) from None
+
 def _load_upright(
     image: Image.Image,      # opened
     max_megapixels: float,   # largest image that is decoded, in millions of pixels
 ) -> Image.Image:            # rotated as its metadata says
     "Decode an opened image."
-    _refuse_misread(image)
     image.load()
-    _check_pixels(image, max_megapixels)   # the size of an icon is known only now
+    check_pixels(image, max_megapixels)   # the size of an icon is known only now
     return _apply_orientation(image)
 
 # %% ../../nbs/data/11_images.ipynb #7f95e0ff
@@ -424,7 +424,7 @@ def _decode(
     decoding: Decoding,   # of the data set
 ) -> tuple[Image.Image, dict]:   # upright RGB image; format, mode and frames; with a scale also `clipped`
     "Decode an image completely; raise `UnreadableImage` if that is not possible."
-    with _opened(path, decoding.max_megapixels) as image:
+    with open_guarded(path, decoding.max_megapixels) as image:
         raw_mode = _raw_mode(image)
         deep = decoding.scale and is_deep(image)
         upright = _load_upright(image, decoding.max_megapixels)
@@ -444,23 +444,23 @@ def open_image(
     "Decode an image completely; raise `UnreadableImage` with the reason if that is not possible."
     return _decode(path, decoding)[0]
 
-def open_and_count(
+def read_deep(
     path: Path | str,     # an image file
-    decoding: Decoding = DEFAULT_DECODING,   # of the data set
-) -> tuple[Image.Image, float]:   # RGB, upright; share of its values outside of the scale, 0 … 1
-    "Decode an image like `open_image`, and say how much of it the scale clips."
-    image, facts = _decode(path, decoding)
-    return image, facts.get("clipped", 0.0)
+    decoding: Decoding = DEFAULT_DECODING,   # the limit on its size; no scale is applied
+) -> tuple[np.ndarray | None, np.ndarray | None]:   # values (H, W) or (H, W, C) as in the file, None for 8 bits;
+                                                    # opacity 0 … 1 (H, W, 1), None for an opaque image
+    "Read an image with more than 8 bits, upright; raise `UnreadableImage` if that is not possible."
+    with open_guarded(path, decoding.max_megapixels) as image:
+        raw_mode = _raw_mode(image)
+        if not is_deep(image): return None, None
+        return _read_deep(path, image, _load_upright(image, decoding.max_megapixels), raw_mode)
 
 def read_deep_values(
     path: Path | str,     # an image file
     decoding: Decoding = DEFAULT_DECODING,   # the limit on its size; no scale is applied
 ) -> np.ndarray | None:   # (H, W) or (H, W, C) as in the file; None for an image of 8 bits
     "Read the values of an image with more than 8 bits; raise `UnreadableImage` if that is not possible."
-    with _opened(path, decoding.max_megapixels) as image:
-        raw_mode = _raw_mode(image)
-        if not is_deep(image): return None
-        return _read_deep(path, image, _load_upright(image, decoding.max_megapixels), raw_mode)[0]
+    return read_deep(path, decoding)[0]
 
 # %% ../../nbs/data/11_images.ipynb #cell-16
 def resize_images(

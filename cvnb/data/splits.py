@@ -5,6 +5,7 @@
 # %% ../../nbs/data/14_splits.ipynb #d33c86e7
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['IMAGE_ROLES', 'group_ids', 'image_groups', 'check_shares', 'assign_splits', 'assign_folds', 'distinct_images',
-           'read_splits', 'count_copies', 'ImageRole', 'record_images']
+           'read_splits', 'count_copies', 'ImageRole', 'pixels_digest', 'record_images']
 
 # %% ../../nbs/data/14_splits.ipynb #cell-29
 def group_ids(
@@ -201,15 +202,27 @@ IMAGE_ROLES: dict[str, ImageRole] = {
 }
 
 # %% ../../nbs/data/14_splits.ipynb #2ca8ec4f
+def pixels_digest(
+    images: np.ndarray,   # uint8 (N, S, S, 3)
+) -> str:                 # 64 hexadecimal digits
+    "Digest a set of images by their pixels; their order does not matter."
+    return digest(sorted(hashlib.sha256(image.tobytes()).hexdigest() for image in images))
+
 def record_images(
     stage: Stage,         # the stage that uses the images
-    rows: pd.DataFrame,   # manifest rows of the images: split, pixel_sha256
+    rows: pd.DataFrame,   # manifest rows of the images: split, pixel_sha256 (N,)
     *roles: str,          # keys of `IMAGE_ROLES`
+    images: np.ndarray | None = None,   # the array that the stage uses, uint8 (N, S, S, 3); None where it reads files
 ) -> None:
     "Record by digest which images a stage uses for what; raise `CvnbError` for images of another split."
+    if images is not None and len(images) != len(rows):
+        raise CvnbError(f"{stage.name} uses {len(images)} images for its {roles[0]}, and the manifest has {len(rows)}",
+                        "Load the images of these rows.")
+    pixels = None if images is None else pixels_digest(images)
     for role in roles:
         allowed = IMAGE_ROLES[role]
         if odd := sorted(set(rows.split) - {allowed.split}):
             raise CvnbError(f"{stage.name} uses images of {odd[0]} for its {role}, which {allowed.split} decides",
                             "Choose the rows by `read_splits`.")
-        stage.images[role] = dict(split=allowed.split, n=len(rows), sha256=digest(sorted(rows.pixel_sha256)))
+        stage.images[role] = dict(split=allowed.split, n=len(rows), sha256=digest(sorted(rows.pixel_sha256)),
+                                  pixels=pixels)

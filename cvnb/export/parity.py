@@ -15,6 +15,7 @@ import numpy as np
 
 from ..core.errors import CvnbError
 from ..data.images import DEFAULT_DECODING, Decoding
+from .decoding_parity import DecodingParity, compare_decodings
 from .runtimes import RUNTIMES, Runtime, predict_files
 
 if TYPE_CHECKING:
@@ -125,26 +126,31 @@ def parity_table(
 # %% ../../nbs/export/04_parity.ipynb #a0c61423
 @dataclass(frozen=True)
 class ParityReport:
-    "Every runtime of every model compared with torch over the same images."
+    "The bundle's decoding and every runtime of every model compared with training's and torch's over the same images."
     results: dict[str, dict[str, ParityResult]]    # model -> runtime -> comparison
     correct: dict[str, dict[str, np.ndarray]]      # model -> runtime -> bool (N,), whether each prediction is right
     left_out: dict[str, str]                       # "model, runtime" -> why it was not compared
+    decodings: DecodingParity                      # pixels compared, and on which inputs
 
     @property
-    def notes(self) -> list[str]:   # one line per runtime that was left out
-        "Say which runtimes were left out, and why."
-        return [f"{name} was left out: {reason}." for name, reason in self.left_out.items()]
+    def notes(self) -> list[str]:   # one line per runtime that was left out, and one for inputs without a comparison
+        "Say which runtimes and inputs were left out, and why."
+        return [*(f"{name} was left out: {reason}." for name, reason in self.left_out.items()), *self.decodings.notes]
 
-    def __repr__(self) -> str: return "\n".join([parity_table(self.results).to_string(index=False), *self.notes])
+    def __repr__(self) -> str:
+        tables = [parity_table(self.results), self.decodings.table()]
+        return "\n".join([*(table.to_string(index=False) for table in tables), *self.notes])
 
     def _repr_html_(self) -> str:
         from cvnb.core.html import html_table
-        return html_table(parity_table(self.results)) + "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
+        tables = html_table(parity_table(self.results)) + html_table(self.decodings.table())
+        return tables + "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
 
     def require(self,
         tolerance: float,   # largest acceptable difference of a probability, 0 … 1
     ) -> None:
-        "Raise `CvnbError` if an FP32 runtime is further from torch than the tolerance."
+        "Raise `CvnbError` if a pixel differs, or if an FP32 runtime is further from torch than the tolerance."
+        self.decodings.require()
         for results in reversed(self.results.values()):
             for name, result in results.items():
                 if RUNTIMES[name].precision == "fp32": require_parity(result, tolerance)
@@ -174,8 +180,9 @@ def check_parity(
     test: pd.DataFrame,               # test rows of the manifest
     classes: list[str],               # names, in the order of the models' outputs
     decoding: Decoding = DEFAULT_DECODING,   # of the data set
+    train: pd.DataFrame | None = None,       # training rows; the report names their formats that the test set lacks
 ) -> ParityReport:
-    "Compare every model in every runtime over the test set; classification only."
+    "Compare decodings, and every model in every runtime over the test set; classification only."
     from cvnb.data.splits import image_groups
     from cvnb.models.vision_model import task_of
     results = {}
@@ -188,7 +195,7 @@ def check_parity(
         correct[name] = {runtime: found.argmax(1) == labels for runtime, found in predictions.items()}
         reasons = {f"{name}, {runtime.name}": runtime.missing_reason(run, name) for runtime in _compared_runtimes()}
         left_out |= {candidate: reason for candidate, reason in reasons.items() if reason}
-    return ParityReport(results, correct, left_out)
+    return ParityReport(results, correct, left_out, compare_decodings(root, test.path, decoding, train))
 
 # %% ../../nbs/export/04_parity.ipynb #5ed5f849
 def choose_shipped_model(

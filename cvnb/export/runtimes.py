@@ -22,7 +22,8 @@ import numpy as np
 from ..core.errors import CvnbError, UsageError
 from ..core.records import printable
 from ..core.system import memory_bytes, n_cores
-from ..data.images import DEFAULT_DECODING, Decoding, UnreadableImage, open_and_count
+from ..data.images import DEFAULT_DECODING, Decoding, UnreadableImage
+from .pixels import decode_pixels
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -347,10 +348,9 @@ def read_and_count(
     if Path(path).is_dir(): raise UsageError(f"{path} is a folder, not an image", "Name files, or give --recursive.")
     if not Path(path).exists(): raise UsageError(f"image {path} does not exist", "Check the path.")
     if not Path(path).is_file(): raise UsageError(f"{path} is a pipe or a device, not a file", "Save the image first.")
-    try: image, clipped = open_and_count(path, decoding)
+    try: return decode_pixels(path, decoding)
     except UnreadableImage as e:
         raise UsageError(f"{path} is not an image that can be read ({e.reason})", _read_remedy(e)) from None
-    return np.asarray(image), clipped
 
 # %% ../../nbs/export/01_runtimes.ipynb #2569c55e
 def predict_files(

@@ -186,6 +186,14 @@ def test_every_pixel_format_becomes_rgb_as_a_viewer_shows_it(tmp_path):
     assert pixels(tmp_path/"rotated.jpg").shape == (64, 16, 3)
 
 
+def test_images_are_made_smaller_as_pillow_does_it(tmp_path):
+    "Bilinear over all pixels that a smaller one covers; without antialiasing three of four pixels would not count."
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8))
+    noise.save(tmp_path/"x.png")
+    expected = np.asarray(noise.resize((16, 16), Image.Resampling.BILINEAR)).astype(int)
+    assert np.abs(load_images(tmp_path, ["x.png"], 16)[0] - expected).max() <= 1
+
+
 def test_unusable_colour_profile_leaves_the_pixels_as_they_are(tmp_path):
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()   # made for images of another mode

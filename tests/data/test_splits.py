@@ -11,7 +11,7 @@ import pandas as pd
 from cvnb.data.dataset import data_root, scan_dataset
 from cvnb.data.images import inspect_images
 from cvnb.data.split_names import SPLITS
-from cvnb.data.splits import count_copies, distinct_images, group_ids, read_splits
+from cvnb.data.splits import assign_folds, assign_splits, count_copies, distinct_images, group_ids, read_splits
 from cvnb.data.tables import read_manifest, write_table
 
 CVNB = Path(sys.executable).with_name("cvnb")
@@ -69,6 +69,44 @@ def test_group_ids_join_chains_of_groups_copies_and_near_duplicates():
                                   group=[rng.choice(["", "", "a", "b", "ä"]) for _ in paths],
                                   near_duplicate_of=[rng.choice(["", "", "", *paths]) for _ in paths]))
         assert group_ids(table.sample(frac=1, random_state=n)).sort_index().tolist() == union_find(table)
+
+
+def audited(n: int, **columns: object) -> pd.DataFrame:
+    "List images of one class as an audit does before the splits."
+    table = pd.DataFrame(dict(path=[f"{i:03}.png" for i in range(n)], label="a", split="", ok=True))
+    return table.assign(pixel_sha256=[f"{i:064x}" for i in range(n)], **columns)
+
+
+def test_another_seed_gives_another_split_and_the_same_seed_the_same() -> None:
+    table = audited(60)
+    first, again, other = (assign_splits(table, seed=seed).split.tolist() for seed in (0, 0, 1))
+    assert first == again != other
+    assert sorted(first) == sorted(other)   # as many images of each split
+    folds = [assign_folds(table, 3, seed).tolist() for seed in (0, 0, 1)]
+    assert folds[0] == folds[1] != folds[2]
+
+
+def test_groups_copies_and_near_duplicates_stay_in_one_split() -> None:
+    table = audited(60, group=[f"g{i // 4}" for i in range(60)])
+    assert assign_splits(table).groupby(table.group).split.nunique().max() == 1
+    copies = audited(60)
+    copies["pixel_sha256"] = [f"{i // 3:064x}" for i in range(60)]
+    assert assign_splits(copies).groupby("pixel_sha256").split.nunique().max() == 1
+    pairs = pd.DataFrame(dict(path=table.path[::2].tolist(), other=table.path[1::2].tolist()))
+    near = assign_splits(audited(60), pairs=pairs)
+    assert (near.split[::2].to_numpy() == near.split[1::2].to_numpy()).all()
+    noted = audited(60, near_duplicate_of=[f"{i - 1:03}.png" if i % 2 else "" for i in range(60)])
+    found = assign_splits(noted)
+    assert (found.split[::2].to_numpy() == found.split[1::2].to_numpy()).all()
+
+
+def test_image_of_a_group_in_the_given_test_split_is_not_trained_on() -> None:
+    "The test takes precedence over validation, and both over training."
+    table = audited(12, group=["g", "g", "g", "h", "h", *[""] * 7])
+    table.loc[[0, 1, 3], "split"] = ["val", "test", "val"]
+    found = assign_splits(table)
+    assert found.split[:5].tolist() == ["val", "test", "test", "val", "val"]
+    assert set(found.split[5:]) == {"train"}
 
 
 def split(table: Path, out: Path, *options: str) -> subprocess.CompletedProcess:

@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from metrics.coverage_grid import ESTIMATES, POINTS, Coverage, measure_coverage
+from scipy import stats
 
 from cvnb.evaluate.errors import confused_pairs, slice_accuracy
 
@@ -77,6 +78,29 @@ def test_a_weak_slice_is_marked() -> None:
     weak = (table.meta_0 == "3").to_numpy()
     found = slice_accuracy(table.assign(correct=table.correct & ~(weak & (rng.random(2000) < 0.3))))
     assert found[found.below][["slice", "name"]].values.tolist() == [["0", "3"]] and found.p[0] < 1e-4
+
+
+def test_slice_is_marked_below_five_percent_of_false_discoveries() -> None:
+    rng = np.random.default_rng(3)
+    doubtful = 0
+    for share in np.linspace(0.05, 0.3, 6):   # of the images of one slice that become errors
+        table = null_table(rng, 1500, 10, 0.95)
+        weak = (table.meta_0 == "3").to_numpy() & (rng.random(1500) < share)
+        slices = slice_accuracy(table.assign(correct=table.correct & ~weak))
+        assert (slices.below == (slices.p < 0.05)).all()
+        doubtful += ((slices.p > 0.05) & (slices.p < 0.5)).sum()
+    assert doubtful, "no slice lies between the level and a coarser one"
+
+
+def test_intervals_of_slices_are_as_wide_as_their_number_asks_for() -> None:
+    "Bonferroni: each has the level of 95 % divided by the number of slices."
+    table = null_table(np.random.default_rng(2), 600, 10, 0.9)
+    slices = slice_accuracy(table)
+    tail = 0.025 / len(slices)
+    for row in slices.itertuples():
+        k = round(row.accuracy * row.n)
+        expected = stats.beta.ppf(tail, k, row.n - k + 1), stats.beta.isf(tail, k + 1, row.n - k) if k < row.n else 1.0
+        assert (row.low, row.high) == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("repeats", [150, pytest.param(1000, marks=pytest.mark.long)])

@@ -56,6 +56,15 @@ def test_bounded_statistic_accepts_an_equal_model_and_rejects_a_worse_one():
     with pytest.raises(ValueError, match="span"): bounded_difference(np.array([3.0]), span=1)
 
 
+def test_model_is_accepted_if_the_lower_end_lies_above_minus_the_margin():
+    right = np.arange(1000) < 950
+    equal = noninferiority(right, right, 0.02)
+    assert equal.accepted and -0.02 < equal.low < 0 and equal.difference == 0
+    worse = noninferiority(right, np.arange(1000) < 936, 0.02)   # by less than the margin, and not proven
+    assert worse.low < -0.02 < worse.difference and not worse.accepted
+    assert not noninferiority(right[:100], right[:100], 0.02).accepted, "too few images prove nothing"
+
+
 def test_images_needed_is_the_first_number_that_proves_the_margin():
     for margin, level in (0.01, 0.025), (0.02, 0.025), (0.02, 0.0125), (0.1, 0.025):
         n = images_needed(margin, level)

@@ -21,6 +21,7 @@ from cvnb.models.inference import extract_features, predict_logits, predict_prob
 from cvnb.models.small_maps import SmallMapConvMode
 from cvnb.models.vision_model import (
     ModelSpec,
+    Preprocess,
     VisionModel,
     build_model,
     check_image_size,
@@ -237,6 +238,15 @@ def test_head_of_a_run_is_loaded_for_the_same_classes_only(tmp_path: Path) -> No
     others = create_model("test_efficientnet", ["a", "c", "d"], 32, weights=str(tmp_path))
     assert torch.equal(head(same), head(trained)) and not torch.equal(head(others), head(trained))
     assert torch.equal(others.net.conv_stem.weight, trained.net.conv_stem.weight)
+
+
+def test_network_gets_red_first_minus_the_mean_over_the_deviation() -> None:
+    spec = ModelSpec("resnet10t", ["a", "b"], 4, [0.4, 0.5, 0.6], [0.1, 0.2, 0.3])
+    image = torch.zeros(1, 4, 4, 3, dtype=torch.uint8)
+    image[..., 0] = 255
+    image[..., 2] = 51
+    found = Preprocess(spec)(image)[0, :, 0, 0]
+    assert found.tolist() == pytest.approx([(1 - 0.4) / 0.1, (0 - 0.5) / 0.2, (0.2 - 0.6) / 0.3], rel=1e-5)
 
 
 def test_predictions_are_those_of_the_task() -> None:

@@ -13,6 +13,9 @@ from wandb_file import read_wandb_file
 
 from cvnb.core.files import read_json, sha256_file
 from cvnb.core.stage import split_accesses
+from cvnb.data.images import load_images
+from cvnb.data.splits import IMAGE_ROLES, pixels_digest, read_splits
+from cvnb.export.quantize import load_quantization_data
 from cvnb.pipeline.params import read_contracts
 from cvnb.pipeline.runner import read_run_parameters, stage_states
 from cvnb.pipeline.sweep_trials import declared_metrics
@@ -63,6 +66,26 @@ def test_every_access_to_the_test_split_is_counted(smoke_run):
     once = dict.fromkeys(("train", "errors", "compress", "export", "benchmark"), 1)
     assert split_accesses(smoke_run) == split_accesses(smoke_run, "test") == once
     assert split_accesses(smoke_run, "val") == {} and read_json(smoke_run/"run.json")["test_looks"] == once
+
+
+def test_manifests_record_the_pixels_that_stages_used(smoke_run):
+    "Decoded here from the files of the manifest's splits; training, calibration and test share no image."
+    root, classes = (read_json(smoke_run/"audit/audit.json")[name] for name in ("root", "classes"))
+    size = read_json(smoke_run/"train/model.json")["image_size"]
+    rows = read_splits(smoke_run/"audit/manifest.parquet")
+    pixels = {split: load_images(root, part.path, size) for split, part in rows.items()}
+    contents = {split: {image.tobytes() for image in images} for split, images in pixels.items()}
+    assert not contents["train"] & contents["test"] and not contents["val"] & (contents["train"] | contents["test"])
+    used = {stage: read_json(smoke_run/stage/"stage.json")["images"] for stage in STAGES}
+    for stage, roles in dict(train=["weights", "epoch", "report"], compress=["weights", "epoch", "acceptance"]).items():
+        for role in roles:
+            split = IMAGE_ROLES[role].split
+            assert used[stage][role]["pixels"] == pixels_digest(pixels[split]), f"{stage}, {role}"
+            assert used[stage][role]["n"] == len(rows[split]) and used[stage][role]["split"] == split
+    chosen = load_quantization_data(root, rows["train"], rows["val"], classes, size, 256, 10).calibration
+    assert {image.tobytes() for image in chosen} <= contents["train"]
+    assert used["export"]["calibration"]["pixels"] == pixels_digest(chosen)
+    assert used["errors"]["report"]["sha256"] == used["export"]["report"]["sha256"] == used["train"]["report"]["sha256"]
 
 
 def test_executed_notebooks_show_images_and_no_warnings(smoke_run):

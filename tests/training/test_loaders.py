@@ -86,10 +86,21 @@ def test_every_figure_counts_each_distinct_image_once(tmp_path):
     write_table(tmp_path/"manifest.parquet", manifest)
     audit = dict(root=str(tmp_path/"data"), classes=["a", "b"], task="classification")
     splits = load_splits(tmp_path/"manifest.parquet", audit)
-    predictions = predict_splits(create_model(NO_BATCHNORM, ["a", "b"], 16), splits, tta="flip", device="cpu")
+    model = create_model(NO_BATCHNORM, ["a", "b"], 16)
+    predictions = predict_splits(model, splits, tta="flip", device="cpu")
     assert {name: m.n for name, m in predictions.metrics.items() if "accuracy" in name} == dict(
         accuracy_val=4, accuracy_test=4, balanced_accuracy_val=4, balanced_accuracy_test=4)
     assert all(m.n == 4 for m in predictions.tta_metrics.values())
     found = analyze_errors(prediction_table(predictions.table, manifest, "test"), ["a", "b"], "test")
     assert found.n == found.accuracy.n == found.confusion.to_numpy().sum() == found.per_class.n.sum() == 4
     assert splits.notes == ["test: n = 17, 4 distinct; each distinct image counts once"]
+    check_figures_of_splits(model, splits)
+
+
+def check_figures_of_splits(model, splits):
+    "Label all test images as the model does, and all validation images otherwise."
+    answers = {split: predict_logits(model, splits.images[split].images).argmax(1) for split in ("val", "test")}
+    targets = dict(val=1 - answers["val"], test=answers["test"])
+    labelled = splits.images | {split: replace(splits.images[split], targets=t) for split, t in targets.items()}
+    found = predict_splits(model, replace(splits, images=labelled), device="cpu").metrics
+    assert found["accuracy_val"].value == 0 and found["accuracy_test"].value == 1

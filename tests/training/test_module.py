@@ -4,6 +4,7 @@ from __future__ import annotations
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -13,8 +14,8 @@ from train_job import fresh
 
 from cvnb.core.errors import CvnbError
 from cvnb.models.inference import predict_logits
-from cvnb.training.fit import fit
-from cvnb.training.module import DataModule, batches_in_step
+from cvnb.training.fit import fit, loss_class_weights
+from cvnb.training.module import DataModule, TrainingModule, batches_in_step
 from cvnb.training.optim import make_schedule
 
 ONE_STEP = replace(PLAIN, epochs=1, batch_size=300, optimizer="sgd", momentum=0.0, schedule="constant", warmup=0.0,
@@ -41,6 +42,31 @@ def test_training_loss_is_the_mean_over_the_images(data, tmp_path):
     logits = torch.tensor(predict_logits(fresh(NO_BATCHNORM), data[0].images))
     expected = float(F.cross_entropy(logits, torch.tensor(data[0].targets)))
     assert history.train_loss[0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_loss_weighs_rare_classes_more_and_smooths_labels(data):
+    "By hand: a class with a third of the images of another weighs three times as much."
+    some = np.flatnonzero((data[0].targets == 0) | (np.arange(300) % 3 == 0))   # all images of 0, a third of the others
+    train = data[0].take(some)
+    options = replace(PLAIN, balance="weights", label_smoothing=0.1)
+    model = fresh(NO_BATCHNORM)
+    weights = loss_class_weights(model, train, options)
+    counts = torch.tensor(np.bincount(train.targets, minlength=10))
+    assert torch.allclose(weights * counts, torch.full((10,), len(train) / 10)) and weights.argmin() == 0
+    logits = torch.tensor(predict_logits(model, train.images))
+    targets = torch.tensor(train.targets)
+    loss = TrainingModule(model, options, weights=weights)._loss(logits, targets, None)
+    right = logits.log_softmax(1)
+    smoothed = 0.9 * F.one_hot(targets, 10) + 0.01
+    assert loss.item() == pytest.approx(float(-(smoothed * right * weights).sum() / len(train)), rel=1e-5)
+    assert loss_class_weights(model, train, PLAIN) is None
+
+
+def test_validation_loss_has_neither_smoothing_nor_weights(data, tmp_path):
+    options = replace(ONE_STEP, lr=0.0, balance="weights", label_smoothing=0.3)
+    history = fit(fresh(NO_BATCHNORM), *data, options, tmp_path)
+    logits = torch.tensor(predict_logits(fresh(NO_BATCHNORM), data[1].images))
+    assert history.val_loss[0] == pytest.approx(float(F.cross_entropy(logits, torch.tensor(data[1].targets))), rel=1e-4)
 
 
 def test_learning_rate_follows_the_schedule_over_optimizer_steps(data, tmp_path):
