@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .answers import Agreement, answer_notes, compare_answers
 from .timing import Measurements, Timings, measure_candidates, median_latency, speed_ratio, tail_latency
 from .workers import Candidate
 from ..data.images import DEFAULT_DECODING, Decoding
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
     from cvnb.metrics.estimates import Estimate
 
 # %% auto #0
-__all__ = ['BASELINE', 'PEER', 'list_candidates', 'list_left_out', 'sample_images', 'model_size_mb', 'benchmark_rows',
-           'benchmark_table', 'Benchmark', 'benchmark_notes', 'run_benchmark']
+__all__ = ['BASELINE', 'PEER', 'OTHER_ANSWERS', 'list_candidates', 'list_left_out', 'sample_images', 'model_size_mb',
+           'benchmark_rows', 'benchmark_table', 'Benchmark', 'benchmark_notes', 'run_benchmark']
 
 # %% ../../nbs/benchmark/03_table.ipynb #30c8bc51
 def _candidate_reasons(
@@ -72,6 +73,7 @@ def sample_images(
 # %% ../../nbs/benchmark/03_table.ipynb #32953ef3
 BASELINE = ("trained", "torch eager")   # of `speedup`
 PEER = ("trained", "openvino int8")     # of `vs_peer`
+OTHER_ANSWERS = " (other answers)"      # behind the runtime of a row whose answers differ from torch's
 
 # %% ../../nbs/benchmark/03_table.ipynb #5a684196
 def model_size_mb(
@@ -118,12 +120,17 @@ def benchmark_rows(
     timings: dict[Candidate, Timings],      # from `measure_candidates`
     accuracies: dict[Candidate, Estimate],  # on the test images
     batch_size: int,                        # images in the large batch
+    answers: dict[Candidate, Agreement] | None = None,   # from `compare_answers`; a peer with other answers is none
 ) -> list[dict[str, Any]]:                  # one row per candidate
     "Make the table."
+    answers = answers or {}
+    apart = {(c.model, c.runtime.name) for c, a in answers.items() if not a.agrees}
     seconds = {(c.model, c.runtime.name): t.seconds for c, t in timings.items()}
     baseline = seconds[BASELINE]
-    peer = seconds.get(PEER)
-    return [_candidate_row(c, t, accuracies[c], baseline, peer, batch_size) for c, t in timings.items()]
+    peer = None if PEER in apart else seconds.get(PEER)
+    unknown = dict(agrees=None)
+    return [_candidate_row(c, t, accuracies[c], baseline, peer, batch_size)
+            | (answers[c].columns() if c in answers else unknown) for c, t in timings.items()]
 
 # %% ../../nbs/benchmark/03_table.ipynb #c8c7d49b
 def _format_interval(
@@ -144,7 +151,7 @@ def benchmark_table(
     "Format the rows as a table."
     import pandas as pd
     shown = lambda r: {
-        "model": r["model"], "runtime": r["runtime"],
+        "model": r["model"], "runtime": r["runtime"] + OTHER_ANSWERS * (r.get("agrees") is False),
         "accuracy": f"{_format_interval(r, 'accuracy', 4)} (n={r['n']})",
         "p50 ms": _format_interval(r, "p50_ms", 3),
         "× torch": _format_interval(r, "speedup", 2),
@@ -162,13 +169,18 @@ class Benchmark:
     "The measurements of a benchmark and its table."
     measured: Measurements          # from `measure_candidates`
     rows: list[dict[str, Any]]      # from `benchmark_rows`, in the order of `measured.timings`
+    answers: dict[Candidate, Agreement] = field(default_factory=dict)   # from `compare_answers`
 
-    def metrics(self) -> dict[str, Estimate]:   # by name
-        "Collect the stage's metrics, the fastest candidate first, because a run shows a stage's first metrics."
+    def metrics(self,
+        shipped: str = "",   # the model that ships
+    ) -> dict[str, Estimate]:   # by name
+        "Collect the stage's metrics: first what ships, the fastest runtime first; a run shows a stage's first metrics."
         from cvnb.metrics.estimates import Estimate
         estimate = lambda row, name: Estimate(row[name], row[f"{name}_low"], row[f"{name}_high"], row["n_calls"])
         found = {}
-        for candidate, row in sorted(zip(self.measured.timings, self.rows), key=lambda pair: pair[1]["p50_ms"]):
+        ships = lambda c, row: c.model == shipped and not c.runtime.is_peer and row.get("agrees") is not False
+        order = lambda pair: (not ships(*pair), pair[1]["p50_ms"])
+        for candidate, row in sorted(zip(self.measured.timings, self.rows), key=order):
             found[f"latency_p50_ms_{candidate.metric_suffix}"] = estimate(row, "p50_ms")
             found[f"speedup_{candidate.metric_suffix}"] = estimate(row, "speedup")
         control = self.measured.control
@@ -188,7 +200,8 @@ def benchmark_notes(
     "Collect what a user should know about a benchmark."
     control = result.measured.control
     void = [] if control["valid"] else [dict(text=control["verdict"], file="report.html", exceeded=True)]
-    return [*void, *(dict(text=f"{name} was left out: {reason}") for name, reason in left_out.items())]
+    other = [dict(text=text, file="report.html", exceeded=True) for text in answer_notes(result.answers)]
+    return [*void, *other, *(dict(text=f"{name} was left out: {reason}") for name, reason in left_out.items())]
 
 # %% ../../nbs/benchmark/03_table.ipynb #a55290f5
 def run_benchmark(
@@ -203,6 +216,8 @@ def run_benchmark(
     progress: Callable[[float, str], None] = lambda fraction, text: None,   # takes the share that is done, and a text
     decoding: Decoding = DEFAULT_DECODING,   # of the test images
     groups: np.ndarray | None = None,   # group of each test image (N,); None where images are independent
+    expected: dict[str, np.ndarray] | None = None,   # model -> torch's probabilities for the test images (N, C)
+    tolerance: float = 0.01,          # difference of a probability from torch's up to which answers are the same
 ) -> Benchmark:
     "Measure candidates and make their table; classification only."
     from cvnb.metrics.classification import accuracy
@@ -212,4 +227,5 @@ def run_benchmark(
     classify = {c: test_files for c in candidates if c not in accuracies}
     measured = measure_candidates(candidates, images, n_calls, rounds, batch_size, classify, progress, decoding)
     accuracies |= {c: accuracy(np.array(classes) == labels, groups) for c, classes in measured.classes.items()}
-    return Benchmark(measured, benchmark_rows(measured.timings, accuracies, batch_size))
+    answers = compare_answers(candidates, parity, measured.classes, expected or {}, tolerance, groups)
+    return Benchmark(measured, benchmark_rows(measured.timings, accuracies, batch_size, answers), answers)

@@ -111,17 +111,18 @@ def _print_result(
 ) -> None:
     "Print a run's models and the next commands, if the call included the benchmark."
     if not any(r.stage == "benchmark" for r in results) or not (models := _benchmark_rows(folder)): return
+    from cvnb.benchmark.table import BASELINE, OTHER_ANSWERS, PEER
     times = lambda ratio: f"{ratio:.1f}×" if ratio else "–"
     rows = []
     for m in models:
         low = m["accuracy_low"]
         high = m["accuracy_high"]
         accuracy = f"{m['accuracy']:.4f} " + ("(no interval)" if low is None else f"[{low:.4f}, {high:.4f}]")
-        rows.append((m["model"], m["runtime"], accuracy, f"{m['p50_ms']:.2f}", f"{m['size_mb']:.2f}",
+        marked = m["runtime"] + OTHER_ANSWERS * (m.get("agrees") is False)
+        rows.append((m["model"], marked, accuracy, f"{m['p50_ms']:.2f}", f"{m['size_mb']:.2f}",
                      times(m["speedup"]), times(m["vs_peer"])))
     right = dict.fromkeys(("ms p50", "MB", "× torch", "× peer"), "right")
     print_table("", {"model": "left", "runtime": "left", "accuracy [95 %]": "left", **right}, rows)
-    from cvnb.benchmark.table import BASELINE, PEER
     print(f"\n× torch: speed relative to {', '.join(BASELINE)}. × peer: speed relative to {', '.join(PEER)}, "
           "if it was measured.")
     from cvnb.core.output_formats import VerdictRecord

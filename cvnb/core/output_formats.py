@@ -157,6 +157,9 @@ class BenchmarkRow(Record):
     size_mb: Annotated[float, Field(ge=0)]
     speedup: Number | None
     vs_peer: Number | None
+    same_answer: Share | None = Field(None, description="share of the test images with torch's class")
+    max_difference: Number | None = Field(None, description="of a probability from torch's, at least")
+    agrees: bool | None = Field(None, description="whether its answers count as torch's; null: not compared")
 
 class ControlRecord(Record):
     "A runtime against itself."

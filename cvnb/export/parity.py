@@ -143,11 +143,17 @@ class ParityReport:
 
     def require(self,
         tolerance: float,   # largest acceptable difference of a probability, 0 … 1
-    ) -> None:
-        "Raise `CvnbError` if an FP32 runtime is further from torch than the tolerance."
-        for results in reversed(self.results.values()):
-            for name, result in results.items():
-                if RUNTIMES[name].precision == "fp32": require_parity(result, tolerance)
+        model: str = "",    # the model that ships; every model if empty
+    ) -> list[str]:         # a sentence per FP32 runtime of another model that is further from torch
+        "Raise `CvnbError` if an FP32 runtime of the model that ships is further from torch than the tolerance."
+        notes = []
+        for other, results in reversed(self.results.items()):
+            for result in [r for name, r in results.items() if RUNTIMES[name].precision == "fp32"]:
+                if model in ("", other): require_parity(result, tolerance)
+                elif not result.max_difference <= tolerance:
+                    notes.append(f"{other}, {result.runtime} differs from torch by {result.max_difference:.4f} on "
+                                 f"{result.worst} (tolerance {tolerance:g}); this model does not ship")
+        return notes
 
     def metrics(self,
         model: str,   # a key of `MODELS`
