@@ -141,8 +141,8 @@ def _describe_compression(
     points = lambda x: f"{100 * x:+.1f}"
     result = "accepted"
     if not v["accepted"]:
-        result = (f"not accepted, the interval reaches below {points(-v['margin'])}; more test images, longer training "
-                  "(compress.epochs) or less pruning (compress.macs_fraction) can change that")
+        advice = f"; {v['advice']}" if v.get("advice") else ""   # a run of an earlier version has none
+        result = f"not accepted, the interval reaches below {points(-v['margin'])}{advice}"
     interval = f"[{points(v['low'])}, {points(v['high'])}]"
     return f"accuracy {points(v['difference'])} points {interval} on {v['n']:,} test images; {result}."
 

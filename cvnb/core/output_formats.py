@@ -137,6 +137,7 @@ class VerdictRecord(OutputRecord):
     images_needed: Count | None = Field(None, description="images from which on the margin can be proven at all")
     smallest_margin: Share | None = Field(None, description="smallest margin that the images can prove")
     accuracy: Metric | None = None
+    advice: str = Field("", description="what can change a rejection")
     accuracy_given_acceptance: Metric | None = Field(None, description="with what the acceptance does to it")
 
 class ExportRecord(OutputRecord):

@@ -223,7 +223,15 @@ def confirm_quantized(
     paths = list(paths)
     table = lambda name, runtime: pd.DataFrame(dict(path=paths, correct=parity.correct[name][runtime]))
     reference = table("trained", REFERENCE_RUNTIME)
-    return confirm_acceptance(stage, reference, table(model, QUANTIZED), margin, f"{model} INT8")
+    return confirm_acceptance(stage, reference, table(model, QUANTIZED), margin, f"{model} INT8", _int8_advice)
+
+def _int8_advice(
+    rejected: Acceptance,   # of an INT8 file
+) -> str:                   # a sentence, without its full stop
+    "Say what can change the rejection of an INT8 file."
+    layers = "a smaller export.int8_tolerance (more layers stay FP32) or more calibration images (export.n_calibration)"
+    few = "" if rejected.difference < -rejected.margin else "more test images, "
+    return f"{few}{layers} can change that"
 
 # %% ../../nbs/export/04_parity.ipynb #c6d5a115
 def export_notes(

@@ -276,7 +276,8 @@ def compression_rejected(files: RunFiles) -> Figure:
     "Tell whether the compressed model was rejected."
     test = files.content("compress/verdict.json")
     difference = dict(value=test["difference"], low=test["low"], high=test["high"], n=test["n"])
-    return Figure(int(not test["accepted"]), _points(difference), f"limit {-100 * test['margin']:g} points")
+    advice = f"; {test['advice']}" if test.get("advice") else ""
+    return Figure(int(not test["accepted"]), _points(difference), f"limit {-100 * test['margin']:g} points{advice}")
 
 @figure
 def int8_rejected(files: RunFiles) -> Figure:
