@@ -110,6 +110,9 @@ class ErrorsRecord(OutputRecord):
     n_mistakes: Count = 0
     accuracy: Metric | None = None
     calibration_error: Metric | None = None
+    calibration_gap: Metric | None = Field(None, description="mean confidence - accuracy")
+    temperature: dict[str, Any] | None = Field(None, description="fitted on validation images, with its effect there")
+    calibration_words: str = Field("", description="the gap and what the temperature changes, in a sentence")
     classes: list[str] = []
     confusion: list[list[Count]] = []
     per_class: list[dict[str, Any]] = []

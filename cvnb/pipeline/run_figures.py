@@ -71,7 +71,8 @@ class RunFiles:
 
 # %% ../../nbs/pipeline/11_run_figures.ipynb #ac9cc233
 RUN_STAGES = ("audit", "train", "errors", "compress", "export", "benchmark")   # of a run without run.json
-_CONTENTS = ("audit/audit.json", "compress/verdict.json", "export/export.json", "benchmark/benchmark.json")
+_CONTENTS = ("audit/audit.json", "errors/errors.json", "compress/verdict.json", "export/export.json",
+             "benchmark/benchmark.json")
 
 def read_run_files(
     run: Path,                    # run directory
@@ -257,7 +258,8 @@ def _gap_in_words(
     "Read how far confidence and accuracy are apart."
     metric = files.metric("errors", "calibration_gap_*")
     kind = "overconfident" if metric["value"] > 0 else "underconfident"
-    return metric["value"], f"{kind} by {100 * abs(metric['value']):.0f} points (n={metric['n']:,.0f})"
+    plain = f"{kind} by {100 * abs(metric['value']):.0f} points (n={metric['n']:,.0f})"
+    return metric["value"], files.contents.get("errors/errors.json", {}).get("calibration_words") or plain
 
 @figure
 def overconfident(files: RunFiles) -> Figure:

@@ -41,7 +41,7 @@ def good_run() -> dict:
     return dict(
         checks=dict(leak=check(limit=0.0), drift=check(), label_error=check(limit=0.05)),
         train=dict(accuracy_val=0.9, accuracy_val_majority=0.1, accuracy_val_probe=0.8),
-        errors=dict(calibration_gap_test=0.01), test=test,
+        errors={"calibration_gap_test": 0.01}, test=test, **{"errors.json": dict(mistakes=[])},
         export=dict(accepted_int8=1, difference_int8=0.0, max_difference_compressed_fp32=1e-6,
                     max_difference_trained_fp32=1e-6),
         shipped="compressed", rows=rows, control=dict(verdict="x", valid=True, ratio=1.0), looks=5, tests=2)
@@ -71,7 +71,7 @@ def write(tmp_path) -> Callable[..., Path]:
         benchmark = dict(run="run", rows=figures["rows"], control=figures["control"], machine={})
         parts = dict(audit=(({}), (), dict(audit=dict(root="x", classes=["a", "b"], checks=figures["checks"]))),
                      train=(figures["train"], [("audit", "audit.json")], dict(model={})),
-                     errors=(figures["errors"], [("train", "model.json")], {}),
+                     errors=(figures["errors"], [("train", "model.json")], dict(errors=figures["errors.json"])),
                      compress=({}, [("train", "model.json")], dict(verdict=figures["test"])),
                      export=(figures["export"], [("compress", "verdict.json")], dict(export=exported)),
                      benchmark=({}, [("export", "export.json")], dict(benchmark=benchmark)))
@@ -152,6 +152,17 @@ def test_planted_fault_is_a_reason_with_its_figure(write, rule, level):
     assert reason.level == level and text.replace("{n}", n) in reason.text
     assert reason.figure > reason.limit and "RUN" in reason.see
     assert verdict.level == level and verdict.exit_code == {"ship with care": 3, "do not ship": 4}[level]
+
+
+def test_calibration_and_compression_are_told_in_the_words_of_their_stages(write):
+    def plant(figures: dict) -> None:
+        figures["errors"]["calibration_gap_test"] = 0.12
+        figures["errors.json"]["calibration_words"] = "overconfident by 12 points (n=600); temperature 1.8 mends it"
+        reject(figures, -0.54)
+        figures["test"]["advice"] = "stop at 79% of the MACs (compress.macs_fraction=0.794)"
+    texts = [r.text for r in judge(write(plant)).reasons]
+    assert texts[0] == "overconfident by 12 points (n=600); temperature 1.8 mends it"
+    assert texts[1].endswith("(limit -2 points; stop at 79% of the MACs (compress.macs_fraction=0.794))")
 
 
 def test_unfinished_stage_stops_and_is_named(write):
