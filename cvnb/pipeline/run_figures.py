@@ -5,6 +5,7 @@
 # %% ../../nbs/pipeline/11_run_figures.ipynb #09bba506
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -86,6 +87,7 @@ def read_run_files(
         faults.append(e.what.replace(f"{run}/", ""))
         stages = list(RUN_STAGES)
     if ending and ending.name in stages: stages = stages[:stages.index(ending.name)]
+    stages = [stage for stage in stages if re.fullmatch(r"[\w-]+", stage)]   # a name, and no path
     faults += [f"{stage}/{fault}" for stage in stages if (fault := manifest_fault(run, stage))]
     ended = {s: read_ended_stage(run, s) for s in stages if not manifest_fault(run, s)}
     manifests = {s: record for s, record in ended.items() if record and record["status"] == "done"}

@@ -168,6 +168,9 @@ def _apply_rule(
     return None
 
 # %% ../../nbs/pipeline/12_verdict.ipynb #fbd46ec8
+# What a figure raises for JSON that its schema lets pass and that no stage writes.
+_OTHER_SHAPE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+
 def judge_run(
     run: Path,                          # run directory
     rules: list[Rule] | None = None,    # from `read_rules`
@@ -180,12 +183,12 @@ def judge_run(
     judged = []
     not_judged = {}
     for rule in read_rules() if rules is None else rules:
-        try: found = FIGURES[rule.name](files)
-        except FigureMissing as e:
-            not_judged[rule.name] = e.what
-            continue
-        judged.append(rule.name)
-        if reason := _apply_rule(rule, found): reasons.append(reason)
+        try: reason = _apply_rule(rule, FIGURES[rule.name](files))
+        except FigureMissing as e: not_judged[rule.name] = e.what
+        except _OTHER_SHAPE as e: not_judged[rule.name] = f"its files have another shape ({type(e).__name__})"
+        else:
+            judged.append(rule.name)
+            if reason: reasons.append(reason)
     reasons.sort(key=lambda reason: -LEVELS.index(reason.level))   # a stable sort keeps the order of the table
     level = reasons[0].level if reasons else SHIP
     return RunVerdict(level, reasons, judged, not_judged, ending.name if ending else "")

@@ -236,6 +236,16 @@ def test_absent_figure_is_not_judged_and_said(write):
     assert "Not judged: below_probe" in verdict.to_html()
 
 
+def test_figure_of_another_shape_is_not_judged(write):
+    def plant(figures: dict) -> None:
+        figures["checks"]["leak"]["proof"] = dict(recall="high")
+        figures["control"]["ratio"] = "one"
+    verdict = judge(write(plant))
+    assert verdict.level == "ship"
+    assert set(verdict.not_judged) == {"not_proven", "control_void"}
+    assert "another shape" in verdict.not_judged["not_proven"]
+
+
 def test_check_without_a_planted_fault_is_not_proven(write):
     def plant(figures: dict) -> None: figures["checks"]["leak"]["proof"]["recall"] |= dict(value=None, n=0)
     assert judge(write(plant)).reasons[0].rule == "not_proven"
