@@ -15,11 +15,12 @@ extras["all"] = sorted({req for reqs in extras.values() for req in reqs})
 extras["dev"], extras["ray"] = extras["all"] + ray + dev, ray
 
 # An installed cvnb has no project around it: it runs these. In an editable install they are where they are.
-PROJECT = {"stages": "nbs/stages/*.ipynb", "configs": "configs/*.*", "dashboards": "dashboards/*.ipynb"}
+PROJECT = {"stages": "nbs/stages/*.ipynb", "configs": "configs/*.*", "rules": "configs/rules/*.yaml",
+           "dashboards": "dashboards/*.ipynb"}
 
 
 class BuildWithProject(build_py):
-    "Build the package with the project's stages, recipes and dashboards inside."
+    "Build the package with the project's stages, recipes, rules and dashboards inside."
     def project_files(self) -> dict[Path, Path]:   # target -> source
         "List what is copied, and where to."
         into = Path(self.build_lib)/cfg["lib_path"]/"_project"

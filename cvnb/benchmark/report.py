@@ -24,6 +24,8 @@ from ..export.runtimes import MODELS, RUNTIMES
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from cvnb.pipeline.verdict import RunVerdict
+
 # %% auto #0
 __all__ = ['plot_benchmark', 'benchmark_summary', 'benchmark_html', 'write_benchmark_report']
 
@@ -93,13 +95,15 @@ def _facts(
 # %% ../../nbs/benchmark/04_report.ipynb #99b5b68b
 def benchmark_html(
     summary: dict[str, Any],   # from `benchmark_summary`
+    verdict: RunVerdict | None = None,   # on the run; shown on top
 ) -> str:                      # a whole page
     "Write the page of a benchmark."
     from cvnb.core.html import html_page, html_table
     control = summary["control"]
     kind = "void" if control["clock"] == "none" else "valid"
     items = [f"<dt>{html.escape(k)}</dt><dd>{html.escape(str(v))}</dd>" for k, v in _facts(summary).items()]
-    return html_page(f"{summary['run']}: benchmark", f"""<p class="{kind}">{html.escape(control["verdict"])}</p>
+    return html_page(f"{summary['run']}: benchmark", f"""{verdict.to_html() if verdict else ""}
+<p class="{kind}">{html.escape(control["verdict"])}</p>
 {html_table(benchmark_table(summary["rows"], control))}
 {_svg(plot_benchmark(summary["rows"], control))}
 <p>From raw images to probabilities, one thread, one process per row, in alternating rounds. Intervals are 95 %.</p>
@@ -109,7 +113,8 @@ def benchmark_html(
 def write_benchmark_report(
     path: Path,                # report.html
     summary: dict[str, Any],   # from `benchmark_summary`
+    verdict: RunVerdict | None = None,   # on the run; shown on top
 ) -> Path:                     # `path`
     "Write the report."
-    with atomic_path(path) as temp: temp.write_text(benchmark_html(summary), encoding="utf-8")
+    with atomic_path(path) as temp: temp.write_text(benchmark_html(summary, verdict), encoding="utf-8")
     return path

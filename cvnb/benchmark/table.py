@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .answers import Agreement, answer_notes, compare_answers
 from .timing import Measurements, Timings, measure_candidates, median_latency, read_control
 from .timing import speed_ratio, tail_latency
 from .workers import Candidate
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     from cvnb.metrics.estimates import Estimate
 
 # %% auto #0
-__all__ = ['BASELINE', 'PEER', 'list_candidates', 'list_left_out', 'sample_images', 'model_size_mb', 'benchmark_rows',
-           'headline_columns', 'benchmark_table', 'Benchmark', 'benchmark_notes', 'run_benchmark']
+__all__ = ['BASELINE', 'PEER', 'OTHER_ANSWERS', 'list_candidates', 'list_left_out', 'sample_images', 'model_size_mb',
+           'benchmark_rows', 'headline_columns', 'benchmark_table', 'Benchmark', 'benchmark_notes', 'run_benchmark']
 
 # %% ../../nbs/benchmark/03_table.ipynb #30c8bc51
 def _candidate_reasons(
@@ -73,6 +74,7 @@ def sample_images(
 # %% ../../nbs/benchmark/03_table.ipynb #32953ef3
 BASELINE = ("trained", "torch eager")   # of `speedup`
 PEER = ("trained", "openvino int8")     # of `vs_peer`
+OTHER_ANSWERS = " (other answers)"      # behind the runtime of a row whose answers differ from torch's
 
 # %% ../../nbs/benchmark/03_table.ipynb #5a684196
 def model_size_mb(
@@ -123,12 +125,17 @@ def benchmark_rows(
     timings: dict[Candidate, Timings],      # from `measure_candidates`
     accuracies: dict[Candidate, Estimate],  # on the test images
     batch_size: int,                        # images in the large batch
+    answers: dict[Candidate, Agreement] | None = None,   # from `compare_answers`; a peer with other answers is none
 ) -> list[dict[str, Any]]:                  # one row per candidate
     "Make the table."
+    answers = answers or {}
+    apart = {(c.model, c.runtime.name) for c, a in answers.items() if not a.agrees}
     by_name = {(c.model, c.runtime.name): t for c, t in timings.items()}
     baseline = by_name[BASELINE]
-    peer = by_name.get(PEER)
-    return [_candidate_row(c, t, accuracies[c], baseline, peer, batch_size) for c, t in timings.items()]
+    peer = None if PEER in apart else by_name.get(PEER)
+    unknown = dict(agrees=None)
+    return [_candidate_row(c, t, accuracies[c], baseline, peer, batch_size)
+            | (answers[c].columns() if c in answers else unknown) for c, t in timings.items()]
 
 # %% ../../nbs/benchmark/03_table.ipynb #headline-code
 _HEADLINES = dict(
@@ -169,7 +176,7 @@ def benchmark_table(
     columns = headline | {title: column for title, column in other.items() if column not in headline.values()}
     wall = void["wall"]
     shown = lambda r: {
-        "model": r["model"], "runtime": r["runtime"],
+        "model": r["model"], "runtime": r["runtime"] + OTHER_ANSWERS * (r.get("agrees") is False),
         "accuracy": f"{_format_interval(r, 'accuracy', 4)} (n={r['n']})",
         **{title: _format_interval(r, column, digits[column]) for title, column in columns.items()},
         f"p99 ms{wall}": _format_interval(r, "p99_ms", 3),
@@ -185,17 +192,22 @@ class Benchmark:
     "The measurements of a benchmark and its table."
     measured: Measurements          # from `measure_candidates`
     rows: list[dict[str, Any]]      # from `benchmark_rows`, in the order of `measured.timings`
+    answers: dict[Candidate, Agreement] = field(default_factory=dict)   # from `compare_answers`
 
-    def metrics(self) -> dict[str, Estimate]:   # by name
-        "Collect the stage's metrics, the fastest candidate first, because a run shows a stage's first metrics."
+    def metrics(self,
+        shipped: str = "",   # the model that ships
+    ) -> dict[str, Estimate]:   # by name
+        "Collect the stage's metrics: first what ships, the fastest runtime first; a run shows a stage's first metrics."
         from cvnb.metrics.estimates import Estimate
         control = self.measured.control
         estimate = lambda row, name: Estimate(row[name], row[f"{name}_low"], row[f"{name}_high"], row["n_calls"])
         found = {}
+        ships = lambda c, row: c.model == shipped and not c.runtime.is_peer and row.get("agrees") is not False
         if control["clock"] != "none":
             latency, speedup, _ = headline_columns(control).values()
             metric = latency if latency == "cpu_ms" else f"latency_{latency}"
-            for candidate, row in sorted(zip(self.measured.timings, self.rows), key=lambda pair: pair[1][latency]):
+            order = lambda pair: (not ships(*pair), pair[1][latency])
+            for candidate, row in sorted(zip(self.measured.timings, self.rows), key=order):
                 found[f"{metric}_{candidate.metric_suffix}"] = estimate(row, latency)
                 found[f"{speedup}_{candidate.metric_suffix}"] = estimate(row, speedup)
         for clock in _HEADLINES:
@@ -228,6 +240,7 @@ def benchmark_notes(
         if row["cpu_ms"] <= _MAX_CPU_SHARE * row["p50_ms"] + _CLOCK_MS: continue
         notes.append(dict(text=f"{row['model']}, {row['runtime']} uses more than one thread: its CPU time is "
                                f"{row['cpu_ms'] / row['p50_ms']:.2f} of its wall time"))
+    notes += [dict(text=text, file="report.html", exceeded=True) for text in answer_notes(result.answers)]
     return [*notes, *(dict(text=f"{name} was left out: {reason}") for name, reason in left_out.items())]
 
 # %% ../../nbs/benchmark/03_table.ipynb #a55290f5
@@ -244,6 +257,8 @@ def run_benchmark(
     decoding: Decoding = DEFAULT_DECODING,   # of the test images
     groups: np.ndarray | None = None,   # group of each test image (N,); None where images are independent
     control_seconds: float = 10,      # that further rounds may take while the control is not valid
+    expected: dict[str, np.ndarray] | None = None,   # model -> torch's probabilities for the test images (N, C)
+    tolerance: float = 0.01,          # difference of a probability from torch's up to which answers are the same
 ) -> Benchmark:
     "Measure candidates and make their table; classification only."
     from cvnb.metrics.classification import accuracy
@@ -254,4 +269,5 @@ def run_benchmark(
     measured = measure_candidates(candidates, images, n_calls, rounds, batch_size, classify, progress, decoding,
                                   control_seconds)
     accuracies |= {c: accuracy(np.array(classes) == labels, groups) for c, classes in measured.classes.items()}
-    return Benchmark(measured, benchmark_rows(measured.timings, accuracies, batch_size))
+    answers = compare_answers(candidates, parity, measured.classes, expected or {}, tolerance, groups)
+    return Benchmark(measured, benchmark_rows(measured.timings, accuracies, batch_size, answers), answers)

@@ -5,7 +5,9 @@
 # %% ../../nbs/compress/05_acceptance.ipynb #eabecf27
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from cvnb.core.stage import Stage
 
 # %% auto #0
-__all__ = ['describe_power', 'Acceptance', 'check_acceptance', 'confirm_acceptance', 'margin_notes']
+__all__ = ['describe_power', 'Acceptance', 'check_acceptance', 'confirm_acceptance', 'compression_advice', 'margin_notes']
 
 # %% ../../nbs/compress/05_acceptance.ipynb #523c1504
 def describe_power(
@@ -40,6 +42,7 @@ class Acceptance(NonInferiority):
     model: str = "compressed"     # name of the new model in sentences
     reference: str = "trained"    # name of the model that it may replace
     correct: int = 0              # images that the new model predicts correctly
+    advice: str = ""              # what can change a rejection: a sentence that fits the figures
 
     @property
     def accuracy(self) -> Estimate:   # of the new model
@@ -64,8 +67,9 @@ class Acceptance(NonInferiority):
         verdict = "is worse" if self.high < -self.margin else "is not shown to be good enough"
         interval = f"{points(self.difference)} [{points(self.low)}, {points(self.high)}]"
         few = f"; this limit needs at least {self.needed} images" if self.n < self.needed else ""
+        advice = f"; {self.advice}" if self.advice else ""
         return [f"not accepted: the {self.model} model {verdict}, its accuracy differs by {interval} points "
-                f"on {self.n} test images (limit {points(-self.margin)}){few}"]
+                f"on {self.n} test images (limit {points(-self.margin)}){few}{advice}"]
 
     def to_json(self) -> dict[str, Any]:   # verdict.json
         "Convert the result to JSON types, with what the number of images can prove."
@@ -82,10 +86,10 @@ class Acceptance(NonInferiority):
         if self.accepted:
             return (f"**Accepted: the {self.model} model is not worse by more than the margin.** {numbers} Its "
                     f"accuracy is {self.plain_accuracy}; given that these images accepted it, {self.accuracy}.")
+        advice = f" Advice: {self.advice}." if self.advice else ""
         if self.high < -self.margin:
-            return f"**Rejected: the {self.model} model is worse by more than the margin.** {numbers}"
-        return (f"**Rejected: the test does not show that the {self.model} model is good enough.** "
-                f"{numbers} More test images, a longer distillation or a larger macs_fraction can change the result.")
+            return f"**Rejected: the {self.model} model is worse by more than the margin.** {numbers}{advice}"
+        return f"**Rejected: the test does not show that the {self.model} model is good enough.** {numbers}{advice}"
 
 # %% ../../nbs/compress/05_acceptance.ipynb #fc9e5469
 def _match_predictions(
@@ -120,13 +124,39 @@ def confirm_acceptance(
     new: pd.DataFrame,         # predictions of the new model: path, correct
     margin: float,             # acceptable loss of accuracy, 0 … 1
     model: str = "compressed", # name of the new model
+    advise: Callable[[Acceptance], str] = lambda rejected: "",   # says what can change a rejection
 ) -> Acceptance:
     "Test at the level that the run's error budget leaves whether a model may replace another, and record the test."
     both = _match_predictions(reference, new)
     question = digest([model, margin, both.to_dict("list")])
     result = check_acceptance(reference, new, margin, level_for(stage.run, question), model)
     record_test(stage.run, question, model, result.level, result.accepted, margin, result.n)
-    return result
+    return result if result.accepted else replace(result, advice=advise(result))
+
+# %% ../../nbs/compress/05_acceptance.ipynb #e6e2bb97
+def compression_advice(
+    test: NonInferiority,      # that rejected the compressed model
+    tradeoffs: pd.DataFrame,   # of `ChosenModel`
+) -> str:                      # a sentence, without its full stop
+    "Say what can change the rejection of a compressed model."
+    longer = "a longer distillation (compress.epochs)"
+    if test.difference >= -test.margin:
+        few = f" (at least {images_needed(test.margin, test.level)})" if 0 < test.margin < 1 else ""
+        return f"more test images{few} or {longer} can change that"
+    trained = tradeoffs.macs.iloc[0]
+    larger = tradeoffs.macs > tradeoffs.macs[tradeoffs.chosen].max()
+    stops = tradeoffs[tradeoffs.step.str.startswith("pruned to") & larger]
+    within = stops[stops.difference_low > -test.margin]
+    if stops.empty: return f"less pruning (compress.macs_fraction) or {longer} can change that"
+    if within.empty:
+        least = f"{stops.macs.max() / trained:.0%}"
+        return f"prune less: no stop up to {least} of the MACs stays within the margin on the validation images"
+    stop = within.loc[within.macs.idxmin()]
+    fraction = ceil(1000 * stop.macs / trained) / 1000
+    points = lambda x: f"{100 * x:+.1f}"
+    interval = f"{points(stop.difference)} [{points(stop.difference_low)}, {points(stop.difference_high)}]"
+    return (f"stop at {stop.macs / trained:.0%} of the MACs (compress.macs_fraction={fraction:g}), where the "
+            f"validation accuracy differs by {interval} points")
 
 # %% ../../nbs/compress/05_acceptance.ipynb #8df300c7
 def margin_notes(

@@ -5,15 +5,18 @@
 # %% ../../nbs/compress/03_tradeoff.ipynb #4914b461
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
 from .distill import DistillationResult
 from .prune import prune_progressively, recalibrate_batch_norm
 from ..metrics.classification import accuracy
+from ..metrics.paired import paired_difference
 from ..models.cost import count_macs, count_params
 from ..models.devices import torch_device
 from ..models.inference import predict_logits
@@ -32,13 +35,26 @@ def measure_tradeoff(
     model: VisionModel,     # any classifier; ends on the CPU
     val: LabelledImages,    # validation images
     device: str = "auto",   # "cpu" leaves a GPU alone
-) -> dict[str, Any]:        # step, macs, params, accuracy, low, high, n
+    reference: np.ndarray | None = None,   # bool (N,), correct predictions of the trained model; None: this is it
+) -> dict[str, Any]:        # step, macs, params, accuracy, low, high, n, difference with _low and _high
     "Measure one point of the trade-off between accuracy and cost. Classification only."
+    correct = _correct_predictions(model, val, device)
+    found = accuracy(correct)
+    against = correct if reference is None else reference
+    paired = paired_difference(int((correct & ~against).sum()), int((against & ~correct).sum()), len(correct))
+    return dict(step=step, macs=count_macs(model), params=count_params(model), accuracy=found.value, low=found.low,
+                high=found.high, n=found.n, difference=paired.value, difference_low=paired.low,
+                difference_high=paired.high)
+
+def _correct_predictions(
+    model: VisionModel,     # any classifier; ends on the CPU
+    val: LabelledImages,    # validation images
+    device: str,            # "cpu" leaves a GPU alone
+) -> np.ndarray:            # bool (N,)
+    "Predict images and compare with their labels."
     logits = predict_logits(model, val.images, device=torch_device(device))
-    found = accuracy(logits.argmax(1) == val.targets)
     model.to("cpu")
-    return dict(step=step, macs=count_macs(model), params=count_params(model),
-                accuracy=found.value, low=found.low, high=found.high, n=found.n)
+    return np.asarray(logits.argmax(1) == val.targets, bool)
 
 # %% ../../nbs/compress/03_tradeoff.ipynb #7bbd08d9
 def plot_tradeoffs(
@@ -64,8 +80,11 @@ _STEPS = 3   # of the way to the wanted fraction
 @dataclass(frozen=True)
 class PruningResult:
     "A pruned model, and the trade-off on the way to it."
-    model: VisionModel        # the smallest model, in eval mode
-    tradeoffs: pd.DataFrame   # rows of `measure_tradeoff`; the last one is of `model`
+    model: VisionModel        # the smallest model that is not beyond repair, in eval mode
+    tradeoffs: pd.DataFrame   # rows of `measure_tradeoff`
+    step: str                 # of `model` in `tradeoffs`
+    correct: np.ndarray       # bool (N,), correct predictions of the trained model for the validation images
+    notes: list[str] = field(default_factory=list)   # why pruning stopped before its goal
 
     def _repr_html_(self) -> str: return self.tradeoffs.round(4)._repr_html_()
 
@@ -78,17 +97,43 @@ def prune_in_steps(
     seed: int = 0,            # choice of images and random directions
     device: str = "auto",     # where to measure accuracy
     progress: Callable[[float, str], None] | None = None,   # called with the fraction that is done and a text
+    margin: float = 1.0,      # acceptable loss of accuracy, 0 … 1
+    repair: float = 1.0,      # loss beyond the margin that distillation may win back, 0 … 1; 1: never stop
 ) -> PruningResult:           # with one row per step
     "Prune in steps and measure the trade-off; raise `CvnbError` if a step cannot be reached. Classification only."
     fractions = [macs_fraction ** (i / _STEPS) for i in range(1, _STEPS + 1)]
     fractions = list(dict.fromkeys(fractions))   # a fraction of 1 has one step
-    models = list(prune_progressively(trained, fractions, train.images, seed=seed, progress=progress))
-    points = [measure_tradeoff("trained", trained, val, device),
-              measure_tradeoff("pruned, old statistics", models[-1], val, device)]
-    for fraction, model in zip(fractions, models):
+    correct = _correct_predictions(trained, val, device)
+    points = [measure_tradeoff("trained", trained, val, device)]
+    kept = copy.deepcopy(trained).eval()
+    step = "trained"
+    notes = []
+    for fraction, model in zip(fractions, prune_progressively(trained, fractions, train.images, seed=seed,
+                                                              progress=progress)):
+        old = copy.deepcopy(model)   # with the statistics of the trained model
         recalibrate_batch_norm(model, train.images, seed=seed)
-        points.append(measure_tradeoff(f"pruned to {fraction:.0%}", model, val, device))
-    return PruningResult(models[-1], pd.DataFrame(points))
+        points.append(measure_tradeoff(f"pruned to {fraction:.0%}", model, val, device, correct))
+        if points[-1]["difference_high"] < -(margin + repair):
+            notes = [_stop_note(points[-1], step, margin, repair)]
+            break
+        kept = model
+        step = points[-1]["step"]
+    points.insert(1, measure_tradeoff("pruned, old statistics", old, val, device, correct))
+    return PruningResult(kept, pd.DataFrame(points), step, correct, notes)
+
+def _stop_note(
+    point: dict[str, Any],   # from `measure_tradeoff`, beyond repair
+    step: str,               # that is distilled instead
+    margin: float,           # acceptable loss of accuracy, 0 … 1
+    repair: float,           # loss beyond it that distillation may win back, 0 … 1
+) -> str:                    # a sentence
+    "Say why pruning stopped."
+    points = lambda x: f"{100 * x:+.1f}"
+    interval = f"[{points(point['difference_low'])}, {points(point['difference_high'])}]"
+    instead = "the network stays whole" if step == "trained" else f"the model {step} is distilled"
+    found = f"{point['step']}, the validation accuracy differs by {points(point['difference'])} points {interval}"
+    limits = f"margin {100 * margin:g} and compress.repair {100 * repair:g}"
+    return f"pruning stopped: {found}, beyond repair ({limits}); {instead}"
 
 # %% ../../nbs/compress/03_tradeoff.ipynb #91a1516c
 @dataclass(frozen=True)
@@ -111,9 +156,9 @@ def choose_model(
 ) -> ChosenModel:                       # with the highest validation accuracy
     "Choose between the students and the pruned model on the validation images. Classification only."
     students = {"distilled": distillation.student, "distilled, new statistics": distillation.recalibrated}
-    points = [measure_tradeoff(step, model, val, device) for step, model in students.items()]
+    points = [measure_tradeoff(step, model, val, device, pruning.correct) for step, model in students.items()]
     tradeoffs = pd.concat([pruning.tradeoffs, pd.DataFrame(points)], ignore_index=True)
-    candidates = students | {pruning.tradeoffs.step.iloc[-1]: pruning.model}
+    candidates = students | {pruning.step: pruning.model}
     val_accuracy = dict(zip(tradeoffs.step, tradeoffs.accuracy))
     chosen = max(candidates, key=val_accuracy.get)   # the first one in a tie
     return ChosenModel(candidates[chosen], chosen, tradeoffs.assign(chosen=tradeoffs.step == chosen))

@@ -113,6 +113,9 @@ class ErrorsRecord(OutputRecord):
     n_mistakes: Count = 0
     accuracy: Metric | None = None
     calibration_error: Metric | None = None
+    calibration_gap: Metric | None = Field(None, description="mean confidence - accuracy")
+    temperature: dict[str, Any] | None = Field(None, description="fitted on validation images, with its effect there")
+    calibration_words: str = Field("", description="the gap and what the temperature changes, in a sentence")
     classes: list[str] = []
     confusion: list[list[Count]] = []
     per_class: list[dict[str, Any]] = []
@@ -140,6 +143,7 @@ class VerdictRecord(OutputRecord):
     images_needed: Count | None = Field(None, description="images from which on the margin can be proven at all")
     smallest_margin: Share | None = Field(None, description="smallest margin that the images can prove")
     accuracy: Metric | None = None
+    advice: str = Field("", description="what can change a rejection")
     accuracy_given_acceptance: Metric | None = Field(None, description="with what the acceptance does to it")
 
 class DecodingParityRecord(Record):
@@ -178,6 +182,9 @@ class BenchmarkRow(Record):
     cpu_ms: Number | None = Field(None, description="CPU time of a call; files of earlier versions lack it")
     cpu_speedup: Number | None = None
     cpu_vs_peer: Number | None = None
+    same_answer: Share | None = Field(None, description="share of the test images with torch's class")
+    max_difference: Number | None = Field(None, description="of a probability from torch's, at least")
+    agrees: bool | None = Field(None, description="whether its answers count as torch's; null: not compared")
 
 class ClockControl(Record):
     "The ratios of a runtime to itself by one clock."

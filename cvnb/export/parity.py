@@ -148,12 +148,18 @@ class ParityReport:
 
     def require(self,
         tolerance: float,   # largest acceptable difference of a probability, 0 … 1
-    ) -> None:
-        "Raise `CvnbError` if a pixel differs, or if an FP32 runtime is further from torch than the tolerance."
+        model: str = "",    # the model that ships; every model if empty
+    ) -> list[str]:         # a sentence per FP32 runtime of another model that is further from torch
+        "Raise `CvnbError` if a pixel differs, or if an FP32 runtime of the model that ships is too far from torch."
         self.decodings.require()
-        for results in reversed(self.results.values()):
-            for name, result in results.items():
-                if RUNTIMES[name].precision == "fp32": require_parity(result, tolerance)
+        notes = []
+        for other, results in reversed(self.results.items()):
+            for result in [r for name, r in results.items() if RUNTIMES[name].precision == "fp32"]:
+                if model in ("", other): require_parity(result, tolerance)
+                elif not result.max_difference <= tolerance:
+                    notes.append(f"{other}, {result.runtime} differs from torch by {result.max_difference:.4f} on "
+                                 f"{result.worst} (tolerance {tolerance:g}); this model does not ship")
+        return notes
 
     def metrics(self,
         model: str,   # a key of `MODELS`
@@ -224,7 +230,15 @@ def confirm_quantized(
     paths = list(paths)
     table = lambda name, runtime: pd.DataFrame(dict(path=paths, correct=parity.correct[name][runtime]))
     reference = table("trained", REFERENCE_RUNTIME)
-    return confirm_acceptance(stage, reference, table(model, QUANTIZED), margin, f"{model} INT8")
+    return confirm_acceptance(stage, reference, table(model, QUANTIZED), margin, f"{model} INT8", _int8_advice)
+
+def _int8_advice(
+    rejected: Acceptance,   # of an INT8 file
+) -> str:                   # a sentence, without its full stop
+    "Say what can change the rejection of an INT8 file."
+    layers = "a smaller export.int8_tolerance (more layers stay FP32) or more calibration images (export.n_calibration)"
+    few = "" if rejected.difference < -rejected.margin else "more test images, "
+    return f"{few}{layers} can change that"
 
 # %% ../../nbs/export/04_parity.ipynb #c6d5a115
 def export_notes(

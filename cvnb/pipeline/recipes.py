@@ -15,7 +15,8 @@ from ..core.errors import UsageError, did_you_mean
 from .params import Contract, Param, check_parameters, find_parameter, pydantic_model
 
 # %% auto #0
-__all__ = ['SHARED_PARAMETERS', 'parse_value', 'parse_set_option', 'read_recipe', 'recipe_schema', 'complete_set_option']
+__all__ = ['SHARED_PARAMETERS', 'parse_value', 'parse_set_option', 'read_yaml', 'read_recipe', 'recipe_schema',
+           'complete_set_option']
 
 # %% ../../nbs/pipeline/02_recipes.ipynb #b78c945b
 def parse_value(
@@ -56,23 +57,32 @@ def _strict_loader() -> type:   # a yaml.SafeLoader subclass
             return super().construct_mapping(node, deep)
     return Loader
 
+# %% ../../nbs/pipeline/02_recipes.ipynb #f4d86983
+def read_yaml(
+    path: Path,    # a YAML file
+    what: str,     # that the file has to hold, such as "sections"
+    remedy: str,   # how to write it
+) -> dict[Any, Any]:   # empty for an empty file
+    "Read a mapping from a YAML file; every problem is a `UsageError` that names the file."
+    import yaml
+    try: raw = yaml.load(path.read_text(encoding="utf-8"), _strict_loader())
+    except (yaml.YAMLError, ValueError, OSError) as e:   # ValueError: bytes that are no text, an impossible date
+        raise UsageError(f"{path} is not YAML ({shorten(' '.join(str(e).split()), 200)})", "Mend the file.") from None
+    except RecursionError: raise UsageError(f"{path} is nested too deeply", remedy) from None
+    except UsageError as e: raise UsageError(f"{path}: {e.what}", e.remedy) from None
+    if raw is None: return {}
+    if not isinstance(raw, dict): raise UsageError(f"{path} holds no {what}", remedy)
+    return raw
+
 # %% ../../nbs/pipeline/02_recipes.ipynb #3025ff21
 def read_recipe(
     path: Path | str,             # a YAML file
     known: dict[str, Contract],   # the stages
 ) -> dict[str, dict[str, Any]]:   # stage -> parameter -> checked value
     "Read and check a recipe; every problem is a `UsageError` that names the file."
-    import yaml
     path = Path(path)
-    sections = "Write one section per stage, with `name: value` lines."
     if not path.is_file(): raise UsageError(f"recipe {path} does not exist", "Give a YAML file with --config.")
-    try: raw = yaml.load(path.read_text(encoding="utf-8"), _strict_loader())
-    except (yaml.YAMLError, ValueError, OSError) as e:   # ValueError: bytes that are no text, an impossible date
-        raise UsageError(f"{path} is not YAML ({shorten(' '.join(str(e).split()), 200)})", "Mend the file.") from None
-    except RecursionError: raise UsageError(f"{path} is nested too deeply", sections) from None
-    except UsageError as e: raise UsageError(f"{path}: {e.what}", e.remedy) from None
-    if raw is None: return {}
-    if not isinstance(raw, dict): raise UsageError(f"{path} holds no sections", sections)
+    raw = read_yaml(path, "sections", "Write one section per stage, with `name: value` lines.")
     return _check_sections(raw, path, known)
 
 # %% ../../nbs/pipeline/02_recipes.ipynb #65ccc31d

@@ -34,6 +34,7 @@ from ..core.system import TimeLeft, format_duration, machine_info, timestamp
 from .freshness import check_named_files, key_parts, lock_digest, read_code_cells, stale_reasons
 from .freshness import summarize_reasons
 from .params import Contract, check_parameters, read_contracts
+from .verdict import SHIPPING_STAGE, Rule, read_rules, record_verdict
 
 # %% auto #0
 __all__ = ['Progress', 'RunParameters', 'read_run_parameters', 'select_stages', 'prepare_run', 'write_run', 'run_stage',
@@ -379,6 +380,17 @@ class StageResult:
     seconds: float  # wall time in this call
     record: dict    # its manifest
 
+# %% ../../nbs/pipeline/05_runner.ipynb #2725cdcb
+@contextlib.contextmanager
+def _judged_at_the_end(
+    run: Path,                   # run directory
+    rules: list[Rule] | None,    # from `read_rules`; None: nothing ships
+) -> Iterator[None]:
+    "Judge a run when the block ends, however it ends."
+    try: yield
+    finally:
+        if rules is not None and (run/"run.json").exists(): record_verdict(run, rules)
+
 # %% ../../nbs/pipeline/05_runner.ipynb #562c10ff
 def run_pipeline(
     run: Path,                            # run directory
@@ -398,8 +410,9 @@ def run_pipeline(
     for s in order:
         check_parameters(known[s], params[s], "the notebook")   # the defaults are not checked yet
         check_named_files(known[s], params[s], root)
+    rules = read_rules(root=root) if SHIPPING_STAGE in known else None   # a wrong file is refused before a stage runs
     prepare_run(run)
-    with lock_run(run):
+    with lock_run(run), _judged_at_the_end(run, rules):
         new = not (run/"run.json").exists()
         before = RunParameters().add(read_run_manifest(run).get("given", {}), "run.json")
         write_run(run, root, parameters, params)

@@ -19,6 +19,7 @@ _README = """# {name}
 
     cvnb run --config {name}      audit, train, errors, compress, export, benchmark into runs/{name}
     cvnb status runs/{name}       state of each stage, and why it would run again
+    cvnb gate runs/{name}         ship, ship with care, or do not ship, and why; verdict.yaml changes the thresholds
     cvnb dashboard runs/{name}    error analysis
 
 `configs/{name}.yaml` is the recipe. The stages in `nbs/stages/` are yours to edit. Each notebook there is a stage:

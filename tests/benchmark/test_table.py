@@ -68,3 +68,55 @@ def test_benchmark_without_its_control_is_refused(run: Path) -> None:
     assert table.list_left_out(run)["trained, onnx fp32"] == "export/trained.onnx does not exist"
     with pytest.raises(CvnbError, match="the control, trained, onnx fp32, is not among the candidates"):
         measure_candidates(candidates, [np.zeros((4, 4, 3), np.uint8)], n_calls=3, rounds=1)
+
+
+def measured_rows(run: Path, monkeypatch: pytest.MonkeyPatch, peer_classes: list[int], torch_parity: float = 0.0):
+    "Make the table of a benchmark whose peers answer with these classes, where torch is sure of class 0."
+    rng = np.random.default_rng(0)
+    peers = [Candidate("trained", RUNTIMES[f"openvino {kind}"], str(run/f"export/{file}")) for kind, file in
+             (("fp32", "trained.onnx"), ("int8", "trained_int8.onnx"))]
+    candidates = [*table.list_candidates(run, exclude=["openvino"]), *peers]
+
+    def measure(*args) -> Measurements:
+        timings = {c: Timings(rng.lognormal(-6, 0.1, (5, 4)), np.full((3, 1), 0.1), 100.0) for c in candidates}
+        return Measurements(timings, dict(valid=True, verdict="", ratio=1, low=1, high=1, n=1),
+                            {c: peer_classes for c in peers}, (0.0, 0.0))
+
+    monkeypatch.setattr(table, "measure_candidates", measure)
+    same = vars(accuracy(np.ones(4, bool)))
+    parity = [dict(model=c.model, runtime=c.runtime.name, accuracy=same, same=same,
+                   max_difference=torch_parity * (c.model == "compressed")) for c in candidates if c not in peers]
+    expected = {"trained": np.tile([0.98, 0.02], (4, 1))}
+    files = [f"{i}.png" for i in range(4)]
+    return table.run_benchmark(candidates, [], files, np.zeros(4, int), parity, expected=expected)
+
+
+def test_peer_with_torchs_answers_is_the_peer(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = measured_rows(run, monkeypatch, [0, 0, 0, 0])
+    assert all(r["agrees"] is True and r["vs_peer"] is not None for r in result.rows)
+    assert table.benchmark_notes(result, {}) == [] and "other answers" not in repr(result)
+
+
+def test_peer_with_other_answers_is_marked_and_nobodys_peer(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = measured_rows(run, monkeypatch, [0, 0, 0, 1])
+    rows = {(r["model"], r["runtime"]): r for r in result.rows}
+    marked = {name for name, r in rows.items() if r["agrees"] is False}
+    assert marked == {("trained", "openvino fp32"), ("trained", "openvino int8")}
+    assert all(r["vs_peer"] is None for r in result.rows)
+    assert rows["trained", "openvino fp32"]["max_difference"] == pytest.approx(0.48)
+    assert repr(result).count("(other answers)") == 2
+    notes = table.benchmark_notes(result, {})
+    assert len(notes) == 2 and all(note["exceeded"] and "nobody's peer" in note["text"] for note in notes)
+
+
+def test_row_that_export_found_different_is_marked(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = measured_rows(run, monkeypatch, [0, 0, 0, 0], torch_parity=0.96)
+    assert {r["model"] for r in result.rows if not r["agrees"]} == {"compressed"}
+    assert all(r["vs_peer"] is not None for r in result.rows)
+
+
+def test_headline_is_of_the_model_that_ships(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = measured_rows(run, monkeypatch, [0, 0, 0, 0])
+    for model in MODELS:
+        first = next(iter(result.metrics(model)))
+        assert first.startswith(f"latency_p50_ms_{model}_") and "openvino" not in first

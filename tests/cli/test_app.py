@@ -59,6 +59,7 @@ WRONG_CALLS = {
     "unknown stage": (["run", "trian"], ["trian", "Did you mean 'train'?"]),
     "no such recipe": (["run", "--config", "nowhere.yaml"], ["nowhere.yaml", "does not exist"]),
     "not a run": (["status", "nowhere"], ["nowhere", "not a run directory"]),
+    "verdict on no run": (["gate", "nowhere"], ["nowhere", "not a run directory"]),
     "dashboard of no run": (["dashboard", "nowhere"], ["nowhere", "not a run directory"]),
     "browse no run": (["browse", "nowhere"], ["nowhere", "not a run directory"]),
     "corrections of no run": (["audit", "accept", "nowhere"], ["nowhere", "not a run directory"]),
@@ -117,8 +118,8 @@ def test_installed_command_prints_no_traceback():
     assert done.returncode == 2 and done.stderr.startswith("cvnb: no stage 'trian'") and "Traceback" not in done.stderr
 
 
-COMMANDS = ["run", "status", "sweep", "init", "params", "dashboard", "browse", "audit", "predict", "verify", "data",
-            "doctor"]
+COMMANDS = ["run", "status", "gate", "sweep", "init", "params", "dashboard", "browse", "audit", "predict", "verify",
+            "data", "doctor"]
 
 
 def test_every_command_has_help_and_is_documented(call, root):

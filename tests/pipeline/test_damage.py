@@ -27,6 +27,7 @@ from cvnb.models.inference import weights_sha256
 from cvnb.models.weights import load_model
 from cvnb.pipeline import runner
 from cvnb.pipeline.runner import StageResult, read_run_parameters, stage_states
+from cvnb.pipeline.verdict import judge_run
 
 STAGES = ("audit", "train", "errors", "compress", "export", "benchmark")
 JUNK = [None, [], {}, 3, -1, 1e308, "", "x", "\x1b[2J", True, [1], {"a": 1}, [[]], "../../x", "9" * 400]
@@ -50,7 +51,8 @@ class Run:
         read = {"status": self.states, "parameters": lambda: read_run_parameters(run).given,
                 "accesses": lambda: [split_accesses(run, split) for split in ("val", "test")],
                 "audit": lambda: (read_audit(run), Decoding.from_audit(read_audit(run)[1])),
-                "dashboard": lambda: self.dashboard(), "result": lambda: self.result()}
+                "dashboard": lambda: self.dashboard(), "result": lambda: self.result(),
+                "verdict": lambda: judge_run(run).lines(run)}
         for s in "train", "compress": read[f"model of {s}"] = lambda s=s: weights_sha256(load_model(run/s))
         return read
 
@@ -67,7 +69,7 @@ class Run:
         rows = [StageResult(s, "fresh", "", 0.0, read_stage_manifest(self.folder, s)) for s in STAGES]
         if not all(r.record for r in rows): return "not finished"
         with contextlib.redirect_stdout(io.StringIO()) as printed: _print_result(self.folder, rows)
-        return printed.getvalue() + json.dumps(_result_record(self.folder, rows))
+        return printed.getvalue() + json.dumps(_result_record(self.folder, rows) | dict(verdict=None))   # asked apart
 
     def answers(self, *names: str) -> dict[str, Any]:
         "Answer some questions, by default all; an error that cvnb explains is an answer, any other is raised."
@@ -127,6 +129,9 @@ def said(run: Run, path: Path) -> list[str]:
         elif name == "status":
             rows = {r["stage"]: r for r in answer}
             found += [f"{s}: {r['state']}, {r['why']}" for s, r in rows.items() if r not in run.before[name]]
+        elif name == "verdict":
+            assert all("\n" not in line and "\x1b" not in line for line in answer), (path, name)
+            found += [line for line in answer if line not in run.before[name]]
         elif name == "accesses":
             found += [f"{n} damaged line" for n in [answer[0].get("damaged line")] if n]
             assert found or answer == run.before[name], (path, name)
@@ -235,9 +240,10 @@ def write_consistently(run: Run, path: Path, value: Any) -> None:
     write_record(manifest, record, StageManifest)
 
 
-READERS = {"run.json": ["status"], "stage.json": ["status", "result"], "audit.json": ["audit", "dashboard", "result"],
-           "model.json": ["dashboard", "model of train", "model of compress"], "errors.json": ["dashboard"],
-           "benchmark.json": ["result"], "verdict.json": ["result"]}   # others are read by stages only
+READERS = {"run.json": ["status", "verdict"], "stage.json": ["status", "result", "verdict"],
+           "audit.json": ["audit", "dashboard", "result", "verdict"], "export.json": ["verdict"],
+           "model.json": ["dashboard", "model of train", "model of compress"], "errors.json": ["dashboard", "verdict"],
+           "benchmark.json": ["result", "verdict"], "verdict.json": ["result", "verdict"]}   # stages alone read others
 
 
 def misshape(run: Run, n: int, seed: int) -> dict[str, int]:
