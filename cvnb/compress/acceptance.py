@@ -141,7 +141,8 @@ def compression_advice(
     "Say what can change the rejection of a compressed model."
     longer = "a longer distillation (compress.epochs)"
     if test.difference >= -test.margin:
-        few = f" (at least {images_needed(test.margin, test.level)})" if 0 < test.margin < 1 else ""
+        needed = images_needed(test.margin, test.level) if 0 < test.margin < 1 else 0
+        few = f" (at least {needed})" if test.n < needed else ""
         return f"more test images{few} or {longer} can change that"
     trained = tradeoffs.macs.iloc[0]
     larger = tradeoffs.macs > tradeoffs.macs[tradeoffs.chosen].max()

@@ -64,6 +64,8 @@ def test_advice_for_a_small_loss_is_more_images():
     unproven = check_acceptance(*tables(100, 1), margin=0.02)
     assert not unproven.accepted
     assert compression_advice(unproven, STOPS).startswith("more test images (at least 189)")
+    enough = check_acceptance(*tables(269, 4), margin=0.02)
+    assert not enough.accepted and compression_advice(enough, STOPS).startswith("more test images or a longer")
 
 
 def test_advice_names_no_stop_where_none_holds():
