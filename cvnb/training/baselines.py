@@ -18,12 +18,13 @@ from ..core.errors import CvnbError
 from ..core.html import html_table
 from ..data.splits import image_groups
 from ..metrics.estimates import Estimate
-from ..metrics.paired import paired_difference
+from ..metrics.paired import noninferiority
 from .linear_probe import fit_linear
 from .loaders import SplitImages
 
 # %% auto #0
-__all__ = ['MAX_PROBE_IMAGES', 'read_split_embeddings', 'Baselines', 'fit_baselines', 'compare_with_baselines', 'WatchCurves']
+__all__ = ['MAX_PROBE_IMAGES', 'read_split_embeddings', 'Baselines', 'fit_baselines', 'compare_with_baselines',
+           'baseline_differences', 'WatchCurves']
 
 # %% ../../nbs/training/16_baselines.ipynb #b6
 def read_split_embeddings(
@@ -110,13 +111,13 @@ def compare_with_baselines(
     main = baselines.data.task.main_metric
     measured = baselines.metrics("val")
     own = metrics[f"{main}_val"]
+    differences = baseline_differences(baselines, table)
     notes = []
     for name in baselines.logits:
         other = measured[f"{main}_val_{name}"]
-        worse = other.low > own.high
-        difference = ""
-        if "correct" in table: worse, difference = _paired_loss(baselines, name, table)
-        if not worse: continue
+        d = differences.get(f"difference_val_{name}")
+        if not (d.high < 0 if d else other.low > own.high): continue
+        difference = f" (difference {d.value:+.4f} [{d.low:+.4f}, {d.high:+.4f}])" if d else ""
         notes.append(f"{_NAMES[name]} is better than the model: {main} {other.value:.4f} against {own.value:.4f} on "
                      f"{own.n:,} validation images{difference}. {_REMEDIES[name]}")
     return notes
@@ -127,16 +128,20 @@ _REMEDIES = dict(
     probe="Fine-tune from pretrained weights: train.weights=imagenet, train.backbone=tf_efficientnet_lite0, "
           "train.tune=head_first.")
 
-def _paired_loss(
-    baselines: Baselines,
-    name: str,             # of the baseline
-    table: pd.DataFrame,   # the model's predictions, with `correct`
-) -> tuple[bool, str]:     # whether the model is worse; the difference with its interval
-    "Compare right answers on the same images."
-    right = baselines.logits[name]["val"].argmax(1) == baselines.data.images["val"].targets
+def baseline_differences(
+    baselines: Baselines,   # of the run
+    table: pd.DataFrame,    # the model's predictions of the validation images, in the order of the rows
+) -> dict[str, Estimate]:   # "difference_val_probe": accuracy of the model minus that of the baseline
+    "Compare right answers on the same images; empty for a task without right and wrong answers."
+    if "correct" not in table: return {}
     model = table.correct.to_numpy(bool)
-    d = paired_difference(int((model & ~right).sum()), int((right & ~model).sum()), len(model))
-    return d.high < 0, f" (difference {d.value:+.4f} [{d.low:+.4f}, {d.high:+.4f}])"
+    groups = image_groups(baselines.data.rows["val"])
+    found = {}
+    for name, logits in baselines.logits.items():
+        right = logits["val"].argmax(1) == baselines.data.images["val"].targets
+        d = noninferiority(right, model, groups=groups)
+        found[f"difference_val_{name}"] = Estimate(d.difference, d.low, d.high, d.n, d.n_groups)
+    return found
 
 # %% ../../nbs/training/16_baselines.ipynb #b13
 class WatchCurves:

@@ -18,6 +18,7 @@ from cvnb.core.errors import UsageError
 from cvnb.core.files import read_json, write_json
 from cvnb.core.stage import Stage
 from cvnb.export.bundle_format import read_description
+from cvnb.metrics.estimates import Estimate
 from cvnb.pipeline.run_figures import FIGURES
 from cvnb.pipeline.verdict import EXIT_CODES, MAX_REASONS, PROJECT_RULES, judge_run, read_rules, verdict_json
 
@@ -40,11 +41,13 @@ def good_run() -> dict:
             for runtime, ms in (("onnx fp32", 2.0), ("onnx int8", 1.0))]
     return dict(
         checks=dict(leak=check(limit=0.0), drift=check(), label_error=check(limit=0.05)),
-        train=dict(accuracy_val=0.9, accuracy_val_majority=0.1, accuracy_val_probe=0.8),
+        train=dict(accuracy_val=0.9, accuracy_val_majority=0.1, accuracy_val_probe=0.8,
+                   difference_val_majority=Estimate(0.8, 0.75, 0.85, 600),
+                   difference_val_probe=Estimate(0.1, 0.07, 0.13, 600)),
         errors={"calibration_gap_test": 0.01}, test=test, **{"errors.json": dict(mistakes=[])},
         export=dict(accepted_int8=1, difference_int8=0.0, max_difference_compressed_fp32=1e-6,
                     max_difference_trained_fp32=1e-6),
-        shipped="compressed", rows=rows, control=dict(verdict="x", valid=True, ratio=1.0), looks=5, tests=2)
+        shipped="compressed", rows=rows, control=dict(verdict="x", clock="wall"), looks=5, tests=2)
 
 
 def write_stage(run: Path, name: str, metrics: dict, inputs: tuple = (), **files: dict) -> None:
@@ -118,18 +121,20 @@ def reject(figures: dict, difference: float) -> None:
 FAULTS = {
     "leak": (setter("checks", "leak"), check(3), check(12), "leak: {n} of 600 images"),
     "not_proven": (setter("checks", "leak"), check(limit=0.0, recall=0.4), check(limit=0.0, recall=0.01),
-                   "leak not proven"),
+                   "not proven: leak; "),
     "drift": (setter("checks", "drift"), check(60), None, "drift: 60 of 600 images"),
     "limits": (setter("checks", "label_error"), check(60, limit=0.05), None, "1 limit of the audit exceeded: label"),
-    "below_majority": (setter("train", "accuracy_val_majority"), 0.88, 0.91, "always naming the most frequent class"),
-    "below_probe": (setter("train", "accuracy_val_probe"), 0.92, 0.97, "points better than the model"),
+    "below_majority": (setter("train", "difference_val_majority"), Estimate(0.02, -0.01, 0.05, 600),
+                       Estimate(-0.02, -0.06, 0.02, 600), "not shown to be better than always naming the most"),
+    "below_probe": (setter("train", "difference_val_probe"), Estimate(-0.02, -0.03, -0.01, 600),
+                    Estimate(-0.07, -0.09, -0.055, 600), "worse than a linear probe on the audit's embeddings"),
     "overconfident": (setter("errors", "calibration_gap_test"), 0.12, 0.3, "overconfident by"),
     "underconfident": (setter("errors", "calibration_gap_test"), -0.12, None, "underconfident by 12 points"),
     "parity": (setter("export", "max_difference_compressed_fp32"), None, 0.96, "differs from torch by 0.96"),
     "compression_rejected": (reject, -0.54, None, "accuracy -54.0 points [-56.0, -52.0]"),
     "int8_rejected": (setter("export", "accepted_int8"), 0, None, "use model.onnx"),
     "int8_slower": (slow_int8, 3.0, None, "INT8 is slower than FP32 on this machine: 150%"),
-    "control_void": (setter("control", "valid"), False, None, "the latencies are void"),
+    "control_void": (setter("control", "clock"), "none", None, "the latencies are void"),
     "test_looks": (setter("looks"), 9, 31, "times"),
     "tests_repeated": (setter("tests"), 5, None, "5 tests for acceptance"),
 }
@@ -222,7 +227,7 @@ def test_absent_figure_is_not_judged_and_said(write):
     def plant(figures: dict) -> None:
         del figures["train"]["accuracy_val_probe"], figures["errors"]["calibration_gap_test"]
         figures["checks"]["leak"]["proof"] = figures["checks"]["label_error"]["proof"] = None
-        figures["control"]["valid"] = False
+        figures["control"]["clock"] = "none"
     run = write(plant)
     (run/"acceptance.jsonl").unlink()
     verdict = judge(run)
@@ -239,10 +244,9 @@ def test_absent_figure_is_not_judged_and_said(write):
 def test_figure_of_another_shape_is_not_judged(write):
     def plant(figures: dict) -> None:
         figures["checks"]["leak"]["proof"] = dict(recall="high")
-        figures["control"]["ratio"] = "one"
     verdict = judge(write(plant))
     assert verdict.level == "ship"
-    assert set(verdict.not_judged) == {"not_proven", "control_void"}
+    assert set(verdict.not_judged) == {"not_proven"}
     assert "another shape" in verdict.not_judged["not_proven"]
 
 
