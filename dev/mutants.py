@@ -154,10 +154,10 @@ def failed_test(command: list[str], code: int | None, output: str) -> str:   # e
     "Name the test that failed; raise `RuntimeError` if they could not be run."
     if code == 0: return ""
     if code is None: return "time"
-    found = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.M)
+    found = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |: |$)", output, re.M)
     if not found or (command[2] == "pytest" and code not in (1, 2)):
         raise RuntimeError(f"{' '.join(command[1:])} ended with {code}:\n{output[-3000:]}")
-    return found[1].rstrip(":")
+    return found[1]
 
 
 def first_failure(tests: tuple[str, ...], copy: Path, seconds: float) -> str:   # empty if all passed
