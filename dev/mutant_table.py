@@ -136,9 +136,9 @@ MUTANTS: tuple[Mutant, ...] = (
            ("tests/metrics/test_coverage.py::test_intervals_of_slices_are_as_wide_as_their_number_asks_for",)),
     # compress
     Mutant("compress", "the margin has the wrong sign", "cvnb/metrics/paired.py",
-           "found.low > -margin, level)", "found.low > margin, level)", MARGIN),
+           "only_new, n, low > -margin, level,", "only_new, n, low > margin, level,", MARGIN),
     Mutant("compress", "the point value accepts a model", "cvnb/metrics/paired.py",
-           "found.low > -margin, level)", "found.value > -margin, level)", MARGIN),
+           "only_new, n, low > -margin, level,", "only_new, n, found.value > -margin, level,", MARGIN),
     Mutant("compress", "a test is not written into the ledger", "cvnb/compress/acceptance.py",
            "record_test(stage.run, question, model, result.level, result.accepted, margin, result.n)", "pass",
            ("nbs/compress/05_acceptance.ipynb",)),
@@ -187,7 +187,7 @@ MUTANTS: tuple[Mutant, ...] = (
            "        if not whole: raise", "        if not file.is_file(): raise", BUNDLE),
     # benchmark
     Mutant("benchmark", "the ratio of speeds is inverted", "cvnb/benchmark/table.py",
-           "speed_ratio(baseline, timings.seconds)", "speed_ratio(timings.seconds, baseline)",
+           "speed_ratio(baseline.seconds, timings.seconds)", "speed_ratio(timings.seconds, baseline.seconds)",
            ("nbs/benchmark/03_table.ipynb",)),
     # runs
     Mutant("runs", "the key of a stage leaves out its inputs", "cvnb/core/stage.py",

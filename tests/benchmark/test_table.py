@@ -78,9 +78,10 @@ def measured_rows(run: Path, monkeypatch: pytest.MonkeyPatch, peer_classes: list
     candidates = [*table.list_candidates(run, exclude=["openvino"]), *peers]
 
     def measure(*args) -> Measurements:
-        timings = {c: Timings(rng.lognormal(-6, 0.1, (5, 4)), np.full((3, 1), 0.1), 100.0) for c in candidates}
-        return Measurements(timings, dict(valid=True, verdict="", ratio=1, low=1, high=1, n=1),
-                            {c: peer_classes for c in peers}, (0.0, 0.0))
+        draws = {c: rng.lognormal(-6, 0.1, (5, 4)) for c in candidates}
+        timings = {c: Timings(calls, calls, np.full((3, 1), 0.1), 100.0) for c, calls in draws.items()}
+        control = dict(clock="wall", verdict="", wall=dict(valid=True), cpu=dict(valid=True))
+        return Measurements(timings, control, {c: peer_classes for c in peers}, (0.0, 0.0))
 
     monkeypatch.setattr(table, "measure_candidates", measure)
     same = vars(accuracy(np.ones(4, bool)))
