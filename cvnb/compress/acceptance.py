@@ -15,7 +15,9 @@ import pandas as pd
 from .error_budget import level_for, record_test
 from ..core.errors import CvnbError
 from ..core.files import digest
-from ..metrics.estimates import Estimate, estimate_proportion
+from ..data.splits import image_groups
+from ..metrics.classification import accuracy
+from ..metrics.estimates import MIN_GROUPS, Estimate
 from ..metrics.paired import DEFAULT_LEVEL, NonInferiority, accuracy_given_acceptance, images_needed
 from ..metrics.paired import noninferiority, smallest_margin
 
@@ -32,7 +34,9 @@ def describe_power(
     "Say what the number of images can prove."
     needed = f"A margin of {test.margin:g} needs at least {images_needed(test.margin, test.level)} images; " \
         if 0 < test.margin < 1 else ""
-    sentence = f"{needed}the smallest margin that {test.n} images can prove is {smallest_margin(test.n, test.level):g}."
+    least = smallest_margin(test.n / test.effect, test.level)
+    grouped = f" in {test.n_groups} groups" * (test.n_groups > 0)
+    sentence = f"{needed}the smallest margin that {test.n} images{grouped} can prove is {least:g}."
     return sentence[0].upper() + sentence[1:]
 
 # %% ../../nbs/compress/05_acceptance.ipynb #529e346e
@@ -43,16 +47,13 @@ class Acceptance(NonInferiority):
     reference: str = "trained"    # name of the model that it may replace
     correct: int = 0              # images that the new model predicts correctly
     advice: str = ""              # what can change a rejection: a sentence that fits the figures
+    plain_accuracy: Estimate = Estimate(float("nan"), float("nan"), float("nan"), 0)   # of the new model, on these
+                                  # images as if they had decided nothing
 
     @property
     def accuracy(self) -> Estimate:   # of the new model
         "Estimate the accuracy on the test images, given that the model was accepted on them if it was."
-        return accuracy_given_acceptance(self, self.correct) if self.accepted else self.plain_accuracy
-
-    @property
-    def plain_accuracy(self) -> Estimate:   # of the new model
-        "Estimate the accuracy on the test images as if they had decided nothing."
-        return estimate_proportion(self.correct, self.n)
+        return accuracy_given_acceptance(self, self.plain_accuracy) if self.accepted else self.plain_accuracy
 
     @property
     def needed(self) -> int:   # images
@@ -67,14 +68,17 @@ class Acceptance(NonInferiority):
         verdict = "is worse" if self.high < -self.margin else "is not shown to be good enough"
         interval = f"{points(self.difference)} [{points(self.low)}, {points(self.high)}]"
         few = f"; this limit needs at least {self.needed} images" if self.n < self.needed else ""
+        if 0 < self.n_groups < MIN_GROUPS: few = f"; {self.n_groups} groups of images prove nothing"
         advice = f"; {self.advice}" if self.advice else ""
         return [f"not accepted: the {self.model} model {verdict}, its accuracy differs by {interval} points "
                 f"on {self.n} test images (limit {points(-self.margin)}){few}{advice}"]
 
     def to_json(self) -> dict[str, Any]:   # verdict.json
         "Convert the result to JSON types, with what the number of images can prove."
-        return vars(self) | dict(images_needed=self.needed, smallest_margin=smallest_margin(self.n, self.level),
-                                 accuracy=asdict(self.plain_accuracy), accuracy_given_acceptance=asdict(self.accuracy))
+        plain = {name: value for name, value in vars(self).items() if name != "plain_accuracy"}
+        return plain | dict(images_needed=self.needed,
+                            smallest_margin=smallest_margin(self.n / self.effect, self.level),
+                            accuracy=asdict(self.plain_accuracy), accuracy_given_acceptance=asdict(self.accuracy))
 
     def _repr_markdown_(self) -> str:
         points = lambda x: f"{100 * x:+.2f}"
@@ -111,11 +115,14 @@ def check_acceptance(
     margin: float,             # acceptable loss of accuracy, 0 … 1
     level: float = DEFAULT_LEVEL,   # how often a model that is worse by the margin is accepted, at most
     model: str = "compressed",      # name of the new model in sentences
+    images: pd.DataFrame | None = None,   # manifest rows of the images, whose groups the test is by
 ) -> Acceptance:               # the paired test's result
     "Test whether a model may replace another; raise `CvnbError` if their images differ. Classification only."
     both = _match_predictions(reference, new)
-    test = noninferiority(both.correct_reference, both.correct_new, margin, level)
-    return Acceptance(**vars(test), model=model, correct=int(both.correct_new.sum()))
+    groups = None if images is None else image_groups(images, both.path)
+    test = noninferiority(both.correct_reference, both.correct_new, margin, level, groups=groups)
+    plain = accuracy(both.correct_new, groups)
+    return Acceptance(**vars(test), model=model, correct=int(both.correct_new.sum()), plain_accuracy=plain)
 
 # %% ../../nbs/compress/05_acceptance.ipynb #286c1a4d
 def confirm_acceptance(
@@ -125,11 +132,12 @@ def confirm_acceptance(
     margin: float,             # acceptable loss of accuracy, 0 … 1
     model: str = "compressed", # name of the new model
     advise: Callable[[Acceptance], str] = lambda rejected: "",   # says what can change a rejection
+    images: pd.DataFrame | None = None,   # manifest rows of the test images, whose groups the test is by
 ) -> Acceptance:
     "Test at the level that the run's error budget leaves whether a model may replace another, and record the test."
     both = _match_predictions(reference, new)
     question = digest([model, margin, both.to_dict("list")])
-    result = check_acceptance(reference, new, margin, level_for(stage.run, question), model)
+    result = check_acceptance(reference, new, margin, level_for(stage.run, question), model, images)
     record_test(stage.run, question, model, result.level, result.accepted, margin, result.n)
     return result if result.accepted else replace(result, advice=advise(result))
 

@@ -140,6 +140,8 @@ class VerdictRecord(OutputRecord):
     model: str = Field("compressed", description="what was tested")
     reference: str = Field("trained", description="what it may replace")
     correct: Count | None = Field(None, description="images that the new model predicts correctly")
+    n_groups: Count = Field(0, description="groups of images that the test is by; 0 where images are independent")
+    effect: Annotated[float, Field(ge=1)] = Field(1, description="how many images of a group count as one")
     images_needed: Count | None = Field(None, description="images from which on the margin can be proven at all")
     smallest_margin: Share | None = Field(None, description="smallest margin that the images can prove")
     accuracy: Metric | None = None

@@ -223,6 +223,7 @@ def confirm_quantized(
     model: str,             # the model that ships
     paths: Iterable[str],   # the N test images
     margin: float,          # acceptable loss of accuracy against the trained model, 0 … 1
+    images: pd.DataFrame | None = None,   # their manifest rows, whose groups the test is by
 ) -> Acceptance:
     "Test on the test images whether a model's INT8 file may replace the trained model."
     import pandas as pd
@@ -230,7 +231,7 @@ def confirm_quantized(
     paths = list(paths)
     table = lambda name, runtime: pd.DataFrame(dict(path=paths, correct=parity.correct[name][runtime]))
     reference = table("trained", REFERENCE_RUNTIME)
-    return confirm_acceptance(stage, reference, table(model, QUANTIZED), margin, f"{model} INT8", _int8_advice)
+    return confirm_acceptance(stage, reference, table(model, QUANTIZED), margin, f"{model} INT8", _int8_advice, images)
 
 def _int8_advice(
     rejected: Acceptance,   # of an INT8 file

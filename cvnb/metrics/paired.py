@@ -12,7 +12,7 @@ import numpy as np
 from scipy import stats
 from scipy.optimize import brentq
 
-from .estimates import Estimate, Units, design_effect, estimate_proportion
+from .estimates import Estimate, Units, design_effect
 
 # %% auto #0
 __all__ = ['DEFAULT_LEVEL', 'NonInferiority', 'paired_difference', 'bounded_difference', 'noninferiority', 'images_needed',
@@ -174,7 +174,7 @@ def images_needed(
 
 # %% ../../nbs/metrics/04_paired.ipynb #a676af50
 def smallest_margin(
-    n: int,          # test images
+    n: float,        # test images, or their effective number
     level: float = DEFAULT_LEVEL,   # of the test
 ) -> float:          # 0 … 1, rounded up to four digits
     "Compute the smallest margin that a number of images can prove, by models that never differ."
@@ -185,7 +185,7 @@ def smallest_margin(
 def _truncated_median_unbiased(
     p: float,        # observed proportion
     bound: float,    # only proportions above it are seen, below `p`
-    n: int,          # observations
+    n: float,        # observations, or their effective number
     tail: float,     # 0 … 1
 ) -> float:          # the true proportion for which a value of at least `p` has the probability `tail`
     "Invert the distribution of a proportion that is seen only above a bound (score variance)."
@@ -202,14 +202,13 @@ def _truncated_median_unbiased(
 # %% ../../nbs/metrics/04_paired.ipynb #3fb3964e
 def accuracy_given_acceptance(
     test: NonInferiority,   # an accepted test of accuracy
-    correct: int,           # images that the new model predicts correctly
+    usual: Estimate,        # accuracy of the new model on these images, as if they had decided nothing
 ) -> Estimate:              # accuracy of the new model
     "Estimate the accuracy of an accepted model on the images that accepted it, with a conditional interval."
-    n = test.n
-    usual = estimate_proportion(correct, n)
-    shared = (test.only_new / n - usual.value * test.difference) / n   # covariance of accuracy and difference
+    n = test.n / test.effect
+    shared = (test.only_new / test.n - usual.value * test.difference) / n   # covariance of accuracy and difference
     if shared <= 0: return usual   # a higher accuracy did not make acceptance likelier
-    smoothed = (correct + 2) / (n + 4)
+    smoothed = (usual.value * n + 2) / (n + 4)
     bound = usual.value - (test.low + test.margin) * smoothed * (1 - smoothed) / n / shared
     low, middle, high = (_truncated_median_unbiased(usual.value, bound, n, tail) for tail in (0.025, 0.5, 0.975))
-    return Estimate(middle, min(low, usual.low), max(high, usual.high), n)
+    return Estimate(middle, min(low, usual.low), max(high, usual.high), test.n, test.n_groups)

@@ -30,7 +30,7 @@ def _combine(
     return LogMean(float(weights @ [p.value for p in parts]), distance(below), distance(above), influence @ weights)
 
 # %% ../../nbs/metrics/03_regression.ipynb #cell-34
-_CAUTION = 0.7   # holds for errors whose fourth moment is infinite (Student's t with 3 degrees of freedom)
+_CAUTION = 0.5   # holds for errors whose fourth moment is infinite (Student's t with 3 degrees of freedom)
 
 def r2(
     truth: np.ndarray,       # float (N,) or (N, K)

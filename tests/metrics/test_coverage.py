@@ -32,6 +32,7 @@ def test_intervals_hold_on_the_short_grid(estimate: str) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)   # beside other work
 @pytest.mark.parametrize("estimate", ESTIMATES)
 def test_intervals_hold_on_the_whole_grid(estimate: str) -> None:
     check([measure_coverage(p, 600) for p in POINTS if p.estimate == estimate])

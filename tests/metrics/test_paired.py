@@ -6,6 +6,7 @@ import pytest
 from scipy import stats
 
 from cvnb.compress.error_budget import ERROR_BUDGET, level_for, read_tests, record_test
+from cvnb.metrics.estimates import estimate_proportion
 from cvnb.metrics.paired import (
     accuracy_given_acceptance,
     bounded_difference,
@@ -121,7 +122,8 @@ def test_accuracy_of_accepted_models_is_covered_and_unbiased(n, accuracy, margin
                 reference = (right < both) | (right >= n - only_reference)
                 new = right < both + only_new
                 test = noninferiority(reference, new, margin)
-                seen[key] = accuracy_given_acceptance(test, both + only_new), (both + only_new) / n
+                usual = estimate_proportion(both + only_new, n)
+                seen[key] = accuracy_given_acceptance(test, usual), usual.value
         if seen[key]: found.append(seen[key])
     estimates, plain = zip(*found)
     coverage = np.mean([e.low <= accuracy <= e.high for e in estimates])

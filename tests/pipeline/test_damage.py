@@ -265,6 +265,7 @@ def misshape(run: Run, n: int, seed: int) -> dict[str, int]:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)   # beside other work
 def test_json_of_another_shape_never_ends_in_a_traceback(run):
     counts = misshape(run, 40, seed=0)
     assert all(n >= 40 for n in counts.values())
