@@ -310,7 +310,11 @@ def control_void(files: RunFiles) -> Figure:
     control = files.content("benchmark/benchmark.json")["control"]
     clock = control.get("clock") or "none"   # an earlier version measured no long call
     words = dict(wall="valid", cpu="void in wall time, valid in CPU time", none="void")
-    return Figure(dict(wall=0, cpu=1, none=2)[clock], words[clock], control["verdict"])
+    ratio = lambda r: f"{r['value']:.2f}" + ("" if r["low"] is None else f" [{r['low']:.2f}, {r['high']:.2f}]")
+    wall = control.get("wall")
+    detail = "an earlier version measured no long call"
+    if wall: detail = f"one runtime against itself {ratio(wall['short'])}, with a batch {ratio(wall['long'])}"
+    return Figure(dict(wall=0, cpu=1, none=2)[clock], words[clock], detail)
 
 @figure
 def int8_slower(files: RunFiles) -> Figure:
