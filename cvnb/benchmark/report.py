@@ -18,6 +18,7 @@ from .table import Benchmark, benchmark_table, headline_columns
 from .timing import describe_load
 from ..core.files import atomic_path
 from ..core.output_formats import BenchmarkRecord
+from ..core.stage import format_metric
 from ..core.system import machine_info, timestamp
 from ..export.runtimes import MODELS, RUNTIMES
 
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from cvnb.pipeline.verdict import RunVerdict
 
 # %% auto #0
-__all__ = ['plot_benchmark', 'benchmark_summary', 'benchmark_html', 'write_benchmark_report']
+__all__ = ['BASELINE_NAMES', 'plot_benchmark', 'benchmark_summary', 'describe_baselines', 'benchmark_html',
+           'write_benchmark_report']
 
 # %% ../../nbs/benchmark/04_report.ipynb #2f391c93
 _PALETTE = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860")   # used again after the last
@@ -72,6 +74,7 @@ def benchmark_summary(
     result: Benchmark,          # from `run_benchmark`
     images: list[np.ndarray],   # the images that were timed
     bundle: dict[str, Any],     # bundle.json
+    trained: dict[str, Any] | None = None,   # metrics of the train stage, from which the baselines are taken
 ) -> dict[str, Any]:            # benchmark.json
     "Put the measurements together with the machine, the data and the date."
     sizes = Counter(f"{image.shape[1]}×{image.shape[0]}" for image in images).most_common(3)
@@ -79,7 +82,24 @@ def benchmark_summary(
     digests = {name: record["sha256"] for name, record in bundle["files"].items()}
     return dict(format=BenchmarkRecord.NEWEST, run=run, rows=result.rows, control=result.measured.control,
                 machine=machine_info(), load=list(result.measured.load), date=timestamp(), images=about,
-                shipped=bundle["shipped"]["model"], bundle=digests)
+                shipped=bundle["shipped"]["model"], bundle=digests, baselines=_select_baselines(trained or {}))
+
+BASELINE_NAMES = dict(majority="the most frequent class", probe="a linear probe on the audit's embeddings")
+
+def _select_baselines(
+    trained: dict[str, Any],   # metrics of the train stage
+) -> dict[str, Any]:           # majority, probe -> accuracy on the test images; those that were measured
+    "Take the accuracies of the baselines on the test images."
+    names = {name: f"accuracy_test_{name}" for name in BASELINE_NAMES}
+    return {name: trained[metric] for name, metric in names.items() if metric in trained}
+
+def describe_baselines(
+    summary: dict[str, Any],   # from `benchmark_summary`
+) -> str:                      # a sentence; empty where none was measured
+    "Say how accurate the baselines are on the images of the table."
+    found = summary.get("baselines", {})
+    parts = [f"{BASELINE_NAMES[name]} {format_metric(metric)}" for name, metric in found.items()]
+    return f"Accuracy of baselines on the same images: {', '.join(parts)}." if parts else ""
 
 # %% ../../nbs/benchmark/04_report.ipynb #1d5ebe41
 def _facts(
@@ -105,6 +125,7 @@ def benchmark_html(
     return html_page(f"{summary['run']}: benchmark", f"""{verdict.to_html() if verdict else ""}
 <p class="{kind}">{html.escape(control["verdict"])}</p>
 {html_table(benchmark_table(summary["rows"], control))}
+<p>{html.escape(describe_baselines(summary))}</p>
 {_svg(plot_benchmark(summary["rows"], control))}
 <p>From raw images to probabilities, one thread, one process per row, in alternating rounds. Intervals are 95 %.</p>
 <dl>{"".join(items)}</dl>""")

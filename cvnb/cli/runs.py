@@ -145,6 +145,8 @@ def _print_result(
     print_table("", {"model": "left", "runtime": "left", "accuracy [95 %]": "left", **right}, rows)
     print(f"\n× torch: speed relative to {', '.join(BASELINE)}. × peer: speed relative to {', '.join(PEER)}, "
           "if it was measured.")
+    from cvnb.benchmark.report import describe_baselines
+    if baselines := describe_baselines(_read_benchmark(folder)): print(baselines)
     from cvnb.core.output_formats import VerdictRecord
     print(f"Control: {control['verdict']}")
     verdict = read_record(find_output(folder, "compress", "verdict.json"), VerdictRecord)

@@ -218,6 +218,7 @@ class BenchmarkRecord(OutputRecord):
     images: str = ""
     shipped: str = ""
     bundle: dict[str, str] = {}
+    baselines: dict[str, Metric] = Field({}, description="majority, probe -> accuracy on the test images")
 
 # %% ../../nbs/core/14_output_formats.ipynb #d919c429
 class SharedStage(Record):
