@@ -175,16 +175,39 @@ class BenchmarkRow(Record):
     model: str
     runtime: str
     accuracy: Share
-    accuracy_low: Share
-    accuracy_high: Share
-    p50_ms: Annotated[float, Field(ge=0)]
+    accuracy_low: Share | None = Field(description="null: no interval, as of its other figures")
+    accuracy_high: Share | None
+    n: Count | None = Field(None, description="test images")
+    p50_ms: Annotated[float, Field(ge=0)] = Field(description="wall time of a call")
+    p50_ms_low: Number | None = None
+    p50_ms_high: Number | None = None
+    p99_ms: Number | None = None
+    p99_ms_low: Number | None = None
+    p99_ms_high: Number | None = None
+    n_calls: Count | None = None
+    images_per_s: Number | None = None
+    images_per_s_batch: Number | None = None
+    batch_size: Count | None = None
     size_mb: Annotated[float, Field(ge=0)]
+    peak_memory_mb: Number | None = None
     speedup: Number | None = Field(description="of wall time, against torch eager")
+    speedup_low: Number | None = None
+    speedup_high: Number | None = None
     vs_peer: Number | None = Field(description="of wall time, against the peer")
+    vs_peer_low: Number | None = None
+    vs_peer_high: Number | None = None
     cpu_ms: Number | None = Field(None, description="CPU time of a call; files of earlier versions lack it")
+    cpu_ms_low: Number | None = None
+    cpu_ms_high: Number | None = None
     cpu_speedup: Number | None = None
+    cpu_speedup_low: Number | None = None
+    cpu_speedup_high: Number | None = None
     cpu_vs_peer: Number | None = None
+    cpu_vs_peer_low: Number | None = None
+    cpu_vs_peer_high: Number | None = None
     same_answer: Share | None = Field(None, description="share of the test images with torch's class")
+    same_answer_low: Share | None = None
+    same_answer_high: Share | None = None
     max_difference: Number | None = Field(None, description="of a probability from torch's, at least")
     agrees: bool | None = Field(None, description="whether its answers count as torch's; null: not compared")
 
