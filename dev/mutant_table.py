@@ -69,7 +69,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("splits", "held-out copies count several times", "cvnb/data/splits.py",
            "return rows[rows.index.isin(first)].reset_index(drop=True)", "return rows.reset_index(drop=True)", SPLITS),
     Mutant("splits", "the temperature may be fitted on test images", "cvnb/data/splits.py",
-           "\"temperature\": ImageRole(\"train\", \"val\"", "\"temperature\": ImageRole(\"train\", \"test\"",
+           "\"temperature\": ImageRole(\"errors\", \"val\"", "\"temperature\": ImageRole(\"errors\", \"test\"",
            ("tests/export/test_image_use.py::test_nothing_is_chosen_on_test_images",)),
     Mutant("splits", "images of any split may have any role", "cvnb/data/splits.py",
            "if odd := sorted(set(rows.split) - {allowed.split}):", "if odd := []:",

@@ -190,7 +190,9 @@ def _status_record(
     "Collect the states of a run's stages, its accesses to the test split and its confirmatory tests."
     from cvnb.compress.error_budget import ERROR_BUDGET, next_level
     budget = dict(total=ERROR_BUDGET, next_level=next_level(tests), tests=tests)
-    return dict(run=str(folder), stages=rows, test_accesses=accesses, error_budget=budget)
+    verdict = _judge(folder)
+    return dict(run=str(folder), stages=rows, test_accesses=accesses, error_budget=budget,
+                verdict=verdict and verdict.to_json())
 
 # %% ../../nbs/cli/03_runs.ipynb #c6d2d6f1
 def status_command(
@@ -254,6 +256,7 @@ def _read_paths(
     recursive: bool,   # whether folders are taken
 ) -> Iterator[str]:    # files
     "Yield the paths on standard input as they come."
+    if sys.stdin is None: return   # closed by the caller
     for line in sys.stdin.buffer:
         name = os.fsdecode(line).rstrip("\r\n")
         if name and recursive and os.path.isdir(name): yield from _list_folder(name)

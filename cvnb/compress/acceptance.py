@@ -34,7 +34,7 @@ def describe_power(
     "Say what the number of images can prove."
     needed = f"A margin of {test.margin:g} needs at least {images_needed(test.margin, test.level)} images; " \
         if 0 < test.margin < 1 else ""
-    least = smallest_margin(test.n / test.effect, test.level)
+    least = smallest_margin(test.n, test.level, test.n_groups)
     grouped = f" in {test.n_groups} groups" * (test.n_groups > 0)
     sentence = f"{needed}the smallest margin that {test.n} images{grouped} can prove is {least:g}."
     return sentence[0].upper() + sentence[1:]
@@ -77,7 +77,7 @@ class Acceptance(NonInferiority):
         "Convert the result to JSON types, with what the number of images can prove."
         plain = {name: value for name, value in vars(self).items() if name != "plain_accuracy"}
         return plain | dict(images_needed=self.needed,
-                            smallest_margin=smallest_margin(self.n / self.effect, self.level),
+                            smallest_margin=smallest_margin(self.n, self.level, self.n_groups),
                             accuracy=asdict(self.plain_accuracy), accuracy_given_acceptance=asdict(self.accuracy))
 
     def _repr_markdown_(self) -> str:

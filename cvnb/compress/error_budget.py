@@ -29,18 +29,32 @@ def read_tests(
     "Read a run's confirmatory tests; a damaged line counts as a failed test, and so do verdicts without a ledger."
     path = run/TEST_LEDGER
     failed = lambda claim: dict(question=None, claim=claim, level=None, accepted=False)
-    if not path.exists() or not path.stat().st_size:
-        lost = [run/file for file in ("compress/verdict.json", "export/export.json") if (run/file).exists()]
-        return [failed(f"{file.relative_to(run)} without {TEST_LEDGER}") for file in lost]
     tests = []
-    for line in path.read_bytes().split(b"\n"):
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
         if not line.strip(): continue
         try:
             record = load_json(line, TEST_LEDGER)
             whole = isinstance(record, dict) and record.get("digest") == record_digest(record)
         except CvnbError: whole = False
         tests.append(record if whole else failed(f"a damaged line of {TEST_LEDGER}"))
-    return tests
+    claims = {test["claim"] for test in tests}
+    damaged = sum(test["question"] is None for test in tests)   # each may be one of the tests that verdicts stand for
+    lost = [file for file, claim in _claims_of_verdicts(run).items() if claim not in claims and (claim or not tests)]
+    return tests + [failed(f"{file}, which {TEST_LEDGER} lacks,") for file in lost[damaged:]]
+
+def _claims_of_verdicts(
+    run: Path,         # run directory
+) -> dict[str, str]:   # file -> what was tested, "" where the file cannot be read
+    "List the tests that the verdicts of a run stand for."
+    claims = {}
+    for name, key in {"compress/verdict.json": None, "export/export.json": "int8_test"}.items():
+        if not (run/name).exists(): continue
+        try:
+            record = load_json((run/name).read_bytes(), name)
+            test = record if key is None else record.get(key)
+            claims[name] = str(test["model"]) if isinstance(test, dict) and "model" in test else ""
+        except (CvnbError, AttributeError): claims[name] = ""   # damaged, which the reader of the file says
+    return claims
 
 # %% ../../nbs/compress/04_error_budget.ipynb #70c239a8
 def next_level(
@@ -75,9 +89,9 @@ def record_test(
     known = read_tests(run)
     if any(t["question"] == question for t in known): return
     record = dict(question=question, claim=claim, level=level, accepted=accepted, margin=margin, n=n, when=timestamp())
-    is_lost = not path.exists() or not path.stat().st_size   # a new ledger keeps the tests that verdicts stand for
+    n_lines = sum(bool(line.strip()) for line in path.read_bytes().split(b"\n")) if path.exists() else 0
     with open(path, "a", encoding="utf-8") as f:
-        for r in [*known * is_lost, record]: f.write(json.dumps(r | dict(digest=record_digest(r))) + "\n")
+        for r in [*known[n_lines:], record]: f.write(json.dumps(r | dict(digest=record_digest(r))) + "\n")
         f.flush()
         os.fsync(f.fileno())
 

@@ -57,11 +57,10 @@ def paired_difference(
     only_reference: float,   # images that only the reference predicts correctly
     n: float,                # images
     level: float = DEFAULT_LEVEL,   # probability of each tail, 0 … 0.5
-    df: float = np.inf,      # degrees of freedom of the variance
 ) -> Estimate:               # accuracy(new) - accuracy(reference)
     "Estimate a difference of paired proportions with Tango's score interval (Statistics in Medicine 17, 1998)."
     value = (only_new - only_reference) / n
-    z = float(stats.t.isf(level, df))
+    z = float(stats.norm.isf(level))
     end = lambda sign: brentq(lambda d: _score_statistic(d, only_new, only_reference, n) - sign * z,
                               *((-1, value) if sign > 0 else (value, 1)), xtol=1e-10)
     return Estimate(value, -1.0 if value == -1 else end(1), 1.0 if value == 1 else end(-1), n)
@@ -154,12 +153,12 @@ def noninferiority(
     only_reference = None
     only_new = None
     effect = 1.0
-    if reference.dtype != bool or new.dtype != bool: found = _bounded_by_group(differences, units, level, span)
-    else:
+    if reference.dtype == bool and new.dtype == bool:
         only_reference = int((reference & ~new).sum())
         only_new = int((new & ~reference).sum())
         effect = _paired_effect(differences, units)
-        found = paired_difference(only_new / effect, only_reference / effect, n / effect, level, units.df)
+    if only_new is None or units.grouped: found = _bounded_by_group(differences, units, level, span)
+    else: found = paired_difference(only_new, only_reference, n, level)
     low, high = (-span, span) if units.too_few else (found.low, found.high)
     return NonInferiority(found.value, low, high, margin, only_reference, only_new, n, low > -margin, level,
                           units.n_groups, effect)
@@ -174,10 +173,12 @@ def images_needed(
 
 # %% ../../nbs/metrics/04_paired.ipynb #a676af50
 def smallest_margin(
-    n: float,        # test images, or their effective number
+    n: int,          # test images
     level: float = DEFAULT_LEVEL,   # of the test
+    n_groups: int = 0,   # equal groups that these images come in; 0 where they are independent
 ) -> float:          # 0 … 1, rounded up to four digits
     "Compute the smallest margin that a number of images can prove, by models that never differ."
+    if n_groups: return ceil(-1e4 * bounded_difference(np.zeros(n_groups), level).low) / 1e4
     z2 = stats.norm.isf(level) ** 2
     return ceil(1e4 * z2 / (n + z2) + 1e-9) / 1e4
 

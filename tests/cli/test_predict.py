@@ -124,6 +124,12 @@ def test_folder_is_taken_with_recursive_only(call, photos):
     assert any("notes.txt" in line for line in error)
 
 
+def test_closed_standard_input_is_no_traceback(bundle):
+    command = f"exec {Path(sys.executable).with_name('cvnb')} predict {bundle} - <&-"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("cvnb: there is no image to classify")
+
+
 def test_pipe_is_not_waited_for(call, tmp_path):
     os.mkfifo(tmp_path/"pipe.png")
     code, out, error = call(tmp_path/"pipe.png")

@@ -1,6 +1,8 @@
 """The levels of the tests that accept a model, by simulation."""
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -132,26 +134,51 @@ def test_accuracy_of_accepted_models_is_covered_and_unbiased(n, accuracy, margin
     assert abs(bias) < 0.007 and abs(bias) < max(abs(np.mean(plain) - accuracy), 0.002)
 
 
-def clustered(rng: np.random.Generator, n_groups: int, size: int, margin: float, spread: float) -> np.ndarray:
-    "Differences of right answers in groups whose loss varies; the new model is worse by the margin on average."
-    loss = rng.beta(1, 1 / spread, n_groups) * margin * (1 + 1 / spread)   # mean: the margin
-    lost = rng.random((n_groups, size)) < np.minimum(loss, 1)[:, None]
-    return -lost.astype(float).ravel()
+def clustered(rng: np.random.Generator, n_groups: int, size: int, icc: float, margin: float, gains: float):
+    "Right answers of two models in groups whose loss varies; the new one is worse by the margin, or by a little more."
+    strength, mean = 1 / icc - 1, margin + gains
+    loss = np.repeat(rng.beta(strength * mean, strength * (1 - mean), n_groups), size)
+    lost = rng.random(n_groups * size) < loss
+    gained = ~lost & (rng.random(n_groups * size) < gains)
+    return ~gained, ~lost
 
 
-@pytest.mark.parametrize("n_groups, size, spread", [(20, 20, 0.3), (60, 10, 0.3), (60, 10, 0.05), (200, 5, 0.3)])
-def test_grouped_images_at_the_margin_are_accepted_hardly_more_often_than_the_level(n_groups, size, spread):
-    rng, margin, accepted, plain = np.random.default_rng(5), 0.05, 0, 0
+@pytest.mark.parametrize("n_groups, size, icc, margin, gains", [
+    (12, 20, 0.5, 0.05, 0.02), (15, 20, 0.5, 0.05, 0.01), (30, 10, 0.9, 0.05, 0.02), (60, 10, 0.5, 0.03, 0.02),
+    (100, 5, 0.5, 0.02, 0.01), (300, 5, 0.3, 0.05, 0)])
+def test_grouped_images_at_the_margin_are_accepted_no_more_often_than_the_level(n_groups, size, icc, margin, gains):
+    rng, accepted, repeats = np.random.default_rng(5), 0, 200
     groups = np.repeat(np.arange(n_groups), size)
-    for _ in range(400):
-        d = clustered(rng, n_groups, size, margin, spread)
-        reference, new = np.ones(len(d), bool), d == 0
-        test = noninferiority(reference, new, margin, groups=groups)
+    for _ in range(repeats):
+        test = noninferiority(*clustered(rng, n_groups, size, icc, margin, gains), margin, groups=groups)
         accepted += test.accepted
-        plain += noninferiority(reference, new, margin).accepted
         assert test.n_groups == n_groups and test.effect >= 1
-    assert accepted <= stats.binom.ppf(0.999, 400, 0.035), accepted
-    assert accepted <= plain
+    assert accepted <= stats.binom.ppf(0.999, repeats, 0.025), accepted
+
+
+def test_equal_models_are_accepted_by_group():
+    groups = np.repeat(np.arange(100), 6)
+    right = np.random.default_rng(0).random(600) < 0.9
+    test = noninferiority(right, right, 0.05, groups=groups)
+    assert test.accepted and smallest_margin(600, n_groups=100) <= 0.05 < smallest_margin(600, n_groups=90)
+    assert test.low == pytest.approx(-smallest_margin(600, n_groups=100), abs=1e-3)
+
+
+def test_shortened_ledger_counts_the_tests_that_verdicts_stand_for(tmp_path):
+    for claim, file in ("compressed", "compress/verdict.json"), ("trained INT8", "export/export.json"):
+        record_test(tmp_path, claim, claim, level_for(tmp_path, claim), True, 0.02, 600)
+        test = dict(model=claim)
+        (tmp_path/file).parent.mkdir()
+        (tmp_path/file).write_text(json.dumps(test if claim == "compressed" else dict(int8_test=test)))
+    whole = [t["claim"] for t in read_tests(tmp_path)]
+    assert whole == ["compressed", "trained INT8"]
+    ledger = tmp_path/"acceptance.jsonl"
+    ledger.write_text(ledger.read_text().splitlines()[0] + "\n")
+    lost = read_tests(tmp_path)
+    assert [t["accepted"] for t in lost] == [True, False] and "export/export.json" in lost[1]["claim"]
+    record_test(tmp_path, "again", "again", level_for(tmp_path, "again"), False, 0.02, 600)
+    (tmp_path/"export/export.json").unlink()   # as when the stage runs again
+    assert [t["accepted"] for t in read_tests(tmp_path)] == [True, False, False]
 
 
 def test_groups_of_one_image_change_nothing_and_four_groups_prove_nothing():

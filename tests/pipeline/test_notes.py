@@ -82,6 +82,7 @@ def test_changed_notebook_is_said_and_runs_nothing_again(project):
 def test_json_status_has_test_accesses_and_the_error_budget(project):
     call(project, "run", "--run", "runs/a")
     status = json.loads(call(project, "status", "runs/a", "--json").stdout)
+    assert status["verdict"] is None, "a project without an export stage has none"
     assert status["test_accesses"] == {} and status["error_budget"] == dict(total=0.05, next_level=0.025, tests=[])
     record_test(project/"runs/a", "q", "compressed", 0.025, False, 0.01, 600)
     Stage("only", project/"runs/a").log_access("test", 600)
