@@ -190,8 +190,8 @@ def assign_groups(
     if without: notes.append(f"{without:,} of {len(readable):,} images have no group by {rule}: each stands alone")
     per_class = readable.assign(unit=_units(readable.group)).groupby("label").unit.nunique()
     if single := sorted(per_class.index[per_class == 1].astype(str)):
-        notes.append(f"all images of {', '.join(single[:5])}{' …' * (len(single) > 5)} are of one group, so only one "
-                     "split has them")
+        notes.append(f"all images of {', '.join(single[:5])}{' …' * (len(single) > 5)} are of one group, which "
+                     "splits cannot divide")
     return table, notes
 
 # %% ../../nbs/audit/15_groups.ipynb #check
@@ -417,11 +417,11 @@ def _suggestion_note(
     found: GroupEvidence,        # of test images
     over_all: GroupEvidence,     # of all images
     pairs: list[tuple[str, str]],   # examples
-    data: str,                   # as the user named it
+    data: str,                   # arguments of `cvnb data split`
 ) -> str:                        # one line
     "Say what was found, with the evidence and the remedy."
     alone = f", and {found.alone.value:.2f} of the {found.alone.n:,} without one" if found.alone.n else ""
-    remedy = f"`cvnb data split {quote(data)} --group {quote(candidate.rule)} --out splits.csv` keeps groups together"
+    remedy = f"`cvnb data split {data} --group {quote(candidate.rule)} --out splits.csv` keeps groups together"
     alike = ""
     if not over_all.gain.low > 0:
         alike = (f"; this is no gain, but {over_all.alike.value:.2f} of the siblings are closer than as many other "
@@ -439,6 +439,7 @@ def suggest_groups(
     root: Path | str,      # of the paths
     data: str = "DATA",    # as the user named it
     seed: int = 0,         # of the draws
+    given: bool = False,   # whether the data gives its splits
 ) -> GroupSuggestion:
     "Judge every way to group images, and suggest at most one."
     table = table.reset_index(drop=True)
@@ -461,7 +462,7 @@ def suggest_groups(
             rank = (max(over_all.gain.low, 0) * over_all.n, over_all.alike.low) if over_all else (0.0, 0.0)
             if verdict == "suggested" and rank > best[0]: best = (rank, (candidate, counts, found, over_all))
         rows.append(row | dict(verdict=verdict))
-    return _make_suggestion(table, pd.DataFrame(rows), best[1], data)
+    return _make_suggestion(table, pd.DataFrame(rows), best[1], quote(data) + " --anew" * given)
 
 def _gain(
     found: GroupEvidence,
@@ -473,7 +474,7 @@ def _make_suggestion(
     table: pd.DataFrame,   # path, split
     judged: pd.DataFrame,  # a row per way
     best: tuple | None,    # candidate, counts, evidence in the test and of all images
-    data: str,             # as the user named it
+    data: str,             # arguments of `cvnb data split`
 ) -> GroupSuggestion:
     "Add examples and the note to what is suggested."
     if best is None: return GroupSuggestion(judged, None, [], "")

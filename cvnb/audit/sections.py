@@ -317,7 +317,8 @@ def audit_groups(
         said = f"{table.group[table.ok & (table.group != '')].nunique():,} are given." if known else "Not looked for."
         return GroupResult(data=data, checks=[], figures={"Groups:": said})
     unique = select_unique_images(duplicates.strata)
-    found = suggest_groups(unique, vectors, data.root, data.name, data.seed)
+    given = bool((data.dataset.rows.split != "").any())
+    found = suggest_groups(unique, vectors, data.root, data.name, data.seed, given)
     figures = {}
     if found.best: figures["Siblings: a test image and one in training."] = found.plot(data.root, 8, data.decoding)
     tables = {"What siblings may have in common, with the evidence.": found.table}

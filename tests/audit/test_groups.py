@@ -52,6 +52,7 @@ def test_series_are_suggested_with_a_rule_that_makes_the_same_groups(names, name
     assert same(assign_groups(table, named, "")[0].group, table.true)
     grouped, notes = assign_groups(table, found.best.rule, "")
     assert same(grouped.group, table.true) and not notes
+    assert "cvnb data split 'my data' --anew --group" in suggest_groups(table, x, "", "my data", given=True).note
     assert "cvnb data split 'my data' --group" in found.note and "\n" not in found.note
     assert all(a in set(table.path[table.split == "test"]) and b in set(table.path[table.split == "train"])
                for a, b in found.pairs)
@@ -180,7 +181,7 @@ def test_a_class_of_one_group_is_named():
     table, _ = series()
     table.loc[table.label == "b", "path"] = "b/same_" + table.path.str[-5:]
     notes = assign_groups(table, r"/([a-z]+\d*)_", "")[1]
-    assert notes == ["all images of b are of one group, so only one split has them"]
+    assert notes == ["all images of b are of one group, which splits cannot divide"]
 
 
 def test_the_plot_of_nothing_is_a_sentence():
