@@ -47,7 +47,7 @@ def test_groups_stay_in_one_split_and_splits_that_are_given_stay_unless_made_ane
 @pytest.mark.parametrize(("rule", "message"), [
     ("(zzz)", "none of 120 images a group"), ("(.*)", "a group of its own"), ("(t)[0-9]", "into one group"),
     ("/([ab])/", "one group of each class"), ("(t[0-9]", "no regular expression"), ("t[0-9]", "no column of the data"),
-    ("auto", "is of the audit"), ("(t0|t)", "leaves the split test empty: 2 groups"), ("camera", "none of 120 images")])
+    ("auto", "is of the audit"), ("(t0|t)", "leaves the split val empty: 2 groups"), ("camera", "none of 120 images")])
 def test_a_faulty_rule_writes_nothing(tiles, tmp_path, rule, message):
     with pytest.raises(UsageError, match=".") as e: split(tiles, "--group", rule, "--anew", "--out", tmp_path/"x.csv")
     assert message in str(e.value) and not (tmp_path/"x.csv").exists()
