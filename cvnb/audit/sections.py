@@ -18,7 +18,7 @@ import pandas as pd
 
 from .checks import CHECKS, Check
 from .coverage import check_drift, check_outliers, check_rare_groups, check_shortcuts, count_groups
-from .coverage import make_ood_samples, project_pca, uniqueness_scores
+from .coverage import make_ood_samples, project_pca, uniqueness_scores, validation_differences
 from .duplicates import check_duplicates, find_near_duplicates, make_thumbnails, mark_duplicates, pair_table
 from .duplicates import plant_copies, select_unique_images, validate_exact_duplicates
 from .embeddings import OUT_OF_FOLD_NOTE, add_image_columns, compute_embeddings, expand_to_files
@@ -345,6 +345,7 @@ class CoverageResult(SectionResult):
     "Outliers, rare groups, shortcuts and drift, with the uniqueness of images."
     components: np.ndarray     # principal components of the embeddings of unique images, float32 (N, 64)
     uniqueness: pd.DataFrame   # uniqueness and representativeness of unique images, 0 … 1
+    validation: list[str]      # how the validation split differs from the test; sentences
 
 def audit_coverage(
     duplicates: DuplicateResult,   # from `audit_duplicates`
@@ -361,6 +362,7 @@ def audit_coverage(
     readable = strata[strata.ok]
     shortcut, features = check_shortcuts(unique, data.seed)
     drift, tests = check_drift(unique, vectors, data.seed)
+    validation = validation_differences(unique, vectors, data.seed)
     outlier = check_outliers(unique, vectors, planted)
     checks = [outlier, check_rare_groups(readable, data.seed), shortcut, drift]
     components, = project_pca(vectors)
@@ -373,7 +375,8 @@ def audit_coverage(
               "Tests of validation and test against training.": tests,
               "Classes, and their combinations with metadata.": count_groups(readable)}
     return CoverageResult(data=data, checks=checks, tables=tables, figures=figures, components=components,
-                          uniqueness=scores)
+                          uniqueness=scores, validation=validation,
+                          notes=[f"validation differs from the test: {text}" for text in validation])
 
 # %% ../../nbs/audit/13_sections.ipynb #eb5a60e4
 @dataclass(frozen=True, repr=False, eq=False, kw_only=True)
@@ -398,6 +401,7 @@ class AuditResult:
     vectors: np.ndarray          # embeddings of the unique images, float32 (N, 1280)
     components: np.ndarray       # their principal components, float32 (N, 64)
     groups: GroupResult | None = None   # None where it was not looked for groups
+    validation: list[str] = field(default_factory=list)   # how the validation split differs from the test
 
     def plot_map(self) -> Figure:   # a point per image
         "Plot the embeddings; images with a finding have a ring."
@@ -439,7 +443,7 @@ def combine_sections(
     metrics |= dict(n_images=int(manifest.ok.sum()), n_unreadable=int((table.kind != "").sum()))
     metrics |= {f"n_{c.name}": len(c.paths) for c in checks}
     return AuditResult(report, manifest, metrics, duplicates, files.applied, labels.vectors, coverage.components,
-                       groups)
+                       groups, coverage.validation)
 
 # %% ../../nbs/audit/13_sections.ipynb #7550ad47
 def write_audit(
@@ -461,6 +465,7 @@ def write_audit(
     dataset = write_dataset(stage.run, data.root, rows, expand_to_files(table, audit.components), findings, progress)
     about = dict(data=data.name, root=data.root, layout=data.dataset.layout, columns=data.dataset.columns,
                  decoding=data.decoding.to_json(), fiftyone_dataset=dataset, groups=data.groups,
+                 validation=audit.validation,
                  corrections=audit.applied.to_dict("records"),
                  n_answered=int(unique.pixel_sha256.isin(list(data.out_of_fold)).sum()))
     write_json(stage.path("audit.json"), about | audit_summary(audit.report, audit.manifest, data.task.name))
