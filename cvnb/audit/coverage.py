@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from .checks import Check, CheckValidation, make_check, make_findings
+from ..data.splits import image_groups
 from ..metrics.estimates import Estimate
 
 # %% auto #0
@@ -464,6 +465,16 @@ def _holm(
     corrected[order] = np.minimum(np.maximum.accumulate(steps), 1)
     return corrected
 
+def _one_per_group(
+    table: pd.DataFrame,         # images, each once: split, perhaps group
+    rng: np.random.Generator,    # of the choice
+) -> np.ndarray:                 # bool (N,)
+    "Choose one image of each group in each split, because a classifier that knows some of a group knows the others."
+    groups = image_groups(table)
+    if groups is None: return np.ones(len(table), bool)
+    keys = pd.DataFrame(dict(group=groups, split=table.split.to_numpy())).sample(frac=1, random_state=rng)
+    return ~keys.duplicated().sort_index().to_numpy()
+
 def drift_tests(
     table: pd.DataFrame,     # readable images, each once: label, split, the columns of `inspect_images`
     x: np.ndarray,           # their embeddings, from `project_pca` (N, D)
@@ -472,7 +483,8 @@ def drift_tests(
     "Compare validation and test with training, by 10,000 images per split at most."
     from scipy.stats import norm
     rng = np.random.default_rng(seed)
-    sample = lambda split: np.sort(rng.permutation(np.flatnonzero(table.split == split))[:10_000])
+    one = _one_per_group(table, rng)
+    sample = lambda split: np.sort(rng.permutation(np.flatnonzero((table.split == split) & one))[:10_000])
     train = sample("train")
     rows = []
     for split in ("val", "test"):
