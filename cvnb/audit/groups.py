@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -16,6 +17,7 @@ import pandas as pd
 
 from .coverage import project_pca
 from ..core.errors import UsageError, did_you_mean
+from ..core.system import n_cores
 from ..data.image_grid import plot_image_grid, truncate
 from ..data.images import DEFAULT_DECODING, Decoding, open_header
 from ..metrics.classification import accuracy
@@ -100,7 +102,9 @@ def _day_groups(
     table: pd.DataFrame,   # path, from `read_metadata` private and camera
 ) -> pd.Series:            # camera and day; '' for an image without a day (N,)
     "Group images by camera and day."
-    days = [_day(root/path) if "date" in kinds else "" for path, kinds in zip(table.path, table.private)]
+    dated = table.path[table.private.str.contains("date")]
+    with ThreadPoolExecutor(n_cores()) as pool: found = dict(zip(dated, pool.map(lambda path: _day(root/path), dated)))
+    days = [found.get(path, "") for path in table.path]
     return pd.Series([f"{camera} {day}".strip() if day else "" for camera, day in zip(table.camera, days)],
                      table.index, dtype=object)
 
@@ -110,6 +114,13 @@ def _as_groups(
 ) -> pd.Series:          # text; '' for missing ones
     "Read the values of a column as names of groups."
     return values.astype(object).where(values.notna(), "").map(lambda v: str(v).strip()).astype(object)
+
+def _is_pattern(
+    table: pd.DataFrame,   # perhaps with meta_…
+    rule: str,             # a name, or a regular expression
+) -> bool:
+    "Tell a regular expression from the name of a column, which may have brackets too."
+    return "(" in rule and f"meta_{rule}" not in table
 
 def _named_groups(
     table: pd.DataFrame,   # path, label, private, camera, perhaps meta_… and group
@@ -178,9 +189,9 @@ def assign_groups(
     root: Path | str,      # of the paths
 ) -> tuple[pd.DataFrame, list[str]]:   # with group, unless auto or none is given; sentences
     "Fill the column `group` by a rule; raise `UsageError` for groups that cannot make splits."
-    _check_syntax(rule)
     if rule in ("auto", "none"): return table, []
-    groups = _search(table.path, rule) if "(" in rule else _named_groups(table, rule, Path(root))
+    if f"meta_{rule}" not in table: _check_syntax(rule)
+    groups = _search(table.path, rule) if _is_pattern(table, rule) else _named_groups(table, rule, Path(root))
     notes = ["groups replace the column group of the table"] if "group" in table and rule != "group" else []
     table = table.assign(group=groups)
     readable = table[table.ok]
@@ -200,7 +211,6 @@ def check_group_rule(
     rule: str,            # auto, none, a name, or a regular expression with one ( )
 ) -> None:
     "Raise `UsageError` for a rule that is faulty whatever the images' metadata."
-    _check_syntax(rule)
     needs_metadata = rule in ("camera", "date") and f"meta_{rule}" not in rows
     if not needs_metadata: assign_groups(rows.assign(ok=True), rule, "")
 
@@ -325,7 +335,7 @@ class GroupCandidate:
     ) -> dict[str, Any]:     # groups, siblings, largest, few: counts of groups and images, and a share of images
         "Count groups, images with siblings, and images of classes with fewer than three groups."
         sizes = self.groups[self.groups != ""].value_counts()
-        per_class = labels.groupby(labels).size() * 0 + _units(self.groups).groupby(labels).nunique()
+        per_class = _units(self.groups).groupby(labels).nunique()
         return dict(groups=int((sizes > 1).sum()), siblings=int(sizes[sizes > 1].sum()),
                     largest=int(sizes.max()) if len(sizes) else 0, few=float((labels.map(per_class) < 3).mean()))
 
@@ -337,7 +347,7 @@ def group_candidates(
 ) -> list[GroupCandidate]: # those that differ
     "List the ways in which images may belong together."
     found = [GroupCandidate(f"{c.removeprefix('meta_')} in the table", c.removeprefix("meta_"), _as_groups(table[c]))
-             for c in table if c.startswith("meta_")]
+             for c in table if c.startswith("meta_") and not pd.api.types.is_float_dtype(table[c])]
     found += [GroupCandidate(name, rule, _search(table.path, rule)) for name, rule in NAME_GROUPS.items()]
     about = dict(folder="folder", date="camera and day", rounds="numbers that run through the classes",
                  runs="consecutive numbers")
@@ -356,7 +366,6 @@ _MIN_LEAKING = 0.05   # share of the test images
 _MIN_ALIKE = 0.55
 
 def _refusal(
-    candidate: GroupCandidate,
     counts: dict[str, Any],   # of its groups
     n: int,                   # images
 ) -> str:                     # '' for groups that may be siblings
@@ -452,7 +461,7 @@ def suggest_groups(
         counts = candidate.structure(table.label)
         row = dict(siblings_by=candidate.name, groups=counts["groups"], images=counts["siblings"],
                    largest=counts["largest"])
-        verdict = _refusal(candidate, counts, len(table))
+        verdict = _refusal(counts, len(table))
         if not verdict:
             over_all = sibling_evidence(x, table.label, candidate.groups, everything, everything, seed)
             found = sibling_evidence(x, table.label, candidate.groups, test, train, seed)

@@ -188,3 +188,16 @@ def test_the_plot_of_nothing_is_a_sentence():
     table, x = series()
     found = suggest_groups(table, x, "")
     assert replace(found, best=None).plot("") == "None is shown."
+
+
+def test_a_column_with_brackets_in_its_name_is_no_regular_expression():
+    table, _ = series()
+    named = table.assign(**{"meta_patient (id)": table.true})
+    assert same(assign_groups(named, "patient (id)", "")[0].group, table.true)
+
+
+def test_a_measured_number_is_no_group():
+    table, x = series("{label}/{i:05d}.png")
+    table = table.sample(frac=1, random_state=1).drop(columns="true").assign(meta_age=np.repeat(np.arange(60.0), 4))
+    assert suggest_groups(table, np.random.default_rng(0).normal(size=x.shape).astype(np.float32), "").best is None
+    assert "age in the table" not in set(suggest_groups(table, x, "").table.siblings_by)
