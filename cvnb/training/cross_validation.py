@@ -91,7 +91,7 @@ def _values(
 ) -> pd.Series:           # text; '' for a missing one
     "Read the column that folds go by; raise `UsageError` for an unknown one."
     columns = {c.removeprefix("meta_"): c for c in rows if c.startswith("meta_")}
-    columns |= {c: c for c in ("group", "suggested_group", "camera", "label") if c in rows}
+    columns |= {c: c for c in ("group", "suggested_group", "camera") if c in rows}
     if by not in columns:
         raise UsageError(f"folds_by={by} is no column of the data",
                          f"{did_you_mean(by, list(columns))} Columns: {', '.join(columns)}.")
