@@ -97,9 +97,9 @@ def accuracy_without_siblings(
     units = np.where(groups == "", [f"alone {i}" for i in range(len(groups))], groups)
     right = correct.to_numpy(bool)
     with_sibling, without = (accuracy(right[rows], units[rows]) for rows in (known, ~known))
+    interval = "no interval" if np.isnan(without.low) else f"{without.low:.4f}, {without.high:.4f}"
     return without, [f"accuracy on the {without.n:,} test images without a sibling in training ({kind}): "
-                     f"{without.value:.4f} [{without.low:.4f}, {without.high:.4f}]; on the {with_sibling.n:,} with "
-                     f"one: {with_sibling.value:.4f}"]
+                     f"{without.value:.4f} [{interval}]; on the {with_sibling.n:,} with one: {with_sibling.value:.4f}"]
 
 # %% ../../nbs/training/10_predict.ipynb #4605d993
 def predict_splits(

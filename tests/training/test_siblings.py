@@ -41,3 +41,9 @@ def test_a_test_of_siblings_alone_is_said():
     found, notes = accuracy_without_siblings(rows(["a"]), rows(["a", "a"]), pd.Series([True, True]))
     assert found is None and notes == ["all 2 test images have a sibling in training (groups), so no accuracy is about "
                                        "images without one"]
+
+
+def test_few_groups_have_no_interval():
+    test = rows(["a", "b", "b", "c", "c"])
+    found, notes = accuracy_without_siblings(rows(["a"]), test, pd.Series([True] * 5))
+    assert found.n == 4 and np.isnan(found.low) and ": 1.0000 [no interval]; on the 1 with one" in notes[0]
