@@ -9,13 +9,14 @@ import numpy as np
 import pandas as pd
 
 from .checks import Check, CheckValidation, make_check, make_findings
+from ..data.splits import image_groups
 from ..metrics.estimates import Estimate
 
 # %% auto #0
 __all__ = ['CONTENT_FEATURES', 'SHORTCUT_AUC_LIMITS', 'project_pca', 'neighbour_distances', 'make_ood_samples', 'class_distance',
            'check_outliers', 'group_columns', 'count_groups', 'check_rare_groups', 'auc_interval', 'simple_features',
            'feature_lift', 'check_shortcuts', 'domain_classifier_scores', 'drift_tests', 'check_drift',
-           'uniqueness_scores']
+           'validation_differences', 'uniqueness_scores']
 
 # %% ../../nbs/audit/06_coverage.ipynb #cell-7
 def project_pca(
@@ -464,6 +465,16 @@ def _holm(
     corrected[order] = np.minimum(np.maximum.accumulate(steps), 1)
     return corrected
 
+def _one_per_group(
+    table: pd.DataFrame,         # images, each once: split, perhaps group
+    rng: np.random.Generator,    # of the choice
+) -> np.ndarray:                 # bool (N,)
+    "Choose one image of each group in each split, because a classifier that knows some of a group knows the others."
+    groups = image_groups(table)
+    if groups is None: return np.ones(len(table), bool)
+    keys = pd.DataFrame(dict(group=groups, split=table.split.to_numpy())).sample(frac=1, random_state=rng)
+    return ~keys.duplicated().sort_index().to_numpy()
+
 def drift_tests(
     table: pd.DataFrame,     # readable images, each once: label, split, the columns of `inspect_images`
     x: np.ndarray,           # their embeddings, from `project_pca` (N, D)
@@ -472,7 +483,8 @@ def drift_tests(
     "Compare validation and test with training, by 10,000 images per split at most."
     from scipy.stats import norm
     rng = np.random.default_rng(seed)
-    sample = lambda split: np.sort(rng.permutation(np.flatnonzero(table.split == split))[:10_000])
+    one = _one_per_group(table, rng)
+    sample = lambda split: np.sort(rng.permutation(np.flatnonzero((table.split == split) & one))[:10_000])
     train = sample("train")
     rows = []
     for split in ("val", "test"):
@@ -596,6 +608,42 @@ def _validate_drift(
             hits.setdefault(kind, []).append(bool(tests.alarm[tests.split == "test"].any()))
     note = f"Planted in 5 random splits of {len(table)} images. Without drift, {false} of them gave an alarm."
     return CheckValidation.from_hits(hits, note)
+
+# %% ../../nbs/audit/06_coverage.ipynb #val-unseen
+def _unseen_values(
+    table: pd.DataFrame,   # images, each once: split, perhaps camera, group and meta_…
+) -> list[str]:            # sentences
+    "Find columns of which the test has more values that training lacks than validation has."
+    from scipy.stats import fisher_exact
+    columns = group_columns(table)
+    if "group" in table: columns["group"] = _as_text(table.group)
+    found = []
+    for name, values in columns.items():
+        new = (values != "") & ~values.isin(set(values[table.split == "train"]))
+        counts = [(int(new[rows].sum()), int(rows.sum())) for rows in (table.split == "test", table.split == "val")]
+        (k, n), (k_val, n_val) = counts
+        if not n or not n_val or k / n - k_val / n_val < 0.05: continue
+        if fisher_exact([[k, n - k], [k_val, n_val - k_val]]).pvalue * len(columns) >= 0.05: continue
+        first = values[new & (table.split == "test")].value_counts().index[0]
+        found.append(f"{k:,} of {n:,} test images have a {name.removeprefix('meta_')} that training lacks, such as "
+                     f"{first}, and {k_val:,} of {n_val:,} validation images")
+    return found
+
+def validation_differences(
+    table: pd.DataFrame,     # readable images, each once: label, split, the columns of `inspect_images`
+    vectors: np.ndarray,     # their embeddings, float32 (N, D)
+    seed: int = 0,           # of the domain classifier
+) -> list[str]:              # sentences; empty where validation can stand for the test
+    "Say how validation differs from the test."
+    table = table.reset_index(drop=True)
+    chosen = table.split.isin(["val", "test"]).to_numpy()
+    if not chosen.any(): return []
+    part = table[chosen].assign(split=np.where(table.split[chosen] == "val", "train", "test")).reset_index(drop=True)
+    x, = project_pca(vectors)
+    tests = drift_tests(part, x[chosen], seed)
+    sizes = [f"{row.feature.removeprefix('meta_')} (" + "AUC " * (row.feature == "embedding") + f"{row.size:.2f})"
+             for row in tests[tests.alarm].itertuples()]
+    return [f"drift in {', '.join(sizes)}"] * bool(sizes) + _unseen_values(table)
 
 # %% ../../nbs/audit/06_coverage.ipynb #cell-47
 def uniqueness_scores(

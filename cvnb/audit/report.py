@@ -266,10 +266,11 @@ def write_audit_page(
     report: AuditReport,   # of the audit
     root: Path | str,      # the data folder
     decoding: Decoding = DEFAULT_DECODING,   # of the data set
+    more: str = "",        # HTML behind the checks
 ) -> Path:                 # `path`
     "Write the report as a page that needs no other file."
     body = report._repr_html_()
     body += "<p class=note>Shares, recall and precision have 95 % intervals and counts.</p>"
-    body += "".join(_check_html(c, Path(root), decoding) for c in report.checks if c.paths)
+    body += "".join(_check_html(c, Path(root), decoding) for c in report.checks if c.paths) + more
     with atomic_path(path) as temp: temp.write_text(html_page(f"Audit of {report.data}", body), encoding="utf-8")
     return Path(path)

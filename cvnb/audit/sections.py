@@ -18,12 +18,14 @@ import pandas as pd
 
 from .checks import CHECKS, Check
 from .coverage import check_drift, check_outliers, check_rare_groups, check_shortcuts, count_groups
-from .coverage import make_ood_samples, project_pca, uniqueness_scores
+from .coverage import make_ood_samples, project_pca, uniqueness_scores, validation_differences
 from .duplicates import check_duplicates, find_near_duplicates, make_thumbnails, mark_duplicates, pair_table
 from .duplicates import plant_copies, select_unique_images, validate_exact_duplicates
 from .embeddings import OUT_OF_FOLD_NOTE, add_image_columns, compute_embeddings, expand_to_files
 from .embeddings import feature_views, out_of_fold_view, read_out_of_fold, write_array
 from .fiftyone_dataset import write_dataset
+from .groups import GroupSuggestion, assign_groups, check_group_rule, check_group_splits
+from .groups import suggest_groups
 from .label_errors import check_labels, pca_features
 from .manifest import audit_summary, make_manifest
 from .pictures import plot_embedding_map, plot_findings, plot_images
@@ -54,8 +56,9 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['AuditData', 'open_audit', 'SectionResult', 'FileResult', 'audit_files', 'DuplicateResult', 'audit_duplicates',
-           'LabelErrorResult', 'audit_labels', 'QualityResult', 'audit_quality', 'CoverageResult', 'audit_coverage',
-           'PrivacyResult', 'audit_privacy', 'AuditResult', 'combine_sections', 'write_audit']
+           'LabelErrorResult', 'audit_labels', 'GroupResult', 'audit_groups', 'QualityResult', 'audit_quality',
+           'CoverageResult', 'audit_coverage', 'PrivacyResult', 'audit_privacy', 'AuditResult', 'combine_sections',
+           'write_audit']
 
 # %% ../../nbs/audit/13_sections.ipynb #820485f4
 @dataclass(frozen=True, eq=False)
@@ -74,6 +77,7 @@ class AuditData:
     depth: str = "auto"        # auto, bits, or a range, as for `parse_depth`
     min_recall: float = MIN_RECALL   # least share of planted faults that a check with a limit finds, 0 … 1
     decoding: Decoding = DEFAULT_DECODING   # the limit on the images' size; with their scale in `FileResult.data`
+    groups: str = "auto"     # auto, none, a name or a regular expression, as for `assign_groups`
 
     @property
     def root(self) -> Path:
@@ -101,6 +105,7 @@ def open_audit(
     depth: str = "auto",    # of images with more than 8 bits: auto, bits, or a range, as for `parse_depth`
     max_megapixels: float = MAX_MEGAPIXELS,   # largest image that is decoded, in millions of pixels
     min_recall: float = MIN_RECALL,   # least share of planted faults that a check with a limit finds, 0 … 1
+    groups: str = "auto",   # auto, none, a name or a regular expression, as for `assign_groups`
 ) -> AuditData:             # opened
     "Check the parameters of an audit and open its data; raise `UsageError` for faulty ones."
     from cvnb.tasks.labels import get_task
@@ -110,10 +115,11 @@ def open_audit(
     out_of_fold = read_out_of_fold(predictions)
     dataset = open_dataset(data, reading, progress)
     check_trainable(dataset, task)
+    check_group_rule(dataset.rows, groups)
     start_database()   # in the background, while images are decoded
     version = dict(digest=dataset_digest(dataset), revision=data_revision(dataset.source))
     return AuditData(data, dataset, version, get_task(task), parsed, out_of_fold, val_share, test_share, seed,
-                     max_images, depth, min_recall, Decoding(max_megapixels=max_megapixels))
+                     max_images, depth, min_recall, Decoding(max_megapixels=max_megapixels), groups)
 
 # %% ../../nbs/audit/13_sections.ipynb #e139f609
 _MAX_ROWS = 60   # of a table that is shown
@@ -164,7 +170,7 @@ class SectionResult:
 
     def _repr_html_(self) -> str:
         parts = [f"<p>{html.escape(note)}</p>" for note in self.notes]
-        parts.append(html_table(pd.DataFrame([c.row for c in self.checks])))
+        if self.checks: parts.append(html_table(pd.DataFrame([c.row for c in self.checks])))
         parts += [_figure_html(caption, figure) for caption, figure in self.figures.items()]
         return "\n".join(parts + [_table_html(caption, table) for caption, table in self.tables.items()])
 
@@ -197,7 +203,7 @@ def audit_files(
     given = read_corrections(corrections)
     for name in "was", "label": given[name] = data.task.normalize_labels(given[name])
     corrected, applied = apply_corrections(files, given)
-    table = mark_duplicates(corrected)
+    table, group_notes = assign_groups(mark_duplicates(corrected), data.groups, data.root)
     checks = check_integrity(data.root, table[~table.excluded], data.seed, data.decoding)
     sizes = table[table.ok][["width", "height", "brightness", "contrast"]].describe().loc[["min", "50%", "max"]]
     sizes = sizes.rename(dict(zip(sizes.index, ("smallest", "median", "largest")))).rename_axis("").reset_index()
@@ -205,7 +211,7 @@ def audit_files(
               "Corrections, each with its state.": applied}
     unreadable = [c for c in checks if c.name == "unreadable"]
     return FileResult(data=data, checks=checks, tables=tables, figures=_example_figures(data, unreadable, table),
-                      table=table, applied=applied, notes=inspected.notes + whole_set_notes(table))
+                      table=table, applied=applied, notes=inspected.notes + whole_set_notes(table) + group_notes)
 
 # %% ../../nbs/audit/13_sections.ipynb #b1708196
 @dataclass(frozen=True, repr=False, eq=False, kw_only=True)
@@ -236,6 +242,7 @@ def audit_duplicates(
     pairs = pair_table(near.pairs, unique)
     split = assign_splits(strata, data.val_share, data.test_share, data.seed, pairs).split
     table = files.table.assign(split=split)
+    check_group_splits(table, data.groups, val=data.val_share, test=data.test_share)
     strata = strata.assign(split=split)
     unique = select_unique_images(table)
     exact = validate_exact_duplicates(data.root, table, data.seed, data.decoding)
@@ -278,6 +285,46 @@ def audit_labels(
     return LabelErrorResult(data=data, checks=[found.check], tables=tables, metrics=metrics, vectors=vectors,
                             figures=_example_figures(data, [found.check], table), scores=found.table)
 
+# %% ../../nbs/audit/13_sections.ipynb #series
+@dataclass(frozen=True, repr=False, eq=False, kw_only=True)
+class GroupResult(SectionResult):
+    "Ways to group images, judged."
+    suggestion: GroupSuggestion | None = None   # None where it was not looked for groups
+
+    def add_suggestion(self,
+        table: pd.DataFrame,   # from `mark_duplicates`
+    ) -> pd.DataFrame:         # the table, with suggested_group where groups are suggested
+        "Add the suggested group of every file; exact copies are of the same group."
+        if not self.suggestion or not self.suggestion.best: return table
+        unique = select_unique_images(table)
+        group = dict(zip(unique.path, self.suggestion.best.groups))
+        original = table.duplicate_of.where(table.duplicate_of != "", table.path)
+        return table.assign(suggested_group=original.map(group).fillna(""))
+
+    def page(self) -> str:   # HTML; empty where nothing is suggested
+        "Show the evidence of suggested groups in the report."
+        return f"<h2>series and groups</h2>{self._repr_html_()}" if self.suggestion and self.suggestion.best else ""
+
+def audit_groups(
+    duplicates: DuplicateResult,   # from `audit_duplicates`
+    vectors: np.ndarray,           # embeddings of the unique images, float32 (N, 1280)
+) -> GroupResult:                  # no checks; a note where groups are suggested
+    "Look for images of one object, scene, patient or burst, unless groups are known or `none` is given."
+    data = duplicates.data
+    table = duplicates.table
+    known = "group" in table and (table.group.fillna("").astype(str) != "").any()
+    if data.groups != "auto" or known:
+        said = f"{table.group[table.ok & (table.group != '')].nunique():,} are given." if known else "Not looked for."
+        return GroupResult(data=data, checks=[], figures={"Groups:": said})
+    unique = select_unique_images(duplicates.strata)
+    given = bool((data.dataset.rows.split != "").any())
+    found = suggest_groups(unique, vectors, data.root, data.name, data.seed, given)
+    figures = {}
+    if found.best: figures["Siblings: a test image and one in training."] = found.plot(data.root, 8, data.decoding)
+    tables = {"What siblings may have in common, with the evidence.": found.table}
+    return GroupResult(data=data, checks=[], tables=tables, figures=figures, suggestion=found,
+                       notes=[found.note] if found.note else [])
+
 # %% ../../nbs/audit/13_sections.ipynb #3f5e3069
 @dataclass(frozen=True, repr=False, eq=False, kw_only=True)
 class QualityResult(SectionResult): "Images on which little can be seen."
@@ -298,6 +345,7 @@ class CoverageResult(SectionResult):
     "Outliers, rare groups, shortcuts and drift, with the uniqueness of images."
     components: np.ndarray     # principal components of the embeddings of unique images, float32 (N, 64)
     uniqueness: pd.DataFrame   # uniqueness and representativeness of unique images, 0 … 1
+    validation: list[str]      # how the validation split differs from the test; sentences
 
 def audit_coverage(
     duplicates: DuplicateResult,   # from `audit_duplicates`
@@ -314,6 +362,7 @@ def audit_coverage(
     readable = strata[strata.ok]
     shortcut, features = check_shortcuts(unique, data.seed)
     drift, tests = check_drift(unique, vectors, data.seed)
+    validation = validation_differences(unique, vectors, data.seed)
     outlier = check_outliers(unique, vectors, planted)
     checks = [outlier, check_rare_groups(readable, data.seed), shortcut, drift]
     components, = project_pca(vectors)
@@ -326,7 +375,8 @@ def audit_coverage(
               "Tests of validation and test against training.": tests,
               "Classes, and their combinations with metadata.": count_groups(readable)}
     return CoverageResult(data=data, checks=checks, tables=tables, figures=figures, components=components,
-                          uniqueness=scores)
+                          uniqueness=scores, validation=validation,
+                          notes=[f"validation differs from the test: {text}" for text in validation])
 
 # %% ../../nbs/audit/13_sections.ipynb #eb5a60e4
 @dataclass(frozen=True, repr=False, eq=False, kw_only=True)
@@ -350,6 +400,8 @@ class AuditResult:
     applied: pd.DataFrame        # corrections
     vectors: np.ndarray          # embeddings of the unique images, float32 (N, 1280)
     components: np.ndarray       # their principal components, float32 (N, 64)
+    groups: GroupResult | None = None   # None where it was not looked for groups
+    validation: list[str] = field(default_factory=list)   # how the validation split differs from the test
 
     def plot_map(self) -> Figure:   # a point per image
         "Plot the embeddings; images with a finding have a ring."
@@ -371,6 +423,7 @@ def combine_sections(
     coverage: CoverageResult,      # from `audit_coverage`
     privacy: PrivacyResult,        # from `audit_privacy`
     policy: Policy,                 # what happens when a limit is exceeded
+    groups: GroupResult | None = None,   # from `audit_groups`
 ) -> AuditResult:                  # not written yet
     "Join the checks of all sections to a report and a manifest."
     data = files.data
@@ -378,17 +431,19 @@ def combine_sections(
     checks = []
     metrics = {}
     notes = [*data.dataset.notes]
-    for section in (files, duplicates, labels, quality, coverage, privacy):
+    for section in (files, duplicates, labels, quality, coverage, privacy, *([groups] if groups else [])):
         checks += [drop_reviewed(c, table) for c in section.checks]
         metrics |= section.metrics
         notes += section.notes
     report = AuditReport(data.name, len(table), int(table.ok.sum()), checks, data.limits, policy, notes,
                          data.min_recall)
     with_scores = add_image_columns(table, coverage.uniqueness)
+    if groups: with_scores = groups.add_suggestion(with_scores)
     manifest = quarantine(report, make_manifest(with_scores, checks, labels.scores))
     metrics |= dict(n_images=int(manifest.ok.sum()), n_unreadable=int((table.kind != "").sum()))
     metrics |= {f"n_{c.name}": len(c.paths) for c in checks}
-    return AuditResult(report, manifest, metrics, duplicates, files.applied, labels.vectors, coverage.components)
+    return AuditResult(report, manifest, metrics, duplicates, files.applied, labels.vectors, coverage.components,
+                       groups, coverage.validation)
 
 # %% ../../nbs/audit/13_sections.ipynb #7550ad47
 def write_audit(
@@ -404,11 +459,13 @@ def write_audit(
     write_table(stage.path("manifest.parquet"), audit.manifest)
     write_table(stage.path("findings.parquet"), findings)
     write_array(stage.path("embeddings.npy"), expand_to_files(table, audit.vectors))
-    write_audit_page(stage.path("report.html"), audit.report, data.root, decoding=data.decoding)
+    write_audit_page(stage.path("report.html"), audit.report, data.root, data.decoding,
+                     audit.groups.page() if audit.groups else "")
     rows = audit.manifest[table.ok].assign(ok=True)   # images in quarantine too
     dataset = write_dataset(stage.run, data.root, rows, expand_to_files(table, audit.components), findings, progress)
     about = dict(data=data.name, root=data.root, layout=data.dataset.layout, columns=data.dataset.columns,
-                 decoding=data.decoding.to_json(), fiftyone_dataset=dataset,
+                 decoding=data.decoding.to_json(), fiftyone_dataset=dataset, groups=data.groups,
+                 validation=audit.validation,
                  corrections=audit.applied.to_dict("records"),
                  n_answered=int(unique.pixel_sha256.isin(list(data.out_of_fold)).sum()))
     write_json(stage.path("audit.json"), about | audit_summary(audit.report, audit.manifest, data.task.name))

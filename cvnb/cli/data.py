@@ -24,7 +24,12 @@ if TYPE_CHECKING:
     from cvnb.data.dataset import Dataset
 
 # %% auto #0
-__all__ = ['data_app', 'data_command', 'data_get_command', 'data_check_command', 'data_split_command', 'data_clean_command']
+__all__ = ['GROUP_HELP', 'data_app', 'data_command', 'data_get_command', 'data_check_command', 'data_split_command',
+           'data_clean_command']
+
+# %% ../../nbs/cli/05_data.ipynb #group-help
+GROUP_HELP = ("What stays in one split: a column of the table, folder, camera, date (camera and day), runs or rounds "
+              "of numbers, or a regular expression whose ( ) is searched in the path. none for nothing.")
 
 # %% ../../nbs/cli/05_data.ipynb #6bc786c6
 data_app = typer.Typer(invoke_without_command=True)
@@ -108,6 +113,8 @@ def data_split_command(
     val: Annotated[float, typer.Option(help="Share of each class for validation.", min=0, max=0.5)] = 0.15,
     test: Annotated[float, typer.Option(help="Share of each class for the test.", min=0, max=0.5)] = 0.15,
     folds: Annotated[int, typer.Option(help="Folds for cross-validation, in a column `fold`; 0 for none.", min=0)] = 0,
+    group: Annotated[str, typer.Option(help=GROUP_HELP)] = "none",
+    anew: Annotated[bool, typer.Option("--anew", help="Make other splits than those that the data gives.")] = False,
     seed: Annotated[int, typer.Option(help="Another seed gives another split.", min=0)] = 0,
     layout: Annotated[str, typer.Option(help=LAYOUT_HELP)] = "auto",
     leave_out: Annotated[Optional[list[str]], typer.Option(help=LEAVE_OUT_HELP)] = None,
@@ -116,38 +123,88 @@ def data_split_command(
         help="classification, multilabel or regression: splits are stratified by class, rare label or range.",
     )] = "classification",
 ) -> None:
-    "Write a table of splits by content: copies stay in one split, and added images move few others."
+    "Write a table of splits by content: copies and groups stay in one split, and added images move few others."
     from cvnb.data.splits import assign_folds, assign_splits, check_shares
     if out.suffix.lower() != ".csv": raise UsageError(f"--out {out} does not end in .csv", "Give a CSV file.")
     if out.exists(): raise UsageError(f"{out} exists already", "Give another file; nothing was written.")
     check_shares(val, test)
-    root, table, strata = _inspect_for_splits(data, task, layout, leave_out, take_in)
+    root, table, strata, notes = _inspect_for_splits(data, task, group, layout, leave_out, take_in)
+    if anew: strata = strata.assign(split="")
     table["split"] = assign_splits(strata, val, test, seed).split
+    if group != "none": notes += _check_groups(table, group, val, test)
     if folds: table["meta_fold"] = assign_folds(strata, folds, seed)
     rows = _write_split_table(root, table, out)
     counts = " · ".join(f"{s} {n:,}" for s, n in rows.split.value_counts().items())
     unreadable = (~table.ok).sum()
     print(f"{out}: {counts}" + (f" · {unreadable} unreadable left out" if unreadable else ""))
+    for note in notes: print(f"! {note}")
 
 # %% ../../nbs/cli/05_data.ipynb #a5ae44c2
 def _inspect_for_splits(
     data: str,   # --data
     name: str,   # of a task
+    group: str,  # --group
     *reading: Any,   # --layout, --leave-out and --take-in
-) -> tuple[Path, pd.DataFrame, pd.DataFrame]:   # root of the paths, the images, the same with the task's strata
-    "Open every image of a data set."
+) -> tuple[Path, pd.DataFrame, pd.DataFrame, list[str]]:   # root, images, the same with the task's strata, sentences
+    "Open every image of a data set, and group them."
     from cvnb.data.deep_images import inspect_depth
     task = None
     if name != "classification":
         from cvnb.tasks.labels import get_task
         task = get_task(name)   # refuses an unknown one before the images are opened
     dataset = _read(data, *reading)
+    notes: list[str] = []
+    if group != "none": _check_rule(dataset.rows, group)
     with ProgressLines(sys.stderr) as lines:
         progress = lambda fraction, text: lines("data", "progress", fraction, text)
         table = inspect_depth(dataset.root, dataset.rows, progress=progress).table
-    if task is None: return dataset.root, table, table
+    if group != "none": table, notes = _group_images(dataset.root, table, group)
+    if task is None: return dataset.root, table, table, notes
     from cvnb.tasks.labels import replace_labels_by_strata
-    return dataset.root, table, replace_labels_by_strata(task, table)
+    return dataset.root, table, replace_labels_by_strata(task, table), notes
+
+# %% ../../nbs/cli/05_data.ipynb #grouping
+def _check_rule(
+    rows: pd.DataFrame,   # path, label, perhaps meta_… and group
+    group: str,           # --group
+) -> None:
+    "Raise `UsageError` for a faulty rule before images are opened."
+    from cvnb.audit.groups import check_group_rule
+    if group == "auto":
+        raise UsageError("--group auto is of the audit, which suggests a rule",
+                         "Run `cvnb run audit`, and give the rule.")
+    check_group_rule(rows, group)
+
+def _group_images(
+    root: Path,            # of the paths
+    table: pd.DataFrame,   # path, label, ok
+    group: str,            # --group
+) -> tuple[pd.DataFrame, list[str]]:   # with group; sentences
+    "Fill the column `group`."
+    from cvnb.audit.groups import assign_groups
+    from cvnb.audit.privacy import read_metadata
+    if group not in ("camera", "date"): return assign_groups(table, group, root)
+    grouped, notes = assign_groups(read_metadata(root, table), group, root)
+    return grouped.drop(columns=["camera", "private"]), notes
+
+def _check_groups(
+    table: pd.DataFrame,   # ok, split, group
+    group: str,            # --group
+    val: float,            # share, 0 … 1
+    test: float,           # share, 0 … 1
+) -> list[str]:            # sentences
+    "Count groups; raise `UsageError` if they leave a split empty."
+    from cvnb.audit.groups import check_group_splits
+    check_group_splits(table, group, val=val, test=test)
+    grouped = table[table.ok & (table.group != "")]
+    n_splits = grouped.groupby("group").split.nunique()
+    apart = n_splits[n_splits > 1]
+    sizes = grouped.group.value_counts()
+    notes = [f"{len(sizes):,} groups of {sizes.min():,} to {sizes.max():,} images"]
+    if len(apart):
+        notes.append(f"{len(apart):,} groups are in several splits, which the data gives (--anew makes other splits), "
+                     f"such as {apart.index[0]}")
+    return notes
 
 # %% ../../nbs/cli/05_data.ipynb #dabf70dc
 def _write_split_table(

@@ -60,6 +60,8 @@ class AuditRecord(OutputRecord):
     decoding: DecodingRecord = DecodingRecord()
     fiftyone_dataset: str | None = None
     corrections: list[dict[str, Any]] = []
+    groups: str = Field("none", description="rule by which images were grouped; auto: groups were looked for")
+    validation: list[str] = Field([], description="how the validation split differs from the test")
     n_files: Count = 0
     n_images: Count = 0
     n_answered: Count = 0

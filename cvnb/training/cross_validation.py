@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..core.errors import UsageError
+from ..core.errors import UsageError, did_you_mean
 from ..core.files import digest, sha256_file
 from ..core.output_formats import FoldRecord
 from ..core.records import read_kept, write_record
@@ -32,7 +32,7 @@ from .options import FitOptions
 from .predict import predict_with_tta
 
 # %% auto #0
-__all__ = ['CrossValidation', 'cross_validate']
+__all__ = ['CrossValidation', 'group_numbers', 'count_folds', 'cross_validate']
 
 # %% ../../nbs/training/14_cross_validation.ipynb #cell-5
 @dataclass(frozen=True)
@@ -82,6 +82,52 @@ def _select_holdout(
     best = (sizes - len(common) / 10).abs().sort_index().idxmin()
     return strata.index.isin(common.index[tenths == best])
 
+# %% ../../nbs/training/14_cross_validation.ipynb #by
+_MAX_FOLDS = 20
+
+def _values(
+    rows: pd.DataFrame,   # manifest rows
+    by: str,              # column, as the user named it
+) -> pd.Series:           # text; '' for a missing one
+    "Read the column that folds go by; raise `UsageError` for an unknown one."
+    columns = {c.removeprefix("meta_"): c for c in rows if c.startswith("meta_")}
+    columns |= {c: c for c in ("group", "suggested_group", "camera") if c in rows}
+    if by not in columns:
+        raise UsageError(f"folds_by={by} is no column of the data",
+                         f"{did_you_mean(by, list(columns))} Columns: {', '.join(columns)}.")
+    values = rows[columns[by]].astype(object)
+    return values.where(values.notna(), "").astype(str)
+
+def group_numbers(
+    rows: pd.DataFrame,   # manifest rows: path, pixel_sha256, and the column
+    by: str,              # column, as the user named it
+) -> np.ndarray:          # int (N,), 0 … groups - 1
+    "Number the groups by a column; raise `UsageError` for images without a value, and for fewer than two groups."
+    values = _values(rows, by)
+    if missing := int((values == "").sum()):
+        raise UsageError(f"{missing:,} of {len(rows):,} training and validation images have no {by}, by which folds go",
+                         "Fill the column, or leave folds_by out.")
+    numbers, names = pd.factorize(group_ids(rows.assign(group=values)), sort=True)
+    if len(names) < 2:
+        raise UsageError(f"training and validation images are of one {by}, so there are no folds by it",
+                         "Leave folds_by out.")
+    return numbers
+
+# %% ../../nbs/training/14_cross_validation.ipynb #count
+def count_folds(
+    rows: dict[str, pd.DataFrame],   # split -> manifest rows, with train and val
+    folds: int,                      # as the user gives it; 0 is off
+    by: str,                         # column whose values stay in one fold; '' for none
+) -> int:                            # folds; 0 for no cross-validation
+    "Count the folds of a cross-validation; raise `UsageError` for too many of leave-one-group-out."
+    if not by: return folds
+    n = int(group_numbers(pd.concat([rows["train"], rows["val"]], ignore_index=True), by).max()) + 1
+    if folds: return folds
+    if n > _MAX_FOLDS:
+        raise UsageError(f"folds_by={by} has {n:,} groups, and a fold for each takes {_MAX_FOLDS} at most",
+                         f"Give folds too, such as folds=5: the images of one {by} stay in one fold.")
+    return n
+
 # %% ../../nbs/training/14_cross_validation.ipynb #learned
 @dataclass(frozen=True)
 class _Fold:
@@ -98,13 +144,18 @@ def _plan_folds(
     rows: pd.DataFrame,     # manifest rows: path, split, label, pixel_sha256; optionally group
     task: Task,             # defines the strata
     options: FitOptions,    # how to train
-    k: int,                 # folds
+    k: int,                 # folds; 0 for one of each value of `by`
+    by: str = "",           # column whose values stay in one fold; '' for none
 ) -> list[_Fold]:
     "Assign images to folds and to holdouts."
+    own = group_numbers(rows, by) if by else None
+    leave_one_out = own is not None and not k
+    k = k or int(own.max()) + 1
     ranges = max(1, min(10, len(rows) // (2 * k)))   # of numbers, so that each range is in every fold
     strata = replace_labels_by_strata(task, rows.assign(ok=True), ranges)
     merged = strata if task.strata_are_classes else _merge_rare_strata(strata, k)
-    assigned = assign_folds(merged, k, options.seed).to_numpy()
+    if own is not None: merged = merged.assign(group=own.astype(str))
+    assigned = own if leave_one_out else assign_folds(merged, k, options.seed).to_numpy()
     folds = []
     for i in range(k):
         val = np.flatnonzero(assigned == i)
@@ -210,14 +261,15 @@ def cross_validate(
     data: LabelledImages,    # their images, in the same order
     options: FitOptions,     # how to train each model
     folder: Path | str,      # gets a folder per fold
-    k: int = 5,              # folds
+    k: int = 5,              # folds; 0 with `by` for leave-one-group-out
     progress: Callable[..., None] | None = None,   # called with the fraction that is done, and a text
     announce: Callable[[str], Any] = warnings.warn,   # called before a training with why it does not resume
+    by: str = "",            # column whose values stay in one fold, such as group; '' for none
 ) -> CrossValidation:
     "Train on all folds but one, k times; raise `UsageError` if a fold has no training image of a class."
     spec = make_model().spec
     task = task_of(spec)
-    folds = _plan_folds(rows, task, options, k)
+    folds = _plan_folds(rows, task, options, k, by)
     for fold in folds: _check_fold(fold, data.targets, task, spec.classes)
     results = []
     for fold in folds:
@@ -226,7 +278,11 @@ def cross_validate(
     table = pd.DataFrame([row for row, _, _ in results])
     predictions = pd.concat([part for _, part, _ in results]).set_index("row").sort_index().reset_index(drop=True)
     names = table.columns.drop(["fold", "n_train", "n_val"])
-    metrics = {name: estimate_mean(table[name].to_list(), 1 / (k - 1), task.metric_range(name)) for name in names}
+    if by and not k:
+        left_out = [_values(rows.iloc[fold.val], by) for fold in folds]
+        table.insert(1, "left_out", [", ".join(sorted(set(values))) for values in left_out])
+    overlap = 1 / (len(folds) - 1)
+    metrics = {name: estimate_mean(table[name].to_list(), overlap, task.metric_range(name)) for name in names}
     notes = []
     if folds[0].chooses:
         notes.append("in each fold, about a tenth of the training images is held out and chooses the model")

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -15,6 +15,7 @@ from ..core.output_formats import MetricsRecord
 from ..core.html import html_table
 from ..core.stage import subprogress
 from ..data.splits import image_groups
+from ..metrics.classification import accuracy
 from ..metrics.estimates import Estimate
 from ..models.devices import torch_device
 from ..models.inference import predict_logits
@@ -22,7 +23,8 @@ from ..models.vision_model import VisionModel, task_of
 from .loaders import LabelledImages, SplitImages
 
 # %% auto #0
-__all__ = ['predict_with_tta', 'predict_table', 'SplitPredictions', 'predict_splits', 'metrics_record']
+__all__ = ['predict_with_tta', 'predict_table', 'SplitPredictions', 'accuracy_without_siblings', 'predict_splits',
+           'metrics_record']
 
 # %% ../../nbs/training/10_predict.ipynb #27d7baf6
 def predict_with_tta(
@@ -64,6 +66,7 @@ class SplitPredictions:
     tables: dict[str, pd.DataFrame]   # split -> predictions, in the order of the manifest rows
     metrics: dict[str, Estimate]      # metric and split, such as "accuracy_val"
     tta_metrics: dict[str, Estimate]  # metrics with test-time augmentation, such as "accuracy_test_tta"
+    notes: list[str] = field(default_factory=list)   # what the accuracy is about
 
     @property
     def table(self) -> pd.DataFrame:
@@ -73,6 +76,30 @@ class SplitPredictions:
     def _repr_html_(self) -> str:
         rows = [*self.metrics.items(), *self.tta_metrics.items()]
         return html_table(pd.DataFrame(rows, columns=["metric", "value"]))
+
+# %% ../../nbs/training/10_predict.ipynb #siblings
+def accuracy_without_siblings(
+    train: pd.DataFrame,   # manifest rows, perhaps with group or suggested_group
+    test: pd.DataFrame,    # manifest rows of the test (N,)
+    correct: pd.Series,    # bool, right answers in the order of `test` (N,)
+) -> tuple[Estimate | None, list[str]]:   # None without groups, or where all or none have siblings; sentences
+    "Estimate the accuracy on test images without an image of their group in training."
+    filled = lambda name: name in test and (test[name].fillna("").astype(str) != "").any()
+    name = next(filter(filled, ("group", "suggested_group")), None)
+    if name is None: return None, []
+    groups = test[name].fillna("").astype(str).to_numpy()
+    known = np.isin(groups, list(set(train[name].fillna("").astype(str)) - {""}))
+    kind = "suggested groups" if name == "suggested_group" else "groups"
+    if not known.any(): return None, []
+    if known.all():
+        return None, [f"all {len(test):,} test images have a sibling in training ({kind}), so no accuracy is about "
+                      "images without one"]
+    units = np.where(groups == "", [f"alone {i}" for i in range(len(groups))], groups)
+    right = correct.to_numpy(bool)
+    with_sibling, without = (accuracy(right[rows], units[rows]) for rows in (known, ~known))
+    interval = "no interval" if np.isnan(without.low) else f"{without.low:.4f}, {without.high:.4f}"
+    return without, [f"accuracy on the {without.n:,} test images without a sibling in training ({kind}): "
+                     f"{without.value:.4f} [{interval}]; on the {with_sibling.n:,} with one: {with_sibling.value:.4f}"]
 
 # %% ../../nbs/training/10_predict.ipynb #4605d993
 def predict_splits(
@@ -101,7 +128,11 @@ def predict_splits(
         groups = image_groups(data.rows["test"])
         for name, estimate in task.metrics(averaged, data.images["test"].targets, groups).items():
             tta_metrics[f"{name}_test_tta"] = estimate
-    return SplitPredictions(tables, metrics, tta_metrics)
+    notes: list[str] = []
+    if task.main_metric == "accuracy":
+        found, notes = accuracy_without_siblings(data.rows["train"], data.rows["test"], tables["test"].correct)
+        if found: metrics["accuracy_test_without_siblings"] = found
+    return SplitPredictions(tables, metrics, tta_metrics, notes)
 
 # %% ../../nbs/training/10_predict.ipynb #ac93b9e9
 def metrics_record(

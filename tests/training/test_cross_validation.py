@@ -17,7 +17,7 @@ from cvnb.models.vision_model import VisionModel
 from cvnb.models.weights import create_model
 from cvnb.tasks.labels import get_task
 from cvnb.training import cross_validation
-from cvnb.training.cross_validation import cross_validate
+from cvnb.training.cross_validation import count_folds, cross_validate
 from cvnb.training.fit import fit
 from cvnb.training.loaders import LabelledImages
 
@@ -165,3 +165,44 @@ def test_fold_without_an_image_of_a_class_is_refused(data, tmp_path):
     one_class = rows.assign(label=np.where(rows.index == 0, "rare", "b"), ok=True)
     with pytest.raises(UsageError, match="5 folds are not possible: 'rare' has 1 images.*Add images, or leave it out"):
         assign_folds(one_class, 5)
+
+
+def grouped_rows(values: list[str]) -> pd.DataFrame:
+    n = len(values)
+    return pd.DataFrame(dict(path=[f"{i}.png" for i in range(n)], label=["a", "b"] * (n // 2), split="train", ok=True,
+                             pixel_sha256=[f"{i:064x}" for i in range(n)], meta_site=values))
+
+
+def plan(rows: pd.DataFrame, k: int, by: str) -> list[set[str]]:
+    "Return the values that each fold predicts."
+    folds = cross_validation._plan_folds(rows, get_task("classification"), PLAIN, k, by)
+    assert sorted(np.concatenate([f.val for f in folds])) == list(range(len(rows)))
+    assert all(not set(f.val) & set(f.train) for f in folds)
+    return [set(rows.meta_site.iloc[f.val]) for f in folds]
+
+
+def test_leave_one_group_out_has_a_fold_for_each_value():
+    rows = grouped_rows([*"xxyyzz"] * 6)
+    assert plan(rows, 0, "site") == [{"x"}, {"y"}, {"z"}]
+    assert count_folds(dict(train=rows[:20], val=rows[20:]), 0, "site") == 3
+
+
+def test_copies_in_two_groups_are_predicted_by_one_fold():
+    rows = grouped_rows([*"xxyyzz"] * 6)
+    rows.loc[2, "pixel_sha256"] = rows.pixel_sha256[0]   # an x and a y
+    assert sorted(map(sorted, plan(rows, 0, "site"))) == [["x", "y"], ["z"]]
+
+
+def test_folds_by_a_column_keep_its_values_together():
+    rows = grouped_rows([f"patient {i // 4}" for i in range(80)])
+    folds = plan(rows, 4, "site")
+    assert len(folds) == 4 and sum(map(len, folds)) == 20 and len(set.union(*folds)) == 20
+
+
+@pytest.mark.parametrize(("values", "by", "message"), [
+    ([*"xyz"] * 12, "sight", "Did you mean 'site'"), (["x", ""] * 12, "site", "12 of 24 .* have no site"),
+    (["x"] * 12, "site", "are of one site"),
+    ([f"p{i // 2}" for i in range(60)], "site", "has 30 groups, .* 20 at most")])
+def test_a_column_that_makes_no_folds_is_refused(values, by, message):
+    rows = grouped_rows(values)
+    with pytest.raises(UsageError, match=message): count_folds(dict(train=rows[:9], val=rows[9:]), 0, by)
