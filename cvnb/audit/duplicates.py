@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,12 +25,13 @@ if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
 
 # %% auto #0
-__all__ = ['THUMBNAIL_SIDE', 'EXACT_SEARCH_LIMIT', 'N_NEIGHBOURS', 'PAIR_FEATURES', 'COPY_TRANSFORMS', 'SPLIT_RANK',
-           'mark_duplicates', 'select_unique_images', 'validate_exact_duplicates', 'make_thumbnails', 'dct_features',
-           'build_index', 'nearest_neighbours', 'candidate_matches', 'candidate_pairs', 'compare_pairs',
-           'transform_image', 'PlantedCopies', 'plant_copies', 'PairScorer', 'fit_pair_scorer', 'ScoreTail',
-           'fit_score_tails', 'pick_threshold', 'predict_pair_precision', 'NearDuplicates', 'find_near_duplicates',
-           'pair_table', 'exact_pairs', 'find_leaks', 'check_duplicates']
+__all__ = ['THUMBNAIL_SIDE', 'EXACT_SEARCH_LIMIT', 'N_NEIGHBOURS', 'PAIR_FEATURES', 'COPY_TRANSFORMS', 'DETAIL_SIDE',
+           'EXPOSURE_FEATURES', 'LEAST_RECALL', 'SERIES_SHARE', 'SPLIT_RANK', 'mark_duplicates', 'select_unique_images',
+           'validate_exact_duplicates', 'make_thumbnails', 'dct_features', 'build_index', 'nearest_neighbours',
+           'candidate_matches', 'candidate_pairs', 'compare_pairs', 'transform_image', 'PlantedCopies', 'plant_copies',
+           'PairScorer', 'fit_pair_scorer', 'ScoreTail', 'fit_score_tails', 'pick_threshold', 'predict_pair_precision',
+           'make_details', 'compare_exposures', 'NearDuplicates', 'RelativeTail', 'find_near_duplicates', 'pair_table',
+           'exact_pairs', 'find_leaks', 'check_duplicates']
 
 # %% ../../nbs/audit/02_duplicates.ipynb #cell-7
 def mark_duplicates(
@@ -191,42 +192,48 @@ def candidate_pairs(
     return pairs.drop_duplicates(["i", "j"], ignore_index=True)
 
 # %% ../../nbs/audit/02_duplicates.ipynb #cell-27
-_GRID = np.linspace(-1, 1, THUMBNAIL_SIDE, dtype=np.float32)   # pixels of a thumbnail along one axis
+def _axis(
+    side: int,        # pixels
+) -> np.ndarray:      # float32 (side,), -1 … 1
+    "List the positions of the pixels along one axis."
+    return np.linspace(-1, 1, side, dtype=np.float32)
 
 def _blur(
     sigma: float,     # pixels
-) -> np.ndarray:      # float32 (32, 32); multiplied from both sides it blurs an image
+    side: int = THUMBNAIL_SIDE,   # pixels
+) -> np.ndarray:      # float32 (side, side); multiplied from both sides it blurs an image
     "Make the matrix of a Gaussian blur that keeps the mean at the edges."
-    distance = np.arange(THUMBNAIL_SIDE)[:, None] - np.arange(THUMBNAIL_SIDE)
+    distance = np.arange(side)[:, None] - np.arange(side)
     weight = np.exp(-distance**2 / (2 * sigma**2))
     return (weight / weight.sum(axis=1, keepdims=True)).astype(np.float32)
 
 # %% ../../nbs/audit/02_duplicates.ipynb #cell-28
 def _sampling_grid(
     transform: np.ndarray,   # scale and shift of x, scale and shift of y (P, 4), shares of half a side
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:   # x (P, 32), y (P, 32) in -1 … 1, mask of what lies inside (P, 32, 32)
+    side: int = THUMBNAIL_SIDE,   # S, pixels
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:   # x (P, S), y (P, S) in -1 … 1, mask of what lies inside (P, S, S)
     "Compute where the pixels of one image lie in the other."
-    x = _GRID * (1 + transform[:, [0]]) + transform[:, [1]]
-    y = _GRID * (1 + transform[:, [2]]) + transform[:, [3]]
+    x = _axis(side) * (1 + transform[:, [0]]) + transform[:, [1]]
+    y = _axis(side) * (1 + transform[:, [2]]) + transform[:, [3]]
     inside = (np.abs(y) < 1.0001)[:, :, None] & (np.abs(x) < 1.0001)[:, None, :]
     return x, y, inside.astype(np.float32)
 
 # %% ../../nbs/audit/02_duplicates.ipynb #cell-29
 def _interpolation(
-    positions: np.ndarray,   # -1 … 1 (P, 32)
+    positions: np.ndarray,   # -1 … 1 (P, S)
     n_dims: int,             # dimensions of the images
-) -> np.ndarray:             # float32 (P, …, 32, 32)
+) -> np.ndarray:             # float32 (P, …, S, S)
     "Make the matrices that interpolate linearly at positions along one axis."
-    pixels = np.arange(THUMBNAIL_SIDE, dtype=np.float32)
-    at = (positions[:, :, None] + 1) * ((THUMBNAIL_SIDE - 1) / 2)
-    weight = np.maximum(0, 1 - np.abs(at - pixels))
-    return weight.reshape(len(weight), *[1] * (n_dims - 3), THUMBNAIL_SIDE, THUMBNAIL_SIDE)
+    side = positions.shape[1]
+    at = (positions[:, :, None] + 1) * ((side - 1) / 2)
+    weight = np.maximum(0, 1 - np.abs(at - np.arange(side, dtype=np.float32)))
+    return weight.reshape(len(weight), *[1] * (n_dims - 3), side, side)
 
 def _warp(
-    images: np.ndarray,   # float32 (P, …, 32, 32)
-    x: np.ndarray,        # from `_sampling_grid` (P, 32)
-    y: np.ndarray,        # from `_sampling_grid` (P, 32)
-) -> np.ndarray:          # float32 (P, …, 32, 32)
+    images: np.ndarray,   # float32 (P, …, S, S)
+    x: np.ndarray,        # from `_sampling_grid` (P, S)
+    y: np.ndarray,        # from `_sampling_grid` (P, S)
+) -> np.ndarray:          # float32 (P, …, S, S)
     "Sample images at other positions, by linear interpolation."
     across = _interpolation(x, images.ndim)
     down = _interpolation(y, images.ndim)
@@ -234,32 +241,36 @@ def _warp(
 
 # %% ../../nbs/audit/02_duplicates.ipynb #cell-30
 def _jacobian(
-    grey: np.ndarray,   # float32 (P, 32, 32)
-    inside: np.ndarray, # float32 (P, 32, 32)
-) -> np.ndarray:        # float32 (P, 6, 1024): the image, a constant, and the derivatives by a transform
+    grey: np.ndarray,   # float32 (P, S, S)
+    inside: np.ndarray, # float32 (P, S, S)
+) -> np.ndarray:        # float32 (P, 6, S · S): the image, a constant, and the derivatives by a transform
     "Compute how images change with contrast, brightness, scale and shift."
-    half = (THUMBNAIL_SIDE - 1) / 4
-    out = np.zeros((len(grey), 6, THUMBNAIL_SIDE, THUMBNAIL_SIDE), np.float32)
+    side = grey.shape[-1]
+    half = (side - 1) / 4
+    out = np.zeros((len(grey), 6, side, side), np.float32)
     out[:, 0] = grey
     out[:, 1] = 1
     out[:, 3, :, 1:-1] = (grey[:, :, 2:] - grey[:, :, :-2]) * half
     out[:, 5, 1:-1] = (grey[:, 2:] - grey[:, :-2]) * half
-    out[:, 2] = out[:, 3] * _GRID
-    out[:, 4] = out[:, 5] * _GRID[:, None]
+    out[:, 2] = out[:, 3] * _axis(side)
+    out[:, 4] = out[:, 5] * _axis(side)[:, None]
     out *= inside[:, None]
     return out.reshape(len(grey), 6, -1)
 
 # %% ../../nbs/audit/02_duplicates.ipynb #cell-31
 def _align(
-    a: np.ndarray,   # grey, float32 (P, 32, 32)
-    b: np.ndarray,   # grey, float32 (P, 32, 32)
+    a: np.ndarray,   # grey, float32 (P, S, S)
+    b: np.ndarray,   # grey, float32 (P, S, S)
+    sigmas: tuple[float, ...] = (2.0, 1.0, 0.5),   # blur of each round, pixels
+    transform: np.ndarray | None = None,   # to begin with (P, 4); by default none
 ) -> np.ndarray:     # transform of a's pixels into b (P, 4), within ± 0.2
     "Find how each b must be moved and scaled to fit a."
-    transform = np.zeros((len(a), 4), np.float32)
-    for sigma in 2.0, 1.0, 0.5:
-        blur = _blur(sigma)
-        x, y, inside = _sampling_grid(transform)
-        slopes = _jacobian(_warp(blur @ b @ blur.T, x, y), inside)   # (P, 6, 1024)
+    side = a.shape[-1]
+    if transform is None: transform = np.zeros((len(a), 4), np.float32)
+    for sigma in sigmas:
+        blur = _blur(sigma, side)
+        x, y, inside = _sampling_grid(transform, side)
+        slopes = _jacobian(_warp(blur @ b @ blur.T, x, y), inside)   # (P, 6, S · S)
         square = slopes @ slopes.swapaxes(1, 2)
         target = slopes @ (blur @ a @ blur.T).reshape(len(a), -1, 1)
         ridge = 1e-3 * np.trace(square, axis1=1, axis2=2)[:, None, None] / 6 + 1
@@ -319,13 +330,40 @@ def _pair_features(
 
 # %% ../../nbs/audit/02_duplicates.ipynb #cell-36
 def _detail_share(
-    images: np.ndarray,   # float32 (P, 3, 32, 32)
+    images: np.ndarray,   # float32 (P, C, S, S)
 ) -> np.ndarray:          # (P,)
     "Measure the share of fine detail in images."
     steps = np.square(np.diff(images, axis=-1)).mean(axis=(1, 2, 3))
     return steps / (images.var(axis=(1, 2, 3)) + 1)
 
 # %% ../../nbs/audit/02_duplicates.ipynb #cell-37
+def _map_pairs(
+    measure: Callable[[np.ndarray, np.ndarray], np.ndarray],   # takes both images of pairs, float32 (P, 3, S, S)
+    images: np.ndarray,    # uint8 (N, S, S, 3)
+    others: np.ndarray,    # uint8 (M, S, S, 3)
+    pairs: pd.DataFrame,   # i in `images`, j in `others`, mirrored (P, 3)
+    progress: Callable[[float, str], None] | None,   # takes the fraction that is done and a text
+) -> list[np.ndarray]:     # what `measure` returns, for 32 pairs each
+    "Measure pairs in small batches; of each pair the image with less detail comes first."
+    from threadpoolctl import threadpool_limits
+    i = pairs.i.to_numpy()
+    j = pairs.j.to_numpy()
+    mirrored = pairs.mirrored.to_numpy(bool)
+    as_planes = lambda batch: np.ascontiguousarray(batch.transpose(0, 3, 1, 2), np.float32)
+    parts = []
+    with threadpool_limits(1):
+        for begin in range(0, len(pairs), 32):   # 32 pairs fit into the processor's cache
+            if progress and begin % 6400 == 0: progress(begin / len(pairs), f"comparing pairs {begin}/{len(pairs)}")
+            batch = slice(begin, begin + 32)
+            a = as_planes(images[i[batch]])
+            b = as_planes(others[j[batch]])
+            flip = mirrored[batch]
+            a[flip] = a[flip, ..., ::-1]
+            swap = _detail_share(a) > _detail_share(b)   # b is moved: moving blurs a little
+            a[swap], b[swap] = b[swap], a[swap]
+            parts.append(measure(a, b))
+    return parts
+
 def compare_pairs(
     thumbs: np.ndarray,    # uint8 (N, 32, 32, 3)
     others: np.ndarray,    # uint8 (M, 32, 32, 3)
@@ -333,24 +371,8 @@ def compare_pairs(
     progress: Callable[[float, str], None] | None = None,   # takes the fraction that is done and a text
 ) -> np.ndarray:           # `PAIR_FEATURES`, float32 (P, 5)
     "Compute the features of pairs of thumbnails."
-    from threadpoolctl import threadpool_limits
-    i = pairs.i.to_numpy()
-    j = pairs.j.to_numpy()
-    mirrored = pairs.mirrored.to_numpy(bool)
-    as_planes = lambda batch: np.ascontiguousarray(batch.transpose(0, 3, 1, 2), np.float32)
-    parts = [np.empty((0, len(PAIR_FEATURES)), np.float32)]
-    with threadpool_limits(1):
-        for begin in range(0, len(pairs), 32):   # 32 pairs fit into the processor's cache
-            if progress and begin % 6400 == 0: progress(begin / len(pairs), f"comparing pairs {begin}/{len(pairs)}")
-            batch = slice(begin, begin + 32)
-            a = as_planes(thumbs[i[batch]])
-            b = as_planes(others[j[batch]])
-            flip = mirrored[batch]
-            a[flip] = a[flip, ..., ::-1]
-            swap = _detail_share(a) > _detail_share(b)   # b is moved: moving blurs a little
-            a[swap], b[swap] = b[swap], a[swap]
-            parts.append(_pair_features(a, b))
-    return np.concatenate(parts)
+    return np.concatenate([np.empty((0, len(PAIR_FEATURES)), np.float32),
+                           *_map_pairs(_pair_features, thumbs, others, pairs, progress)])
 
 # %% ../../nbs/audit/02_duplicates.ipynb #cell-40
 COPY_TRANSFORMS = dict(                   # kind of copy -> strengths
@@ -433,51 +455,56 @@ def plant_copies(
 @dataclass(frozen=True)
 class PairScorer:
     "Linear score of a pair's features; at 0 they fit a copy and a neighbour equally well."
-    weights: np.ndarray   # of the first four features: correlations 0 or more, displacement 0 or less (4,)
+    weights: np.ndarray   # of the first F features, such as correlations 0 or more and displacement 0 or less (F,)
     intercept: float
 
     def score(self,
-        features: np.ndarray,   # from `compare_pairs` (P, 5)
+        features: np.ndarray,   # from `compare_pairs` or `compare_exposures` (P, F or more)
     ) -> np.ndarray:            # (P,)
         "Score pairs."
-        return features[:, :4].astype(float) @ self.weights + self.intercept
+        return features[:, :len(self.weights)].astype(float) @ self.weights + self.intercept
 
 # %% ../../nbs/audit/02_duplicates.ipynb #cell-46
+_PAIR_SIGNS = (1, 1, 1, -1)   # of the weights of the first four `PAIR_FEATURES`
+
 def _fit_logistic(
-    x: np.ndarray,         # features (M, 4)
+    x: np.ndarray,         # features (M, F)
     is_copy: np.ndarray,   # bool (M,)
+    signs: tuple[int, ...],   # of the weights (F,)
 ) -> PairScorer:
     "Fit a logistic regression with constrained signs, both classes weighing the same."
     from scipy.optimize import minimize
     from scipy.special import expit
-    sign = np.array([1, 1, 1, -1])
+    sign = np.array(signs)
+    n = len(sign)
     scale = x.std(axis=0) + 1e-6
     z = x.astype(float) * sign / scale
     share = np.where(is_copy, 0.5 / is_copy.sum(), 0.5 / max(1, (~is_copy).sum()))
     target = np.where(is_copy, 1, -1)
 
-    def loss(p: np.ndarray) -> tuple[float, np.ndarray]:   # value and gradient (5,)
-        margin = target * (z @ p[:4] + p[4])
+    def loss(p: np.ndarray) -> tuple[float, np.ndarray]:   # value and gradient (F + 1,)
+        margin = target * (z @ p[:n] + p[n])
         slope = -share * target * expit(-margin)
-        ridge = 1e-3 * np.append(p[:4], 0)
+        ridge = 1e-3 * np.append(p[:n], 0)
         value = share @ np.logaddexp(0, -margin) + ridge @ p
         return value, np.append(z.T @ slope, slope.sum()) + 2 * ridge
 
-    bounds = [*4 * [(0, None)], (None, None)]
-    p = minimize(loss, np.zeros(5), jac=True, method="L-BFGS-B", bounds=bounds).x
-    return PairScorer(p[:4] * sign / scale, float(p[4]))
+    bounds = [*n * [(0, None)], (None, None)]
+    p = minimize(loss, np.zeros(n + 1), jac=True, method="L-BFGS-B", bounds=bounds).x
+    return PairScorer(p[:n] * sign / scale, float(p[n]))
 
 # %% ../../nbs/audit/02_duplicates.ipynb #cell-47
 def fit_pair_scorer(
-    copies: np.ndarray,   # features of planted copies (P, 5)
-    own: np.ndarray,      # features of own pairs, some of which may be copies (M, 5)
+    copies: np.ndarray,   # features of planted copies (P, F or more)
+    own: np.ndarray,      # features of own pairs, some of which may be copies (M, F or more)
+    signs: tuple[int, ...] = _PAIR_SIGNS,   # of the weights of the first features (F,)
 ) -> PairScorer:
     "Fit the scorer on planted copies against own pairs, without own pairs that score like copies."
     from threadpoolctl import threadpool_limits
     likely = np.zeros(len(own), bool)
     for _ in range(4):
-        x = np.concatenate([copies, own[~likely]])[:, :4]
-        with threadpool_limits(1): scorer = _fit_logistic(x, np.arange(len(x)) < len(copies))
+        x = np.concatenate([copies, own[~likely]])[:, :len(signs)]
+        with threadpool_limits(1): scorer = _fit_logistic(x, np.arange(len(x)) < len(copies), signs)
         likely = scorer.score(own) > np.quantile(scorer.score(copies), 0.25)
     return scorer
 
@@ -576,6 +603,93 @@ def predict_pair_precision(
     value = float(np.clip(1 - (tails[0].expected_above(threshold) + below_tail) / flagged, 0, 1))
     return Estimate(value, min(float(low), value), max(float(high), value), flagged)
 
+# %% ../../nbs/audit/02_duplicates.ipynb #series-details
+DETAIL_SIDE = 64   # pixels at which exposures are compared
+EXPOSURE_FEATURES = ("curve", "factor", "either")   # columns of `compare_exposures`
+_EXPOSURE_SIGNS = (-1, -1, -1)                      # of their weights in a score
+_BRIGHTNESS = np.float32([0.299, 0.587, 0.114])     # share of each colour, as in JPEG
+_SATURATED = 240   # levels from which a pixel may be saturated
+
+def make_details(
+    images: np.ndarray,   # uint8 (N, S, S, 3)
+) -> np.ndarray:          # uint8 (N, 64, 64, 3); the images themselves where they have this size
+    "Resize images to the size at which exposures are compared."
+    import torch
+    side = images.shape[1]
+    if side == DETAIL_SIDE: return images
+    parts = [np.empty((0, DETAIL_SIDE, DETAIL_SIDE, 3), np.uint8)]
+    for begin in range(0, len(images), 500):
+        batch = torch.from_numpy(images[begin:begin + 500])
+        if side % DETAIL_SIDE: parts.append(resize_images(batch, DETAIL_SIDE).numpy())
+        else:   # means of squares take a quarter of the time
+            means = torch.nn.functional.avg_pool2d(batch.permute(0, 3, 1, 2).float(), side // DETAIL_SIDE)
+            parts.append(means.round().byte().permute(0, 2, 3, 1).numpy())
+    return np.concatenate(parts)
+
+# %% ../../nbs/audit/02_duplicates.ipynb #series-levels
+def _usable_pixels(
+    brightest: np.ndarray,   # of the colours of both images, float32 (P, 64, 64)
+    inside: np.ndarray,      # from `_sampling_grid` (P, 64, 64)
+) -> np.ndarray:             # 0 or 1, float32 (P, 64, 64)
+    "Mark the pixels that have no saturated ones nearby; all of them where hardly any is left."
+    blur = _blur(2.0, DETAIL_SIDE)
+    near = blur @ (brightest >= _SATURATED).astype(np.float32) @ blur.T
+    usable = inside * (near < 0.05)
+    few = usable.mean(axis=(1, 2)) < 0.05
+    usable[few] = inside[few]
+    return usable
+
+def _fit_levels(
+    x: np.ndarray,        # blurred levels of one image ÷ 128, float32 (P, M)
+    y: np.ndarray,        # those of the other (P, M)
+    usable: np.ndarray,   # 0 or 1 (P, M)
+) -> tuple[np.ndarray, np.ndarray]:   # factor (P,), root mean square of what a parabola adds to it, in levels (P,)
+    "Fit a factor, and then a parabola, to the levels of two images."
+    n = np.maximum(usable.sum(axis=1), 1)
+    factor = (usable * x * y).sum(axis=1) / ((usable * x * x).sum(axis=1) + 1e-6)
+    powers = np.stack([usable, usable * x, usable * x * x], axis=1)   # (P, 3, M)
+    square = (powers @ powers.swapaxes(1, 2)).astype(float) + 1e-5 * n[:, None, None] * np.eye(3)
+    rest = usable * (y - factor[:, None] * x)
+    weights = np.linalg.solve(square, (powers @ rest[..., None]).astype(float))
+    bend = (powers * weights.astype(np.float32)).sum(axis=1)
+    return factor, 128 * np.sqrt((bend**2).sum(axis=1) / n)
+
+# %% ../../nbs/audit/02_duplicates.ipynb #series-features
+def _exposure_features(
+    a: np.ndarray,   # float32 (P, 3, 64, 64)
+    b: np.ndarray,   # float32 (P, 3, 64, 64)
+) -> np.ndarray:     # `EXPOSURE_FEATURES`, float32 (P, 3)
+    "Align images by their brightness, and compare their levels and their fine detail."
+    grey_a, grey_b = (np.einsum("pchw,c->phw", image, _BRIGHTNESS) for image in (a, b))
+    halve = lambda grey: grey.reshape(len(grey), DETAIL_SIDE // 2, 2, DETAIL_SIDE // 2, 2).mean(axis=(2, 4))
+    transform = _align(halve(grey_a), halve(grey_b), (2.0, 1.0))
+    transform = _align(grey_a, grey_b, (1.0, 0.5), transform)
+    x, y, inside = _sampling_grid(transform, DETAIL_SIDE)
+    usable = _usable_pixels(np.maximum(a.max(axis=1), _warp(b.max(axis=1), x, y)), inside)
+    grey_b = _warp(grey_b, x, y)
+    blur = _blur(2.0, DETAIL_SIDE)
+    soft_a, soft_b = (blur @ grey @ blur.T for grey in (grey_a, grey_b))
+    flat = lambda image: image[:, ::2, ::2].reshape(len(image), -1)   # of a blurred image every second pixel is enough
+    factor, bend = _fit_levels(flat(soft_a) / 128, flat(soft_b) / 128, flat(usable))
+    factor = np.clip(factor, 0.1, 10)
+    scale = np.sqrt(np.clip(factor, 0.2, 5))   # of the levels of both images together
+    rest = np.square((grey_a - soft_a) * factor[:, None, None] - (grey_b - soft_b)) * inside
+    detail = np.sqrt(rest.sum(axis=(1, 2)) / inside.sum(axis=(1, 2)))
+    factor = np.log(np.abs(np.log(factor)) + 0.004)                            # -5.5 for the same levels
+    either = np.minimum((factor + 5.5) / 4, (np.log(detail / scale + 0.2) + 1) / 2)   # both are about 0 … 1
+    return np.stack([np.log(bend / scale + 0.1), factor, either], axis=1).astype(np.float32)
+
+# %% ../../nbs/audit/02_duplicates.ipynb #series-compare
+def compare_exposures(
+    details: np.ndarray,   # from `make_details`, uint8 (N, 64, 64, 3)
+    others: np.ndarray,    # from `make_details`, uint8 (M, 64, 64, 3)
+    pairs: pd.DataFrame,   # i in `details`, j in `others`, mirrored (P, 3)
+    progress: Callable[[float, str], None] | None = None,   # takes the fraction that is done and a text
+) -> np.ndarray:           # `EXPOSURE_FEATURES`, float32 (P, 3)
+    "Measure how the levels and the fine detail of pairs differ."
+    return np.concatenate([np.empty((0, len(EXPOSURE_FEATURES)), np.float32),
+                           *_map_pairs(_exposure_features, details, others, pairs, progress)])
+
 # %% ../../nbs/audit/02_duplicates.ipynb #cell-59
 def _transform_kind(
     features: np.ndarray,   # from `compare_pairs` (P, 5)
@@ -587,6 +701,8 @@ def _transform_kind(
     return np.select(conditions, ["mirrored", "cropped", "brightness"], "recompressed")
 
 # %% ../../nbs/audit/02_duplicates.ipynb #cell-60
+def _no_relatives() -> pd.DataFrame: return pd.DataFrame(dict(i=[], j=[], similarity=[], kind=[]))
+
 @dataclass(frozen=True)
 class NearDuplicates:
     "Pairs of nearly equal images, and their validation on planted copies."
@@ -595,12 +711,15 @@ class NearDuplicates:
     validation: CheckValidation   # on planted copies
     n_images: int         # images that were compared
     off: str = ""         # why no pair can be found; empty where pairs can be
+    relatives: pd.DataFrame = field(default_factory=_no_relatives)   # pairs of one series: i < j, similarity, kind
+    path: str = "thumbnails"   # what pairs were compared by: "thumbnails", or "exposures" in a set of series
 
 # %% ../../nbs/audit/02_duplicates.ipynb #cell-61
 def _validate(
     copies: PlantedCopies,
     found: np.ndarray,     # positions of the copies that were found
     precision: Estimate,   # from `predict_pair_precision`
+    compared: str = f"Images were compared as thumbnails of {THUMBNAIL_SIDE} pixels.",   # a sentence
 ) -> CheckValidation:      # measured on the half that trained nothing
     "Count which of the planted copies were found."
     held = ~copies.fit
@@ -608,7 +727,7 @@ def _validate(
     hits = {kind: hit[held & (copies.kind == kind)] for kind in COPY_TRANSFORMS}
     note = (f"{held.sum()} copies of images of this set, of these kinds and at several strengths. Other changes "
             "(rotation, frames, text) were not tried. The precision is predicted from how the scores of merely similar "
-            "images decline.")
+            f"images decline. {compared}")
     return CheckValidation.from_hits(hits, note, precision)
 
 # %% ../../nbs/audit/02_duplicates.ipynb #cell-62
@@ -626,7 +745,145 @@ def _match_planted_copies(
     least = max(0.3, usual - margin)   # images without structure are similar to nothing
     return matches[matches.similarity >= least], found[~is_source].drop_duplicates("i"), least
 
+# %% ../../nbs/audit/02_duplicates.ipynb #series-matching
+LEAST_RECALL = 0.9   # planted copies that thumbnails find, as a share; with fewer, series are looked for
+SERIES_SHARE = 0.2   # images with a related one, as a share, from which a set holds series
+
+@dataclass(frozen=True)
+class _Matching:
+    "Pairs, and planted copies with their sources, compared as thumbnails."
+    pairs: pd.DataFrame          # i, j, mirrored, kind (M, …)
+    scores: np.ndarray           # of the pairs (M,)
+    matches: pd.DataFrame        # i (copy), j (source), mirrored (P, …)
+    planted_scores: np.ndarray   # of the matches (P,)
+    copies: PlantedCopies
+
+    @property
+    def fit(self) -> np.ndarray:   # bool (P,)
+        "Tell which matches train a scorer."
+        return self.copies.fit[self.matches.i]
+
+    def fit_recall(self,
+        found: np.ndarray,   # bool (P,): whether each match is found
+    ) -> float:              # 0 … 1
+        "Return the share of copies of the fitting half that are found."
+        return float((found & self.fit).sum() / self.copies.fit.sum())
+
+def _related_threshold(
+    matching: _Matching,
+    precision: float,   # share of pairs above the threshold that should be related, 0 … 1
+) -> float:             # a score
+    "Pick the score from which two images are related; mirrored pairs stand for unrelated ones."
+    copies = matching.planted_scores[matching.fit]
+    tail = fit_score_tails(matching.scores[matching.pairs.mirrored], copies, n_draws=0)[0]
+    tail = replace(tail, n=2 * tail.n)   # as many unrelated pairs are straight
+    return pick_threshold(matching.scores, copies, tail, precision)
+
+# %% ../../nbs/audit/02_duplicates.ipynb #series-tail
+@dataclass(frozen=True)
+class RelativeTail:
+    "Upper end of the scores of relatives, known from pairs of planted copies and relatives of their sources."
+    known: np.ndarray      # scores of such pairs, ascending (K,)
+    n: int                 # pairs among the images that are no copies
+    start: float = -np.inf   # the sample holds everywhere
+
+    def expected_above(self,
+        score: float,    # any
+    ) -> float:          # pairs
+        "Estimate how many pairs that are no copies score higher, by counting, and above all known ones by the decline."
+        above = len(self.known) - int(np.searchsorted(self.known, score)) + 1
+        top = self.known[-30:]
+        rate = 1 / max(0.05, float((top - top[0]).mean()))
+        declined = len(top) * np.exp(-rate * max(0.0, score - top[0]))
+        return self.n / len(self.known) * float(min(above, declined) if score > top[0] else above)
+
+def _known_relatives(
+    pairs: pd.DataFrame,     # relatives: i, j, mirrored (M, …)
+    matches: pd.DataFrame,   # planted copies with their sources: i, j, mirrored (P, …)
+) -> pd.DataFrame:           # i (planted copy), j (relative of its source), mirrored
+    "Pair planted copies with the relatives of their sources."
+    first = pd.DataFrame(dict(source=pairs.i, other=pairs.j, turned=pairs.mirrored))
+    second = pd.DataFrame(dict(source=pairs.j, other=pairs.i, turned=pairs.mirrored))
+    copies = pd.DataFrame(dict(copy_=matches.i, source=matches.j, mirrored=matches.mirrored))
+    both = copies.merge(pd.concat([first, second]), on="source")
+    return pd.DataFrame(dict(i=both.copy_, j=both.other, mirrored=both.mirrored != both.turned))
+
+# %% ../../nbs/audit/02_duplicates.ipynb #series-scores
+@dataclass(frozen=True)
+class _ExposureScores:
+    "Scores of related pairs and of planted copies, compared by exposure."
+    own: np.ndarray       # of own related pairs (M,)
+    planted: np.ndarray   # of planted copies (P,)
+    tails: list[RelativeTail]   # the estimate, then one per resample
+
+def _score_exposures(
+    images: np.ndarray,      # uint8 (N, S, S, 3)
+    planted: np.ndarray,     # of the planted copies, uint8 (Q, S, S, 3)
+    pairs: pd.DataFrame,     # related ones (M, …)
+    matches: pd.DataFrame,   # planted copies with their sources (P, …)
+    fit: np.ndarray,         # bool (P,): which of them train the scorer
+    progress: Callable[[float, str], None] | None,   # takes the fraction that is done and a text
+) -> _ExposureScores | None:   # None where too few relatives are known
+    "Train a scorer on planted copies, and on their pairs with relatives of their sources, which are no copies."
+    details = make_details(images)
+    planted = make_details(planted)
+    own = compare_exposures(details, details, pairs, progress)
+    copies = compare_exposures(planted, details, matches)
+    first = fit_pair_scorer(copies[fit], own, _EXPOSURE_SIGNS)
+    is_relative = first.score(own) < np.quantile(first.score(copies[fit]), 0.25)
+    known = _known_relatives(pairs[is_relative], matches)
+    if len(known) < 50: return None
+    known = compare_exposures(planted, details, known)
+    x = np.concatenate([copies[fit], known])
+    scorer = _fit_logistic(x, np.arange(len(x)) < fit.sum(), _EXPOSURE_SIGNS)
+    sample = np.sort(scorer.score(known))
+    draws = np.random.default_rng(0).choice(sample, (200, len(sample)))
+    tails = [RelativeTail(rows, int(is_relative.sum())) for rows in (sample, *np.sort(draws, axis=1))]
+    return _ExposureScores(scorer.score(own), scorer.score(copies), tails)
+
+# %% ../../nbs/audit/02_duplicates.ipynb #series-search
+def _find_in_series(
+    thumbs_only: NearDuplicates,   # found by thumbnails
+    thumbs_recall: float,   # share of the fitting half that they find, 0 … 1
+    images: np.ndarray,     # uint8 (N, S, S, 3)
+    matching: _Matching,
+    precision: float,       # share of findings that should be copies, 0 … 1
+    progress: Callable[[float, str], None] | None,   # takes the fraction that is done and a text
+) -> NearDuplicates:        # `thumbs_only` where the set holds no series
+    "Separate copies from relatives, which thumbnails confuse."
+    from scipy.special import expit
+    least = _related_threshold(matching, 1 - (1 - precision) / 5)
+    kept = matching.planted_scores >= least
+    pairs = matching.pairs[matching.scores >= least].reset_index(drop=True)
+    share = len(np.union1d(pairs.i, pairs.j)) / len(images)
+    fit = matching.fit[kept]
+    if share < SERIES_SHARE or not fit.any(): return thumbs_only
+    scores = _score_exposures(images, matching.copies.images, pairs, matching.matches[kept], fit, progress)
+    if not scores: return thumbs_only
+    threshold = pick_threshold(scores.own, scores.planted[fit], scores.tails[0], precision)
+    hit = kept.copy()
+    hit[kept] = scores.planted >= threshold
+    if matching.fit_recall(hit) <= thumbs_recall:
+        known = set(zip(thumbs_only.pairs.i, thumbs_only.pairs.j))
+        rest = [pair not in known for pair in zip(pairs.i, pairs.j)]
+        return replace(thumbs_only, relatives=_sort_pairs(pairs.assign(kind="relative")[rest]))
+    compared = (f"Of all images {share:.0%} have related ones, such as other exposures, which hide copies from the "
+                f"comparison of thumbnails. Related pairs were compared once more at {DETAIL_SIDE} pixels, by exposure.")
+    validation = _validate(matching.copies, matching.matches.i.to_numpy()[hit],
+                           predict_pair_precision(threshold, scores.own, scores.tails), compared)
+    is_copy = scores.own >= threshold
+    found = _sort_pairs(pairs.assign(similarity=expit(scores.own))[is_copy])
+    relatives = _sort_pairs(pairs.assign(kind="relative")[~is_copy])
+    return NearDuplicates(found, float(expit(threshold)), validation, len(images), "", relatives, "exposures")
+
 # %% ../../nbs/audit/02_duplicates.ipynb #cell-63
+def _sort_pairs(
+    pairs: pd.DataFrame,   # i, j, mirrored, similarity, kind
+) -> pd.DataFrame:         # i, j, similarity, kind; most similar first
+    "Sort pairs by similarity."
+    return pairs.drop(columns="mirrored").sort_values(["similarity", "i", "j"], ascending=[False, True, True],
+                                                      ignore_index=True)
+
 def find_near_duplicates(
     thumbs: np.ndarray,        # of images without exact copies, uint8 (N, 32, 32, 3)
     planted: np.ndarray,       # of the planted copies, uint8 (P, 32, 32, 3)
@@ -634,20 +891,21 @@ def find_near_duplicates(
     precision: float = 0.95,   # share of findings that should be copies, 0 … 1
     threshold: float = 0,      # similarity, 0 … 1; 0 picks one
     progress: Callable[[float, str], None] | None = None,   # takes the fraction that is done and a text
+    images: np.ndarray | None = None,   # at the size of the copies, uint8 (N, S, S, 3); without them no series is found
 ) -> NearDuplicates:
     "Find pairs of nearly equal images."
     from scipy.special import expit, logit
     x = dct_features(thumbs)
     index = build_index(x)
     matches, mismatches, least = _match_planted_copies(index, planted, copies)
-    search = progress and subprogress(progress, 0, 0.5)
-    pairs = candidate_pairs(index, x, min_similarity=least, progress=search)
+    part = lambda begin, end: progress and subprogress(progress, begin, end)
+    pairs = candidate_pairs(index, x, least, part(0, 0.5))
     fit = copies.fit[matches.i]
     if not fit.any():
         nothing = pairs[:0].assign(kind="").drop(columns="mirrored")
         return NearDuplicates(nothing, 1.0, _validate(copies, np.array([]), estimate_proportion(0, 0)), len(thumbs))
     planted_features = compare_pairs(planted, thumbs, matches)
-    features = compare_pairs(thumbs, thumbs, pairs, progress and subprogress(progress, 0.5, 1))
+    features = compare_pairs(thumbs, thumbs, pairs, part(0.5, 0.9))
     negatives = np.concatenate([features, compare_pairs(planted, thumbs, mismatches)])
     scorer = fit_pair_scorer(planted_features[fit], negatives)
     planted_scores = scorer.score(planted_features)
@@ -656,12 +914,15 @@ def find_near_duplicates(
     least_score = pick_threshold(scores, planted_scores[fit], tails[0], precision)
     if threshold: least_score = float(logit(threshold))
     pairs = pairs.assign(similarity=expit(scores), kind=_transform_kind(features, pairs.mirrored))
-    pairs = pairs[scores >= least_score].drop(columns="mirrored")
-    pairs = pairs.sort_values(["similarity", "i", "j"], ascending=[False, True, True], ignore_index=True)
-    found = matches.i.to_numpy()[planted_scores >= least_score]
-    validation = _validate(copies, found, predict_pair_precision(least_score, scores, tails))
-    off = f"no similarity that copies reach keeps the precision of {precision:g}" if not len(found) else ""
-    return NearDuplicates(pairs, float(expit(least_score)), validation, len(thumbs), off)
+    hit = planted_scores >= least_score
+    validation = _validate(copies, matches.i.to_numpy()[hit], predict_pair_precision(least_score, scores, tails))
+    off = "" if hit.any() else f"no similarity that copies reach keeps the precision of {precision:g}"
+    found = NearDuplicates(_sort_pairs(pairs[scores >= least_score]), float(expit(least_score)), validation,
+                           len(thumbs), off)
+    matching = _Matching(pairs, scores, matches, planted_scores, copies)
+    recall = matching.fit_recall(hit)
+    if images is None or threshold or recall >= LEAST_RECALL: return found
+    return _find_in_series(found, recall, images, matching, precision, part(0.9, 1))
 
 # %% ../../nbs/audit/02_duplicates.ipynb #cell-68
 def _pair_columns(
