@@ -1,6 +1,6 @@
 """Near duplicates among textures and series: recall of planted copies, true precision and cost of cvnb's check.
 
-    python benchmarks/audit_textures.py [--sets NAME ...] [--images 1200] [--write] [--note TEXT]
+    python benchmarks/audit_textures.py [--sets NAME ...] [--images 1200] [--write]
 
 Texture sets are tiles of 128 x 128 pixels, cut without overlap from the pictures that scikit-image and scikit-learn
 bring, and from the photographs of groceries (--groceries FOLDER). In a set "in series" each tile is there three to
@@ -11,6 +11,9 @@ Hidden copies (one for twenty images, at most 60) are planted among the images o
 check's own. A found pair is right when it is a hidden copy and its source. A pair of a series, hidden copies included,
 counts as a relative. All other found pairs are false, except in sets that may hold real copies (CIFAR-10, sign-digits),
 where they are only counted. CPU seconds include decoding and planting, but no imports.
+
+Sets in series are measured twice: by thumbnails alone, which is how the check worked until 2026-11-30, and as the audit
+runs it.
 """
 from __future__ import annotations
 
@@ -91,18 +94,15 @@ def open_set(name: str, folder: Path, n: int, args: argparse.Namespace) -> tuple
     return Path(root), pd.DataFrame(dict(path=paths, series=np.arange(len(paths))))
 
 
-def run_check(root: Path, paths: pd.Series, hidden: object, size: int) -> tuple:   # result, CPU seconds
-    "Run the near-duplicate check as the audit does; the hidden copies stand behind the images."
-    import inspect
-
+def run_check(root: Path, paths: pd.Series, hidden: object, size: int, alone: bool) -> tuple:   # result, CPU seconds
+    "Run the near-duplicate check as the audit does, or by thumbnails alone; hidden copies stand behind the images."
     from cvnb.audit.duplicates import find_near_duplicates, make_thumbnails, plant_copies
     from cvnb.data.images import load_images
     start = time.process_time()
     images = np.concatenate([load_images(root, paths, size), hidden.images])
     copies = plant_copies(root, paths, size)
-    detailed = "images" in inspect.signature(find_near_duplicates).parameters
-    extra = dict(images=images) if detailed else {}
-    result = find_near_duplicates(make_thumbnails(images), make_thumbnails(copies.images), copies, **extra)
+    result = find_near_duplicates(make_thumbnails(images), make_thumbnails(copies.images), copies,
+                                  images=None if alone else images)
     return result, time.process_time() - start
 
 
@@ -117,7 +117,7 @@ def measure(name: str, args: argparse.Namespace) -> dict:   # a row of the table
         root, table = open_set(name, Path(folder), args.images, args)
         size = dict(digits=64, cifar10=64).get(name, TILE)
         hidden = plant_copies(root, table.path, size, min(60, len(table) // 20), SEED)
-        result, seconds = run_check(root, table.path, hidden, size)
+        result, seconds = run_check(root, table.path, hidden, size, args.alone)
     n = len(table)
     series = np.append(table.series, table.series.to_numpy()[hidden.source])
     true = {(int(s), n + k) for k, s in enumerate(hidden.source)}
@@ -125,17 +125,15 @@ def measure(name: str, args: argparse.Namespace) -> dict:   # a row of the table
     right = sum(pair in true for pair in found)
     relatives = sum(bool(series[i] == series[j]) for i, j in found) - right
     kinds = result.validation.recall_by_kind
-    row = {"set": name, "images": n + len(true), "recall on planted copies": str(result.validation.recall)}
+    row = {"set": name, "check": "thumbnails alone" if args.alone else "audit", "images": n + len(true), "recall on planted copies": str(result.validation.recall)}
     row |= {kind: str(kinds[kind]) if kind in kinds else "" for kind in COPY_TRANSFORMS}
     row |= {"threshold": float(result.threshold), "predicted precision": str(result.validation.precision),
             "found pairs": len(found), "relatives": relatives, "other": len(found) - right - relatives,
             "recall of hidden copies": str(estimate_proportion(right, len(true))),
             "precision": str(estimate_proportion(right, len(found))), "off": result.off or "",
-            "path": getattr(result, "path", "cheap"), "CPU s": seconds, "CPU s per 1,000": seconds / len(series) * 1000}
-    if hasattr(result, "relatives"):
-        same = [bool(series[i] == series[j]) for i, j in zip(result.relatives.i, result.relatives.j)]
-        row |= {"pairs reported as relatives": len(same), "of one series": sum(same)}
-    return row
+            "path": result.path, "CPU s": seconds, "CPU s per 1,000": seconds / len(series) * 1000}
+    same = [bool(series[i] == series[j]) for i, j in zip(result.relatives.i, result.relatives.j)]
+    return row | {"pairs reported as relatives": len(same), "of one series": sum(same)}
 
 
 def main() -> None:
@@ -145,15 +143,17 @@ def main() -> None:
     parser.add_argument("--groceries", type=Path, default=Path("groceries"), help="folder with the photographs")
     parser.add_argument("--signs", type=Path, default=Path("sign-digits"), help="folder with the photographs")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/audit_textures.md")
+    parser.add_argument("--alone", action="store_true", help="with --one: by thumbnails alone")
     parser.add_argument("--one", help="measure one set in this process and print its row as JSON")
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measure(args.one, args)))
         return
     rows = []
-    for name in args.sets:
+    both = [(name, alone) for name in args.sets for alone in ((True, False) if name.endswith("series") else (False,))]
+    for name, alone in both:
         command = [sys.executable, __file__, "--one", name, "--images", str(args.images),
-                   "--groceries", args.groceries, "--signs", args.signs]
+                   "--groceries", args.groceries, "--signs", args.signs] + ["--alone"] * alone
         done = subprocess.run(command, env=os.environ | dict(OMP_NUM_THREADS="1"), stdout=subprocess.PIPE, text=True)
         if done.returncode: sys.exit(f"{name}: exit status {done.returncode}")
         rows.append(json.loads(done.stdout.splitlines()[-1]))

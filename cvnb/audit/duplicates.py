@@ -31,7 +31,7 @@ __all__ = ['THUMBNAIL_SIDE', 'EXACT_SEARCH_LIMIT', 'N_NEIGHBOURS', 'PAIR_FEATURE
            'candidate_matches', 'candidate_pairs', 'compare_pairs', 'transform_image', 'PlantedCopies', 'plant_copies',
            'PairScorer', 'fit_pair_scorer', 'ScoreTail', 'fit_score_tails', 'pick_threshold', 'predict_pair_precision',
            'make_details', 'compare_exposures', 'NearDuplicates', 'RelativeTail', 'find_near_duplicates', 'pair_table',
-           'exact_pairs', 'find_leaks', 'check_duplicates']
+           'describe_relatives', 'exact_pairs', 'find_leaks', 'check_duplicates']
 
 # %% ../../nbs/audit/02_duplicates.ipynb #cell-7
 def mark_duplicates(
@@ -615,15 +615,11 @@ def make_details(
 ) -> np.ndarray:          # uint8 (N, 64, 64, 3); the images themselves where they have this size
     "Resize images to the size at which exposures are compared."
     import torch
-    side = images.shape[1]
-    if side == DETAIL_SIDE: return images
+    if images.shape[1] == DETAIL_SIDE: return images
     parts = [np.empty((0, DETAIL_SIDE, DETAIL_SIDE, 3), np.uint8)]
     for begin in range(0, len(images), 500):
         batch = torch.from_numpy(images[begin:begin + 500])
-        if side % DETAIL_SIDE: parts.append(resize_images(batch, DETAIL_SIDE).numpy())
-        else:   # means of squares take a quarter of the time
-            means = torch.nn.functional.avg_pool2d(batch.permute(0, 3, 1, 2).float(), side // DETAIL_SIDE)
-            parts.append(means.round().byte().permute(0, 2, 3, 1).numpy())
+        parts.append(resize_images(batch, DETAIL_SIDE).numpy())
     return np.concatenate(parts)
 
 # %% ../../nbs/audit/02_duplicates.ipynb #series-levels
@@ -663,7 +659,7 @@ def _exposure_features(
     grey_a, grey_b = (np.einsum("pchw,c->phw", image, _BRIGHTNESS) for image in (a, b))
     halve = lambda grey: grey.reshape(len(grey), DETAIL_SIDE // 2, 2, DETAIL_SIDE // 2, 2).mean(axis=(2, 4))
     transform = _align(halve(grey_a), halve(grey_b), (2.0, 1.0))
-    transform = _align(grey_a, grey_b, (1.0, 0.5), transform)
+    transform = _align(grey_a, grey_b, (0.7,), transform)
     x, y, inside = _sampling_grid(transform, DETAIL_SIDE)
     usable = _usable_pixels(np.maximum(a.max(axis=1), _warp(b.max(axis=1), x, y)), inside)
     grey_b = _warp(grey_b, x, y)
@@ -868,9 +864,9 @@ def _find_in_series(
         rest = [pair not in known for pair in zip(pairs.i, pairs.j)]
         return replace(thumbs_only, relatives=_sort_pairs(pairs.assign(kind="relative")[rest]))
     compared = (f"Of all images {share:.0%} have related ones, such as other exposures, which hide copies from the "
-                f"comparison of thumbnails. Related pairs were compared once more at {DETAIL_SIDE} pixels, by exposure.")
-    validation = _validate(matching.copies, matching.matches.i.to_numpy()[hit],
-                           predict_pair_precision(threshold, scores.own, scores.tails), compared)
+                f"comparison of thumbnails. So related pairs were compared at {DETAIL_SIDE} pixels, by exposure.")
+    predicted = predict_pair_precision(threshold, scores.own, scores.tails)
+    validation = _validate(matching.copies, matching.matches.i.to_numpy()[hit], predicted, compared)
     is_copy = scores.own >= threshold
     found = _sort_pairs(pairs.assign(similarity=expit(scores.own))[is_copy])
     relatives = _sort_pairs(pairs.assign(kind="relative")[~is_copy])
@@ -947,6 +943,21 @@ def pair_table(
     kind = np.where(resized & (pairs.kind == "recompressed").to_numpy(), "resized", pairs.kind)
     return _pair_columns(left, right, pairs.similarity.to_numpy(float), kind)
 
+# %% ../../nbs/audit/02_duplicates.ipynb #series-note
+def describe_relatives(
+    relatives: pd.DataFrame,   # from `pair_table`; may be empty
+    n_images: int,             # that were compared
+) -> list[str]:                # a sentence or two about the data set; none without relatives
+    "Say how many images are of a series, with example pairs."
+    if relatives.empty: return []
+    n = len({*relatives.path, *relatives.other})
+    between = int((relatives.split != relatives.other_split).sum())
+    pairs = relatives.iloc[np.linspace(0, len(relatives) - 1, min(3, len(relatives))).astype(int)]
+    examples = ", ".join(f"{a} and {b}" for a, b in zip(pairs.path, pairs.other))
+    leaks = f" {between:,} of these pairs lie in two splits (check leak)." if between else ""
+    return [f"{n:,} of {n_images:,} images have relatives: images of the same thing, such as other exposures, "
+            f"that are no copies ({len(relatives):,} pairs, such as {examples}).{leaks}"]
+
 # %% ../../nbs/audit/02_duplicates.ipynb #cell-69
 def exact_pairs(
     table: pd.DataFrame,   # from `mark_duplicates`
@@ -961,7 +972,7 @@ def exact_pairs(
 # %% ../../nbs/audit/02_duplicates.ipynb #cell-73
 SPLIT_RANK = dict(test=0, val=1, train=2)   # of two copies, the one in the split of lower rank stays
 _COPY_NAMES = dict(exact="an exact copy of an image", brightness="a brighter or darker copy of an image",
-                   group="of one group with an image")
+                   group="of one group with an image", relative="of one series with an image")
 _SWAPPED = dict(path="other", label="other_label", split="other_split",
                 other="path", other_label="label", other_split="split")
 
@@ -1031,6 +1042,7 @@ def check_duplicates(
     result: NearDuplicates,   # from `find_near_duplicates`
     exact_validation: CheckValidation | None = None,   # from `validate_exact_duplicates`
     classes: bool = True,     # whether labels are classes; numbers differ a little between near copies
+    relatives: pd.DataFrame | None = None,   # pairs of one series, from `pair_table`; in two splits they are a leak
 ) -> list[Check]:             # exact_duplicate, near_duplicate, leak, two_labels
     "Make the checks of exact copies, near copies, leaks and contradicting labels."
     n = int(table.ok.sum())
@@ -1038,7 +1050,8 @@ def check_duplicates(
     copies = pd.concat([exact, near], ignore_index=True) if classes else exact
     two_labels = _pair_findings(copies[copies.label != copies.other_label])
     measured = (result.threshold, result.validation, result.off)
+    linked = near if relatives is None or relatives.empty else pd.concat([near, relatives], ignore_index=True)
     return [Check("exact_duplicate", _pair_findings(exact), n, validation=exact_validation),
             Check("near_duplicate", _pair_findings(near), result.n_images, *measured),
-            Check("leak", _pair_findings(find_leaks(table, near)), n, *measured),
+            Check("leak", _pair_findings(find_leaks(table, linked)), n, *measured),
             Check("two_labels", two_labels, n, *(measured if classes else (1.0, exact_validation)))]

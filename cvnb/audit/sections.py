@@ -20,7 +20,7 @@ from .checks import CHECKS, Check
 from .coverage import check_drift, check_outliers, check_rare_groups, check_shortcuts, count_groups
 from .coverage import make_ood_samples, project_pca, uniqueness_scores
 from .duplicates import check_duplicates, find_near_duplicates, make_thumbnails, mark_duplicates, pair_table
-from .duplicates import plant_copies, select_unique_images, validate_exact_duplicates
+from .duplicates import describe_relatives, plant_copies, select_unique_images, validate_exact_duplicates
 from .embeddings import OUT_OF_FOLD_NOTE, add_image_columns, compute_embeddings, expand_to_files
 from .embeddings import feature_views, out_of_fold_view, read_out_of_fold, write_array
 from .fiftyone_dataset import write_dataset
@@ -231,21 +231,23 @@ def audit_duplicates(
     images = load_images(data.root, unique.path, size, subprogress(progress, 0, 0.5), unique.file_sha256, data.decoding)
     copies = plant_copies(data.root, unique.path, size, seed=data.seed, decoding=data.decoding)
     near = find_near_duplicates(make_thumbnails(images), make_thumbnails(copies.images), copies, precision, similarity,
-                                progress=subprogress(progress, 0.5, 1))
+                                progress=subprogress(progress, 0.5, 1), images=images)
     strata = replace_labels_by_strata(data.task, files.table)
-    pairs = pair_table(near.pairs, unique)
+    pairs = pair_table(pd.concat([near.pairs, near.relatives]) if len(near.relatives) else near.pairs, unique)
     split = assign_splits(strata, data.val_share, data.test_share, data.seed, pairs).split
     table = files.table.assign(split=split)
     strata = strata.assign(split=split)
     unique = select_unique_images(table)
     exact = validate_exact_duplicates(data.root, table, data.seed, data.decoding)
-    checks = check_duplicates(table, pair_table(near.pairs, unique), near, exact, data.task.has_classes)
+    relatives = pair_table(near.relatives, unique)
+    checks = check_duplicates(table, pair_table(near.pairs, unique), near, exact, data.task.has_classes, relatives)
     counts = strata[strata.ok].groupby(["label", "split"]).size().unstack(fill_value=0)
     counts = counts[[s for s in SPLITS if s in counts]].rename_axis(columns=None).reset_index()
     examples = [c for c in checks if c.name in ("exact_duplicate", "near_duplicate", "leak")]
     return DuplicateResult(data=data, checks=checks, tables={"Images of each class in each split.": counts},
                            figures=_example_figures(data, examples, table), table=table, strata=strata, unique=unique,
-                           images=images, metrics=dict(near_duplicate_recall=near.validation.recall))
+                           images=images, metrics=dict(near_duplicate_recall=near.validation.recall),
+                           notes=describe_relatives(relatives, len(unique)))
 
 # %% ../../nbs/audit/13_sections.ipynb #648b8aed
 @dataclass(frozen=True, repr=False, eq=False, kw_only=True)
