@@ -125,7 +125,8 @@ def measure(name: str, args: argparse.Namespace) -> dict:   # a row of the table
     right = sum(pair in true for pair in found)
     relatives = sum(bool(series[i] == series[j]) for i, j in found) - right
     kinds = result.validation.recall_by_kind
-    row = {"set": name, "check": "thumbnails alone" if args.alone else "audit", "images": n + len(true), "recall on planted copies": str(result.validation.recall)}
+    row = {"set": name, "check": "thumbnails alone" if args.alone else "audit", "images": n + len(true)}
+    row["recall on planted copies"] = str(result.validation.recall)
     row |= {kind: str(kinds[kind]) if kind in kinds else "" for kind in COPY_TRANSFORMS}
     row |= {"threshold": float(result.threshold), "predicted precision": str(result.validation.precision),
             "found pairs": len(found), "relatives": relatives, "other": len(found) - right - relatives,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,13 +25,12 @@ if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
 
 # %% auto #0
-__all__ = ['THUMBNAIL_SIDE', 'EXACT_SEARCH_LIMIT', 'N_NEIGHBOURS', 'PAIR_FEATURES', 'COPY_TRANSFORMS', 'DETAIL_SIDE',
-           'EXPOSURE_FEATURES', 'LEAST_RECALL', 'SERIES_SHARE', 'SPLIT_RANK', 'mark_duplicates', 'select_unique_images',
-           'validate_exact_duplicates', 'make_thumbnails', 'dct_features', 'build_index', 'nearest_neighbours',
-           'candidate_matches', 'candidate_pairs', 'compare_pairs', 'transform_image', 'PlantedCopies', 'plant_copies',
-           'PairScorer', 'fit_pair_scorer', 'ScoreTail', 'fit_score_tails', 'pick_threshold', 'predict_pair_precision',
-           'make_details', 'compare_exposures', 'NearDuplicates', 'RelativeTail', 'find_near_duplicates', 'pair_table',
-           'describe_relatives', 'exact_pairs', 'find_leaks', 'check_duplicates']
+__all__ = ['THUMBNAIL_SIDE', 'EXACT_SEARCH_LIMIT', 'N_NEIGHBOURS', 'PAIR_FEATURES', 'COPY_TRANSFORMS', 'LEAST_RECALL',
+           'SPLIT_RANK', 'mark_duplicates', 'select_unique_images', 'validate_exact_duplicates', 'make_thumbnails',
+           'dct_features', 'build_index', 'nearest_neighbours', 'candidate_matches', 'candidate_pairs', 'compare_pairs',
+           'transform_image', 'PlantedCopies', 'plant_copies', 'PairScorer', 'fit_pair_scorer', 'ScoreTail',
+           'fit_score_tails', 'pick_threshold', 'predict_pair_precision', 'NearDuplicates', 'PairMatching',
+           'sort_pairs', 'find_near_duplicates', 'pair_table', 'exact_pairs', 'find_leaks', 'check_duplicates']
 
 # %% ../../nbs/audit/02_duplicates.ipynb #cell-7
 def mark_duplicates(
@@ -603,89 +602,6 @@ def predict_pair_precision(
     value = float(np.clip(1 - (tails[0].expected_above(threshold) + below_tail) / flagged, 0, 1))
     return Estimate(value, min(float(low), value), max(float(high), value), flagged)
 
-# %% ../../nbs/audit/02_duplicates.ipynb #series-details
-DETAIL_SIDE = 64   # pixels at which exposures are compared
-EXPOSURE_FEATURES = ("curve", "factor", "either")   # columns of `compare_exposures`
-_EXPOSURE_SIGNS = (-1, -1, -1)                      # of their weights in a score
-_BRIGHTNESS = np.float32([0.299, 0.587, 0.114])     # share of each colour, as in JPEG
-_SATURATED = 240   # levels from which a pixel may be saturated
-
-def make_details(
-    images: np.ndarray,   # uint8 (N, S, S, 3)
-) -> np.ndarray:          # uint8 (N, 64, 64, 3); the images themselves where they have this size
-    "Resize images to the size at which exposures are compared."
-    import torch
-    if images.shape[1] == DETAIL_SIDE: return images
-    parts = [np.empty((0, DETAIL_SIDE, DETAIL_SIDE, 3), np.uint8)]
-    for begin in range(0, len(images), 500):
-        batch = torch.from_numpy(images[begin:begin + 500])
-        parts.append(resize_images(batch, DETAIL_SIDE).numpy())
-    return np.concatenate(parts)
-
-# %% ../../nbs/audit/02_duplicates.ipynb #series-levels
-def _usable_pixels(
-    brightest: np.ndarray,   # of the colours of both images, float32 (P, 64, 64)
-    inside: np.ndarray,      # from `_sampling_grid` (P, 64, 64)
-) -> np.ndarray:             # 0 or 1, float32 (P, 64, 64)
-    "Mark the pixels that have no saturated ones nearby; all of them where hardly any is left."
-    blur = _blur(2.0, DETAIL_SIDE)
-    near = blur @ (brightest >= _SATURATED).astype(np.float32) @ blur.T
-    usable = inside * (near < 0.05)
-    few = usable.mean(axis=(1, 2)) < 0.05
-    usable[few] = inside[few]
-    return usable
-
-def _fit_levels(
-    x: np.ndarray,        # blurred levels of one image ÷ 128, float32 (P, M)
-    y: np.ndarray,        # those of the other (P, M)
-    usable: np.ndarray,   # 0 or 1 (P, M)
-) -> tuple[np.ndarray, np.ndarray]:   # factor (P,), root mean square of what a parabola adds to it, in levels (P,)
-    "Fit a factor, and then a parabola, to the levels of two images."
-    n = np.maximum(usable.sum(axis=1), 1)
-    factor = (usable * x * y).sum(axis=1) / ((usable * x * x).sum(axis=1) + 1e-6)
-    powers = np.stack([usable, usable * x, usable * x * x], axis=1)   # (P, 3, M)
-    square = (powers @ powers.swapaxes(1, 2)).astype(float) + 1e-5 * n[:, None, None] * np.eye(3)
-    rest = usable * (y - factor[:, None] * x)
-    weights = np.linalg.solve(square, (powers @ rest[..., None]).astype(float))
-    bend = (powers * weights.astype(np.float32)).sum(axis=1)
-    return factor, 128 * np.sqrt((bend**2).sum(axis=1) / n)
-
-# %% ../../nbs/audit/02_duplicates.ipynb #series-features
-def _exposure_features(
-    a: np.ndarray,   # float32 (P, 3, 64, 64)
-    b: np.ndarray,   # float32 (P, 3, 64, 64)
-) -> np.ndarray:     # `EXPOSURE_FEATURES`, float32 (P, 3)
-    "Align images by their brightness, and compare their levels and their fine detail."
-    grey_a, grey_b = (np.einsum("pchw,c->phw", image, _BRIGHTNESS) for image in (a, b))
-    halve = lambda grey: grey.reshape(len(grey), DETAIL_SIDE // 2, 2, DETAIL_SIDE // 2, 2).mean(axis=(2, 4))
-    transform = _align(halve(grey_a), halve(grey_b), (2.0, 1.0))
-    transform = _align(grey_a, grey_b, (0.7,), transform)
-    x, y, inside = _sampling_grid(transform, DETAIL_SIDE)
-    usable = _usable_pixels(np.maximum(a.max(axis=1), _warp(b.max(axis=1), x, y)), inside)
-    grey_b = _warp(grey_b, x, y)
-    blur = _blur(2.0, DETAIL_SIDE)
-    soft_a, soft_b = (blur @ grey @ blur.T for grey in (grey_a, grey_b))
-    flat = lambda image: image[:, ::2, ::2].reshape(len(image), -1)   # of a blurred image every second pixel is enough
-    factor, bend = _fit_levels(flat(soft_a) / 128, flat(soft_b) / 128, flat(usable))
-    factor = np.clip(factor, 0.1, 10)
-    scale = np.sqrt(np.clip(factor, 0.2, 5))   # of the levels of both images together
-    rest = np.square((grey_a - soft_a) * factor[:, None, None] - (grey_b - soft_b)) * inside
-    detail = np.sqrt(rest.sum(axis=(1, 2)) / inside.sum(axis=(1, 2)))
-    factor = np.log(np.abs(np.log(factor)) + 0.004)                            # -5.5 for the same levels
-    either = np.minimum((factor + 5.5) / 4, (np.log(detail / scale + 0.2) + 1) / 2)   # both are about 0 … 1
-    return np.stack([np.log(bend / scale + 0.1), factor, either], axis=1).astype(np.float32)
-
-# %% ../../nbs/audit/02_duplicates.ipynb #series-compare
-def compare_exposures(
-    details: np.ndarray,   # from `make_details`, uint8 (N, 64, 64, 3)
-    others: np.ndarray,    # from `make_details`, uint8 (M, 64, 64, 3)
-    pairs: pd.DataFrame,   # i in `details`, j in `others`, mirrored (P, 3)
-    progress: Callable[[float, str], None] | None = None,   # takes the fraction that is done and a text
-) -> np.ndarray:           # `EXPOSURE_FEATURES`, float32 (P, 3)
-    "Measure how the levels and the fine detail of pairs differ."
-    return np.concatenate([np.empty((0, len(EXPOSURE_FEATURES)), np.float32),
-                           *_map_pairs(_exposure_features, details, others, pairs, progress)])
-
 # %% ../../nbs/audit/02_duplicates.ipynb #cell-59
 def _transform_kind(
     features: np.ndarray,   # from `compare_pairs` (P, 5)
@@ -741,12 +657,11 @@ def _match_planted_copies(
     least = max(0.3, usual - margin)   # images without structure are similar to nothing
     return matches[matches.similarity >= least], found[~is_source].drop_duplicates("i"), least
 
-# %% ../../nbs/audit/02_duplicates.ipynb #series-matching
-LEAST_RECALL = 0.9   # planted copies that thumbnails find, as a share; with fewer, series are looked for
-SERIES_SHARE = 0.2   # images with a related one, as a share, from which a set holds series
+# %% ../../nbs/audit/02_duplicates.ipynb #cell-63
+LEAST_RECALL = 0.9   # planted copies that thumbnails find, as a share; with fewer, `audit.series` looks for series
 
 @dataclass(frozen=True)
-class _Matching:
+class PairMatching:
     "Pairs, and planted copies with their sources, compared as thumbnails."
     pairs: pd.DataFrame          # i, j, mirrored, kind (M, …)
     scores: np.ndarray           # of the pairs (M,)
@@ -765,115 +680,7 @@ class _Matching:
         "Return the share of copies of the fitting half that are found."
         return float((found & self.fit).sum() / self.copies.fit.sum())
 
-def _related_threshold(
-    matching: _Matching,
-    precision: float,   # share of pairs above the threshold that should be related, 0 … 1
-) -> float:             # a score
-    "Pick the score from which two images are related; mirrored pairs stand for unrelated ones."
-    copies = matching.planted_scores[matching.fit]
-    tail = fit_score_tails(matching.scores[matching.pairs.mirrored], copies, n_draws=0)[0]
-    tail = replace(tail, n=2 * tail.n)   # as many unrelated pairs are straight
-    return pick_threshold(matching.scores, copies, tail, precision)
-
-# %% ../../nbs/audit/02_duplicates.ipynb #series-tail
-@dataclass(frozen=True)
-class RelativeTail:
-    "Upper end of the scores of relatives, known from pairs of planted copies and relatives of their sources."
-    known: np.ndarray      # scores of such pairs, ascending (K,)
-    n: int                 # pairs among the images that are no copies
-    start: float = -np.inf   # the sample holds everywhere
-
-    def expected_above(self,
-        score: float,    # any
-    ) -> float:          # pairs
-        "Estimate how many pairs that are no copies score higher, by counting, and above all known ones by the decline."
-        above = len(self.known) - int(np.searchsorted(self.known, score)) + 1
-        top = self.known[-30:]
-        rate = 1 / max(0.05, float((top - top[0]).mean()))
-        declined = len(top) * np.exp(-rate * max(0.0, score - top[0]))
-        return self.n / len(self.known) * float(min(above, declined) if score > top[0] else above)
-
-def _known_relatives(
-    pairs: pd.DataFrame,     # relatives: i, j, mirrored (M, …)
-    matches: pd.DataFrame,   # planted copies with their sources: i, j, mirrored (P, …)
-) -> pd.DataFrame:           # i (planted copy), j (relative of its source), mirrored
-    "Pair planted copies with the relatives of their sources."
-    first = pd.DataFrame(dict(source=pairs.i, other=pairs.j, turned=pairs.mirrored))
-    second = pd.DataFrame(dict(source=pairs.j, other=pairs.i, turned=pairs.mirrored))
-    copies = pd.DataFrame(dict(copy_=matches.i, source=matches.j, mirrored=matches.mirrored))
-    both = copies.merge(pd.concat([first, second]), on="source")
-    return pd.DataFrame(dict(i=both.copy_, j=both.other, mirrored=both.mirrored != both.turned))
-
-# %% ../../nbs/audit/02_duplicates.ipynb #series-scores
-@dataclass(frozen=True)
-class _ExposureScores:
-    "Scores of related pairs and of planted copies, compared by exposure."
-    own: np.ndarray       # of own related pairs (M,)
-    planted: np.ndarray   # of planted copies (P,)
-    tails: list[RelativeTail]   # the estimate, then one per resample
-
-def _score_exposures(
-    images: np.ndarray,      # uint8 (N, S, S, 3)
-    planted: np.ndarray,     # of the planted copies, uint8 (Q, S, S, 3)
-    pairs: pd.DataFrame,     # related ones (M, …)
-    matches: pd.DataFrame,   # planted copies with their sources (P, …)
-    fit: np.ndarray,         # bool (P,): which of them train the scorer
-    progress: Callable[[float, str], None] | None,   # takes the fraction that is done and a text
-) -> _ExposureScores | None:   # None where too few relatives are known
-    "Train a scorer on planted copies, and on their pairs with relatives of their sources, which are no copies."
-    details = make_details(images)
-    planted = make_details(planted)
-    own = compare_exposures(details, details, pairs, progress)
-    copies = compare_exposures(planted, details, matches)
-    first = fit_pair_scorer(copies[fit], own, _EXPOSURE_SIGNS)
-    is_relative = first.score(own) < np.quantile(first.score(copies[fit]), 0.25)
-    known = _known_relatives(pairs[is_relative], matches)
-    if len(known) < 50: return None
-    known = compare_exposures(planted, details, known)
-    x = np.concatenate([copies[fit], known])
-    scorer = _fit_logistic(x, np.arange(len(x)) < fit.sum(), _EXPOSURE_SIGNS)
-    sample = np.sort(scorer.score(known))
-    draws = np.random.default_rng(0).choice(sample, (200, len(sample)))
-    tails = [RelativeTail(rows, int(is_relative.sum())) for rows in (sample, *np.sort(draws, axis=1))]
-    return _ExposureScores(scorer.score(own), scorer.score(copies), tails)
-
-# %% ../../nbs/audit/02_duplicates.ipynb #series-search
-def _find_in_series(
-    thumbs_only: NearDuplicates,   # found by thumbnails
-    thumbs_recall: float,   # share of the fitting half that they find, 0 … 1
-    images: np.ndarray,     # uint8 (N, S, S, 3)
-    matching: _Matching,
-    precision: float,       # share of findings that should be copies, 0 … 1
-    progress: Callable[[float, str], None] | None,   # takes the fraction that is done and a text
-) -> NearDuplicates:        # `thumbs_only` where the set holds no series
-    "Separate copies from relatives, which thumbnails confuse."
-    from scipy.special import expit
-    least = _related_threshold(matching, 1 - (1 - precision) / 5)
-    kept = matching.planted_scores >= least
-    pairs = matching.pairs[matching.scores >= least].reset_index(drop=True)
-    share = len(np.union1d(pairs.i, pairs.j)) / len(images)
-    fit = matching.fit[kept]
-    if share < SERIES_SHARE or not fit.any(): return thumbs_only
-    scores = _score_exposures(images, matching.copies.images, pairs, matching.matches[kept], fit, progress)
-    if not scores: return thumbs_only
-    threshold = pick_threshold(scores.own, scores.planted[fit], scores.tails[0], precision)
-    hit = kept.copy()
-    hit[kept] = scores.planted >= threshold
-    if matching.fit_recall(hit) <= thumbs_recall:
-        known = set(zip(thumbs_only.pairs.i, thumbs_only.pairs.j))
-        rest = [pair not in known for pair in zip(pairs.i, pairs.j)]
-        return replace(thumbs_only, relatives=_sort_pairs(pairs.assign(kind="relative")[rest]))
-    compared = (f"Of all images {share:.0%} have related ones, such as other exposures, which hide copies from the "
-                f"comparison of thumbnails. So related pairs were compared at {DETAIL_SIDE} pixels, by exposure.")
-    predicted = predict_pair_precision(threshold, scores.own, scores.tails)
-    validation = _validate(matching.copies, matching.matches.i.to_numpy()[hit], predicted, compared)
-    is_copy = scores.own >= threshold
-    found = _sort_pairs(pairs.assign(similarity=expit(scores.own))[is_copy])
-    relatives = _sort_pairs(pairs.assign(kind="relative")[~is_copy])
-    return NearDuplicates(found, float(expit(threshold)), validation, len(images), "", relatives, "exposures")
-
-# %% ../../nbs/audit/02_duplicates.ipynb #cell-63
-def _sort_pairs(
+def sort_pairs(
     pairs: pd.DataFrame,   # i, j, mirrored, similarity, kind
 ) -> pd.DataFrame:         # i, j, similarity, kind; most similar first
     "Sort pairs by similarity."
@@ -913,12 +720,13 @@ def find_near_duplicates(
     hit = planted_scores >= least_score
     validation = _validate(copies, matches.i.to_numpy()[hit], predict_pair_precision(least_score, scores, tails))
     off = "" if hit.any() else f"no similarity that copies reach keeps the precision of {precision:g}"
-    found = NearDuplicates(_sort_pairs(pairs[scores >= least_score]), float(expit(least_score)), validation,
+    found = NearDuplicates(sort_pairs(pairs[scores >= least_score]), float(expit(least_score)), validation,
                            len(thumbs), off)
-    matching = _Matching(pairs, scores, matches, planted_scores, copies)
+    matching = PairMatching(pairs, scores, matches, planted_scores, copies)
     recall = matching.fit_recall(hit)
     if images is None or threshold or recall >= LEAST_RECALL: return found
-    return _find_in_series(found, recall, images, matching, precision, part(0.9, 1))
+    from cvnb.audit.series import find_in_series
+    return find_in_series(found, recall, images, matching, precision, part(0.9, 1))
 
 # %% ../../nbs/audit/02_duplicates.ipynb #cell-68
 def _pair_columns(
@@ -942,21 +750,6 @@ def pair_table(
     resized = (left.width != right.width) | (left.height != right.height)
     kind = np.where(resized & (pairs.kind == "recompressed").to_numpy(), "resized", pairs.kind)
     return _pair_columns(left, right, pairs.similarity.to_numpy(float), kind)
-
-# %% ../../nbs/audit/02_duplicates.ipynb #series-note
-def describe_relatives(
-    relatives: pd.DataFrame,   # from `pair_table`; may be empty
-    n_images: int,             # that were compared
-) -> list[str]:                # a sentence or two about the data set; none without relatives
-    "Say how many images are of a series, with example pairs."
-    if relatives.empty: return []
-    n = len({*relatives.path, *relatives.other})
-    between = int((relatives.split != relatives.other_split).sum())
-    pairs = relatives.iloc[np.linspace(0, len(relatives) - 1, min(3, len(relatives))).astype(int)]
-    examples = ", ".join(f"{a} and {b}" for a, b in zip(pairs.path, pairs.other))
-    leaks = f" {between:,} of these pairs lie in two splits (check leak)." if between else ""
-    return [f"{n:,} of {n_images:,} images have relatives: images of the same thing, such as other exposures, "
-            f"that are no copies ({len(relatives):,} pairs, such as {examples}).{leaks}"]
 
 # %% ../../nbs/audit/02_duplicates.ipynb #cell-69
 def exact_pairs(

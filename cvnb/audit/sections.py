@@ -20,7 +20,7 @@ from .checks import CHECKS, Check
 from .coverage import check_drift, check_outliers, check_rare_groups, check_shortcuts, count_groups
 from .coverage import make_ood_samples, project_pca, uniqueness_scores
 from .duplicates import check_duplicates, find_near_duplicates, make_thumbnails, mark_duplicates, pair_table
-from .duplicates import describe_relatives, plant_copies, select_unique_images, validate_exact_duplicates
+from .duplicates import plant_copies, select_unique_images, validate_exact_duplicates
 from .embeddings import OUT_OF_FOLD_NOTE, add_image_columns, compute_embeddings, expand_to_files
 from .embeddings import feature_views, out_of_fold_view, read_out_of_fold, write_array
 from .fiftyone_dataset import write_dataset
@@ -32,6 +32,7 @@ from .quality import check_integrity, check_quality, measure_appearance, whole_s
 from .report import MIN_RECALL, AuditReport, Policy, audit_notes, enforce_limits, parse_limits, quarantine
 from .report import write_audit_page
 from .review import apply_corrections, drop_reviewed, read_corrections
+from .series import describe_relatives
 from ..core.files import write_json
 from ..core.html import html_table
 from ..core.stage import Stage, subprogress

@@ -14,13 +14,13 @@ from cvnb.audit.duplicates import (
     NearDuplicates,
     PlantedCopies,
     check_duplicates,
-    describe_relatives,
     find_near_duplicates,
     make_thumbnails,
     mark_duplicates,
     pair_table,
     transform_image,
 )
+from cvnb.audit.series import describe_relatives
 
 SIDE = 64   # pixels
 
