@@ -97,12 +97,13 @@ def open_set(name: str, folder: Path, n: int, args: argparse.Namespace) -> tuple
 def run_check(root: Path, paths: pd.Series, hidden: object, size: int, alone: bool) -> tuple:   # result, CPU seconds
     "Run the near-duplicate check as the audit does, or by thumbnails alone; hidden copies stand behind the images."
     from cvnb.audit.duplicates import find_near_duplicates, make_thumbnails, plant_copies
+    from cvnb.audit.series import find_in_series
     from cvnb.data.images import load_images
     start = time.process_time()
     images = np.concatenate([load_images(root, paths, size), hidden.images])
     copies = plant_copies(root, paths, size)
-    result = find_near_duplicates(make_thumbnails(images), make_thumbnails(copies.images), copies,
-                                  images=None if alone else images)
+    result = find_near_duplicates(make_thumbnails(images), make_thumbnails(copies.images), copies)
+    if not alone: result = find_in_series(result, images)
     return result, time.process_time() - start
 
 

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
 
 # %% auto #0
-__all__ = ['THUMBNAIL_SIDE', 'EXACT_SEARCH_LIMIT', 'N_NEIGHBOURS', 'PAIR_FEATURES', 'COPY_TRANSFORMS', 'LEAST_RECALL',
-           'SPLIT_RANK', 'mark_duplicates', 'select_unique_images', 'validate_exact_duplicates', 'make_thumbnails',
-           'dct_features', 'build_index', 'nearest_neighbours', 'candidate_matches', 'candidate_pairs', 'compare_pairs',
+__all__ = ['THUMBNAIL_SIDE', 'EXACT_SEARCH_LIMIT', 'N_NEIGHBOURS', 'PAIR_FEATURES', 'COPY_TRANSFORMS', 'SPLIT_RANK',
+           'mark_duplicates', 'select_unique_images', 'validate_exact_duplicates', 'make_thumbnails', 'dct_features',
+           'build_index', 'nearest_neighbours', 'candidate_matches', 'candidate_pairs', 'compare_pairs',
            'transform_image', 'PlantedCopies', 'plant_copies', 'PairScorer', 'fit_pair_scorer', 'ScoreTail',
            'fit_score_tails', 'pick_threshold', 'predict_pair_precision', 'NearDuplicates', 'PairMatching',
            'sort_pairs', 'find_near_duplicates', 'pair_table', 'exact_pairs', 'find_leaks', 'check_duplicates']
@@ -625,6 +625,7 @@ class NearDuplicates:
     off: str = ""         # why no pair can be found; empty where pairs can be
     relatives: pd.DataFrame = field(default_factory=_no_relatives)   # pairs of one series: i < j, similarity, kind
     path: str = "thumbnails"   # what pairs were compared by: "thumbnails", or "exposures" in a set of series
+    matching: PairMatching | None = field(default=None, repr=False, compare=False)   # None where a similarity was given
 
 # %% ../../nbs/audit/02_duplicates.ipynb #cell-61
 def _validate(
@@ -658,8 +659,6 @@ def _match_planted_copies(
     return matches[matches.similarity >= least], found[~is_source].drop_duplicates("i"), least
 
 # %% ../../nbs/audit/02_duplicates.ipynb #cell-63
-LEAST_RECALL = 0.9   # planted copies that thumbnails find, as a share; with fewer, `audit.series` looks for series
-
 @dataclass(frozen=True)
 class PairMatching:
     "Pairs, and planted copies with their sources, compared as thumbnails."
@@ -668,6 +667,7 @@ class PairMatching:
     matches: pd.DataFrame        # i (copy), j (source), mirrored (P, …)
     planted_scores: np.ndarray   # of the matches (P,)
     copies: PlantedCopies
+    hit: np.ndarray              # bool (P,): whether thumbnails find the copy
 
     @property
     def fit(self) -> np.ndarray:   # bool (P,)
@@ -694,7 +694,6 @@ def find_near_duplicates(
     precision: float = 0.95,   # share of findings that should be copies, 0 … 1
     threshold: float = 0,      # similarity, 0 … 1; 0 picks one
     progress: Callable[[float, str], None] | None = None,   # takes the fraction that is done and a text
-    images: np.ndarray | None = None,   # at the size of the copies, uint8 (N, S, S, 3); without them no series is found
 ) -> NearDuplicates:
     "Find pairs of nearly equal images."
     from scipy.special import expit, logit
@@ -708,7 +707,7 @@ def find_near_duplicates(
         nothing = pairs[:0].assign(kind="").drop(columns="mirrored")
         return NearDuplicates(nothing, 1.0, _validate(copies, np.array([]), estimate_proportion(0, 0)), len(thumbs))
     planted_features = compare_pairs(planted, thumbs, matches)
-    features = compare_pairs(thumbs, thumbs, pairs, part(0.5, 0.9))
+    features = compare_pairs(thumbs, thumbs, pairs, part(0.5, 1))
     negatives = np.concatenate([features, compare_pairs(planted, thumbs, mismatches)])
     scorer = fit_pair_scorer(planted_features[fit], negatives)
     planted_scores = scorer.score(planted_features)
@@ -720,13 +719,9 @@ def find_near_duplicates(
     hit = planted_scores >= least_score
     validation = _validate(copies, matches.i.to_numpy()[hit], predict_pair_precision(least_score, scores, tails))
     off = "" if hit.any() else f"no similarity that copies reach keeps the precision of {precision:g}"
-    found = NearDuplicates(sort_pairs(pairs[scores >= least_score]), float(expit(least_score)), validation,
-                           len(thumbs), off)
-    matching = PairMatching(pairs, scores, matches, planted_scores, copies)
-    recall = matching.fit_recall(hit)
-    if images is None or threshold or recall >= LEAST_RECALL: return found
-    from cvnb.audit.series import find_in_series
-    return find_in_series(found, recall, images, matching, precision, part(0.9, 1))
+    matching = None if threshold else PairMatching(pairs, scores, matches, planted_scores, copies, hit)
+    return NearDuplicates(sort_pairs(pairs[scores >= least_score]), float(expit(least_score)), validation,
+                          len(thumbs), off, matching=matching)
 
 # %% ../../nbs/audit/02_duplicates.ipynb #cell-68
 def _pair_columns(

@@ -32,7 +32,7 @@ from .quality import check_integrity, check_quality, measure_appearance, whole_s
 from .report import MIN_RECALL, AuditReport, Policy, audit_notes, enforce_limits, parse_limits, quarantine
 from .report import write_audit_page
 from .review import apply_corrections, drop_reviewed, read_corrections
-from .series import describe_relatives
+from .series import describe_relatives, find_in_series
 from ..core.files import write_json
 from ..core.html import html_table
 from ..core.stage import Stage, subprogress
@@ -232,7 +232,8 @@ def audit_duplicates(
     images = load_images(data.root, unique.path, size, subprogress(progress, 0, 0.5), unique.file_sha256, data.decoding)
     copies = plant_copies(data.root, unique.path, size, seed=data.seed, decoding=data.decoding)
     near = find_near_duplicates(make_thumbnails(images), make_thumbnails(copies.images), copies, precision, similarity,
-                                progress=subprogress(progress, 0.5, 1), images=images)
+                                progress=subprogress(progress, 0.5, 0.8))
+    near = find_in_series(near, images, precision, subprogress(progress, 0.8, 1))
     strata = replace_labels_by_strata(data.task, files.table)
     pairs = pair_table(pd.concat([near.pairs, near.relatives]) if len(near.relatives) else near.pairs, unique)
     split = assign_splits(strata, data.val_share, data.test_share, data.seed, pairs).split

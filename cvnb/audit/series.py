@@ -17,8 +17,8 @@ from .duplicates import predict_pair_precision, sort_pairs
 from ..data.images import resize_images
 
 # %% auto #0
-__all__ = ['DETAIL_SIDE', 'EXPOSURE_FEATURES', 'SERIES_SHARE', 'make_details', 'compare_exposures', 'RelativeTail',
-           'find_in_series', 'describe_relatives']
+__all__ = ['DETAIL_SIDE', 'EXPOSURE_FEATURES', 'LEAST_RECALL', 'SERIES_SHARE', 'make_details', 'compare_exposures',
+           'RelativeTail', 'find_in_series', 'describe_relatives']
 
 # %% ../../nbs/audit/15_series.ipynb #series-details
 DETAIL_SIDE = 64   # pixels at which exposures are compared
@@ -104,6 +104,7 @@ def compare_exposures(
                            *_map_pairs(_exposure_features, details, others, pairs, progress)])
 
 # %% ../../nbs/audit/15_series.ipynb #series-matching
+LEAST_RECALL = 0.9   # planted copies that thumbnails find, as a share; with fewer, series are looked for
 SERIES_SHARE = 0.2   # images with a related one, as a share, from which a set holds series
 
 def _related_threshold(
@@ -180,15 +181,15 @@ def _score_exposures(
 
 # %% ../../nbs/audit/15_series.ipynb #series-search
 def find_in_series(
-    thumbs_only: NearDuplicates,   # found by thumbnails
-    thumbs_recall: float,   # share of the fitting half that they find, 0 … 1
-    images: np.ndarray,     # uint8 (N, S, S, 3)
-    matching: PairMatching,
-    precision: float,       # share of findings that should be copies, 0 … 1
-    progress: Callable[[float, str], None] | None,   # takes the fraction that is done and a text
-) -> NearDuplicates:        # `thumbs_only` where the set holds no series
+    thumbs_only: NearDuplicates,   # from `find_near_duplicates`
+    images: np.ndarray,     # at the size of the planted copies, uint8 (N, S, S, 3)
+    precision: float = 0.95,   # share of findings that should be copies, 0 … 1
+    progress: Callable[[float, str], None] | None = None,   # takes the fraction that is done and a text
+) -> NearDuplicates:        # `thumbs_only` where thumbnails find enough, or the set holds no series
     "Separate copies from relatives, which thumbnails confuse."
     from scipy.special import expit
+    matching = thumbs_only.matching
+    if matching is None or matching.fit_recall(matching.hit) >= LEAST_RECALL: return thumbs_only
     least = _related_threshold(matching, 1 - (1 - precision) / 5)
     kept = matching.planted_scores >= least
     pairs = matching.pairs[matching.scores >= least].reset_index(drop=True)
@@ -200,7 +201,7 @@ def find_in_series(
     threshold = pick_threshold(scores.own, scores.planted[fit], scores.tails[0], precision)
     hit = kept.copy()
     hit[kept] = scores.planted >= threshold
-    if matching.fit_recall(hit) <= thumbs_recall:
+    if matching.fit_recall(hit) <= matching.fit_recall(matching.hit):
         known = set(zip(thumbs_only.pairs.i, thumbs_only.pairs.j))
         rest = [pair not in known for pair in zip(pairs.i, pairs.j)]
         return replace(thumbs_only, relatives=sort_pairs(pairs.assign(kind="relative")[rest]))

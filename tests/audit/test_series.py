@@ -20,7 +20,7 @@ from cvnb.audit.duplicates import (
     pair_table,
     transform_image,
 )
-from cvnb.audit.series import describe_relatives
+from cvnb.audit.series import describe_relatives, find_in_series
 
 SIDE = 64   # pixels
 
@@ -61,8 +61,8 @@ def find(exposures: int, with_images: bool = True) -> tuple[NearDuplicates, np.n
     true = {(int(s), len(images) + k) for k, s in enumerate(hidden.source)}
     series = np.append(series, series[hidden.source])
     images = np.concatenate([images, hidden.images])
-    found = find_near_duplicates(make_thumbnails(images), make_thumbnails(copies.images), copies,
-                                 images=images if with_images else None)
+    found = find_near_duplicates(make_thumbnails(images), make_thumbnails(copies.images), copies)
+    if with_images: found = find_in_series(found, images)
     return found, series, true
 
 
