@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +29,8 @@ __all__ = ['THUMBNAIL_SIDE', 'EXACT_SEARCH_LIMIT', 'N_NEIGHBOURS', 'PAIR_FEATURE
            'mark_duplicates', 'select_unique_images', 'validate_exact_duplicates', 'make_thumbnails', 'dct_features',
            'build_index', 'nearest_neighbours', 'candidate_matches', 'candidate_pairs', 'compare_pairs',
            'transform_image', 'PlantedCopies', 'plant_copies', 'PairScorer', 'fit_pair_scorer', 'ScoreTail',
-           'fit_score_tails', 'pick_threshold', 'predict_pair_precision', 'NearDuplicates', 'find_near_duplicates',
-           'pair_table', 'exact_pairs', 'find_leaks', 'check_duplicates']
+           'fit_score_tails', 'pick_threshold', 'predict_pair_precision', 'NearDuplicates', 'PairMatching',
+           'sort_pairs', 'find_near_duplicates', 'pair_table', 'exact_pairs', 'find_leaks', 'check_duplicates']
 
 # %% ../../nbs/audit/02_duplicates.ipynb #cell-7
 def mark_duplicates(
@@ -191,42 +191,48 @@ def candidate_pairs(
     return pairs.drop_duplicates(["i", "j"], ignore_index=True)
 
 # %% ../../nbs/audit/02_duplicates.ipynb #cell-27
-_GRID = np.linspace(-1, 1, THUMBNAIL_SIDE, dtype=np.float32)   # pixels of a thumbnail along one axis
+def _axis(
+    side: int,        # pixels
+) -> np.ndarray:      # float32 (side,), -1 … 1
+    "List the positions of the pixels along one axis."
+    return np.linspace(-1, 1, side, dtype=np.float32)
 
 def _blur(
     sigma: float,     # pixels
-) -> np.ndarray:      # float32 (32, 32); multiplied from both sides it blurs an image
+    side: int = THUMBNAIL_SIDE,   # pixels
+) -> np.ndarray:      # float32 (side, side); multiplied from both sides it blurs an image
     "Make the matrix of a Gaussian blur that keeps the mean at the edges."
-    distance = np.arange(THUMBNAIL_SIDE)[:, None] - np.arange(THUMBNAIL_SIDE)
+    distance = np.arange(side)[:, None] - np.arange(side)
     weight = np.exp(-distance**2 / (2 * sigma**2))
     return (weight / weight.sum(axis=1, keepdims=True)).astype(np.float32)
 
 # %% ../../nbs/audit/02_duplicates.ipynb #cell-28
 def _sampling_grid(
     transform: np.ndarray,   # scale and shift of x, scale and shift of y (P, 4), shares of half a side
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:   # x (P, 32), y (P, 32) in -1 … 1, mask of what lies inside (P, 32, 32)
+    side: int = THUMBNAIL_SIDE,   # S, pixels
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:   # x (P, S), y (P, S) in -1 … 1, mask of what lies inside (P, S, S)
     "Compute where the pixels of one image lie in the other."
-    x = _GRID * (1 + transform[:, [0]]) + transform[:, [1]]
-    y = _GRID * (1 + transform[:, [2]]) + transform[:, [3]]
+    x = _axis(side) * (1 + transform[:, [0]]) + transform[:, [1]]
+    y = _axis(side) * (1 + transform[:, [2]]) + transform[:, [3]]
     inside = (np.abs(y) < 1.0001)[:, :, None] & (np.abs(x) < 1.0001)[:, None, :]
     return x, y, inside.astype(np.float32)
 
 # %% ../../nbs/audit/02_duplicates.ipynb #cell-29
 def _interpolation(
-    positions: np.ndarray,   # -1 … 1 (P, 32)
+    positions: np.ndarray,   # -1 … 1 (P, S)
     n_dims: int,             # dimensions of the images
-) -> np.ndarray:             # float32 (P, …, 32, 32)
+) -> np.ndarray:             # float32 (P, …, S, S)
     "Make the matrices that interpolate linearly at positions along one axis."
-    pixels = np.arange(THUMBNAIL_SIDE, dtype=np.float32)
-    at = (positions[:, :, None] + 1) * ((THUMBNAIL_SIDE - 1) / 2)
-    weight = np.maximum(0, 1 - np.abs(at - pixels))
-    return weight.reshape(len(weight), *[1] * (n_dims - 3), THUMBNAIL_SIDE, THUMBNAIL_SIDE)
+    side = positions.shape[1]
+    at = (positions[:, :, None] + 1) * ((side - 1) / 2)
+    weight = np.maximum(0, 1 - np.abs(at - np.arange(side, dtype=np.float32)))
+    return weight.reshape(len(weight), *[1] * (n_dims - 3), side, side)
 
 def _warp(
-    images: np.ndarray,   # float32 (P, …, 32, 32)
-    x: np.ndarray,        # from `_sampling_grid` (P, 32)
-    y: np.ndarray,        # from `_sampling_grid` (P, 32)
-) -> np.ndarray:          # float32 (P, …, 32, 32)
+    images: np.ndarray,   # float32 (P, …, S, S)
+    x: np.ndarray,        # from `_sampling_grid` (P, S)
+    y: np.ndarray,        # from `_sampling_grid` (P, S)
+) -> np.ndarray:          # float32 (P, …, S, S)
     "Sample images at other positions, by linear interpolation."
     across = _interpolation(x, images.ndim)
     down = _interpolation(y, images.ndim)
@@ -234,32 +240,36 @@ def _warp(
 
 # %% ../../nbs/audit/02_duplicates.ipynb #cell-30
 def _jacobian(
-    grey: np.ndarray,   # float32 (P, 32, 32)
-    inside: np.ndarray, # float32 (P, 32, 32)
-) -> np.ndarray:        # float32 (P, 6, 1024): the image, a constant, and the derivatives by a transform
+    grey: np.ndarray,   # float32 (P, S, S)
+    inside: np.ndarray, # float32 (P, S, S)
+) -> np.ndarray:        # float32 (P, 6, S · S): the image, a constant, and the derivatives by a transform
     "Compute how images change with contrast, brightness, scale and shift."
-    half = (THUMBNAIL_SIDE - 1) / 4
-    out = np.zeros((len(grey), 6, THUMBNAIL_SIDE, THUMBNAIL_SIDE), np.float32)
+    side = grey.shape[-1]
+    half = (side - 1) / 4
+    out = np.zeros((len(grey), 6, side, side), np.float32)
     out[:, 0] = grey
     out[:, 1] = 1
     out[:, 3, :, 1:-1] = (grey[:, :, 2:] - grey[:, :, :-2]) * half
     out[:, 5, 1:-1] = (grey[:, 2:] - grey[:, :-2]) * half
-    out[:, 2] = out[:, 3] * _GRID
-    out[:, 4] = out[:, 5] * _GRID[:, None]
+    out[:, 2] = out[:, 3] * _axis(side)
+    out[:, 4] = out[:, 5] * _axis(side)[:, None]
     out *= inside[:, None]
     return out.reshape(len(grey), 6, -1)
 
 # %% ../../nbs/audit/02_duplicates.ipynb #cell-31
 def _align(
-    a: np.ndarray,   # grey, float32 (P, 32, 32)
-    b: np.ndarray,   # grey, float32 (P, 32, 32)
+    a: np.ndarray,   # grey, float32 (P, S, S)
+    b: np.ndarray,   # grey, float32 (P, S, S)
+    sigmas: tuple[float, ...] = (2.0, 1.0, 0.5),   # blur of each round, pixels
+    transform: np.ndarray | None = None,   # to begin with (P, 4); by default none
 ) -> np.ndarray:     # transform of a's pixels into b (P, 4), within ± 0.2
     "Find how each b must be moved and scaled to fit a."
-    transform = np.zeros((len(a), 4), np.float32)
-    for sigma in 2.0, 1.0, 0.5:
-        blur = _blur(sigma)
-        x, y, inside = _sampling_grid(transform)
-        slopes = _jacobian(_warp(blur @ b @ blur.T, x, y), inside)   # (P, 6, 1024)
+    side = a.shape[-1]
+    if transform is None: transform = np.zeros((len(a), 4), np.float32)
+    for sigma in sigmas:
+        blur = _blur(sigma, side)
+        x, y, inside = _sampling_grid(transform, side)
+        slopes = _jacobian(_warp(blur @ b @ blur.T, x, y), inside)   # (P, 6, S · S)
         square = slopes @ slopes.swapaxes(1, 2)
         target = slopes @ (blur @ a @ blur.T).reshape(len(a), -1, 1)
         ridge = 1e-3 * np.trace(square, axis1=1, axis2=2)[:, None, None] / 6 + 1
@@ -319,13 +329,40 @@ def _pair_features(
 
 # %% ../../nbs/audit/02_duplicates.ipynb #cell-36
 def _detail_share(
-    images: np.ndarray,   # float32 (P, 3, 32, 32)
+    images: np.ndarray,   # float32 (P, C, S, S)
 ) -> np.ndarray:          # (P,)
     "Measure the share of fine detail in images."
     steps = np.square(np.diff(images, axis=-1)).mean(axis=(1, 2, 3))
     return steps / (images.var(axis=(1, 2, 3)) + 1)
 
 # %% ../../nbs/audit/02_duplicates.ipynb #cell-37
+def _map_pairs(
+    measure: Callable[[np.ndarray, np.ndarray], np.ndarray],   # takes both images of pairs, float32 (P, 3, S, S)
+    images: np.ndarray,    # uint8 (N, S, S, 3)
+    others: np.ndarray,    # uint8 (M, S, S, 3)
+    pairs: pd.DataFrame,   # i in `images`, j in `others`, mirrored (P, 3)
+    progress: Callable[[float, str], None] | None,   # takes the fraction that is done and a text
+) -> list[np.ndarray]:     # what `measure` returns, for 32 pairs each
+    "Measure pairs in small batches; of each pair the image with less detail comes first."
+    from threadpoolctl import threadpool_limits
+    i = pairs.i.to_numpy()
+    j = pairs.j.to_numpy()
+    mirrored = pairs.mirrored.to_numpy(bool)
+    as_planes = lambda batch: np.ascontiguousarray(batch.transpose(0, 3, 1, 2), np.float32)
+    parts = []
+    with threadpool_limits(1):
+        for begin in range(0, len(pairs), 32):   # 32 pairs fit into the processor's cache
+            if progress and begin % 6400 == 0: progress(begin / len(pairs), f"comparing pairs {begin}/{len(pairs)}")
+            batch = slice(begin, begin + 32)
+            a = as_planes(images[i[batch]])
+            b = as_planes(others[j[batch]])
+            flip = mirrored[batch]
+            a[flip] = a[flip, ..., ::-1]
+            swap = _detail_share(a) > _detail_share(b)   # b is moved: moving blurs a little
+            a[swap], b[swap] = b[swap], a[swap]
+            parts.append(measure(a, b))
+    return parts
+
 def compare_pairs(
     thumbs: np.ndarray,    # uint8 (N, 32, 32, 3)
     others: np.ndarray,    # uint8 (M, 32, 32, 3)
@@ -333,24 +370,8 @@ def compare_pairs(
     progress: Callable[[float, str], None] | None = None,   # takes the fraction that is done and a text
 ) -> np.ndarray:           # `PAIR_FEATURES`, float32 (P, 5)
     "Compute the features of pairs of thumbnails."
-    from threadpoolctl import threadpool_limits
-    i = pairs.i.to_numpy()
-    j = pairs.j.to_numpy()
-    mirrored = pairs.mirrored.to_numpy(bool)
-    as_planes = lambda batch: np.ascontiguousarray(batch.transpose(0, 3, 1, 2), np.float32)
-    parts = [np.empty((0, len(PAIR_FEATURES)), np.float32)]
-    with threadpool_limits(1):
-        for begin in range(0, len(pairs), 32):   # 32 pairs fit into the processor's cache
-            if progress and begin % 6400 == 0: progress(begin / len(pairs), f"comparing pairs {begin}/{len(pairs)}")
-            batch = slice(begin, begin + 32)
-            a = as_planes(thumbs[i[batch]])
-            b = as_planes(others[j[batch]])
-            flip = mirrored[batch]
-            a[flip] = a[flip, ..., ::-1]
-            swap = _detail_share(a) > _detail_share(b)   # b is moved: moving blurs a little
-            a[swap], b[swap] = b[swap], a[swap]
-            parts.append(_pair_features(a, b))
-    return np.concatenate(parts)
+    return np.concatenate([np.empty((0, len(PAIR_FEATURES)), np.float32),
+                           *_map_pairs(_pair_features, thumbs, others, pairs, progress)])
 
 # %% ../../nbs/audit/02_duplicates.ipynb #cell-40
 COPY_TRANSFORMS = dict(                   # kind of copy -> strengths
@@ -433,51 +454,56 @@ def plant_copies(
 @dataclass(frozen=True)
 class PairScorer:
     "Linear score of a pair's features; at 0 they fit a copy and a neighbour equally well."
-    weights: np.ndarray   # of the first four features: correlations 0 or more, displacement 0 or less (4,)
+    weights: np.ndarray   # of the first F features, such as correlations 0 or more and displacement 0 or less (F,)
     intercept: float
 
     def score(self,
-        features: np.ndarray,   # from `compare_pairs` (P, 5)
+        features: np.ndarray,   # from `compare_pairs` or `compare_exposures` (P, F or more)
     ) -> np.ndarray:            # (P,)
         "Score pairs."
-        return features[:, :4].astype(float) @ self.weights + self.intercept
+        return features[:, :len(self.weights)].astype(float) @ self.weights + self.intercept
 
 # %% ../../nbs/audit/02_duplicates.ipynb #cell-46
+_PAIR_SIGNS = (1, 1, 1, -1)   # of the weights of the first four `PAIR_FEATURES`
+
 def _fit_logistic(
-    x: np.ndarray,         # features (M, 4)
+    x: np.ndarray,         # features (M, F)
     is_copy: np.ndarray,   # bool (M,)
+    signs: tuple[int, ...],   # of the weights (F,)
 ) -> PairScorer:
     "Fit a logistic regression with constrained signs, both classes weighing the same."
     from scipy.optimize import minimize
     from scipy.special import expit
-    sign = np.array([1, 1, 1, -1])
+    sign = np.array(signs)
+    n = len(sign)
     scale = x.std(axis=0) + 1e-6
     z = x.astype(float) * sign / scale
     share = np.where(is_copy, 0.5 / is_copy.sum(), 0.5 / max(1, (~is_copy).sum()))
     target = np.where(is_copy, 1, -1)
 
-    def loss(p: np.ndarray) -> tuple[float, np.ndarray]:   # value and gradient (5,)
-        margin = target * (z @ p[:4] + p[4])
+    def loss(p: np.ndarray) -> tuple[float, np.ndarray]:   # value and gradient (F + 1,)
+        margin = target * (z @ p[:n] + p[n])
         slope = -share * target * expit(-margin)
-        ridge = 1e-3 * np.append(p[:4], 0)
+        ridge = 1e-3 * np.append(p[:n], 0)
         value = share @ np.logaddexp(0, -margin) + ridge @ p
         return value, np.append(z.T @ slope, slope.sum()) + 2 * ridge
 
-    bounds = [*4 * [(0, None)], (None, None)]
-    p = minimize(loss, np.zeros(5), jac=True, method="L-BFGS-B", bounds=bounds).x
-    return PairScorer(p[:4] * sign / scale, float(p[4]))
+    bounds = [*n * [(0, None)], (None, None)]
+    p = minimize(loss, np.zeros(n + 1), jac=True, method="L-BFGS-B", bounds=bounds).x
+    return PairScorer(p[:n] * sign / scale, float(p[n]))
 
 # %% ../../nbs/audit/02_duplicates.ipynb #cell-47
 def fit_pair_scorer(
-    copies: np.ndarray,   # features of planted copies (P, 5)
-    own: np.ndarray,      # features of own pairs, some of which may be copies (M, 5)
+    copies: np.ndarray,   # features of planted copies (P, F or more)
+    own: np.ndarray,      # features of own pairs, some of which may be copies (M, F or more)
+    signs: tuple[int, ...] = _PAIR_SIGNS,   # of the weights of the first features (F,)
 ) -> PairScorer:
     "Fit the scorer on planted copies against own pairs, without own pairs that score like copies."
     from threadpoolctl import threadpool_limits
     likely = np.zeros(len(own), bool)
     for _ in range(4):
-        x = np.concatenate([copies, own[~likely]])[:, :4]
-        with threadpool_limits(1): scorer = _fit_logistic(x, np.arange(len(x)) < len(copies))
+        x = np.concatenate([copies, own[~likely]])[:, :len(signs)]
+        with threadpool_limits(1): scorer = _fit_logistic(x, np.arange(len(x)) < len(copies), signs)
         likely = scorer.score(own) > np.quantile(scorer.score(copies), 0.25)
     return scorer
 
@@ -587,6 +613,8 @@ def _transform_kind(
     return np.select(conditions, ["mirrored", "cropped", "brightness"], "recompressed")
 
 # %% ../../nbs/audit/02_duplicates.ipynb #cell-60
+def _no_relatives() -> pd.DataFrame: return pd.DataFrame(dict(i=[], j=[], similarity=[], kind=[]))
+
 @dataclass(frozen=True)
 class NearDuplicates:
     "Pairs of nearly equal images, and their validation on planted copies."
@@ -595,12 +623,16 @@ class NearDuplicates:
     validation: CheckValidation   # on planted copies
     n_images: int         # images that were compared
     off: str = ""         # why no pair can be found; empty where pairs can be
+    relatives: pd.DataFrame = field(default_factory=_no_relatives)   # pairs of one series: i < j, similarity, kind
+    path: str = "thumbnails"   # what pairs were compared by: "thumbnails", or "exposures" in a set of series
+    matching: PairMatching | None = field(default=None, repr=False, compare=False)   # None where a similarity was given
 
 # %% ../../nbs/audit/02_duplicates.ipynb #cell-61
 def _validate(
     copies: PlantedCopies,
     found: np.ndarray,     # positions of the copies that were found
     precision: Estimate,   # from `predict_pair_precision`
+    compared: str = f"Images were compared as thumbnails of {THUMBNAIL_SIDE} pixels.",   # a sentence
 ) -> CheckValidation:      # measured on the half that trained nothing
     "Count which of the planted copies were found."
     held = ~copies.fit
@@ -608,7 +640,7 @@ def _validate(
     hits = {kind: hit[held & (copies.kind == kind)] for kind in COPY_TRANSFORMS}
     note = (f"{held.sum()} copies of images of this set, of these kinds and at several strengths. Other changes "
             "(rotation, frames, text) were not tried. The precision is predicted from how the scores of merely similar "
-            "images decline.")
+            f"images decline. {compared}")
     return CheckValidation.from_hits(hits, note, precision)
 
 # %% ../../nbs/audit/02_duplicates.ipynb #cell-62
@@ -627,6 +659,34 @@ def _match_planted_copies(
     return matches[matches.similarity >= least], found[~is_source].drop_duplicates("i"), least
 
 # %% ../../nbs/audit/02_duplicates.ipynb #cell-63
+@dataclass(frozen=True)
+class PairMatching:
+    "Pairs, and planted copies with their sources, compared as thumbnails."
+    pairs: pd.DataFrame          # i, j, mirrored, kind (M, …)
+    scores: np.ndarray           # of the pairs (M,)
+    matches: pd.DataFrame        # i (copy), j (source), mirrored (P, …)
+    planted_scores: np.ndarray   # of the matches (P,)
+    copies: PlantedCopies
+    hit: np.ndarray              # bool (P,): whether thumbnails find the copy
+
+    @property
+    def fit(self) -> np.ndarray:   # bool (P,)
+        "Tell which matches train a scorer."
+        return self.copies.fit[self.matches.i]
+
+    def fit_recall(self,
+        found: np.ndarray,   # bool (P,): whether each match is found
+    ) -> float:              # 0 … 1
+        "Return the share of copies of the fitting half that are found."
+        return float((found & self.fit).sum() / self.copies.fit.sum())
+
+def sort_pairs(
+    pairs: pd.DataFrame,   # i, j, mirrored, similarity, kind
+) -> pd.DataFrame:         # i, j, similarity, kind; most similar first
+    "Sort pairs by similarity."
+    return pairs.drop(columns="mirrored").sort_values(["similarity", "i", "j"], ascending=[False, True, True],
+                                                      ignore_index=True)
+
 def find_near_duplicates(
     thumbs: np.ndarray,        # of images without exact copies, uint8 (N, 32, 32, 3)
     planted: np.ndarray,       # of the planted copies, uint8 (P, 32, 32, 3)
@@ -640,14 +700,14 @@ def find_near_duplicates(
     x = dct_features(thumbs)
     index = build_index(x)
     matches, mismatches, least = _match_planted_copies(index, planted, copies)
-    search = progress and subprogress(progress, 0, 0.5)
-    pairs = candidate_pairs(index, x, min_similarity=least, progress=search)
+    part = lambda begin, end: progress and subprogress(progress, begin, end)
+    pairs = candidate_pairs(index, x, least, part(0, 0.5))
     fit = copies.fit[matches.i]
     if not fit.any():
         nothing = pairs[:0].assign(kind="").drop(columns="mirrored")
         return NearDuplicates(nothing, 1.0, _validate(copies, np.array([]), estimate_proportion(0, 0)), len(thumbs))
     planted_features = compare_pairs(planted, thumbs, matches)
-    features = compare_pairs(thumbs, thumbs, pairs, progress and subprogress(progress, 0.5, 1))
+    features = compare_pairs(thumbs, thumbs, pairs, part(0.5, 1))
     negatives = np.concatenate([features, compare_pairs(planted, thumbs, mismatches)])
     scorer = fit_pair_scorer(planted_features[fit], negatives)
     planted_scores = scorer.score(planted_features)
@@ -656,12 +716,12 @@ def find_near_duplicates(
     least_score = pick_threshold(scores, planted_scores[fit], tails[0], precision)
     if threshold: least_score = float(logit(threshold))
     pairs = pairs.assign(similarity=expit(scores), kind=_transform_kind(features, pairs.mirrored))
-    pairs = pairs[scores >= least_score].drop(columns="mirrored")
-    pairs = pairs.sort_values(["similarity", "i", "j"], ascending=[False, True, True], ignore_index=True)
-    found = matches.i.to_numpy()[planted_scores >= least_score]
-    validation = _validate(copies, found, predict_pair_precision(least_score, scores, tails))
-    off = f"no similarity that copies reach keeps the precision of {precision:g}" if not len(found) else ""
-    return NearDuplicates(pairs, float(expit(least_score)), validation, len(thumbs), off)
+    hit = planted_scores >= least_score
+    validation = _validate(copies, matches.i.to_numpy()[hit], predict_pair_precision(least_score, scores, tails))
+    off = "" if hit.any() else f"no similarity that copies reach keeps the precision of {precision:g}"
+    matching = None if threshold else PairMatching(pairs, scores, matches, planted_scores, copies, hit)
+    return NearDuplicates(sort_pairs(pairs[scores >= least_score]), float(expit(least_score)), validation,
+                          len(thumbs), off, matching=matching)
 
 # %% ../../nbs/audit/02_duplicates.ipynb #cell-68
 def _pair_columns(
@@ -700,7 +760,7 @@ def exact_pairs(
 # %% ../../nbs/audit/02_duplicates.ipynb #cell-73
 SPLIT_RANK = dict(test=0, val=1, train=2)   # of two copies, the one in the split of lower rank stays
 _COPY_NAMES = dict(exact="an exact copy of an image", brightness="a brighter or darker copy of an image",
-                   group="of one group with an image")
+                   group="of one group with an image", relative="of one series with an image")
 _SWAPPED = dict(path="other", label="other_label", split="other_split",
                 other="path", other_label="label", other_split="split")
 
@@ -770,6 +830,7 @@ def check_duplicates(
     result: NearDuplicates,   # from `find_near_duplicates`
     exact_validation: CheckValidation | None = None,   # from `validate_exact_duplicates`
     classes: bool = True,     # whether labels are classes; numbers differ a little between near copies
+    relatives: pd.DataFrame | None = None,   # pairs of one series, from `pair_table`; in two splits they are a leak
 ) -> list[Check]:             # exact_duplicate, near_duplicate, leak, two_labels
     "Make the checks of exact copies, near copies, leaks and contradicting labels."
     n = int(table.ok.sum())
@@ -777,7 +838,8 @@ def check_duplicates(
     copies = pd.concat([exact, near], ignore_index=True) if classes else exact
     two_labels = _pair_findings(copies[copies.label != copies.other_label])
     measured = (result.threshold, result.validation, result.off)
+    linked = near if relatives is None or relatives.empty else pd.concat([near, relatives], ignore_index=True)
     return [Check("exact_duplicate", _pair_findings(exact), n, validation=exact_validation),
             Check("near_duplicate", _pair_findings(near), result.n_images, *measured),
-            Check("leak", _pair_findings(find_leaks(table, near)), n, *measured),
+            Check("leak", _pair_findings(find_leaks(table, linked)), n, *measured),
             Check("two_labels", two_labels, n, *(measured if classes else (1.0, exact_validation)))]

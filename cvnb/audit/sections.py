@@ -34,6 +34,7 @@ from .quality import check_integrity, check_quality, measure_appearance, whole_s
 from .report import MIN_RECALL, AuditReport, Policy, audit_notes, enforce_limits, parse_limits, quarantine
 from .report import write_audit_page
 from .review import apply_corrections, drop_reviewed, read_corrections
+from .series import describe_relatives, find_in_series
 from ..core.files import write_json
 from ..core.html import html_table
 from ..core.stage import Stage, subprogress
@@ -237,22 +238,25 @@ def audit_duplicates(
     images = load_images(data.root, unique.path, size, subprogress(progress, 0, 0.5), unique.file_sha256, data.decoding)
     copies = plant_copies(data.root, unique.path, size, seed=data.seed, decoding=data.decoding)
     near = find_near_duplicates(make_thumbnails(images), make_thumbnails(copies.images), copies, precision, similarity,
-                                progress=subprogress(progress, 0.5, 1))
+                                progress=subprogress(progress, 0.5, 0.8))
+    near = find_in_series(near, images, precision, subprogress(progress, 0.8, 1))
     strata = replace_labels_by_strata(data.task, files.table)
-    pairs = pair_table(near.pairs, unique)
+    pairs = pair_table(pd.concat([near.pairs, near.relatives]) if len(near.relatives) else near.pairs, unique)
     split = assign_splits(strata, data.val_share, data.test_share, data.seed, pairs).split
     table = files.table.assign(split=split)
     check_group_splits(table, data.groups, val=data.val_share, test=data.test_share)
     strata = strata.assign(split=split)
     unique = select_unique_images(table)
     exact = validate_exact_duplicates(data.root, table, data.seed, data.decoding)
-    checks = check_duplicates(table, pair_table(near.pairs, unique), near, exact, data.task.has_classes)
+    relatives = pair_table(near.relatives, unique)
+    checks = check_duplicates(table, pair_table(near.pairs, unique), near, exact, data.task.has_classes, relatives)
     counts = strata[strata.ok].groupby(["label", "split"]).size().unstack(fill_value=0)
     counts = counts[[s for s in SPLITS if s in counts]].rename_axis(columns=None).reset_index()
     examples = [c for c in checks if c.name in ("exact_duplicate", "near_duplicate", "leak")]
     return DuplicateResult(data=data, checks=checks, tables={"Images of each class in each split.": counts},
                            figures=_example_figures(data, examples, table), table=table, strata=strata, unique=unique,
-                           images=images, metrics=dict(near_duplicate_recall=near.validation.recall))
+                           images=images, metrics=dict(near_duplicate_recall=near.validation.recall),
+                           notes=describe_relatives(relatives, len(unique)))
 
 # %% ../../nbs/audit/13_sections.ipynb #648b8aed
 @dataclass(frozen=True, repr=False, eq=False, kw_only=True)
