@@ -63,6 +63,7 @@ def _start_workers(
 
 # %% ../../nbs/benchmark/02_timing.ipynb #c57e7c4c
 _MIN_ROUNDS = 5   # fewer have no interval
+_MAX_CORRELATION = 0.75   # of successive rounds; more have no interval
 
 def _round_error(
     values: np.ndarray,   # one per round (R,)
@@ -73,7 +74,8 @@ def _round_error(
     if n < _MIN_ROUNDS: return float("nan")
     centered = values - values.mean()
     total = float(centered @ centered)
-    correlation = float(np.clip(centered[1:] @ centered[:-1] / total + 1 / n, 0, 0.75)) if total else 0.0
+    correlation = max(0.0, float(centered[1:] @ centered[:-1] / total) + 1 / n) if total else 0.0
+    if correlation > _MAX_CORRELATION: return float("nan")   # a drift: the rounds say little about another hour
     error = np.sqrt(total / (n - 1) / n * (1 + correlation) / (1 - correlation))
     return float(stdtrit(n - 1, 0.975) * error)
 
