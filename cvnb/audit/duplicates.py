@@ -760,7 +760,7 @@ def exact_pairs(
 # %% ../../nbs/audit/02_duplicates.ipynb #cell-73
 SPLIT_RANK = dict(test=0, val=1, train=2)   # of two copies, the one in the split of lower rank stays
 _COPY_NAMES = dict(exact="an exact copy of an image", brightness="a brighter or darker copy of an image",
-                   group="of one group with an image", relative="of one series with an image")
+                   group="of one group with an image")
 _SWAPPED = dict(path="other", label="other_label", split="other_split",
                 other="path", other_label="label", other_split="split")
 
@@ -830,7 +830,6 @@ def check_duplicates(
     result: NearDuplicates,   # from `find_near_duplicates`
     exact_validation: CheckValidation | None = None,   # from `validate_exact_duplicates`
     classes: bool = True,     # whether labels are classes; numbers differ a little between near copies
-    relatives: pd.DataFrame | None = None,   # pairs of one series, from `pair_table`; in two splits they are a leak
 ) -> list[Check]:             # exact_duplicate, near_duplicate, leak, two_labels
     "Make the checks of exact copies, near copies, leaks and contradicting labels."
     n = int(table.ok.sum())
@@ -838,8 +837,7 @@ def check_duplicates(
     copies = pd.concat([exact, near], ignore_index=True) if classes else exact
     two_labels = _pair_findings(copies[copies.label != copies.other_label])
     measured = (result.threshold, result.validation, result.off)
-    linked = near if relatives is None or relatives.empty else pd.concat([near, relatives], ignore_index=True)
     return [Check("exact_duplicate", _pair_findings(exact), n, validation=exact_validation),
             Check("near_duplicate", _pair_findings(near), result.n_images, *measured),
-            Check("leak", _pair_findings(find_leaks(table, linked)), n, *measured),
+            Check("leak", _pair_findings(find_leaks(table, near)), n, *measured),
             Check("two_labels", two_labels, n, *(measured if classes else (1.0, exact_validation)))]

@@ -249,7 +249,7 @@ def audit_duplicates(
     unique = select_unique_images(table)
     exact = validate_exact_duplicates(data.root, table, data.seed, data.decoding)
     relatives = pair_table(near.relatives, unique)
-    checks = check_duplicates(table, pair_table(near.pairs, unique), near, exact, data.task.has_classes, relatives)
+    checks = check_duplicates(table, pair_table(near.pairs, unique), near, exact, data.task.has_classes)
     counts = strata[strata.ok].groupby(["label", "split"]).size().unstack(fill_value=0)
     counts = counts[[s for s in SPLITS if s in counts]].rename_axis(columns=None).reset_index()
     examples = [c for c in checks if c.name in ("exact_duplicate", "near_duplicate", "leak")]

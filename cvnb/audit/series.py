@@ -201,10 +201,7 @@ def find_in_series(
     threshold = pick_threshold(scores.own, scores.planted[fit], scores.tails[0], precision)
     hit = kept.copy()
     hit[kept] = scores.planted >= threshold
-    if matching.fit_recall(hit) <= matching.fit_recall(matching.hit):
-        known = set(zip(thumbs_only.pairs.i, thumbs_only.pairs.j))
-        rest = [pair not in known for pair in zip(pairs.i, pairs.j)]
-        return replace(thumbs_only, relatives=sort_pairs(pairs.assign(kind="relative")[rest]))
+    if matching.fit_recall(hit) <= matching.fit_recall(matching.hit): return thumbs_only   # no series that it can tell
     compared = (f"Of all images {share:.0%} have related ones, such as other exposures, which hide copies from the "
                 f"comparison of thumbnails. So related pairs were compared at {DETAIL_SIDE} pixels, by exposure.")
     predicted = predict_pair_precision(threshold, scores.own, scores.tails)
@@ -225,6 +222,6 @@ def describe_relatives(
     between = int((relatives.split != relatives.other_split).sum())
     pairs = relatives.iloc[np.linspace(0, len(relatives) - 1, min(3, len(relatives))).astype(int)]
     examples = ", ".join(f"{a} and {b}" for a, b in zip(pairs.path, pairs.other))
-    leaks = f" {between:,} of these pairs lie in two splits (check leak)." if between else ""
+    leaks = f" {between:,} of these pairs lie in two splits, where they make a test too easy." if between else ""
     return [f"{n:,} of {n_images:,} images have relatives: images of the same thing, such as other exposures, "
             f"that are no copies ({len(relatives):,} pairs, such as {examples}).{leaks}"]
