@@ -279,7 +279,7 @@ def test_audit_handles_every_kind_of_image_and_keeps_groups_together(write_class
     assert audit["n_unreadable"] == metric["value"] == 4
     assert {u["path"] for u in audit["unreadable"]} == unreadable and all(u["error"] for u in audit["unreadable"])
     status = subprocess.run([CVNB, "status", tmp_path/"run", "--json"], capture_output=True, text=True).stdout
-    assert json.loads(status)[0]["state"] == "fresh"
+    assert json.loads(status)["stages"][0]["state"] == "fresh"
 
 
 # Formats
