@@ -236,7 +236,7 @@ def speed_rows(
 
 
 SPIN_SETTINGS = {   # name -> environment of a training
-    "default": {}, "kernels": dict(GOMP_SPINCOUNT=SPIN_COUNT), "shorter": dict(GOMP_SPINCOUNT="10000"),
+    "default": {}, "kernels": dict(GOMP_SPINCOUNT=SPIN_COUNT), "longer": dict(GOMP_SPINCOUNT="100000"),
     "passive": dict(OMP_WAIT_POLICY="PASSIVE"), "default, again": {}}
 
 

@@ -307,7 +307,7 @@ def _inherited_folder() -> str:   # "" where no parent process has a server
     return str(check_trusted(folder, f"unset {FORK_SERVER_VARIABLE}"))
 
 # %% ../../nbs/pipeline/03_kernels.ipynb #spin-code
-SPIN_COUNT = "100000"   # turns for which a waiting thread of libgomp spins; by default some milliseconds
+SPIN_COUNT = "10000"   # turns for which a waiting thread of libgomp spins; by default some milliseconds
 _SPIN_SETTINGS = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")   # of the user
 
 def with_short_spin(

@@ -227,7 +227,7 @@ def test_kernel_that_does_not_start_in_time_is_given_up(tmp_path, monkeypatch):
         execute(write_cells(tmp_path/"in.ipynb", "1", kernel="mute"), start_timeout=1)
 
 
-@pytest.mark.parametrize("own, seen", [({}, "100000 None"), (dict(GOMP_SPINCOUNT="7"), "7 None"),
+@pytest.mark.parametrize("own, seen", [({}, "10000 None"), (dict(GOMP_SPINCOUNT="7"), "7 None"),
                                        (dict(OMP_WAIT_POLICY="active"), "None active")])
 def test_kernels_wait_with_a_short_spin_unless_the_user_chose_one(tmp_path, own, seen):
     body = ("import os\nnames = 'GOMP_SPINCOUNT', 'OMP_WAIT_POLICY'\n"
