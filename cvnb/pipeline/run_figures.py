@@ -138,10 +138,11 @@ def _count(
 
 def _points(
     metric: dict,   # value, low, high, n: a difference of two shares
-) -> str:           # "-1.1 points [-3.2, +0.3] on 269 images"
+    images: str = "test",   # split that it was measured on
+) -> str:           # "accuracy -1.1 points [-3.2, +0.3] on 269 test images"
     "Write a difference of accuracies."
     interval = "" if metric["low"] is None else f" [{100 * metric['low']:+.1f}, {100 * metric['high']:+.1f}]"
-    return f"accuracy {100 * metric['value']:+.1f} points{interval} on {metric['n']:,.0f} test images"
+    return f"accuracy {100 * metric['value']:+.1f} points{interval} on {metric['n']:,.0f} {images} images"
 
 # %% ../../nbs/pipeline/11_run_figures.ipynb #d2707465
 @figure
@@ -222,7 +223,8 @@ def limits(files: RunFiles) -> Figure:
 def not_proven(files: RunFiles) -> Figure:
     "Find the check with a limit whose recall on planted faults is furthest below its floor."
     audit = files.content("audit/audit.json")
-    floor = audit.get("min_recall") or 0.8   # an earlier version had no floor
+    floor = audit.get("min_recall")
+    if floor is None: raise FigureMissing("an audit of an earlier version has no least recall")
     found = {}
     for name, check in audit["checks"].items():
         if check.get("limit") is None or not check.get("proof"): continue
@@ -244,8 +246,7 @@ def _behind(
     own = files.metric("train", "accuracy_val")
     difference = files.metric("train", f"difference_val_{other}")   # model minus baseline, paired
     if difference[end] is None: raise FigureMissing("the difference has no interval")
-    return Figure(-difference[end], _points(difference),
-                  f"{own['value']:.1%} and {found['value']:.1%} of {own['n']:,.0f} validation images")
+    return Figure(-difference[end], _points(difference, "validation"), f"{own['value']:.1%} and {found['value']:.1%}")
 
 @figure
 def below_majority(files: RunFiles) -> Figure:

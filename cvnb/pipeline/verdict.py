@@ -131,8 +131,8 @@ class RunVerdict:
         where = shell_path(run)
         said = [f"{marks[r.level]} {printable(r.text, 1000)} → {r.see.replace('RUN', where)}"
                 for r in self.reasons[:MAX_REASONS]]
-        left = len(self.reasons) - MAX_REASONS
-        more = [f"… and {left} more: `cvnb gate {where} --json` lists five"] if left > 0 else []
+        left = [r.rule for r in self.reasons[MAX_REASONS:]]
+        more = [f"… and {len(left)} more: {', '.join(left)}"] if left else []
         absent = [f"not judged: {self.absent}"] if self.not_judged else []
         return [f"Verdict: {self.level}", *(f"  {line}" for line in [*said, *more, *absent])]
 

@@ -17,7 +17,7 @@ import torch
 from ..core.errors import CvnbError
 from ..core.html import html_table
 from ..data.splits import image_groups
-from ..metrics.estimates import Estimate
+from ..metrics.estimates import MIN_GROUPS, Estimate
 from ..metrics.paired import noninferiority
 from .linear_probe import fit_linear
 from .loaders import SplitImages
@@ -140,7 +140,8 @@ def baseline_differences(
     for name, logits in baselines.logits.items():
         right = logits["val"].argmax(1) == baselines.data.images["val"].targets
         d = noninferiority(right, model, groups=groups)
-        found[f"difference_val_{name}"] = Estimate(d.difference, d.low, d.high, d.n, d.n_groups)
+        low, high = (d.low, d.high) if d.n_groups not in range(1, MIN_GROUPS) else (float("nan"), float("nan"))
+        found[f"difference_val_{name}"] = Estimate(d.difference, low, high, d.n, d.n_groups)
     return found
 
 # %% ../../nbs/training/16_baselines.ipynb #b13

@@ -72,7 +72,8 @@ def write(tmp_path) -> Callable[..., Path]:
         shipped = dict(model=figures["shipped"])
         exported = dict(shipped=shipped, bundle={}, parity=[], int8={}, int8_test=figures["test"])
         benchmark = dict(run="run", rows=figures["rows"], control=figures["control"], machine={})
-        parts = dict(audit=(({}), (), dict(audit=dict(root="x", classes=["a", "b"], checks=figures["checks"]))),
+        audit = dict(root="x", classes=["a", "b"], checks=figures["checks"], min_recall=0.8)
+        parts = dict(audit=(({}), (), dict(audit=audit)),
                      train=(figures["train"], [("audit", "audit.json")], dict(model={})),
                      errors=(figures["errors"], [("train", "model.json")], dict(errors=figures["errors.json"])),
                      compress=({}, [("train", "model.json")], dict(verdict=figures["test"])),
@@ -266,7 +267,8 @@ def test_five_reasons_at_most_the_worst_first(write):
     assert record["n_reasons"] == 7 and len(record["reasons"]) == MAX_REASONS == 5
     assert [r["rule"] for r in record["reasons"]] == ["parity", "below_probe", "drift", "limits", "overconfident"]
     lines = verdict.lines(run)
-    assert lines[0] == "Verdict: do not ship" and lines[1].startswith("  ! parity") and "and 2 more" in lines[6]
+    assert lines[0] == "Verdict: do not ship" and lines[1].startswith("  ! parity")
+    assert lines[6] == "  … and 2 more: int8_rejected, control_void"
 
 
 WRONG_RULES = {

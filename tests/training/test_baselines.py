@@ -12,7 +12,13 @@ from cvnb.core.errors import CvnbError
 from cvnb.metrics.estimates import Estimate
 from cvnb.tasks.labels import get_task
 from cvnb.training import baselines as module
-from cvnb.training.baselines import WatchCurves, compare_with_baselines, fit_baselines, read_split_embeddings
+from cvnb.training.baselines import (
+    WatchCurves,
+    baseline_differences,
+    compare_with_baselines,
+    fit_baselines,
+    read_split_embeddings,
+)
 from cvnb.training.loaders import LabelledImages, SplitImages
 
 SIZES = dict(train=120, val=60, test=60)
@@ -83,6 +89,15 @@ def test_model_is_called_worse_only_by_the_paired_test():
     (note,) = compare(45)
     assert "a linear probe on the audit's embeddings is better than the model" in note and "train.weights" in note
     assert len(compare(10)) == 2, "worse than the constant answer, too"
+
+
+def test_difference_of_few_groups_has_no_interval():
+    data, vectors = split_data("classification")
+    data.rows["val"]["pixel_sha256"] = data.rows["val"].path
+    data.rows["val"]["group"] = [f"g{i % 4}" for i in range(60)]
+    baselines = fit_baselines(vectors, data)
+    (d, _) = baseline_differences(baselines, pd.DataFrame(dict(correct=np.arange(60) < 50))).values()
+    assert np.isnan(d.low) and np.isnan(d.high) and d.n_groups == 4
 
 
 @pytest.mark.parametrize("losses, said", [
