@@ -77,13 +77,15 @@ THUMBNAIL_SIDE = 32   # pixels
 
 def make_thumbnails(
     images: np.ndarray,   # uint8 (N, H, W, 3)
-) -> np.ndarray:          # uint8 (N, 32, 32, 3)
+    side: int = THUMBNAIL_SIDE,   # S, pixels
+) -> np.ndarray:          # uint8 (N, S, S, 3); the images themselves where they have this size
     "Resize images to the size at which they are compared."
     import torch
-    parts = [np.empty((0, THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3), np.uint8)]
+    if images.shape[1:3] == (side, side): return images
+    parts = [np.empty((0, side, side, 3), np.uint8)]
     for begin in range(0, len(images), 1000):
         batch = torch.from_numpy(images[begin:begin + 1000])
-        parts.append(resize_images(batch, THUMBNAIL_SIDE).numpy())
+        parts.append(resize_images(batch, side).numpy())
     return np.concatenate(parts)
 
 # %% ../../nbs/audit/02_duplicates.ipynb #cell-17

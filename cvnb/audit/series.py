@@ -12,13 +12,12 @@ import numpy as np
 import pandas as pd
 
 from .duplicates import NearDuplicates, PairMatching, _align, _blur, _fit_logistic, _map_pairs
-from .duplicates import _sampling_grid, _validate, _warp, fit_pair_scorer, fit_score_tails, pick_threshold
-from .duplicates import predict_pair_precision, sort_pairs
-from ..data.images import resize_images
+from .duplicates import _sampling_grid, _validate, _warp, fit_pair_scorer, fit_score_tails, make_thumbnails
+from .duplicates import pick_threshold, predict_pair_precision, sort_pairs
 
 # %% auto #0
-__all__ = ['DETAIL_SIDE', 'EXPOSURE_FEATURES', 'LEAST_RECALL', 'SERIES_SHARE', 'make_details', 'compare_exposures',
-           'RelativeTail', 'find_in_series', 'describe_relatives']
+__all__ = ['DETAIL_SIDE', 'EXPOSURE_FEATURES', 'LEAST_RECALL', 'SERIES_SHARE', 'compare_exposures', 'RelativeTail',
+           'find_in_series', 'describe_relatives']
 
 # %% ../../nbs/audit/16_series.ipynb #series-details
 DETAIL_SIDE = 64   # pixels at which exposures are compared
@@ -26,18 +25,6 @@ EXPOSURE_FEATURES = ("curve", "factor", "either")   # columns of `compare_exposu
 _EXPOSURE_SIGNS = (-1, -1, -1)                      # of their weights in a score
 _BRIGHTNESS = np.float32([0.299, 0.587, 0.114])     # share of each colour, as in JPEG
 _SATURATED = 240   # levels from which a pixel may be saturated
-
-def make_details(
-    images: np.ndarray,   # uint8 (N, S, S, 3)
-) -> np.ndarray:          # uint8 (N, 64, 64, 3); the images themselves where they have this size
-    "Resize images to the size at which exposures are compared."
-    import torch
-    if images.shape[1] == DETAIL_SIDE: return images
-    parts = [np.empty((0, DETAIL_SIDE, DETAIL_SIDE, 3), np.uint8)]
-    for begin in range(0, len(images), 500):
-        batch = torch.from_numpy(images[begin:begin + 500])
-        parts.append(resize_images(batch, DETAIL_SIDE).numpy())
-    return np.concatenate(parts)
 
 # %% ../../nbs/audit/16_series.ipynb #series-levels
 def _usable_pixels(
@@ -94,8 +81,8 @@ def _exposure_features(
 
 # %% ../../nbs/audit/16_series.ipynb #series-compare
 def compare_exposures(
-    details: np.ndarray,   # from `make_details`, uint8 (N, 64, 64, 3)
-    others: np.ndarray,    # from `make_details`, uint8 (M, 64, 64, 3)
+    details: np.ndarray,   # from `make_thumbnails`, uint8 (N, 64, 64, 3)
+    others: np.ndarray,    # from `make_thumbnails`, uint8 (M, 64, 64, 3)
     pairs: pd.DataFrame,   # i in `details`, j in `others`, mirrored (P, 3)
     progress: Callable[[float, str], None] | None = None,   # takes the fraction that is done and a text
 ) -> np.ndarray:           # `EXPOSURE_FEATURES`, float32 (P, 3)
@@ -163,8 +150,8 @@ def _score_exposures(
     progress: Callable[[float, str], None] | None,   # takes the fraction that is done and a text
 ) -> _ExposureScores | None:   # None where too few relatives are known
     "Train a scorer on planted copies, and on their pairs with relatives of their sources, which are no copies."
-    details = make_details(images)
-    planted = make_details(planted)
+    details = make_thumbnails(images, DETAIL_SIDE)
+    planted = make_thumbnails(planted, DETAIL_SIDE)
     own = compare_exposures(details, details, pairs, progress)
     copies = compare_exposures(planted, details, matches)
     first = fit_pair_scorer(copies[fit], own, _EXPOSURE_SIGNS)

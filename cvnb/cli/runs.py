@@ -23,7 +23,7 @@ from .console import ProgressLines, RowPrinter, print_table
 from ..core.errors import CvnbError, UsageError, did_you_mean
 from ..core.project import project_root, shell_path
 from ..core.records import printable, read_record
-from ..core.stage import find_output, format_notes, read_notes, read_stage_manifest, split_accesses
+from ..core.stage import find_output, format_metric, format_notes, read_notes, read_stage_manifest, split_accesses
 
 if TYPE_CHECKING:
     from cvnb.pipeline.runner import StageResult
@@ -162,6 +162,8 @@ def _describe_compression(
     "Describe the test whether the compressed model may replace the trained one."
     points = lambda x: f"{100 * x:+.1f}"
     result = "accepted"
+    if v["accepted"] and (given := v.get("accuracy_given_acceptance")):
+        result += f"; given that these images accepted it, its accuracy is {format_metric(given)}"
     if not v["accepted"]:
         advice = f"; {v['advice']}" if v.get("advice") else ""   # a run of an earlier version has none
         result = f"not accepted, the interval reaches below {points(-v['margin'])}{advice}"

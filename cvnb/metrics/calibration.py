@@ -95,7 +95,7 @@ def describe_gap(
     effect: TemperatureEffect | None = None,   # on validation images; None: there are too few
 ) -> str:                                   # "overconfident by 12 points [8, 15] (n=600); temperature 1.8 mends it"
     "Say whether a model promises too much, and what a temperature changes."
-    points = lambda x: f"{100 * x:+.0f}"
+    points = lambda x: f"{round(100 * x):+d}"   # +0, never -0
     interval = f" [{points(gap.low)}, {points(gap.high)}]" if gap.low == gap.low else ""
     if abs(gap.value) <= SMALL_GAP:
         return f"confidence and accuracy differ by {100 * gap.value:+.1f} points{interval} (n={gap.n}): calibrated"
