@@ -40,7 +40,7 @@ def read_tests(
     claims = {test["claim"] for test in tests}
     damaged = sum(test["question"] is None for test in tests)   # each may be one of the tests that verdicts stand for
     lost = [file for file, claim in _claims_of_verdicts(run).items() if claim not in claims and (claim or not tests)]
-    return tests + [failed(f"{file}, which {TEST_LEDGER} lacks,") for file in lost[damaged:]]
+    return tests + [failed(f"the test of {file} (lost)") for file in lost[damaged:]]
 
 def _claims_of_verdicts(
     run: Path,         # run directory
@@ -102,5 +102,6 @@ def describe_budget(
     "Describe for people what a run has spent."
     if not tests: return ""
     results = ", ".join(f"{t['claim']} {'accepted' if t['accepted'] else 'not accepted'}" for t in tests)
+    returned = " (the accepted test before it gives its level back)" * tests[-1]["accepted"]
     return (f"Confirmatory tests on the test images: {len(tests)} ({results}). The next one has level "
-            f"{next_level(tests):.2g}, of a budget of {ERROR_BUDGET:g} for wrong acceptances in this run.")
+            f"{next_level(tests):.2g}{returned}, of a budget of {ERROR_BUDGET:g} for wrong acceptances in this run.")
