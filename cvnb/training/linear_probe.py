@@ -21,7 +21,7 @@ from ..tasks.labels import Task
 from .loaders import LabelledImages
 
 # %% auto #0
-__all__ = ['L2_PENALTIES', 'fit_linear', 'fit_head']
+__all__ = ['L2_PENALTIES', 'has_linear_head', 'fit_linear', 'fit_head']
 
 # %% ../../nbs/training/04_linear_probe.ipynb #cell-5
 L2_PENALTIES = (1.0, 0.1, 0.01, 1e-3, 1e-4)   # tried in this order
@@ -59,6 +59,12 @@ def _check_linear_head(
                      "Use tune=full.")
 
 # %% ../../nbs/training/04_linear_probe.ipynb #abc42733
+def has_linear_head(
+    model: VisionModel,   # any
+) -> bool:
+    "Return whether a linear probe is possible."
+    return isinstance(model.net.get_classifier(), nn.Linear)
+
 def _compute_features(
     model: VisionModel,    # ends on the CPU
     parts: Sequence[LabelledImages],   # sets of images
@@ -66,7 +72,7 @@ def _compute_features(
     progress: Callable[[float, str], None] | None,   # called with the fraction that is done and a text
 ) -> list[Tensor]:         # features (N, D) of each set
     "Compute the inputs of a model's head; raise `UsageError` for a network whose head is not linear."
-    if not isinstance(model.net.get_classifier(), nn.Linear):
+    if not has_linear_head(model):
         raise UsageError(f"{model.spec.backbone} has no linear head", "Use tune=full.")
 
     def feature_progress(fraction: float, text: str) -> None: progress(0.9 * fraction, f"features of {text}")
