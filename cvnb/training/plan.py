@@ -31,11 +31,13 @@ from .options import LEAST_MINUTES, FitOptions
 from .tuning import time_training_steps
 
 # %% auto #0
-__all__ = ['PLAN_SIDES', 'ENOUGH_EPOCHS', 'MOST_EPOCHS', 'LEAST_STEPS', 'PLANNED_SHARE', 'TrainingPlan', 'plan_training']
+__all__ = ['PLAN_SIDES', 'ENOUGH_EPOCHS', 'PROBE_ADVANTAGE', 'MOST_EPOCHS', 'LEAST_STEPS', 'PLANNED_SHARE', 'TrainingPlan',
+           'plan_training']
 
 # %% ../../nbs/training/17_plan.ipynb #p5
 PLAN_SIDES = (64, 96, 128, 160, 192, 224)   # pixels, that are tried where the image size is left open
-ENOUGH_EPOCHS = 8       # a larger image size is not tried unless so many epochs fit at this one
+ENOUGH_EPOCHS = 5       # that a whole network needs at its image size
+PROBE_ADVANTAGE = 2.0   # how many times as large images must be for the head alone to be the better choice
 MOST_EPOCHS = 20        # more are not planned, unless they are fewer than LEAST_STEPS steps
 LEAST_STEPS = 400       # of the optimizer, that a training should have
 PLANNED_SHARE = 0.75    # of the time
@@ -128,16 +130,17 @@ def _time_size(
     options: FitOptions,   # how to train
     seconds: float,        # of the deadline that are left
     tta: bool,             # whether mirrored test images are predicted too
-) -> dict:                 # image_size, images_per_s, epochs, fit_s, head_s
+) -> dict:                 # image_size, images_per_s, seconds of the steps, epochs that fit, whether the head fits
     "Measure one image size, and compute the epochs that fit."
     step_s, predict_s = _measure_speeds(model, work.sample, options)
     counts = work.counts
-    head_s = (counts["train"] + counts["val"]) * predict_s
+    features_s = (counts["train"] + counts["val"]) * predict_s
     rest_s = sum(counts.values()) * work.decode_s + (work.n_predicted + tta * counts["test"]) * predict_s
     epoch_s = counts["train"] * step_s + counts["val"] * predict_s
-    fit_s = seconds - rest_s - head_s * (options.tune != "full")
-    return dict(image_size=model.spec.image_size, images_per_s=1 / max(1e-9, step_s),
-                epochs=max(0, int(PLANNED_SHARE * fit_s / max(1e-9, epoch_s))), fit_s=fit_s, head_s=rest_s + head_s)
+    before_s = rest_s + features_s * (options.tune != "full")   # what is spent without any epoch
+    return dict(image_size=model.spec.image_size, images_per_s=1 / max(1e-9, step_s), before_s=before_s,
+                epoch_s=epoch_s, fit_s=seconds - before_s, head_fits=before_s <= PLANNED_SHARE * seconds,
+                epochs=max(0, int(PLANNED_SHARE * (seconds - before_s) / max(1e-9, epoch_s))))
 
 # %% ../../nbs/training/17_plan.ipynb #p9
 def plan_training(
@@ -172,7 +175,7 @@ def plan_training(
             if progress: progress(i / (len(sides) + 1), f"timing images of {s} pixels")
             left = 60 * minutes - (read_clock() - begin)
             rows.append(_time_size(make_model(work.classes, s, **scale), work, options, left, tta))
-            if rows[-1]["epochs"] < ENOUGH_EPOCHS: break
+            if not rows[-1]["head_fits"]: break
         known = dict(key=key, picked=_choose(rows, minutes, options, not image_size, work.counts["train"]))
         write_record(file, known, PickedOptions)
     values = {p["option"]: p["picked"] for p in known["picked"]}
@@ -183,10 +186,11 @@ def plan_training(
 def _largest_side(
     manifest: Path | str,   # manifest.parquet of the audit
 ) -> int:                   # pixels
-    "Choose the largest image size to try: the images' own, from 64 to 224 pixels."
+    "Choose the largest image size to try: that of the images, four times that of small ones, from 64 to 224 pixels."
     table = read_manifest(manifest)
     own = float(max(table.width.median(), table.height.median()))
-    return int(min(max(PLAN_SIDES[0], own // 32 * 32), PLAN_SIDES[-1]))
+    side = own if own >= PLAN_SIDES[0] else 4 * own   # a network for photographs sees more in enlarged images
+    return int(min(max(PLAN_SIDES[0], side // 32 * 32), PLAN_SIDES[-1]))
 
 def _choose(
     rows: list[dict],      # from `_time_size`, by growing image size
@@ -195,19 +199,34 @@ def _choose(
     open_size: bool,       # whether the image size is chosen
     n: int,                # training images
 ) -> list[dict]:           # option, picked, why
-    "Choose the largest size at which enough epochs fit; else the one before, else the head alone."
-    enough = [row for row in rows if row["epochs"] >= ENOUGH_EPOCHS]
-    row = enough[-1] if enough else rows[0]
+    "Choose the largest size at which enough epochs fit, or the head alone at a much larger one."
+    whole = [row for row in rows if row["epochs"] >= ENOUGH_EPOCHS and options.tune != "probe"]
+    heads = [row for row in rows if row["head_fits"] and options.tune in ("auto", "probe")]
+    some = [row for row in rows if row["epochs"] >= 1 and options.tune != "probe"]   # fewer than enough
+    if not (whole or heads or some): raise _too_short(rows[0], minutes, options)
+    if heads and (not whole or heads[-1]["image_size"] > PROBE_ADVANTAGE * whole[-1]["image_size"]):
+        row = heads[-1]
+        why = "too few epochs of the whole network fit" if not whole else \
+            f"the whole network has enough epochs only at {whole[-1]['image_size']} pixels"
+        size = [dict(option="image_size", picked=row["image_size"], why="the largest at which the head fits")]
+        return size * open_size + [dict(option="tune", picked="probe", why=why)]
+    row = (whole or some[:1])[-1]
     speed = f"{row['images_per_s']:,.0f} training images/s at {row['image_size']} pixels"
     picked = [dict(option="image_size", picked=row["image_size"], why=speed)] if open_size else []
-    if row["epochs"] < 1:
-        if row["fit_s"] < 0 or options.tune not in ("auto", "probe"):
-            what = "the images and their predictions take" if row["fit_s"] < 0 else "one epoch takes"
-            needed = row["head_s"] / 60 if row["fit_s"] < 0 else (row["head_s"] + n / row["images_per_s"]) / 60
-            raise CvnbError(f"minutes={minutes:g} is too short: {what} about {needed:.1f} minutes here",
-                            f"Use minutes={np.ceil(10 * needed / PLANNED_SHARE) / 10:g} or more, or fewer images.")
-        return [*picked, dict(option="tune", picked="probe", why=f"no epoch fits; {speed}")]
     epochs = min(row["epochs"], _limit_epochs(n, options))
     why = f"{speed}, {row['epochs']} epochs fit" + ("" if epochs == row["epochs"] else ", and fewer are enough")
     return [*picked, dict(option="epochs", picked=epochs, why=why),
             dict(option="minutes", picked=round(row["fit_s"] / 60, 3), why="what the other steps leave")]
+
+# %% ../../nbs/training/17_plan.ipynb #p12
+def _too_short(
+    row: dict,             # from `_time_size`, of the smallest image size
+    minutes: float,        # of the deadline
+    options: FitOptions,   # how to train
+) -> CvnbError:            # to raise
+    "Explain what does not fit into the time, and name a time into which it fits."
+    head = options.tune in ("auto", "probe")
+    what = "the images, their features and the predictions take" if head else "the images and one epoch take"
+    needed = (row["before_s"] + (0 if head else row["epoch_s"])) / 60
+    return CvnbError(f"minutes={minutes:g} is too short: {what} about {needed:.1f} minutes here",
+                     f"Use minutes={np.ceil(11 * needed / PLANNED_SHARE) / 10:g} or more, or fewer images.")

@@ -62,8 +62,9 @@ def test_without_a_deadline_nothing_is_measured_or_changed(planned):
 
 def test_the_largest_size_at_which_enough_epochs_fit_is_planned(planned, tmp_path):
     n = int(planned.counts["train"])
-    for minutes, sides in (10, {128}), (2, {64}), (500, {224}):
-        found = planned(minutes, 1 / 100, folder=tmp_path/str(minutes))   # 100 images/s at 64 pixels
+    for minutes, sides in (10, {160}), (2, {64}), (500, {224}):
+        # 100 images/s at 64 pixels
+        found = planned(minutes, 1 / 100, options=replace(OPTIONS, tune="head_first"), folder=tmp_path/str(minutes))
         cost = n / 100 * (found.image_size / 64)**2
         assert found.image_size in sides
         assert cost * found.options.epochs <= plan.PLANNED_SHARE * 60 * minutes
@@ -72,8 +73,9 @@ def test_the_largest_size_at_which_enough_epochs_fit_is_planned(planned, tmp_pat
 
 
 def test_validation_and_final_predictions_cost_time_too(planned, tmp_path):
-    fast = planned(4, 1 / 100, folder=tmp_path/"fast")
-    slow = planned(4, 1 / 100, 1 / 200, folder=tmp_path/"slow")
+    options = replace(OPTIONS, tune="head_first")
+    fast = planned(4, 1 / 100, options=options, folder=tmp_path/"fast")
+    slow = planned(4, 1 / 100, 1 / 200, options, folder=tmp_path/"slow")
     assert slow.options.epochs < fast.options.epochs and slow.options.minutes < fast.options.minutes
 
 
@@ -83,9 +85,12 @@ def test_a_given_image_size_and_tuning_are_kept(planned):
     assert set(found.picked.option) == {"epochs", "minutes"}
 
 
-def test_the_head_alone_is_planned_where_no_epoch_fits(planned):
+def test_the_head_alone_is_planned_where_the_network_has_too_few_epochs_or_much_smaller_images(planned, tmp_path):
     found = planned(1, 1 / 10, 1 / 100)
     assert found.options.tune == "probe" and "the head alone" in found.describe()
+    fast = planned(2, 1 / 100, 1 / 1000, folder=tmp_path/"fast")   # enough epochs at 64 pixels, the head at 224
+    assert fast.options.tune == "probe" and fast.image_size == 224 and "only at 64 pixels" in fast.describe()
+    assert planned(10, 1 / 100, 1 / 1000, folder=tmp_path/"long").options.tune == "auto"
 
 
 def test_a_deadline_that_is_too_short_names_the_time_that_is_needed(planned, tmp_path):
