@@ -18,7 +18,7 @@ from ..core.stage import subprogress
 from ..models.inference import extract_features
 from ..models.vision_model import VisionModel, task_of
 from ..tasks.labels import Task
-from .loaders import LabelledImages
+from .loaders import LabelledImages, split_progress
 
 # %% auto #0
 __all__ = ['L2_PENALTIES', 'has_linear_head', 'fit_linear', 'fit_head']
@@ -77,8 +77,9 @@ def _compute_features(
 
     def feature_progress(fraction: float, text: str) -> None: progress(0.9 * fraction, f"features of {text}")
 
-    found = [torch.from_numpy(extract_features(model, part.images, device, progress=progress and feature_progress))
-             for part in parts]
+    bars = split_progress(progress and feature_progress, dict(zip(("train", "val"), map(len, parts))))
+    found = [torch.from_numpy(extract_features(model, part.images, device, progress=bar))
+             for part, bar in zip(parts, bars.values())]
     _check_linear_head(model.to("cpu"), parts[-1].images[:8], found[-1][:8])
     return found
 
