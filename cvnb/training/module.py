@@ -240,7 +240,23 @@ class TrainingModule(pl.LightningModule):
             raise CvnbError(f"the predictions are not finite after epoch {self.current_epoch + 1} "
                             f"(validation images: {shown})", _NOT_FINITE_REMEDY)
         return {"val_loss": float(self.task.loss(logits, targets)),
-                f"val_{self.task.main_metric}": float(self.task.score(logits, targets))}
+                f"val_{self.task.main_metric}": float(self.task.score(logits, targets)),
+                **self._score_objective(logits, targets)}
+
+    def _score_objective(self,
+        logits: Tensor,     # (N, C)
+        targets: Tensor,    # (N,)
+    ) -> dict[str, float]:  # empty where the objective is the main metric of a task
+        "Compute the objective."
+        o = self.options.objective
+        if not o or not o.classes: return {}
+        answers = o.rule.decide(self.task.predict(logits).cpu().numpy())
+        return {f"val_{o.key}": o.score(targets.cpu().numpy(), answers)}
+
+    @property
+    def metric(self) -> str:   # without val_
+        "Name the metric that chooses the best weights."
+        return self.options.objective.key if self.options.objective else self.task.main_metric
 
     def configure_optimizers(self) -> dict:
         o = self.options
