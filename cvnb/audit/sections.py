@@ -49,6 +49,7 @@ from ..data.dataset import Dataset, check_trainable, describe_columns
 from ..data.split_names import SPLITS
 from ..data.tables import auto_image_size, write_table
 from ..data.versions import data_revision, dataset_digest
+from ..metrics.objective import imbalance_notes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -439,6 +440,8 @@ def combine_sections(
         checks += [drop_reviewed(c, table) for c in section.checks]
         metrics |= section.metrics
         notes += section.notes
+    if data.task.name == "classification":
+        notes += imbalance_notes(table.label[table.ok & (table.split == "train")].value_counts().to_dict())
     report = AuditReport(data.name, len(table), int(table.ok.sum()), checks, data.limits, policy, notes,
                          data.min_recall)
     with_scores = add_image_columns(table, coverage.uniqueness)

@@ -14,6 +14,7 @@ import numpy as np
 
 from .workers import Candidate
 from ..core.errors import CvnbError
+from ..metrics.decision import DecisionRule
 
 if TYPE_CHECKING:
     from cvnb.metrics.estimates import Estimate
@@ -53,10 +54,10 @@ class Agreement:
 def least_difference(
     expected: np.ndarray,   # torch's probabilities (N, C)
     classes: np.ndarray,    # int (N,), classes of a runtime
-) -> float:                 # 0 … 0.5
+    rule: DecisionRule | None = None,   # how answers are chosen; None: by the largest probability
+) -> float:                 # 0 … 1
     "Compute how far a runtime's probabilities are from torch's at least, from its classes alone."
-    own = expected[np.arange(len(expected)), classes]
-    return float((expected.max(1) - own).max(initial=0) / 2)
+    return (rule or DecisionRule()).least_difference(expected, classes)
 
 # %% ../../nbs/benchmark/05_answers.ipynb #76ec5ad9
 def compare_answers(
@@ -66,6 +67,7 @@ def compare_answers(
     expected: dict[str, np.ndarray],         # model -> torch's probabilities for the same images (N, C)
     tolerance: float,                        # acceptable difference of a probability
     groups: np.ndarray | None = None,        # group of each image (N,); None where images are independent
+    rules: dict[str, DecisionRule] | None = None,   # model -> how its answers are chosen
 ) -> dict[Candidate, Agreement]:             # of the candidates that can be compared
     "Compare every candidate with torch; classification only."
     from cvnb.metrics.classification import accuracy
@@ -78,8 +80,9 @@ def compare_answers(
             measured[c] = Estimate(**found["same"]), float("inf") if difference is None else difference   # null: NaN
         elif c in classes and c.model in expected:
             own = np.array(classes[c])
-            torch_classes = expected[c.model].argmax(1)
-            measured[c] = accuracy(own == torch_classes, groups), least_difference(expected[c.model], own)
+            rule = (rules or {}).get(c.model, DecisionRule())
+            same = accuracy(own == rule.decide(expected[c.model]), groups)
+            measured[c] = same, least_difference(expected[c.model], own, rule)
     is_fp32 = lambda c: c.runtime.precision == "fp32"
     apart = {(c.model, c.runtime.package) for c, (_, d) in measured.items() if is_fp32(c) and not d <= tolerance}
     return {c: Agreement(same, difference, (c.model, c.runtime.package) not in apart

@@ -75,6 +75,7 @@ def benchmark_summary(
     images: list[np.ndarray],   # the images that were timed
     bundle: dict[str, Any],     # bundle.json
     trained: dict[str, Any] | None = None,   # metrics of the train stage, from which the baselines are taken
+    objective: dict[str, Any] | None = None, # of bundle.json; None: accuracy
 ) -> dict[str, Any]:            # benchmark.json
     "Put the measurements together with the machine, the data and the date."
     sizes = Counter(f"{image.shape[1]}×{image.shape[0]}" for image in images).most_common(3)
@@ -82,15 +83,17 @@ def benchmark_summary(
     digests = {name: record["sha256"] for name, record in bundle["files"].items()}
     return dict(format=BenchmarkRecord.NEWEST, run=run, rows=result.rows, control=result.measured.control,
                 machine=machine_info(), load=list(result.measured.load), date=timestamp(), images=about,
-                shipped=bundle["shipped"]["model"], bundle=digests, baselines=_select_baselines(trained or {}))
+                shipped=bundle["shipped"]["model"], bundle=digests, objective=objective,
+                baselines=_select_baselines(trained or {}, (objective or {}).get("key", "accuracy")))
 
 BASELINE_NAMES = dict(majority="the most frequent class", probe="a linear probe on the audit's embeddings")
 
 def _select_baselines(
     trained: dict[str, Any],   # metrics of the train stage
-) -> dict[str, Any]:           # majority, probe -> accuracy on the test images; those that were measured
-    "Take the accuracies of the baselines on the test images."
-    names = {name: f"accuracy_test_{name}" for name in BASELINE_NAMES}
+    key: str,                  # of the objective
+) -> dict[str, Any]:           # majority, probe -> objective on the test images; those that were measured
+    "Take the figures of the baselines on the test images."
+    names = {name: f"{key}_test_{name}" for name in BASELINE_NAMES}
     return {name: trained[metric] for name, metric in names.items() if metric in trained}
 
 def describe_baselines(
@@ -99,7 +102,8 @@ def describe_baselines(
     "Say how accurate the baselines are on the images of the table."
     found = summary.get("baselines", {})
     parts = [f"{BASELINE_NAMES[name]} {format_metric(metric)}" for name, metric in found.items()]
-    return f"Accuracy of baselines on the same images: {', '.join(parts)}." if parts else ""
+    words = (summary.get("objective") or {}).get("words", "accuracy")
+    return f"{words[0].upper()}{words[1:]} of baselines on the same images: {', '.join(parts)}." if parts else ""
 
 # %% ../../nbs/benchmark/04_report.ipynb #1d5ebe41
 def _facts(
@@ -124,7 +128,7 @@ def benchmark_html(
     items = [f"<dt>{html.escape(k)}</dt><dd>{html.escape(str(v))}</dd>" for k, v in _facts(summary).items()]
     return html_page(f"{summary['run']}: benchmark", f"""{verdict.to_html() if verdict else ""}
 <p class="{kind}">{html.escape(control["verdict"])}</p>
-{html_table(benchmark_table(summary["rows"], control))}
+{html_table(benchmark_table(summary["rows"], control, (summary.get("objective") or {}).get("words", "")))}
 <p>{html.escape(describe_baselines(summary))}</p>
 {_svg(plot_benchmark(summary["rows"], control))}
 <p>From raw images to probabilities, one thread, one process per row, in alternating rounds. Intervals are 95 %.</p>

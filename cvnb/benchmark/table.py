@@ -23,7 +23,9 @@ from ..export.runtimes import MODELS, RUNTIMES, read_pixels
 if TYPE_CHECKING:
     import pandas as pd
 
+    from cvnb.metrics.decision import DecisionRule
     from cvnb.metrics.estimates import Estimate
+    from cvnb.metrics.objective import Objective
 
 # %% auto #0
 __all__ = ['BASELINE', 'PEER', 'OTHER_ANSWERS', 'list_candidates', 'list_left_out', 'sample_images', 'model_size_mb',
@@ -101,6 +103,7 @@ def _candidate_row(
     baseline: Timings,         # of the baseline
     peer: Timings | None,      # of the peer; None where it was not measured
     batch_size: int,           # images in the large batch
+    objective: Estimate | None = None,   # on the test images; None: it is accuracy
 ) -> dict[str, Any]:           # one row
     "Summarize the measurements of one candidate."
     p50 = median_latency(timings.seconds)
@@ -116,7 +119,7 @@ def _candidate_row(
         images_per_s=1 / float(timings.seconds.mean()),
         images_per_s_batch=batch_size / float(np.median(timings.batch_seconds)), batch_size=batch_size,
         size_mb=model_size_mb(candidate.path), peak_memory_mb=timings.peak_memory_mb,
-        **_interval_columns("accuracy", accuracy), n=accuracy.n)
+        **_interval_columns("accuracy", accuracy), n=accuracy.n, **_interval_columns("objective", objective))
     for name, ratio in ratios.items(): row |= _interval_columns(name, ratio)
     return row
 
@@ -126,6 +129,7 @@ def benchmark_rows(
     accuracies: dict[Candidate, Estimate],  # on the test images
     batch_size: int,                        # images in the large batch
     answers: dict[Candidate, Agreement] | None = None,   # from `compare_answers`; a peer with other answers is none
+    objectives: dict[Candidate, Estimate] | None = None,   # on the test images; None: accuracy
 ) -> list[dict[str, Any]]:                  # one row per candidate
     "Make the table."
     answers = answers or {}
@@ -134,7 +138,7 @@ def benchmark_rows(
     baseline = by_name[BASELINE]
     peer = None if PEER in apart else by_name.get(PEER)
     unknown = dict(agrees=None)
-    return [_candidate_row(c, t, accuracies[c], baseline, peer, batch_size)
+    return [_candidate_row(c, t, accuracies[c], baseline, peer, batch_size, (objectives or {}).get(c))
             | (answers[c].columns() if c in answers else unknown) for c, t in timings.items()]
 
 # %% ../../nbs/benchmark/03_table.ipynb #headline-code
@@ -165,6 +169,7 @@ def _format_interval(
 def benchmark_table(
     rows: list[dict[str, Any]],   # from `benchmark_rows`
     control: dict[str, Any],      # of the same benchmark
+    words: str = "objective",     # name of the objective, where it is not accuracy
 ) -> pd.DataFrame:                # text, ready to show
     "Format the rows as a table: the headline first, the other clock after it."
     import pandas as pd
@@ -175,8 +180,10 @@ def benchmark_table(
     digits = {column: 3 if column in other.values() else 2 for column in [*headline.values(), *other.values()]}
     columns = headline | {title: column for title, column in other.items() if column not in headline.values()}
     wall = void["wall"]
+    optimised = {words: "objective"} if any(r.get("objective") is not None for r in rows) else {}
     shown = lambda r: {
         "model": r["model"], "runtime": r["runtime"] + OTHER_ANSWERS * (r.get("agrees") is False),
+        **{title: _format_interval(r, column, 4) for title, column in optimised.items()},
         "accuracy": f"{_format_interval(r, 'accuracy', 4)} (n={r['n']})",
         **{title: _format_interval(r, column, digits[column]) for title, column in columns.items()},
         f"p99 ms{wall}": _format_interval(r, "p99_ms", 3),
@@ -193,6 +200,7 @@ class Benchmark:
     measured: Measurements          # from `measure_candidates`
     rows: list[dict[str, Any]]      # from `benchmark_rows`, in the order of `measured.timings`
     answers: dict[Candidate, Agreement] = field(default_factory=dict)   # from `compare_answers`
+    words: str = ""                 # name of the objective, where it is not accuracy
 
     def metrics(self,
         shipped: str = "",   # the model that ships
@@ -216,11 +224,12 @@ class Benchmark:
         return found
 
     def __repr__(self) -> str:
-        return f"{self.measured}\n{benchmark_table(self.rows, self.measured.control).to_string(index=False)}"
+        table = benchmark_table(self.rows, self.measured.control, self.words)
+        return f"{self.measured}\n{table.to_string(index=False)}"
 
     def _repr_html_(self) -> str:
         from cvnb.core.html import html_table
-        table = html_table(benchmark_table(self.rows, self.measured.control))
+        table = html_table(benchmark_table(self.rows, self.measured.control, self.words))
         return f"<p>{html.escape(str(self.measured))}</p>{table}"
 
 # %% ../../nbs/benchmark/03_table.ipynb #018bfcec
@@ -259,15 +268,25 @@ def run_benchmark(
     control_seconds: float = 10,      # that further rounds may take while the control is not valid
     expected: dict[str, np.ndarray] | None = None,   # model -> torch's probabilities for the test images (N, C)
     tolerance: float = 0.01,          # difference of a probability from torch's up to which answers are the same
+    objective: Objective | None = None,             # measured beside accuracy; None: accuracy alone
+    rules: dict[str, DecisionRule] | None = None,   # model -> how its answers are chosen
 ) -> Benchmark:
     "Measure candidates and make their table; classification only."
     from cvnb.metrics.classification import accuracy
     from cvnb.metrics.estimates import Estimate
+    from cvnb.metrics.objective import estimate_objective
     known = {(p["model"], p["runtime"]): Estimate(**p["accuracy"]) for p in parity}
     accuracies = {c: known[c.model, c.runtime.name] for c in candidates if (c.model, c.runtime.name) in known}
     classify = {c: test_files for c in candidates if c not in accuracies}
     measured = measure_candidates(candidates, images, n_calls, rounds, batch_size, classify, progress, decoding,
-                                  control_seconds)
+                                  control_seconds, rules)
+    objectives = {}
+    if objective:
+        optimised = {(p["model"], p["runtime"]): p.get("objective") for p in parity}
+        objectives = {c: Estimate(**found) for c in candidates if (found := optimised.get((c.model, c.runtime.name)))}
+        objectives |= {c: estimate_objective(objective, labels, np.array(classes), groups)
+                       for c, classes in measured.classes.items()}
     accuracies |= {c: accuracy(np.array(classes) == labels, groups) for c, classes in measured.classes.items()}
-    answers = compare_answers(candidates, parity, measured.classes, expected or {}, tolerance, groups)
-    return Benchmark(measured, benchmark_rows(measured.timings, accuracies, batch_size, answers), answers)
+    answers = compare_answers(candidates, parity, measured.classes, expected or {}, tolerance, groups, rules)
+    rows = benchmark_rows(measured.timings, accuracies, batch_size, answers, objectives)
+    return Benchmark(measured, rows, answers, objective.words if objective else "")

@@ -19,6 +19,7 @@ import numpy as np
 from .workers import Candidate, RuntimeWorker
 from ..core.errors import CvnbError
 from ..data.images import DEFAULT_DECODING, Decoding
+from ..metrics.decision import DecisionRule
 
 if TYPE_CHECKING:
     from cvnb.metrics.estimates import Estimate
@@ -308,6 +309,7 @@ def measure_candidates(
     progress: Callable[[float, str], None] = lambda fraction, text: None,   # takes the share that is done, and a text
     decoding: Decoding = DEFAULT_DECODING,   # of the files to classify
     control_seconds: float = 10,   # that further rounds may take while the control is not valid
+    rules: dict[str, DecisionRule] | None = None,   # model -> how its answers are chosen
 ) -> Measurements:
     "Measure candidates in alternating rounds, each in its own process."
     control = find_control(candidates)
@@ -319,7 +321,8 @@ def measure_candidates(
         checked = run_rounds(found.measure, found.check, rounds, control_seconds, progress)
         batch = _time_batches(workers, max(3, rounds // 3), batch_size, progress)
         progress(1, "classifying the test images")
-        classes = {c: workers[c.name].call("classify", paths=paths, decoding=decoding.to_json())
+        rule = lambda c: vars((rules or {}).get(c.model, DecisionRule()))
+        classes = {c: workers[c.name].call("classify", paths=paths, decoding=decoding.to_json(), **rule(c))
                    for c, paths in (classify or {}).items()}
     timings = {c: Timings(*_stack_rounds(found.short, c.name), _stack_rounds(batch, c.name)[0], found.memory[c.name])
                for c in candidates}

@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 from ..core.workers import WorkerProcess, serve_requests
 from ..data.images import Decoding
 from ..export.runtimes import RUNTIMES, Predict, Runtime, predict_files
+from ..metrics.decision import DecisionRule
 
 # %% auto #0
 __all__ = ['N_THREADS', 'Candidate', 'peak_memory_mb', 'make_batches', 'time_calls', 'RuntimeServer', 'serve_runtime',
@@ -111,9 +113,12 @@ class RuntimeServer:
     def classify(self,
         paths: list[str],   # image files
         decoding: dict[str, Any] | None = None,   # of `Decoding.to_json`
+        thresholds: Sequence[float] = (),         # of `DecisionRule`
+        costs: Sequence[Sequence[float]] = (),    # of `DecisionRule`
     ) -> list[int]:         # their classes
         "Classify image files; classification only."
-        return predict_files(self.predict, paths, Decoding.from_json(decoding or {})).argmax(1).tolist()
+        rule = DecisionRule(tuple(thresholds), tuple(map(tuple, costs)))
+        return rule.decide(predict_files(self.predict, paths, Decoding.from_json(decoding or {}))).tolist()
 
     def measure_memory(self) -> float:   # megabytes
         "Read the peak of the process's memory."

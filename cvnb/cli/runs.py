@@ -125,6 +125,16 @@ def _judge(
     return judge_run(folder) if SHIPPING_STAGE in read_contracts() else None
 
 # %% ../../nbs/cli/03_runs.ipynb #format-times
+def _format_share(
+    row: dict,     # of benchmark.json
+    column: str,   # accuracy or objective
+) -> str:          # such as "0.9843 [0.9741, 0.9905]"; a dash where there is none
+    "Format a share with its interval."
+    if row.get(column) is None: return "–"
+    low = row[f"{column}_low"]
+    interval = "(no interval)" if low is None else f"[{low:.4f}, {row[f'{column}_high']:.4f}]"
+    return f"{row[column]:.4f} {interval}"
+
 def _format_times(
     row: dict,     # of benchmark.json
     column: str,   # a ratio
@@ -146,17 +156,18 @@ def _print_result(
     control = read_control(_read_benchmark(folder)["control"])
     headline = headline_columns(control)
     latency, *ratios = headline.values()
+    words = (_read_benchmark(folder).get("objective") or {}).get("words", "accuracy")
+    title = {} if words == "accuracy" else {f"{words} [95 %]": "left"}
     rows = []
     for m in models:
-        low = m["accuracy_low"]
-        high = m["accuracy_high"]
-        accuracy = f"{m['accuracy']:.4f} " + ("(no interval)" if low is None else f"[{low:.4f}, {high:.4f}]")
         speed = f"{m[latency]:.2f}" if m.get(latency) is not None else "–"
         marked = m["runtime"] + OTHER_ANSWERS * (m.get("agrees") is False)
-        rows.append((m["model"], marked, accuracy, speed, *(_format_times(m, column) for column in ratios),
-                     f"{m['size_mb']:.2f}"))
+        optimised = [_format_share(m, "objective")] if title else []
+        times = [_format_times(m, column) for column in ratios]
+        shares = [*optimised, _format_share(m, "accuracy")]
+        rows.append((m["model"], marked, *shares, speed, *times, f"{m['size_mb']:.2f}"))
     right = dict.fromkeys((*headline, "MB"), "right")
-    print_table("", {"model": "left", "runtime": "left", "accuracy [95 %]": "left", **right}, rows)
+    print_table("", {"model": "left", "runtime": "left", **title, "accuracy [95 %]": "left", **right}, rows)
     print(f"\n× torch: speed relative to {', '.join(BASELINE)}. × peer: speed relative to {', '.join(PEER)}, "
           "if it was measured.")
     from cvnb.benchmark.report import describe_baselines
@@ -182,7 +193,8 @@ def _describe_compression(
         advice = f"; {v['advice']}" if v.get("advice") else ""   # a run of an earlier version has none
         result = f"not accepted, the interval reaches below {points(-v['margin'])}{advice}"
     interval = f"[{points(v['low'])}, {points(v['high'])}]"
-    return f"accuracy {points(v['difference'])} points {interval} on {v['n']:,} test images; {result}."
+    words = (v.get("objective") or {}).get("words", "accuracy")
+    return f"{words} {points(v['difference'])} points {interval} on {v['n']:,} test images; {result}."
 
 # %% ../../nbs/cli/03_runs.ipynb #30f2b97a
 def _example_image(
@@ -321,6 +333,7 @@ def predict_command(
     batches = dict(batch_size=1) if "-" in images else {}   # an answer does not wait for the next path
     given = itertools.chain(paths, _read_paths(recursive)) if "-" in images else paths
     bundle = Bundle.load(model, max_megapixels=max_megapixels)
+    if bundle.decision_note: print(f"- {printable(bundle.decision_note, 500)}", file=sys.stderr)
     unreadable: list[Any] = []
     n_answers = 0
 

@@ -45,7 +45,7 @@ def sweep_command(
     trials: Annotated[int, typer.Option(
         help="Configurations that a search tries. Without it, a grid.", min=0, show_default=False)] = 0,
     search: Annotated[str, typer.Option(help="grid, random or optuna. Default: grid, or with --trials optuna.")] = "",
-    metric: Annotated[str, typer.Option(help="Metric to compare, as stage.metric. Default: train.accuracy_val.")] = "",
+    metric: Annotated[str, typer.Option(help="Metric to compare, as stage.metric. Default: train.objective_val.")] = "",
     minimize: Annotated[bool, typer.Option("--minimize", help="A lower metric is better.")] = False,
     prune: Annotated[bool, typer.Option("--prune/--no-prune", help="Stop unpromising trials of a search.")] = True,
     engine: Annotated[str, typer.Option(

@@ -5,11 +5,12 @@
 # %% ../../nbs/compress/05_acceptance.ipynb #eabecf27
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
 from .error_budget import level_for, record_test
@@ -19,7 +20,9 @@ from ..data.splits import image_groups
 from ..metrics.classification import accuracy
 from ..metrics.estimates import MIN_GROUPS, Estimate
 from ..metrics.paired import DEFAULT_LEVEL, NonInferiority, accuracy_given_acceptance, images_needed
+from ..metrics.objective import Objective, estimate_objective
 from ..metrics.paired import noninferiority, smallest_margin
+from ..metrics.paired_objective import objective_noninferiority, smallest_objective_margin
 
 if TYPE_CHECKING:
     from cvnb.core.stage import Stage
@@ -29,9 +32,11 @@ __all__ = ['describe_power', 'Acceptance', 'check_acceptance', 'confirm_acceptan
 
 # %% ../../nbs/compress/05_acceptance.ipynb #523c1504
 def describe_power(
-    test: NonInferiority,   # a test of accuracy
+    test: NonInferiority,   # a test of accuracy, or an `Acceptance`
 ) -> str:                   # a sentence
     "Say what the number of images can prove."
+    if isinstance(test, Acceptance) and test.objective.name != "accuracy":
+        return f"The smallest margin of {test.objective.words} that these images can prove is {test.least:g}."
     needed = f"A margin of {test.margin:g} needs at least {images_needed(test.margin, test.level)} images; " \
         if 0 < test.margin < 1 else ""
     least = smallest_margin(test.n, test.level, test.n_groups)
@@ -49,15 +54,21 @@ class Acceptance(NonInferiority):
     advice: str = ""              # what can change a rejection: a sentence that fits the figures
     plain_accuracy: Estimate = Estimate(float("nan"), float("nan"), float("nan"), 0)   # of the new model, on these
                                   # images as if they had decided nothing
+    objective: Objective = Objective("accuracy")   # what the difference is of
+    objective_value: Estimate | None = None        # of the new model; None: accuracy
+    accuracy_difference: Estimate | None = None    # beside the objective's; None: it is the difference
+    least: float = 0.0   # smallest margin of another objective than accuracy that the images can prove
 
     @property
     def accuracy(self) -> Estimate:   # of the new model
         "Estimate the accuracy on the test images, given that the model was accepted on them if it was."
-        return accuracy_given_acceptance(self, self.plain_accuracy) if self.accepted else self.plain_accuracy
+        by_accuracy = self.accepted and self.objective.name == "accuracy"
+        return accuracy_given_acceptance(self, self.plain_accuracy) if by_accuracy else self.plain_accuracy
 
     @property
     def needed(self) -> int:   # images
-        "Count the images from which on the margin can be proven at all."
+        "Count the images from which on a margin of accuracy can be proven at all; 0 for other objectives."
+        if self.objective.name != "accuracy": return 0
         return images_needed(self.margin, self.level) if 0 < self.margin < 1 else 0
 
     @property
@@ -68,28 +79,39 @@ class Acceptance(NonInferiority):
         verdict = "is worse" if self.high < -self.margin else "is not shown to be good enough"
         interval = f"{points(self.difference)} [{points(self.low)}, {points(self.high)}]"
         few = f"; this limit needs at least {self.needed} images" if self.n < self.needed else ""
+        if self.least > self.margin: few = f"; the smallest limit that these images can prove is {points(-self.least)}"
         if 0 < self.n_groups < MIN_GROUPS: few = f"; {self.n_groups} groups of images prove nothing"
         advice = f"; {self.advice}" if self.advice else ""
-        return [f"not accepted: the {self.model} model {verdict}, its accuracy differs by {interval} points "
-                f"on {self.n} test images (limit {points(-self.margin)}){few}{advice}"]
+        return [f"not accepted: the {self.model} model {verdict}, its {self.objective.words} differs by {interval} "
+                f"points on {self.n} test images (limit {points(-self.margin)}){few}{advice}"]
 
     def to_json(self) -> dict[str, Any]:   # verdict.json
         "Convert the result to JSON types, with what the number of images can prove."
-        plain = {name: value for name, value in vars(self).items() if name != "plain_accuracy"}
-        return plain | dict(images_needed=self.needed,
-                            smallest_margin=smallest_margin(self.n, self.level, self.n_groups),
+        parts = dict(objective_value=self.objective_value, accuracy_difference=self.accuracy_difference)
+        left_out = {"plain_accuracy", "least", *parts}
+        plain = {name: value for name, value in vars(self).items() if name not in left_out}
+        least = self.least or smallest_margin(self.n, self.level, self.n_groups)
+        return plain | dict(images_needed=self.needed, smallest_margin=least, objective=self.objective.to_json(),
+                            **{name: part and asdict(part) for name, part in parts.items()},
                             accuracy=asdict(self.plain_accuracy), accuracy_given_acceptance=asdict(self.accuracy))
 
     def _repr_markdown_(self) -> str:
         points = lambda x: f"{100 * x:+.2f}"
         numbers = (
-            f"On {self.n} test images its accuracy differs from the {self.reference} model's by "
+            f"On {self.n} test images its {self.objective.words} differs from the {self.reference} model's by "
             f"{points(self.difference)} points ({100 * (1 - 2 * self.level):.4g} % interval {points(self.low)} … "
             f"{points(self.high)}); down to {points(-self.margin)} points would be acceptable. {self.only_new} images "
             f"are right only now, {self.only_reference} were right only before. {describe_power(self)}")
+        if self.objective_value:
+            numbers += (f" Its {self.objective.words} is {self.objective_value}, its accuracy {self.plain_accuracy} "
+                        f"({points(self.accuracy_difference.value)} points), as if these images had decided nothing.")
+        if self.objective.name == "f1":
+            numbers += (" No paired test of F1 with a known level is used: accuracy accepts, and the bootstrap "
+                        "interval of F1 can only reject.")
         if self.accepted:
-            return (f"**Accepted: the {self.model} model is not worse by more than the margin.** {numbers} Its "
-                    f"accuracy is {self.plain_accuracy}; given that these images accepted it, {self.accuracy}.")
+            given = "" if self.objective_value else \
+                f" Its accuracy is {self.plain_accuracy}; given that these images accepted it, {self.accuracy}."
+            return f"**Accepted: the {self.model} model is not worse by more than the margin.** {numbers}{given}"
         advice = f" Advice: {self.advice}." if self.advice else ""
         if self.high < -self.margin:
             return f"**Rejected: the {self.model} model is worse by more than the margin.** {numbers}{advice}"
@@ -97,12 +119,13 @@ class Acceptance(NonInferiority):
 
 # %% ../../nbs/compress/05_acceptance.ipynb #fc9e5469
 def _match_predictions(
-    reference: pd.DataFrame,   # path, correct
-    new: pd.DataFrame,         # path, correct
-) -> pd.DataFrame:             # path, correct_reference, correct_new; in the order of `path`
+    reference: pd.DataFrame,   # path, correct, and for another objective than accuracy label and predicted
+    new: pd.DataFrame,         # the same columns
+    objective: Objective,      # what is compared
+) -> pd.DataFrame:             # path, and correct, label and predicted with _reference and _new; in the order of `path`
     "Match two tables of predictions; raise `CvnbError` if their images differ."
-    both = reference[["path", "correct"]].merge(
-        new[["path", "correct"]], on="path", validate="1:1", suffixes=("_reference", "_new"))
+    columns = ["path", "correct"] + ["label", "predicted"] * (objective.name != "accuracy")
+    both = reference[columns].merge(new[columns], on="path", validate="1:1", suffixes=("_reference", "_new"))
     if not len(both) == len(reference) == len(new):
         counts = f"{len(reference)} and {len(new)}, {len(both)} in common"
         raise CvnbError(f"the models predicted different images ({counts})", "Run train again, then compress.")
@@ -112,32 +135,46 @@ def _match_predictions(
 def check_acceptance(
     reference: pd.DataFrame,   # predictions of the model that may be replaced: path, correct
     new: pd.DataFrame,         # predictions of the new model: path, correct
-    margin: float,             # acceptable loss of accuracy, 0 … 1
+    margin: float,             # acceptable loss of the objective, 0 … 1
     level: float = DEFAULT_LEVEL,   # how often a model that is worse by the margin is accepted, at most
     model: str = "compressed",      # name of the new model in sentences
     images: pd.DataFrame | None = None,   # manifest rows of the images, whose groups the test is by
+    objective: Objective | None = None,   # what must not be lost; None: accuracy
 ) -> Acceptance:               # the paired test's result
     "Test whether a model may replace another; raise `CvnbError` if their images differ. Classification only."
-    both = _match_predictions(reference, new)
+    asked = objective or Objective("accuracy")
+    both = _match_predictions(reference, new, asked)
     groups = None if images is None else image_groups(images, both.path)
     test = noninferiority(both.correct_reference, both.correct_new, margin, level, groups=groups)
     plain = accuracy(both.correct_new, groups)
-    return Acceptance(**vars(test), model=model, correct=int(both.correct_new.sum()), plain_accuracy=plain)
+    more = {}
+    if asked.name != "accuracy":
+        beside = Estimate(test.difference, test.low, test.high, test.n, test.n_groups)
+        codes = [pd.Index(asked.classes).get_indexer(both[name])
+                 for name in ("label_reference", "predicted_reference", "predicted_new")]
+        test = objective_noninferiority(asked, *codes, margin, level, groups)
+        more = dict(objective_value=estimate_objective(asked, codes[0], codes[2], groups), accuracy_difference=beside,
+                    least=smallest_objective_margin(asked, codes[0], level, groups))
+    return Acceptance(**vars(test), model=model, correct=int(both.correct_new.sum()), plain_accuracy=plain,
+                      objective=asked, **more)
 
 # %% ../../nbs/compress/05_acceptance.ipynb #286c1a4d
 def confirm_acceptance(
     stage: Stage,              # of the run whose ledger records the test
     reference: pd.DataFrame,   # predictions of the model that may be replaced, for the test images: path, correct
     new: pd.DataFrame,         # predictions of the new model: path, correct
-    margin: float,             # acceptable loss of accuracy, 0 … 1
+    margin: float,             # acceptable loss of the objective, 0 … 1
     model: str = "compressed", # name of the new model
     advise: Callable[[Acceptance], str] = lambda rejected: "",   # says what can change a rejection
     images: pd.DataFrame | None = None,   # manifest rows of the test images, whose groups the test is by
+    objective: Objective | None = None,   # what must not be lost; None: accuracy
 ) -> Acceptance:
     "Test at the level that the run's error budget leaves whether a model may replace another, and record the test."
-    both = _match_predictions(reference, new)
-    question = digest([model, margin, both.to_dict("list")])
-    result = check_acceptance(reference, new, margin, level_for(stage.run, question), model, images)
+    asked = objective or Objective("accuracy")
+    both = _match_predictions(reference, new, asked)
+    about = [] if asked.name == "accuracy" else [replace(asked, why="").to_json()]
+    question = digest([model, margin, both.to_dict("list"), *about])
+    result = check_acceptance(reference, new, margin, level_for(stage.run, question), model, images, asked)
     record_test(stage.run, question, model, result.level, result.accepted, margin, result.n)
     return result if result.accepted else replace(result, advice=advise(result))
 
@@ -150,7 +187,8 @@ def compression_advice(
     longer = "a longer distillation (compress.epochs)"
     if test.difference >= -test.margin:
         needed = images_needed(test.margin, test.level) if 0 < test.margin < 1 else 0
-        few = f" (at least {needed})" if test.n < needed else ""
+        words = test.objective.words if isinstance(test, Acceptance) else "accuracy"
+        few = f" (at least {needed})" if test.n < needed and words == "accuracy" else ""
         return f"more test images{few} or {longer} can change that"
     trained = tradeoffs.macs.iloc[0]
     larger = tradeoffs.macs > tradeoffs.macs[tradeoffs.chosen].max()
@@ -165,15 +203,25 @@ def compression_advice(
     points = lambda x: f"{100 * x:+.1f}"
     interval = f"{points(stop.difference)} [{points(stop.difference_low)}, {points(stop.difference_high)}]"
     return (f"stop at {stop.macs / trained:.0%} of the MACs (compress.macs_fraction={fraction:g}), where the "
-            f"validation accuracy differs by {interval} points")
+            f"validation {test.objective.words if isinstance(test, Acceptance) else 'accuracy'} differs by {interval} "
+            "points")
 
 # %% ../../nbs/compress/05_acceptance.ipynb #8df300c7
 def margin_notes(
     n: int,          # test images
     margin: float,   # acceptable loss of accuracy, 0 … 1
     run_level: float = DEFAULT_LEVEL,   # of the test
+    objective: Objective | None = None,   # what the margin is of; None: accuracy
+    counts: Mapping[str, Mapping[str, int]] | None = None,   # split -> class -> images, for another objective
 ) -> list[str]:      # at most one sentence
     "Say that the test images are too few for a margin."
+    if objective and objective.name != "accuracy" and counts:
+        test = counts.get("test", {})
+        targets = np.repeat(np.arange(len(objective.classes)), [test.get(c, 0) for c in objective.classes])
+        least = smallest_objective_margin(objective, targets, run_level)
+        if least <= margin: return []
+        return [f"the test images cannot prove a margin of {margin:g} of {objective.words}, even by models that never "
+                f"differ: the smallest margin for their classes is {least:g}"]
     if not 0 < margin < 1 or n >= images_needed(margin, run_level): return []
     return [f"{n} test images cannot prove a margin of {margin:g}, even by models that never differ: it takes "
             f"{images_needed(margin, run_level)}; the smallest margin for {n} images is "

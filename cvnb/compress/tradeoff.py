@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,11 +17,12 @@ import pandas as pd
 from .distill import DistillationResult
 from .prune import prune_progressively, recalibrate_batch_norm
 from ..metrics.classification import accuracy
-from ..metrics.paired import paired_difference
+from ..metrics.objective import Objective, estimate_objective
+from ..metrics.paired_objective import objective_difference
 from ..models.cost import count_macs, count_params
 from ..models.devices import torch_device
 from ..models.inference import predict_logits
-from ..models.vision_model import VisionModel
+from ..models.vision_model import VisionModel, task_of
 from ..training.loaders import LabelledImages
 
 if TYPE_CHECKING:
@@ -35,39 +37,43 @@ def measure_tradeoff(
     model: VisionModel,     # any classifier; ends on the CPU
     val: LabelledImages,    # validation images
     device: str = "auto",   # "cpu" leaves a GPU alone
-    reference: np.ndarray | None = None,   # bool (N,), correct predictions of the trained model; None: this is it
-) -> dict[str, Any]:        # step, macs, params, accuracy, low, high, n, difference with _low and _high
-    "Measure one point of the trade-off between accuracy and cost. Classification only."
-    correct = _correct_predictions(model, val, device)
-    found = accuracy(correct)
-    against = correct if reference is None else reference
-    paired = paired_difference(int((correct & ~against).sum()), int((against & ~correct).sum()), len(correct))
+    reference: np.ndarray | None = None,   # int (N,), answers of the trained model; None: this is it
+    objective: Objective | None = None,    # the figure that is optimised; None: accuracy
+) -> dict[str, Any]:        # step, macs, params, accuracy, low, high, n, objective and difference with _low and _high
+    "Measure one point of the trade-off between the objective and cost. Classification only."
+    answers = _predict_classes(model, val, device)
+    found = accuracy(answers == val.targets)
+    asked = objective or Objective("accuracy", tuple(model.spec.classes))
+    own = estimate_objective(asked, val.targets, answers)
+    paired = objective_difference(asked, val.targets, answers if reference is None else reference, answers)
     return dict(step=step, macs=count_macs(model), params=count_params(model), accuracy=found.value, low=found.low,
-                high=found.high, n=found.n, difference=paired.value, difference_low=paired.low,
-                difference_high=paired.high)
+                high=found.high, n=found.n, objective=own.value, objective_low=own.low, objective_high=own.high,
+                difference=paired.value, difference_low=paired.low, difference_high=paired.high)
 
-def _correct_predictions(
+def _predict_classes(
     model: VisionModel,     # any classifier; ends on the CPU
     val: LabelledImages,    # validation images
     device: str,            # "cpu" leaves a GPU alone
-) -> np.ndarray:            # bool (N,)
-    "Predict images and compare with their labels."
+) -> np.ndarray:            # int (N,)
+    "Predict images by the model's own rule."
     logits = predict_logits(model, val.images, device=torch_device(device))
     model.to("cpu")
-    return np.asarray(logits.argmax(1) == val.targets, bool)
+    return task_of(model.spec).decide(logits)
 
 # %% ../../nbs/compress/03_tradeoff.ipynb #7bbd08d9
 def plot_tradeoffs(
     points: pd.DataFrame,   # rows of `measure_tradeoff`
+    words: str = "accuracy",   # name of the objective
 ) -> Figure:                # a matplotlib figure
-    "Plot accuracy against multiply-accumulates, with intervals."
+    "Plot the objective against multiply-accumulates, with intervals."
     import matplotlib.pyplot as plt
     figure, ax = plt.subplots(figsize=(6, 3.2))
     shift = points.groupby("macs").cumcount() * points.macs.max() / 60   # models of equal cost stand side by side
     for i, p in enumerate(points.itertuples()):
-        error = [[p.accuracy - p.low], [p.high - p.accuracy]]
-        ax.errorbar((p.macs + shift.iloc[i]) / 1e6, p.accuracy, error, fmt="o", color=f"C{i}", capsize=3, label=p.step)
-    ax.set(xlabel="million multiply-accumulates per image", ylabel="validation accuracy", xlim=(0, None))
+        ends = [p.objective if np.isnan(end) else end for end in (p.objective_low, p.objective_high)]
+        error = [[max(0, p.objective - ends[0])], [max(0, ends[1] - p.objective)]]
+        ax.errorbar((p.macs + shift.iloc[i]) / 1e6, p.objective, error, fmt="o", color=f"C{i}", capsize=3, label=p.step)
+    ax.set(xlabel="million multiply-accumulates per image", ylabel=f"validation {words}", xlim=(0, None))
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, .5))
     figure.tight_layout()
@@ -83,8 +89,9 @@ class PruningResult:
     model: VisionModel        # the smallest model that is not beyond repair, in eval mode
     tradeoffs: pd.DataFrame   # rows of `measure_tradeoff`
     step: str                 # of `model` in `tradeoffs`
-    correct: np.ndarray       # bool (N,), correct predictions of the trained model for the validation images
+    answers: np.ndarray       # int (N,), classes that the trained model predicts for the validation images
     notes: list[str] = field(default_factory=list)   # why pruning stopped before its goal
+    objective: Objective | None = None   # that is measured; None: accuracy
 
     def _repr_html_(self) -> str: return self.tradeoffs.round(4)._repr_html_()
 
@@ -97,14 +104,16 @@ def prune_in_steps(
     seed: int = 0,            # choice of images and random directions
     device: str = "auto",     # where to measure accuracy
     progress: Callable[[float, str], None] | None = None,   # called with the fraction that is done and a text
-    margin: float = 1.0,      # acceptable loss of accuracy, 0 … 1
+    margin: float = 1.0,      # acceptable loss of the objective, 0 … 1
     repair: float = 1.0,      # loss beyond the margin that distillation may win back, 0 … 1; 1: never stop
+    objective: Objective | None = None,   # the figure that is optimised; None: accuracy
 ) -> PruningResult:           # with one row per step
     "Prune in steps and measure the trade-off; raise `CvnbError` if a step cannot be reached. Classification only."
     fractions = [macs_fraction ** (i / _STEPS) for i in range(1, _STEPS + 1)]
     fractions = list(dict.fromkeys(fractions))   # a fraction of 1 has one step
-    correct = _correct_predictions(trained, val, device)
-    points = [measure_tradeoff("trained", trained, val, device)]
+    answers = _predict_classes(trained, val, device)
+    measure = partial(measure_tradeoff, val=val, device=device, objective=objective)
+    points = [measure("trained", trained)]
     kept = copy.deepcopy(trained).eval()
     step = "trained"
     notes = []
@@ -112,26 +121,27 @@ def prune_in_steps(
                                                               progress=progress)):
         old = copy.deepcopy(model)   # with the statistics of the trained model
         recalibrate_batch_norm(model, train.images, seed=seed)
-        points.append(measure_tradeoff(f"pruned to {fraction:.0%}", model, val, device, correct))
+        points.append(measure(f"pruned to {fraction:.0%}", model, reference=answers))
         if points[-1]["difference_high"] < -(margin + repair):
-            notes = [_stop_note(points[-1], step, margin, repair)]
+            notes = [_stop_note(points[-1], step, margin, repair, objective.words if objective else "accuracy")]
             break
         kept = model
         step = points[-1]["step"]
-    points.insert(1, measure_tradeoff("pruned, old statistics", old, val, device, correct))
-    return PruningResult(kept, pd.DataFrame(points), step, correct, notes)
+    points.insert(1, measure("pruned, old statistics", old, reference=answers))
+    return PruningResult(kept, pd.DataFrame(points), step, answers, notes, objective)
 
 def _stop_note(
     point: dict[str, Any],   # from `measure_tradeoff`, beyond repair
     step: str,               # that is distilled instead
     margin: float,           # acceptable loss of accuracy, 0 … 1
     repair: float,           # loss beyond it that distillation may win back, 0 … 1
+    words: str,              # name of the objective
 ) -> str:                    # a sentence
     "Say why pruning stopped."
     points = lambda x: f"{100 * x:+.1f}"
     interval = f"[{points(point['difference_low'])}, {points(point['difference_high'])}]"
     instead = "the network stays whole" if step == "trained" else f"the model {step} is distilled"
-    found = f"{point['step']}, the validation accuracy differs by {points(point['difference'])} points {interval}"
+    found = f"{point['step']}, the validation {words} differs by {points(point['difference'])} points {interval}"
     limits = f"margin {100 * margin:g} and compress.repair {100 * repair:g}"
     return f"pruning stopped: {found}, beyond repair ({limits}); {instead}"
 
@@ -153,12 +163,13 @@ def choose_model(
     distillation: DistillationResult,   # from `distill`
     val: LabelledImages,                # validation images
     device: str = "auto",               # where to measure accuracy
-) -> ChosenModel:                       # with the highest validation accuracy
+) -> ChosenModel:                       # with the highest objective on them
     "Choose between the students and the pruned model on the validation images. Classification only."
     students = {"distilled": distillation.student, "distilled, new statistics": distillation.recalibrated}
-    points = [measure_tradeoff(step, model, val, device, pruning.correct) for step, model in students.items()]
+    points = [measure_tradeoff(step, model, val, device, pruning.answers, pruning.objective)
+              for step, model in students.items()]
     tradeoffs = pd.concat([pruning.tradeoffs, pd.DataFrame(points)], ignore_index=True)
     candidates = students | {pruning.step: pruning.model}
-    val_accuracy = dict(zip(tradeoffs.step, tradeoffs.accuracy))
-    chosen = max(candidates, key=val_accuracy.get)   # the first one in a tie
+    measured = dict(zip(tradeoffs.step, tradeoffs.objective))
+    chosen = max(candidates, key=measured.get)   # the first one in a tie
     return ChosenModel(candidates[chosen], chosen, tradeoffs.assign(chosen=tradeoffs.step == chosen))

@@ -91,7 +91,10 @@ class ModelRecord(OutputRecord):
     input_depth: DecodingRecord | None = Field(None, description="of images with more than 8 bits")
     outputs: list[str] | None = Field(None, description="what the model returns, such as probabilities and features")
     temperature: Annotated[float, Field(gt=0)] | None = Field(None, description="by which logits are divided")
-    thresholds: dict[str, Number] | None = Field(None, description="class -> least probability of an answer")
+    thresholds: dict[str, Number] | None = Field(
+        None, description="class -> threshold: the answer has the largest ratio of probability and threshold")
+    costs: dict[str, dict[str, Number]] | None = Field(
+        None, description="true class -> predicted class -> cost: the answer has the lowest expected cost")
 
 class MetricsRecord(OutputRecord):
     "train/metrics.json: the learning curves and the figures of a training."
@@ -99,6 +102,8 @@ class MetricsRecord(OutputRecord):
     figures: dict[str, Metric]
     picked: list[dict[str, Any]] = []
     notes: list[str] = []
+    objective: dict[str, Any] | None = Field(None, description="the figure that is optimised, and why; null: accuracy")
+    decision: dict[str, Any] | None = Field(None, description="temperature and thresholds, with their effect")
 
 class MistakeRecord(Record):
     "A wrongly predicted image."
@@ -119,6 +124,9 @@ class ErrorsRecord(OutputRecord):
     calibration_gap: Metric | None = Field(None, description="mean confidence - accuracy")
     temperature: dict[str, Any] | None = Field(None, description="fitted on validation images, with its effect there")
     calibration_words: str = Field("", description="the gap and what the temperature changes, in a sentence")
+    objective: Metric | None = Field(None, description="the figure that is optimised; null: accuracy")
+    objective_words: str = Field("accuracy", description="its name")
+    decision_words: str = Field("", description="how labels are chosen")
     classes: list[str] = []
     confusion: list[list[Count]] = []
     per_class: list[dict[str, Any]] = []
@@ -150,6 +158,9 @@ class VerdictRecord(OutputRecord):
     accuracy: Metric | None = None
     advice: str = Field("", description="what can change a rejection")
     accuracy_given_acceptance: Metric | None = Field(None, description="with what the acceptance does to it")
+    objective: dict[str, Any] | None = Field(None, description="what the difference is of, and why; null: accuracy")
+    objective_value: Metric | None = Field(None, description="of the new model; null: accuracy")
+    accuracy_difference: Metric | None = Field(None, description="beside the objective's; null: it is the difference")
 
 class DecodingParityRecord(Record):
     "The pixels of the bundle's reader compared with those of training, and the inputs that were compared."
@@ -213,6 +224,9 @@ class BenchmarkRow(Record):
     same_answer_high: Share | None = None
     max_difference: Number | None = Field(None, description="of a probability from torch's, at least")
     agrees: bool | None = Field(None, description="whether its answers count as torch's; null: not compared")
+    objective: Number | None = Field(None, description="the figure that is optimised; null: accuracy")
+    objective_low: Number | None = None
+    objective_high: Number | None = None
 
 class ClockControl(Record):
     "The ratios of a runtime to itself by one clock."
@@ -244,7 +258,9 @@ class BenchmarkRecord(OutputRecord):
     images: str = ""
     shipped: str = ""
     bundle: dict[str, str] = {}
-    baselines: dict[str, Metric] = Field({}, description="majority, probe -> accuracy on the test images")
+    baselines: dict[str, Metric] = Field({}, description="majority, probe -> objective on the test images")
+    objective: dict[str, Any] | None = Field(None, description="the figure that is optimised, and why; null: accuracy")
+
 
 # %% ../../nbs/core/14_output_formats.ipynb #d919c429
 class SharedStage(Record):

@@ -192,7 +192,7 @@ class ImageRole(NamedTuple):
 IMAGE_ROLES: dict[str, ImageRole] = {
     "weights": ImageRole("train, compress", "train", "weights, importance of channels, statistics of batch norm"),
     "epoch": ImageRole("train, compress", "val", "the epoch that is kept, and the end of training"),
-    "temperature": ImageRole("errors", "val", "the temperature of the probabilities, which is reported"),
+    "temperature": ImageRole("train, compress", "val", "temperature and decision thresholds of the probabilities"),
     "candidate": ImageRole("compress", "val", "which pruned or distilled model is tested"),
     "calibration": ImageRole("export", "train", "the ranges of INT8"),
     "layers": ImageRole("export", "val", "the layers that stay in FP32"),

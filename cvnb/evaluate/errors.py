@@ -22,6 +22,7 @@ from ..data.splits import image_groups
 from ..metrics.classification import accuracy, calibration_error, calibration_table, confusion_matrix
 from ..metrics.calibration import TemperatureEffect, calibration_gap, describe_gap, measure_temperature
 from ..metrics.classification import per_class_metrics
+from ..metrics.objective import Objective, estimate_objective
 from ..metrics.estimates import Estimate, Units, design_effect, simultaneous_proportions
 
 if TYPE_CHECKING:
@@ -287,11 +288,25 @@ class ErrorAnalysis:
     slices: pd.DataFrame           # from `slice_accuracy`
     worst: pd.DataFrame            # from `most_confident_errors`
     temperature: TemperatureEffect | None = None   # on validation images; None without enough of them
+    decision: dict[str, Any] | None = None   # of metrics.json: temperature and thresholds; None in earlier versions
+    objective: Estimate | None = None        # the figure that is optimised
+    objective_words: str = "accuracy"        # its name in sentences
 
     @property
     def calibration_words(self) -> str:   # "overconfident by 12 points (…); temperature 1.8 mends it (…)"
         "Say how far confidence and accuracy are apart."
-        return describe_gap(self.calibration_gap, self.temperature)
+        said = describe_gap(self.calibration_gap, self.temperature)
+        temperature = (self.decision or {}).get("temperature")
+        return f"{said}, with the temperature {temperature:.3g} of the train stage" if temperature else said
+
+    @property
+    def decision_words(self) -> str:   # a sentence
+        "Say how labels were chosen."
+        rule = self.decision or {}
+        if rule.get("costs"): return "labels have the lowest expected cost (train.costs)"
+        if not rule.get("thresholds"): return "labels have the largest probability"
+        lowest = sorted(rule["thresholds"].items(), key=lambda item: item[1])[:5]
+        return f"labels follow thresholds of the validation images: {', '.join(f'{k} {v:.3g}' for k, v in lowest)}"
 
     @property
     def slices_below(self) -> pd.DataFrame:   # rows of `slices`
@@ -309,7 +324,8 @@ class ErrorAnalysis:
                 f"{self.accuracy.value:.1%}, the lowest is {worst.slice} {worst['name']} with {interval}"]
 
     def _repr_html_(self) -> str:
-        rows = [("images", self.n), ("errors", self.n_errors), ("accuracy", self.accuracy),
+        other = [(self.objective_words, self.objective)] if self.objective_words != "accuracy" else []
+        rows = [("images", self.n), ("errors", self.n_errors), *other, ("accuracy", self.accuracy),
                 ("calibration error", self.calibration_error), ("confidence - accuracy", self.calibration_gap),
                 ("slices below the accuracy", len(self.slices_below))]
         return html_table(pd.DataFrame(rows, columns=["metric", f"{self.split} split"]))
@@ -322,13 +338,17 @@ def analyze_errors(
     bins: int = 10,        # of the calibration, of equally many images
     n_images: int = 16,    # how many of the most confident errors to list
     validation: pd.DataFrame | None = None,   # from `prediction_table`, to fit a temperature on
+    decision: dict[str, Any] | None = None,   # of metrics.json; with it the probabilities have their temperature
+    objective: Objective | None = None,       # the figure that is optimised
 ) -> ErrorAnalysis:        # with every metric
     "Measure a model's errors on one split. Classification only."
     effect = None
-    if validation is not None and len(validation) >= _TEMPERATURE_IMAGES:
+    if decision is None and validation is not None and len(validation) >= _TEMPERATURE_IMAGES:
         labels = pd.Index(classes).get_indexer(validation.label)
         effect = measure_temperature(np.stack(list(validation.probabilities)), labels, table_groups(validation))
     groups = table_groups(table)
+    asked = objective or Objective("accuracy", tuple(classes))
+    codes = [pd.Index(asked.classes).get_indexer(names) for names in (table.label, table.predicted)]
     return ErrorAnalysis(
         split=split, classes=list(classes), n=len(table), n_errors=int((~table.correct).sum()),
         accuracy=accuracy(table.correct, groups),
@@ -339,7 +359,8 @@ def analyze_errors(
         confused_pairs=confused_pairs(table, n_classes=len(classes)),
         calibration=calibration_table(table.confidence, table.correct, bins, groups),
         slices=slice_accuracy(table),
-        worst=most_confident_errors(table, n_images), temperature=effect)
+        worst=most_confident_errors(table, n_images), temperature=effect, decision=decision,
+        objective=estimate_objective(asked, *codes, groups), objective_words=asked.words)
 
 # %% ../../nbs/evaluate/01_errors.ipynb #cell-50
 def error_summary(
@@ -353,7 +374,9 @@ def error_summary(
     return dict(
         format=ErrorsRecord.NEWEST, task="classification", split=a.split, n=a.n, n_mistakes=a.n_errors,
         accuracy=vars(a.accuracy), calibration_error=vars(a.calibration_error), calibration_gap=vars(a.calibration_gap),
-        temperature=a.temperature and asdict(a.temperature), calibration_words=a.calibration_words, classes=a.classes,
+        temperature=a.temperature and asdict(a.temperature), objective=a.objective and vars(a.objective),
+        objective_words=a.objective_words, decision_words=a.decision_words, calibration_words=a.calibration_words,
+        classes=a.classes,
         confusion=a.confusion.values.tolist(),
         per_class=a.per_class.to_dict("records"), calibration=a.calibration.to_dict("records"),
         mixed_up=a.confused_pairs.to_dict("records"), slices=len(a.slices), below=a.slices_below.to_dict("records"),

@@ -24,6 +24,7 @@ from ..core.files import check_targets, digest, file_record, load_json, sha256_f
 from ..core.project import resolve_run
 from ..core.records import printable, write_record
 from ..data.images import DEFAULT_DECODING, Decoding
+from ..metrics.decision import read_rule
 from .onnx_graph import check_graph
 from .runtimes import BATCH_SIZE, MAX_SECONDS, RUNTIMES, LimitedModel, OnnxModel, Predict, Runtime
 from .runtimes import batch_by_memory, count_outputs, predict_mixed_sizes, read_and_count
@@ -70,6 +71,7 @@ def _describe_bundle(
     unusual = {name: value for name, value in decoding.to_json().items() if value != usual[name]}
     return dict(task=spec.task, labels=spec.classes,
                 input=_INPUT | dict(resized_to=spec.image_size) | unusual, output=output,
+                temperature=spec.temperature, thresholds=spec.thresholds, costs=spec.costs,
                 backbone=spec.backbone, **details, files=files, cvnb=cvnb.__version__)
 
 # %% ../../nbs/export/05_bundle.ipynb #0ec5e800
@@ -164,6 +166,20 @@ class Bundle:
         self.precision = runtime.precision
         self.decoding = Decoding.from_json(description.get("input", {}))   # of image files
         self.labels: list[str] = description["labels"]
+        self.rule = read_rule(self.labels, description.get("thresholds"), description.get("costs"))
+
+    @property
+    def decision_note(self) -> str:   # a sentence; empty where the largest probability of plain logits wins
+        "Say how probabilities were calibrated and how labels are chosen."
+        temperature = self.description.get("temperature")
+        said = [f"probabilities have the temperature {temperature:.3g} of the validation images"] if temperature else []
+        pairs = zip(self.labels, self.rule.thresholds)
+        if self.rule.costs: said.append("labels have the lowest expected cost of the matrix in bundle.json")
+        elif self.rule.thresholds:
+            said.append("labels follow thresholds of the validation images, not the largest probability "
+                        f"({', '.join(f'{name} {t:.3g}' for name, t in list(pairs)[:5])}"
+                        f"{', …' * (len(self.labels) > 5)})")
+        return "; ".join(said)
 
     def __repr__(self) -> str:
         return f"Bundle({self.folder.name}: {self.description['task']}, {len(self.labels)} labels, {self.precision})"
@@ -312,10 +328,11 @@ def iter_predictions(self: Bundle,
             yield pixels
 
     for batch in batch_by_memory(read_all(), batch_size):
-        for p in self._predict_arrays(batch):
+        predicted = self._predict_arrays(batch)
+        for p, c in zip(predicted, self.rule.decide(predicted).tolist()):
             image, clipped = read.popleft()
-            found = dict(path=None if isinstance(image, np.ndarray) else str(image), label=self.labels[int(p.argmax())],
-                         confidence=float(p.max()), probabilities=dict(zip(self.labels, p.tolist())))
+            found = dict(path=None if isinstance(image, np.ndarray) else str(image), label=self.labels[c],
+                         confidence=float(p[c]), probabilities=dict(zip(self.labels, p.tolist())))
             yield found | dict(clipped=clipped) if self.decoding.scale else found
 
 # %% ../../nbs/export/05_bundle.ipynb #e3d8da90

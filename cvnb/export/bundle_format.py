@@ -66,7 +66,12 @@ class BundleDescription(SealedRecord):
     output: BundleOutput = Field(description="probabilities, or values of a regression")
     features: BundleOutput | None = Field(None, description="the embedding of an image, where the graph returns it")
     temperature: Annotated[float, Field(gt=0)] | None = Field(None, description="by which the logits were divided")
-    thresholds: dict[str, Share] | None = Field(None, description="label -> probability from which it counts")
+    thresholds: dict[str, Share] | None = Field(
+        None, description="label -> threshold: the answer has the largest ratio of probability and threshold; "
+                          "the sum is 1, so of two labels each is the probability from which it is the answer")
+    costs: dict[str, dict[str, Number]] | None = Field(
+        None, description="true label -> predicted label -> cost: the answer has the lowest expected cost")
+    objective: dict[str, Any] | None = Field(None, description="the figure that was optimised, and why")
     verdict: dict[str, Any] | None = Field(None, description="ship, ship with care or do not ship, with reasons")
     data: DataVersion | None = Field(None, description="the data set that the model was trained on")
     backbone: str = ""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from ..core.errors import CvnbError
 from ..data.images import DEFAULT_DECODING, Decoding
 from .decoding_parity import DecodingParity, compare_decodings
 from .runtimes import RUNTIMES, Runtime, predict_files
+from ..metrics.decision import DecisionRule
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from cvnb.compress.acceptance import Acceptance
     from cvnb.core.stage import Stage
     from cvnb.metrics.estimates import Estimate
+    from cvnb.metrics.objective import Objective
     from cvnb.models.vision_model import VisionModel
 
 # %% auto #0
@@ -68,8 +70,9 @@ class ParityResult:
     runtime: str            # a key of `RUNTIMES`
     max_difference: float   # largest difference of any probability, 0 … 1
     worst: str              # the image where it occurs; empty for equal predictions
-    same: Estimate          # share of images with the same top class
+    same: Estimate          # share of images with the same class
     accuracy: Estimate      # of the runtime
+    objective: Estimate | None = None   # of the runtime; None: it is accuracy
 
 # %% ../../nbs/export/04_parity.ipynb #8736beff
 def measure_parity(
@@ -79,14 +82,19 @@ def measure_parity(
     labels: np.ndarray,     # int (N,), true classes
     paths: Iterable[str],   # N names, to name the worst
     groups: np.ndarray | None = None,   # group of each image (N,); None where images are independent
+    rule: DecisionRule | None = None,   # how answers are chosen; None: by the largest probability
+    objective: Objective | None = None, # that is measured; None: accuracy alone
 ) -> ParityResult:
     "Compare a runtime's class probabilities with torch's; classification only."
     from cvnb.metrics.classification import accuracy
+    from cvnb.metrics.objective import estimate_objective
+    decide = (rule or DecisionRule()).decide
+    answers = decide(found)
+    optimised = objective and estimate_objective(objective, labels, answers, groups)
     gap = np.abs(expected - found).max(1)   # (N,)
     worst = int(np.argmax(np.where(np.isnan(gap), np.inf, gap)))   # NaN counts as the largest difference
     return ParityResult(runtime, float(gap[worst]), list(paths)[worst] if gap[worst] != 0 else "",
-                        accuracy(expected.argmax(1) == found.argmax(1), groups),
-                        accuracy(found.argmax(1) == labels, groups))
+                        accuracy(decide(expected) == answers, groups), accuracy(answers == labels, groups), optimised)
 
 # %% ../../nbs/export/04_parity.ipynb #e4d65709
 def require_parity(
@@ -105,10 +113,13 @@ def compare_runtimes(
     labels: np.ndarray,                   # int (N,), true classes
     paths: Iterable[str],                 # N names, to name the worst
     groups: np.ndarray | None = None,     # group of each image (N,); None where images are independent
+    rule: DecisionRule | None = None,     # how answers are chosen; None: by the largest probability
+    objective: Objective | None = None,   # that is measured; None: accuracy alone
 ) -> dict[str, ParityResult]:             # by runtime
     "Compare every runtime with torch."
     expected = predictions[REFERENCE_RUNTIME]
-    return {name: measure_parity(name, expected, found, labels, paths, groups) for name, found in predictions.items()}
+    return {name: measure_parity(name, expected, found, labels, paths, groups, rule, objective)
+            for name, found in predictions.items()}
 
 # %% ../../nbs/export/04_parity.ipynb #abd87c2c
 def parity_table(
@@ -131,6 +142,7 @@ class ParityReport:
     correct: dict[str, dict[str, np.ndarray]]      # model -> runtime -> bool (N,), whether each prediction is right
     left_out: dict[str, str]                       # "model, runtime" -> why it was not compared
     decodings: DecodingParity                      # pixels compared, and on which inputs
+    answers: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)   # model -> runtime -> int (N,), classes
 
     @property
     def notes(self) -> list[str]:   # one line per runtime that was left out, and one for inputs without a comparison
@@ -166,7 +178,9 @@ class ParityReport:
     ) -> dict[str, Estimate | float]:
         "Collect the stage's metrics of a model."
         results = {RUNTIMES[name]: r for name, r in self.results[model].items() if name != REFERENCE_RUNTIME}
-        found = {f"accuracy_test_{model}_{runtime.metric_suffix}": r.accuracy for runtime, r in results.items()}
+        found = {f"objective_test_{model}_{runtime.metric_suffix}": r.objective
+                 for runtime, r in results.items() if r.objective}
+        found |= {f"accuracy_test_{model}_{runtime.metric_suffix}": r.accuracy for runtime, r in results.items()}
         quantized = {runtime: r for runtime, r in results.items() if runtime.precision != "fp32"}
         found |= {f"same_answer_{model}_{runtime.metric_suffix}": r.same for runtime, r in quantized.items()}
         found |= {f"max_difference_{model}_{runtime.metric_suffix}": r.max_difference
@@ -187,21 +201,26 @@ def check_parity(
     classes: list[str],               # names, in the order of the models' outputs
     decoding: Decoding = DEFAULT_DECODING,   # of the data set
     train: pd.DataFrame | None = None,       # training rows; the report names their formats that the test set lacks
+    objective: Objective | None = None,      # that is measured beside accuracy; None: accuracy alone
 ) -> ParityReport:
     "Compare decodings, and every model in every runtime over the test set; classification only."
     from cvnb.data.splits import image_groups
     from cvnb.models.vision_model import task_of
     results = {}
     correct = {}
+    answers = {}
     left_out = {}
     for name, model in models.items():
-        labels = task_of(model.spec).encode(test.label, classes, test.path)
+        task = task_of(model.spec)
+        labels = task.encode(test.label, classes, test.path)
         predictions = predict_with_runtimes(model, name, run, root, test.path, decoding)
-        results[name] = compare_runtimes(predictions, labels, test.path, image_groups(test))
-        correct[name] = {runtime: found.argmax(1) == labels for runtime, found in predictions.items()}
+        results[name] = compare_runtimes(predictions, labels, test.path, image_groups(test), task.rule, objective)
+        answers[name] = {runtime: task.rule.decide(found) for runtime, found in predictions.items()}
+        correct[name] = {runtime: found == labels for runtime, found in answers[name].items()}
         reasons = {f"{name}, {runtime.name}": runtime.missing_reason(run, name) for runtime in _compared_runtimes()}
         left_out |= {candidate: reason for candidate, reason in reasons.items() if reason}
-    return ParityReport(results, correct, left_out, compare_decodings(root, test.path, decoding, train))
+    decodings = compare_decodings(root, test.path, decoding, train)
+    return ParityReport(results, correct, left_out, decodings, answers)
 
 # %% ../../nbs/export/04_parity.ipynb #5ed5f849
 def choose_shipped_model(
@@ -210,7 +229,8 @@ def choose_shipped_model(
     "Choose the model to ship by the test of the compress stage, and say why."
     found = "not worse than" if verdict["accepted"] else "not shown to be as good as"
     interval = f"{verdict['difference']:+.4f} [{verdict['low']:+.4f}, {verdict['high']:+.4f}]"
-    why = (f"the compressed model is {found} the trained one within {verdict['margin']:g}: accuracy {interval} on "
+    words = (verdict.get("objective") or {}).get("words", "accuracy")
+    why = (f"the compressed model is {found} the trained one within {verdict['margin']:g}: {words} {interval} on "
            f"{verdict['n']} test images")
     return dict(model="compressed" if verdict["accepted"] else "trained", why=why, test=verdict)
 
@@ -222,16 +242,24 @@ def confirm_quantized(
     parity: ParityReport,   # from `check_parity`
     model: str,             # the model that ships
     paths: Iterable[str],   # the N test images
-    margin: float,          # acceptable loss of accuracy against the trained model, 0 … 1
+    margin: float,          # acceptable loss of the objective against the trained model, 0 … 1
     images: pd.DataFrame | None = None,   # their manifest rows, whose groups the test is by
+    objective: Objective | None = None,   # what must not be lost; None: accuracy
 ) -> Acceptance:
     "Test on the test images whether a model's INT8 file may replace the trained model."
     import pandas as pd
     from cvnb.compress.acceptance import confirm_acceptance
     paths = list(paths)
-    table = lambda name, runtime: pd.DataFrame(dict(path=paths, correct=parity.correct[name][runtime]))
+
+    def table(name: str, runtime: str) -> pd.DataFrame:
+        rows = pd.DataFrame(dict(path=paths, correct=parity.correct[name][runtime]))
+        if not objective or objective.name == "accuracy": return rows
+        predicted = np.array(objective.classes, dtype=object)[parity.answers[name][runtime]]
+        return rows.assign(label=images.label.to_numpy(), predicted=predicted)
+
     reference = table("trained", REFERENCE_RUNTIME)
-    return confirm_acceptance(stage, reference, table(model, QUANTIZED), margin, f"{model} INT8", _int8_advice, images)
+    return confirm_acceptance(stage, reference, table(model, QUANTIZED), margin, f"{model} INT8", _int8_advice, images,
+                              objective)
 
 def _int8_advice(
     rejected: Acceptance,   # of an INT8 file
@@ -260,5 +288,7 @@ def bundle_metrics(
     shipped = {runtime: results[runtime.name] for runtime in in_bundle}
     quantized = {runtime: r for runtime, r in shipped.items() if runtime.precision != "fp32"}
     found = {f"accuracy_{runtime.metric_suffix}": asdict(r.accuracy) for runtime, r in shipped.items()}
+    optimised = {runtime: r.objective for runtime, r in shipped.items() if r.objective}
+    found |= {f"objective_{runtime.metric_suffix}": asdict(estimate) for runtime, estimate in optimised.items()}
     found |= {f"same_answer_{runtime.metric_suffix}": asdict(r.same) for runtime, r in quantized.items()}
     return found | {f"max_difference_{runtime.metric_suffix}": r.max_difference for runtime, r in shipped.items()}

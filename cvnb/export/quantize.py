@@ -20,12 +20,14 @@ import numpy as np
 from ..core.files import atomic_path, check_targets
 from ..data.images import DEFAULT_DECODING, Decoding
 from .runtimes import RUNTIMES, OnnxModel, predict_batches
+from ..metrics.decision import DecisionRule
 
 if TYPE_CHECKING:
     import onnx
     import pandas as pd
 
     from cvnb.export.onnx import ExportedModels
+    from cvnb.metrics.objective import Objective
 
 # %% auto #0
 __all__ = ['WEIGHT_OPS', 'INTERMEDIATE_OPS', 'CALIBRATION_BATCH', 'SENSITIVITY_IMAGES', 'weight_layers', 'quantizable_nodes',
@@ -166,11 +168,12 @@ class QuantizationResult:
     "How a model was quantized, and what that cost on the validation images."
     layers: list[str]      # all layers with weights
     kept_fp32: list[str]   # the layers that stay FP32
-    tries: pd.DataFrame    # one row per try: layers kept in FP32, difference of accuracy, low, high, n
+    tries: pd.DataFrame    # one row per try: layers kept in FP32, difference of the objective, low, high, n
+    words: str = "accuracy"   # the objective
 
     def __str__(self) -> str:
         last = self.tries.iloc[-1]
-        return (f"{len(self.layers) - len(self.kept_fp32)} of {len(self.layers)} layers in INT8, accuracy "
+        return (f"{len(self.layers) - len(self.kept_fp32)} of {len(self.layers)} layers in INT8, {self.words} "
                 f"{last.difference:+.4f} [{last.low:+.4f}, {last.high:+.4f}] (n={last.n:.0f})")
 
 # %% ../../nbs/export/03_quantize.ipynb #a0aecce5
@@ -185,14 +188,16 @@ def _growing_prefixes(
 
 # %% ../../nbs/export/03_quantize.ipynb #1277f239
 def _trial_row(
-    correct_fp32: np.ndarray,   # bool (N,)
-    correct_int8: np.ndarray,   # bool (N,)
-    n_kept: int,                # layers left in FP32
-) -> dict:                      # one row of `QuantizationResult.tries`
+    objective: Objective,    # whose loss is measured
+    labels: np.ndarray,      # int (N,), true classes
+    fp32: np.ndarray,        # int (N,), answers
+    int8: np.ndarray,        # int (N,), answers
+    n_kept: int,             # layers left in FP32
+) -> dict:                   # one row of `QuantizationResult.tries`
     "Compare a try with the FP32 model on the same images."
-    from cvnb.metrics.paired import noninferiority
-    paired = noninferiority(correct_fp32, correct_int8)
-    return dict(kept_fp32=n_kept, difference=paired.difference, low=paired.low, high=paired.high, n=paired.n)
+    from cvnb.metrics.paired_objective import objective_difference
+    paired = objective_difference(objective, labels, fp32, int8)
+    return dict(kept_fp32=n_kept, difference=paired.value, low=paired.low, high=paired.high, n=paired.n)
 
 # %% ../../nbs/export/03_quantize.ipynb #9a188509
 SENSITIVITY_IMAGES = 100   # validation images that rank the layers
@@ -204,17 +209,22 @@ def quantize(
     calibration: np.ndarray,    # uint8 (M, H, W, 3), training images
     images: np.ndarray,         # uint8 (N, H, W, 3), validation images
     labels: np.ndarray,         # int (N,), their classes
-    tolerance: float = 0.005,   # acceptable loss of accuracy, 0 … 1
+    tolerance: float = 0.005,   # acceptable loss of the objective, 0 … 1
     weight_bits: int = 8,       # 8, or 7 for processors without VNNI that do not run the file with `open_session`
+    objective: Objective | None = None,   # what the tolerance is of; None: accuracy
+    rule: DecisionRule | None = None,     # how answers are chosen; None: by the largest probability
 ) -> QuantizationResult:
     "Write an INT8 classifier, keeping as many layers in FP32 as the tolerance requires; classification only."
     import onnx
     import pandas as pd
+
+    from cvnb.metrics.objective import Objective
     check_targets(target, inputs=[source])
     model = onnx.load(source)
     layers = weight_layers(model)
-    is_correct = lambda path: predict_batches(OnnxModel(path), images).argmax(1) == labels
-    correct_fp32 = is_correct(source)
+    objective = objective or Objective("accuracy", (*map(str, range(labels.max(initial=0) + 1)),))
+    answer = lambda path: (rule or DecisionRule()).decide(predict_batches(OnnxModel(path), images))
+    expected = answer(source)
     tries = []
     with TemporaryDirectory() as temp:
         ranges = calibrate_ranges(source, Path(temp)/"ranges.json", calibration)
@@ -222,9 +232,9 @@ def quantize(
         for kept in _growing_prefixes(rank):
             nodes = [n for n in quantizable_nodes(model) if n not in kept] if len(kept) < len(layers) else []
             quantize_nodes(source, target, ranges, nodes, weight_bits)
-            tries.append(_trial_row(correct_fp32, is_correct(target), len(kept)))
+            tries.append(_trial_row(objective, labels, expected, answer(target), len(kept)))
             if tries[-1]["difference"] >= -tolerance: break
-    return QuantizationResult(layers, kept, pd.DataFrame(tries))
+    return QuantizationResult(layers, kept, pd.DataFrame(tries), objective.words)
 
 # %% ../../nbs/export/03_quantize.ipynb #26af6a39
 @dataclass(frozen=True)
@@ -272,7 +282,7 @@ class QuantizedModels:
     @property
     def notes(self) -> list[str]:   # one line per model with layers that stay FP32
         "Say which models are not in INT8 throughout."
-        return [f"{name}, onnx int8: {len(r.kept_fp32)} of {len(r.layers)} layers stay FP32, to keep the accuracy"
+        return [f"{name}, onnx int8: {len(r.kept_fp32)} of {len(r.layers)} layers stay FP32, to keep the {r.words}"
                 for name, r in self.results.items() if r.kept_fp32]
 
     @property
@@ -299,19 +309,21 @@ def quantize_models(
     exported: ExportedModels,      # the FP32 models
     path: Callable[[str], Path],   # turns the name of a file into its path, such as `stage.path`
     data: QuantizationData,        # from `load_quantization_data`
-    tolerance: float = 0.005,      # acceptable loss of accuracy, 0 … 1
+    tolerance: float = 0.005,      # acceptable loss of the objective, 0 … 1
     weight_bits: int = 8,          # 7 or 8
+    objective: Objective | None = None,   # what the tolerance is of; None: accuracy
 ) -> QuantizedModels:
     "Quantize the models of a run to INT8 and check the files."
     from cvnb.export.onnx import check_onnx, max_file_mb
     from cvnb.models.cost import count_params
+    from cvnb.models.vision_model import task_of
     files = {}
     results = {}
     sizes = {}
     for name, model in exported.models.items():
         files[name] = path(RUNTIMES["onnx int8"].file_name(name))
         results[name] = quantize(exported.files[name], files[name], data.calibration, data.images, data.labels,
-                                 tolerance, weight_bits)
+                                 tolerance, weight_bits, objective, task_of(model.spec).rule)
         bytes_per_weight = 4 if results[name].kept_fp32 else 1.5
         sizes[name] = check_onnx(files[name], model.spec, max_file_mb(count_params(model), bytes_per_weight))
     return QuantizedModels(files, results, sizes)

@@ -51,13 +51,14 @@ def fit_temperature(
     probabilities: np.ndarray,   # (N, C), of validation images
     labels: np.ndarray,          # int (N,), their classes
 ) -> float:                      # 0.05 … 20
-    "Fit the temperature with the largest likelihood of the labels."
+    "Fit the temperature with the largest likelihood of the labels, and of one more image of an unknown class."
     from scipy.optimize import minimize_scalar
-    rows = np.arange(len(labels))
+    n = len(labels)
+    rows = np.arange(n)
 
     def loss(log_temperature: float) -> float:
-        found = apply_temperature(probabilities, float(np.exp(log_temperature)))[rows, labels]
-        return -float(np.log(np.clip(found, 1e-12, None)).mean())
+        found = np.log(np.clip(apply_temperature(probabilities, float(np.exp(log_temperature))), 1e-12, None))
+        return -float(n * found[rows, labels].mean() + found.mean()) / (n + 1)
     return float(np.exp(minimize_scalar(loss, bounds=(np.log(0.05), np.log(20)), method="bounded").x))
 
 # %% ../../nbs/metrics/05_calibration.ipynb #948d93a6

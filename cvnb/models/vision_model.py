@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..core.errors import UsageError, did_you_mean
 from ..data.images import resize_images
+from ..metrics.decision import read_rule
 from .small_maps import SmallMapConvMode
 from ..tasks.labels import Task, get_task
 
@@ -39,13 +40,17 @@ class ModelSpec:
     task: str = "classification"  # name of the task that the model was made for
     target_mean: list[float] = field(default_factory=list)   # regression: mean of each training label
     target_std: list[float] = field(default_factory=list)    # regression: standard deviation of each training label
+    temperature: float | None = None      # classification: by which logits are divided; None: they stay as they are
+    thresholds: dict[str, float] | None = None        # class -> threshold of `DecisionRule`
+    costs: dict[str, dict[str, float]] | None = None  # true class -> predicted class -> cost
 
 # %% ../../nbs/models/03_vision_model.ipynb #cell-17
 def task_of(
     spec: ModelSpec,   # description of a model
 ) -> Task:             # its task
     "Create the task that a model was made for."
-    return get_task(spec.task, spec.target_std)
+    rule = read_rule(spec.classes, spec.thresholds, spec.costs)
+    return get_task(spec.task, spec.target_std, spec.temperature or 1.0, rule)
 
 # %% ../../nbs/models/03_vision_model.ipynb #cell-6
 class Preprocess(nn.Module):

@@ -72,8 +72,8 @@ class RunFiles:
 
 # %% ../../nbs/pipeline/11_run_figures.ipynb #ac9cc233
 RUN_STAGES = ("audit", "train", "errors", "compress", "export", "benchmark")   # of a run without run.json
-_CONTENTS = ("audit/audit.json", "errors/errors.json", "compress/verdict.json", "export/export.json",
-             "benchmark/benchmark.json")
+_CONTENTS = ("audit/audit.json", "train/metrics.json", "errors/errors.json", "compress/verdict.json",
+             "export/export.json", "benchmark/benchmark.json")
 
 def read_run_files(
     run: Path,                    # run directory
@@ -139,10 +139,12 @@ def _count(
 def _points(
     metric: dict,   # value, low, high, n: a difference of two shares
     images: str = "test",   # split that it was measured on
+    objective: dict | None = None,   # of metrics.json or of a test; None: accuracy
 ) -> str:           # "accuracy -1.1 points [-3.2, +0.3] on 269 test images"
-    "Write a difference of accuracies."
+    "Write a difference of objectives."
     interval = "" if metric["low"] is None else f" [{100 * metric['low']:+.1f}, {100 * metric['high']:+.1f}]"
-    return f"accuracy {100 * metric['value']:+.1f} points{interval} on {metric['n']:,.0f} {images} images"
+    words = (objective or {}).get("words", "accuracy")
+    return f"{words} {100 * metric['value']:+.1f} points{interval} on {metric['n']:,.0f} {images} images"
 
 # %% ../../nbs/pipeline/11_run_figures.ipynb #d2707465
 @figure
@@ -242,11 +244,14 @@ def _behind(
     end: str,     # of the difference's interval: "high" where the model is worse, "low" where it is not better
 ) -> Figure:
     "Compare the model with a baseline on the same validation images."
-    found = files.metric("train", f"accuracy_val_{other}")
-    own = files.metric("train", "accuracy_val")
+    objective = files.contents.get("train/metrics.json", {}).get("objective")   # earlier versions: accuracy
+    key = (objective or {}).get("key", "accuracy")
+    found = files.metric("train", f"{key}_val_{other}")
+    own = files.metric("train", f"{key}_val")
     difference = files.metric("train", f"difference_val_{other}")   # model minus baseline, paired
     if difference[end] is None: raise FigureMissing("the difference has no interval")
-    return Figure(-difference[end], _points(difference, "validation"), f"{own['value']:.1%} and {found['value']:.1%}")
+    points = _points(difference, "validation", objective)
+    return Figure(-difference[end], points, f"{own['value']:.1%} and {found['value']:.1%}")
 
 @figure
 def below_majority(files: RunFiles) -> Figure:
@@ -286,7 +291,8 @@ def compression_rejected(files: RunFiles) -> Figure:
     test = files.content("compress/verdict.json")
     difference = dict(value=test["difference"], low=test["low"], high=test["high"], n=test["n"])
     advice = f"; {test['advice']}" if test.get("advice") else ""
-    return Figure(int(not test["accepted"]), _points(difference), f"limit {-100 * test['margin']:g} points{advice}")
+    points = _points(difference, objective=test.get("objective"))
+    return Figure(int(not test["accepted"]), points, f"limit {-100 * test['margin']:g} points{advice}")
 
 @figure
 def int8_rejected(files: RunFiles) -> Figure:
@@ -294,8 +300,8 @@ def int8_rejected(files: RunFiles) -> Figure:
     accepted = files.metric("export", "accepted_int8")
     test = files.content("export/export.json").get("int8_test") or {}
     margin = test.get("margin", files.content("compress/verdict.json")["margin"])
-    return Figure(1 - accepted["value"], _points(files.metric("export", "difference_int8")),
-                  f"limit {-100 * margin:g} points")
+    points = _points(files.metric("export", "difference_int8"), objective=test.get("objective"))
+    return Figure(1 - accepted["value"], points, f"limit {-100 * margin:g} points")
 
 @figure
 def parity(files: RunFiles) -> Figure:

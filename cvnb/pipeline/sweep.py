@@ -21,8 +21,9 @@ from .params import Contract, read_contracts
 from .runner import preload_packages
 from .sweep_engines import ProcessEngine
 from .sweep_search import should_prune, suggest_trials
-from .sweep_trials import Axis, Sweep, Trial, chain_keys, fresh_stages, group_configurations, load_trials
-from .sweep_trials import take_metric, trial_parameters, update_trial_states, write_sweep
+from .sweep_trials import OBJECTIVE_METRIC, Axis, Sweep, Trial, chain_keys, fresh_stages
+from .sweep_trials import group_configurations, load_trials, take_metric, trial_parameters
+from .sweep_trials import update_trial_states, write_sweep
 
 # %% auto #0
 __all__ = ['TrialProgress', 'run_sweep', 'has_remaining_trials', 'rank_configurations', 'plan_sweep', 'plot_sweep']
@@ -173,6 +174,14 @@ def _trials_ending_with(
     return group
 
 # %% ../../nbs/pipeline/10_sweep.ipynb #f4385d53
+def _select_curve(
+    curves: dict[str, list[float]],   # loss_val, accuracy_val … -> a value per epoch
+    name: str,                        # of a metric
+) -> list[float]:                     # empty where it has none
+    "Find the curve of a metric; that of the objective is the first of the validation metrics."
+    if name != OBJECTIVE_METRIC.split(".")[1]: return curves.get(name, [])
+    return next((curve for key, curve in curves.items() if key.endswith("_val") and key != "loss_val"), [])
+
 def _read_progress(
     sweep: Sweep,   # a sweep
     trial: Trial,   # a running trial; its curve is updated
@@ -181,7 +190,7 @@ def _read_progress(
     stage, name = sweep.metric.split(".", 1)
     for i, s in enumerate(sweep.stages):
         if not (found := read_progress(sweep.run_folder(trial)/s/".progress")): continue
-        if s == stage: trial.curve = found.get("curves", {}).get(name, trial.curve)
+        if s == stage: trial.curve = _select_curve(found.get("curves", {}), name) or trial.curve
         if s == stage or found["fraction"] < 1:
             return found["fraction"], f"{s} ({i + 1}/{len(sweep.stages)}) {found['text']}"
     return 0.0, "starting"

@@ -26,9 +26,9 @@ from .recipes import parse_set_option
 from .runner import RunParameters, select_stages
 
 # %% auto #0
-__all__ = ['SEARCH_METHODS', 'Axis', 'parse_axis', 'Trial', 'Sweep', 'group_configurations', 'declared_metrics', 'make_sweep',
-           'trial_parameters', 'chain_keys', 'fresh_stages', 'encode_values', 'load_trials', 'update_trial_states',
-           'read_metric', 'take_metric', 'write_sweep']
+__all__ = ['SEARCH_METHODS', 'OBJECTIVE_METRIC', 'Axis', 'parse_axis', 'Trial', 'Sweep', 'group_configurations',
+           'declared_metrics', 'make_sweep', 'trial_parameters', 'chain_keys', 'fresh_stages', 'encode_values',
+           'load_trials', 'update_trial_states', 'read_metric', 'take_metric', 'write_sweep']
 
 # %% ../../nbs/pipeline/07_sweep_trials.ipynb #15534195
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Sweep:
     axes: list[Axis]                        # what varies
     base: RunParameters                     # the recipe that all trials share
     stages: list[str]                       # what each trial runs, in order
-    metric: str = "train.accuracy_val"      # the metric that is compared, as stage.metric
+    metric: str = "train.objective_val"     # the metric that is compared, as stage.metric
     minimize: bool = False                  # whether a lower metric is better
     search: str = "grid"                    # one of SEARCH_METHODS
     n: int = 0                              # configurations that a search tries; a grid has as many as it has
@@ -178,15 +178,29 @@ def declared_metrics(
     return sorted(found)
 
 # %% ../../nbs/pipeline/07_sweep_trials.ipynb #f15b2227
+OBJECTIVE_METRIC = "train.objective_val"   # the figure that train.metric chooses
+_OBJECTIVE_PARAMS = ("train.metric", "train.metric_class", "train.costs")
+
+def _default_metric(
+    known: dict[str, Contract],   # the stages
+) -> str:                         # "stage.metric"
+    "Choose the metric that is compared where none is given; a stage of an earlier version has no objective."
+    chooses = "train" not in known or "metric" in known["train"].names
+    return OBJECTIVE_METRIC if chooses else "train.accuracy_val"
+
 def _check_metric(
     metric: str,                  # as given, or ""
     axes: list[Axis],             # what varies
     known: dict[str, Contract],   # the stages
 ) -> str:                         # "stage.metric"
     "Choose the metric that is compared; raise `UsageError` if its stage does not depend on all that varies."
-    name = metric or "train.accuracy_val"
+    name = metric or _default_metric(known)
     if not re.fullmatch(r"[\w-]+\.\w+", name):
         raise UsageError(f"--metric {name} is not of the form stage.metric", "Example: --metric train.accuracy_val")
+    other = next((a.name for a in axes if a.name in _OBJECTIVE_PARAMS), None)
+    if other and name == OBJECTIVE_METRIC:
+        raise UsageError(f"{other} varies, so trials have different objectives, which cannot be compared",
+                         "Compare one figure: --metric train.balanced_accuracy_val.")
     stage, recorded = name.split(".")
     if stage not in known: raise UsageError(f"--metric {name}: no stage '{stage}'", did_you_mean(stage, list(known)))
     declared = declared_metrics(known[stage])
@@ -228,7 +242,7 @@ def make_sweep(
     sets: list[str],                 # "stage.param=a,b,c" or "=low..high"
     base: RunParameters | None = None,   # the recipe; the notebooks' defaults elsewhere
     stages: list[str] | None = None, # what each trial runs; by default the metric's stage and those it needs
-    metric: str = "",                # by default train.accuracy_val
+    metric: str = "",                # by default `OBJECTIVE_METRIC`
     search: str = "",                # by default a grid, or Optuna if `n` is given
     n: int = 0,                      # configurations that a search tries
     known: dict[str, Contract] | None = None,   # the stages

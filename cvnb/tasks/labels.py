@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..core.errors import CvnbError, UsageError, did_you_mean
 from ..data.columns import LABEL_SEPARATOR
+from ..metrics.decision import DecisionRule
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,6 +32,8 @@ __all__ = ['TASKS', 'Task', 'Classification', 'Multilabel', 'Regression', 'get_t
 class Task(ABC):
     "Define targets, predictions, loss and metrics for one kind of labels."
     target_std: tuple[float, ...] = ()   # regression: standard deviation of each training label, the unit of the loss
+    temperature: float = 1.0             # classification: by which `predict` divides logits
+    rule: DecisionRule = DecisionRule()  # classification: how probabilities become a class
     name: ClassVar[str]                  # in recipes, model.json and bundle.json
     main_metric: ClassVar[str]           # key of the first of `metrics`; larger is better
     output_name: ClassVar[str]           # of the exported graph's output
@@ -296,7 +299,15 @@ class Classification(_ClassTask):
         total = F.cross_entropy(logits, targets, weight=weights, label_smoothing=smoothing, reduction="sum")
         return total / len(targets)
 
-    def predict(self, logits: Tensor) -> Tensor: return logits.softmax(1)
+    def predict(self, logits: Tensor) -> Tensor:
+        return (logits / self.temperature if self.temperature != 1 else logits).softmax(1)
+
+    def decide(self,
+        logits: np.ndarray,   # (N, C)
+    ) -> np.ndarray:          # int (N,)
+        "Choose a class for each image."
+        if self.rule.plain: return np.asarray(logits).argmax(1)
+        return self.rule.decide(self.predict(torch.as_tensor(logits)).numpy())
 
     def score(self, logits: Tensor, targets: Tensor) -> float:
         return (logits.argmax(1) == targets).float().mean().item()
@@ -305,14 +316,15 @@ class Classification(_ClassTask):
         logits: np.ndarray, targets: np.ndarray, groups: np.ndarray | None = None,
     ) -> dict[str, Estimate]:
         from cvnb.metrics.classification import accuracy, balanced_accuracy
-        correct = np.asarray(logits).argmax(1) == targets
+        correct = self.decide(logits) == targets
         return dict(accuracy=accuracy(correct, groups), balanced_accuracy=balanced_accuracy(targets, correct, groups))
 
     def prediction_table(self, classes: list[str], rows: pd.DataFrame, logits: np.ndarray) -> pd.DataFrame:
         probabilities = self.predict(torch.as_tensor(logits)).numpy()
         table = rows[["path", "split", "label"]].reset_index(drop=True)
-        table["predicted"] = np.array(classes, dtype=object)[probabilities.argmax(1)]
-        table["confidence"] = probabilities.max(1).astype(float)
+        found = self.rule.decide(probabilities)
+        table["predicted"] = np.array(classes, dtype=object)[found]
+        table["confidence"] = probabilities[np.arange(len(found)), found].astype(float)
         return table.assign(correct=table.predicted == table.label, probabilities=list(probabilities))
 
     def confusion_counts(self, table: pd.DataFrame) -> pd.DataFrame | None:
@@ -517,10 +529,12 @@ TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, Mul
 def get_task(
     name: str,                          # key of `TASKS`
     target_std: Sequence[float] = (),   # regression: standard deviation of each training label
+    temperature: float = 1.0,           # classification: by which logits are divided
+    rule: DecisionRule | None = None,   # classification: how probabilities become a class; None: the largest one wins
 ) -> Task:                              # the task
     "Create a task by its name; raise `UsageError` for an unknown one."
     if name not in TASKS: raise UsageError(f"'{name}' is not a task", did_you_mean(name, list(TASKS)))
-    return TASKS[name](tuple(map(float, target_std)))
+    return TASKS[name](tuple(map(float, target_std)), temperature, rule or DecisionRule())
 
 # %% ../../nbs/tasks/01_labels.ipynb #0c55b5e6
 def replace_labels_by_strata(

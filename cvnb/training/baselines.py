@@ -18,7 +18,9 @@ from ..core.errors import CvnbError
 from ..core.html import html_table
 from ..data.splits import image_groups
 from ..metrics.estimates import MIN_GROUPS, Estimate
-from ..metrics.paired import noninferiority
+from ..metrics.objective import Objective, objective_metrics
+from ..metrics.paired_objective import objective_difference
+from ..tasks.labels import Classification
 from .linear_probe import fit_linear
 from .loaders import SplitImages
 
@@ -52,6 +54,20 @@ class Baselines:
     losses: dict[str, float]                   # majority or probe -> validation loss
     data: SplitImages                          # whose images they predict
     notes: list[str]                           # such as that the probe has learned from a sample
+    objective: Objective | None = None         # the figure that is optimised; None: the task's main metric
+
+    @property
+    def main(self) -> str:   # key of `metrics` without split and name
+        "Name the metric that is compared."
+        return self.objective.key if self.objective else self.data.task.main_metric
+
+    def answers(self,
+        name: str,    # majority or probe
+        split: str,   # such as "val"
+    ) -> np.ndarray:  # int (N,), classes
+        "Choose a class for each image. Classification only."
+        probabilities = self.data.task.predict(torch.as_tensor(self.logits[name][split])).numpy()
+        return self.objective.rule.decide(probabilities) if self.objective else probabilities.argmax(1)
 
     def metrics(self,
         *splits: str,   # such as "val"
@@ -63,11 +79,13 @@ class Baselines:
                 targets = self.data.images[split].targets
                 groups = image_groups(self.data.rows[split])
                 measured = self.data.task.metrics(parts[split], targets, groups)
+                if self.objective and self.objective.classes:
+                    measured |= objective_metrics(self.objective, targets, self.answers(name, split), groups)
                 found |= {f"{metric}_{split}_{name}": estimate for metric, estimate in measured.items()}
         return found
 
     def _repr_html_(self) -> str:
-        main = self.data.task.main_metric
+        main = self.main
         measured = self.metrics("val")
         rows = [dict(baseline=name, **{f"{main} (val)": str(measured[f"{main}_val_{name}"])}, loss=round(loss, 4))
                 for name, loss in self.losses.items()]
@@ -79,6 +97,7 @@ def fit_baselines(
     data: SplitImages,                # the same images with their targets
     seed: int = 0,                    # of the sample of a large training set
     progress: Callable[[float, str], None] | None = None,   # called with the fraction that is done and a text
+    objective: Objective | None = None,   # the figure that is optimised
 ) -> Baselines:
     "Fit the constant answer and the linear probe."
     task = data.task
@@ -99,7 +118,7 @@ def fit_baselines(
         with torch.no_grad(): logits[name] = {split: to_logits(head(x[split])).numpy() for split in ("val", "test")}
         losses[name] = float(tried.val_loss.iloc[-1])
     notes = [f"the probe has learned from {len(some):,} of {n:,} training images"] if len(some) < n else []
-    return Baselines(logits, losses, data, notes)
+    return Baselines(logits, losses, data, notes, objective)
 
 # %% ../../nbs/training/16_baselines.ipynb #b11
 def compare_with_baselines(
@@ -109,7 +128,7 @@ def compare_with_baselines(
     audit: dict,                     # content of audit.json: classifier_accuracy
 ) -> list[str]:                      # sentences; none where the model is not shown to be worse
     "Say where a model is worse than a baseline on the validation images, and which option may help."
-    main = baselines.data.task.main_metric
+    main = baselines.main
     measured = baselines.metrics("val")
     own = metrics[f"{main}_val"]
     differences = baseline_differences(baselines, table)
@@ -119,7 +138,8 @@ def compare_with_baselines(
         d = differences.get(f"difference_val_{name}")
         if not (d.high < 0 if d else other.low > own.high): continue
         difference = f" (difference {d.value:+.4f} [{d.low:+.4f}, {d.high:+.4f}])" if d else ""
-        notes.append(f"{_NAMES[name]} is better than the model: {main} {other.value:.4f} against {own.value:.4f} on "
+        words = main.replace("_", " ")
+        notes.append(f"{_NAMES[name]} is better than the model: {words} {other.value:.4f} against {own.value:.4f} on "
                      f"{own.n:,} validation images{difference}. {_REMEDIES[name]}")
     checked = audit.get("classifier_accuracy")
     if main == "accuracy" and checked and (checked["low"] or 0) > own.high:
@@ -137,17 +157,21 @@ _REMEDIES = dict(
 def baseline_differences(
     baselines: Baselines,   # of the run
     table: pd.DataFrame,    # the model's predictions of the validation images, in the order of the rows
-) -> dict[str, Estimate]:   # "difference_val_probe": accuracy of the model minus that of the baseline
-    "Compare right answers on the same images; empty for a task without right and wrong answers."
-    if "correct" not in table: return {}
-    model = table.correct.to_numpy(bool)
+) -> dict[str, Estimate]:   # "difference_val_probe": objective of the model minus that of the baseline
+    "Compare answers on the same images; empty unless an image has one class."
+    task = baselines.data.task
+    if not isinstance(task, Classification): return {}
+    classes = baselines.data.classes
+    objective = baselines.objective or Objective("accuracy", tuple(classes))
+    targets = baselines.data.images["val"].targets
+    accuracy = objective.name == "accuracy"   # right answers are enough
+    model = np.where(table.correct, targets, -1) if accuracy else task.encode(table.predicted, classes, table.path)
     groups = image_groups(baselines.data.rows["val"])
     found = {}
-    for name, logits in baselines.logits.items():
-        right = logits["val"].argmax(1) == baselines.data.images["val"].targets
-        d = noninferiority(right, model, groups=groups)
+    for name in baselines.logits:
+        d = objective_difference(objective, targets, baselines.answers(name, "val"), model, groups=groups)
         low, high = (d.low, d.high) if d.n_groups not in range(1, MIN_GROUPS) else (float("nan"), float("nan"))
-        found[f"difference_val_{name}"] = Estimate(d.difference, low, high, d.n, d.n_groups)
+        found[f"difference_val_{name}"] = Estimate(d.value, low, high, d.n, d.n_groups)
     return found
 
 # %% ../../nbs/training/16_baselines.ipynb #b13

@@ -91,8 +91,9 @@ class EpochHistory(pl.Callback):
     def _report(self, done: float, trainer: pl.Trainer, more: str = "") -> None:
         self._last_progress = time.perf_counter()
         self._reported_end = done >= 1
-        metric = self.module.task.main_metric
-        columns = {f"{metric}_val": f"val_{metric}", "loss_val": "val_loss", "loss_train": "train_loss", "lr": "lr"}
+        metrics = dict.fromkeys((self.module.metric, self.module.task.main_metric))   # each once
+        columns = {f"{metric}_val": f"val_{metric}" for metric in metrics}
+        columns |= {"loss_val": "val_loss", "loss_train": "train_loss", "lr": "lr"}
         curves = {}
         for name, column in columns.items(): curves[name] = [row[column] for row in self.rows]
         epoch = len(self.rows) if done >= 1 else trainer.current_epoch + 1
@@ -178,7 +179,7 @@ class BestWeights(pl.Callback):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: TrainingModule) -> None:
         # called while the averaged weights are still in the model
-        value = float(trainer.callback_metrics[f"val_{pl_module.task.main_metric}"])
+        value = float(trainer.callback_metrics[f"val_{pl_module.metric}"])
         if not np.isfinite(value): value = -float(trainer.callback_metrics["val_loss"])
         better = value > self.value or np.isnan(self.value)   # the first epoch is always saved
         if not trainer.strategy.broadcast(better): return   # the first process decides: all of them gather the weights

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from ..metrics.objective import Objective
+
 # %% auto #0
 __all__ = ['DEVICES', 'TUNE_MODES', 'BALANCE_MODES', 'KEEP_MODES', 'LEAST_MINUTES', 'FitOptions']
 
@@ -46,6 +48,7 @@ class FitOptions:
     ema: float = 0.0              # decay of the moving average of the weights, 0 is off
     patience: int = 0             # epochs without a lower validation loss before training stops, 0 is off
     keep: str = "last"            # one of KEEP_MODES
+    objective: Objective | None = None   # what `keep` goes by; None: the task's main metric
     resolution: float = 1.0       # share of the image size at which training begins
     precision: str = "32-true"    # Lightning's precision
     compile: bool = False         # whether torch compiles the network

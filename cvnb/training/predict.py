@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,9 +17,11 @@ from ..core.html import html_table
 from ..data.splits import image_groups
 from ..metrics.classification import accuracy
 from ..metrics.estimates import Estimate
+from ..metrics.objective import Objective, objective_metrics
 from ..models.devices import torch_device
 from ..models.inference import predict_logits
 from ..models.vision_model import VisionModel, task_of
+from ..tasks.labels import Task
 from .loaders import LabelledImages, SplitImages, split_progress
 
 # %% auto #0
@@ -59,6 +62,19 @@ def predict_table(
     return task_of(model.spec).prediction_table(model.spec.classes, rows, logits)
 
 # %% ../../nbs/training/10_predict.ipynb #3ff63968
+def _measure(
+    task: Task,                  # of the model
+    logits: np.ndarray,          # (N, …)
+    targets: np.ndarray,         # (N, …)
+    groups: np.ndarray | None,   # group of each image (N,); None where images are independent
+    objective: Objective | None, # its figure comes first, and once more as `objective`
+) -> dict[str, Estimate]:
+    "Estimate the metrics of a task and the objective."
+    measured = task.metrics(logits, targets, groups)
+    if not objective: return measured
+    if objective.classes: measured = objective_metrics(objective, targets, task.decide(logits), groups) | measured
+    return measured | dict(objective=measured[objective.key])
+
 @dataclass(frozen=True)
 class SplitPredictions:
     "Predictions and metrics of the validation and the test split."
@@ -107,6 +123,7 @@ def predict_splits(
     tta: str = "none",     # "flip" measures test-time augmentation too
     device: str = "auto",  # "cpu" does not use a GPU
     progress: Callable[[float, str], None] | None = None,   # called with the fraction that is done and a text
+    objective: Objective | None = None,   # the figure that is optimised
 ) -> SplitPredictions:
     "Predict the validation and the test split, and estimate the metrics."
     task = task_of(model.spec)
@@ -117,7 +134,8 @@ def predict_splits(
     for split in counts:
         logits = predict_with_tta(model, data.images[split], device=device, progress=bars[split])
         tables[split] = task.prediction_table(model.spec.classes, data.rows[split], logits)
-        measured[split] = task.metrics(logits, data.images[split].targets, image_groups(data.rows[split]))
+        groups = image_groups(data.rows[split])
+        measured[split] = _measure(task, logits, data.images[split].targets, groups, objective)
     metrics = {}
     tta_metrics = {}
     for name in measured["val"]:
@@ -125,12 +143,12 @@ def predict_splits(
     if tta != "none":
         averaged = predict_with_tta(model, data.images["test"], tta, device, bars["mirrored"])
         groups = image_groups(data.rows["test"])
-        for name, estimate in task.metrics(averaged, data.images["test"].targets, groups).items():
-            tta_metrics[f"{name}_test_tta"] = estimate
+        found = _measure(task, averaged, data.images["test"].targets, groups, objective)
+        tta_metrics = {f"{name}_test_tta": estimate for name, estimate in found.items()}
     notes: list[str] = []
     if task.main_metric == "accuracy":
-        found, notes = accuracy_without_siblings(data.rows["train"], data.rows["test"], tables["test"].correct)
-        if found: metrics["accuracy_test_without_siblings"] = found
+        without, notes = accuracy_without_siblings(data.rows["train"], data.rows["test"], tables["test"].correct)
+        if without: metrics["accuracy_test_without_siblings"] = without
     return SplitPredictions(tables, metrics, tta_metrics, notes)
 
 # %% ../../nbs/training/10_predict.ipynb #ac93b9e9
@@ -139,8 +157,11 @@ def metrics_record(
     metrics: dict[str, Estimate],    # of `SplitPredictions`
     picked: list[dict],              # options that were picked: option, picked, why
     notes: list[str],                # about data and training
+    objective: Objective | None = None,   # the figure that is optimised
+    **more: Any,                     # further fields of `MetricsRecord`
 ) -> dict:                           # content of metrics.json
     "Collect the content of metrics.json; the speed is left out, because it differs between identical trainings."
     return dict(format=MetricsRecord.NEWEST, history=history.drop(columns="images_per_s").to_dict("records"),
                 figures={name: vars(estimate) for name, estimate in metrics.items()},
-                picked=[dict(option=p["option"], picked=p["picked"]) for p in picked], notes=notes)
+                picked=[dict(option=p["option"], picked=p["picked"]) for p in picked], notes=notes,
+                objective=objective and objective.to_json(), **more)

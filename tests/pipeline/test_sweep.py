@@ -14,12 +14,13 @@ import nbformat as nbf
 import psutil
 import pytest
 
+from cvnb.core.errors import UsageError
 from cvnb.core.files import read_json
 from cvnb.core.output_formats import SweepRecord
 from cvnb.core.records import write_record
 from cvnb.pipeline.params import read_contracts
 from cvnb.pipeline.runner import RunParameters
-from cvnb.pipeline.sweep import run_sweep
+from cvnb.pipeline.sweep import _select_curve, run_sweep
 from cvnb.pipeline.sweep_trials import Sweep, Trial, make_sweep
 
 CVNB = Path(sys.executable).with_name("cvnb")
@@ -406,3 +407,18 @@ def _wait(what, process: subprocess.Popen, seconds: float = 60):
         assert process.poll() is None and time.time() < end
         time.sleep(0.1)
     return found
+
+
+def test_sweep_goes_by_the_objective_of_the_training(tmp_path):
+    sweep = make_sweep(tmp_path/"a", ["train.lr=0.001,0.002"])
+    assert sweep.metric == "train.objective_val" and not sweep.minimize
+    with pytest.raises(UsageError, match=r"train\.metric varies, so trials have different objectives"):
+        make_sweep(tmp_path/"b", ["train.metric=accuracy,balanced"])
+    named = make_sweep(tmp_path/"c", ["train.metric=accuracy,balanced"], metric="train.balanced_accuracy_val")
+    assert named.metric == "train.balanced_accuracy_val"
+
+
+def test_curve_of_the_objective_is_the_first_validation_metric():
+    curves = dict(balanced_accuracy_val=[0.5, 0.6], accuracy_val=[0.9, 0.8], loss_val=[1.0, 0.9], lr=[0.1])
+    assert _select_curve(curves, "objective_val") == [0.5, 0.6]
+    assert _select_curve(curves, "accuracy_val") == [0.9, 0.8] and _select_curve({}, "objective_val") == []

@@ -50,11 +50,11 @@ def good_run() -> dict:
         shipped="compressed", rows=rows, control=dict(verdict="x", clock="wall"), looks=5, tests=2)
 
 
-def write_stage(run: Path, name: str, metrics: dict, inputs: tuple = (), **files: dict) -> None:
+def write_stage(run: Path, name: str, measured: dict, inputs: tuple = (), **files: dict) -> None:
     "Write a finished stage."
     stage = Stage(name, run)
     for source, file in inputs: stage.input(source, file)
-    for metric, value in metrics.items(): stage.metric(metric, value, n=600)
+    for metric, value in measured.items(): stage.metric(metric, value, n=600)
     for file, content in files.items(): write_json(stage.path(f"{file}.json"), content)
     stage.finish()
 
@@ -74,7 +74,8 @@ def write(tmp_path) -> Callable[..., Path]:
         benchmark = dict(run="run", rows=figures["rows"], control=figures["control"], machine={})
         audit = dict(root="x", classes=["a", "b"], checks=figures["checks"], min_recall=0.8)
         parts = dict(audit=(({}), (), dict(audit=audit)),
-                     train=(figures["train"], [("audit", "audit.json")], dict(model={})),
+                     train=(figures["train"], [("audit", "audit.json")],
+                            dict(model={}) | ({"metrics": figures["metrics"]} if "metrics" in figures else {})),
                      errors=(figures["errors"], [("train", "model.json")], dict(errors=figures["errors.json"])),
                      compress=({}, [("train", "model.json")], dict(verdict=figures["test"])),
                      export=(figures["export"], [("compress", "verdict.json")], dict(export=exported)),
@@ -369,3 +370,19 @@ def test_run_that_fails_gets_a_verdict_and_one_that_ships_nothing_none(tmp_path)
     done = call("run", "--run", "runs/a")
     assert done.returncode == 0 and "Verdict" not in done.stdout
     assert not read_json(project/"runs/a/run.json").get("verdict")
+
+
+def test_differences_are_those_of_the_objective_that_training_went_by(write):
+    objective = dict(name="balanced", key="balanced_accuracy", words="balanced accuracy", classes=["a", "b"])
+
+    def plant(figures: dict) -> None:
+        figures["train"] |= dict(balanced_accuracy_val=0.6, balanced_accuracy_val_majority=0.5,
+                                 balanced_accuracy_val_probe=0.7,
+                                 difference_val_probe=Estimate(-0.1, -0.13, -0.07, 600))
+        figures["metrics"] = dict(history=[], figures={}, objective=objective)
+        reject(figures, -0.54)
+        figures["test"]["objective"] = objective
+
+    texts = [reason.text for reason in judge(write(plant)).reasons]
+    assert "balanced accuracy -10.0 points [-13.0, -7.0] on 600 validation images (60.0% and 70.0%)" in texts[0]
+    assert any("balanced accuracy -54.0 points [-56.0, -52.0] on 600 test images" in text for text in texts)
