@@ -26,6 +26,8 @@ INSTALLED_PARTS = {   # part -> packages as they are imported, how to install th
               "pip install 'cvnb[audit]'"),
     "hf": ("datasets", "optional: pip install 'cvnb[hf]', for data sets of Hugging Face"),
     "heif": ("pi_heif", "optional: pip install 'cvnb[heif]', for HEIC images"),
+    "serve": ("starlette uvicorn httptools uvloop python_multipart prometheus_client",
+              "pip install 'cvnb[serve]'"),
     "sweep": ("optuna", "pip install 'cvnb[sweep]'"),
     "ray": ("ray", "optional: pip install 'cvnb[ray]', for sweeps on several machines"),
     "notebooks": ("jupyterlab papermill ipykernel voila ipywidgets plotly nbclient nbformat filelock",

@@ -167,7 +167,7 @@ def test_published_schemas_are_those_of_the_formats() -> None:
 
 def test_every_room_of_the_design_is_there() -> None:
     rooms = {m.split(".")[0] for m in MODULES}
-    assert rooms == set(house.PACKAGES) - {"serve", "monitor"}
+    assert rooms == set(house.PACKAGES) - {"monitor"}
     assert {p.name for p in (ROOT/"cvnb").iterdir() if (p/"__init__.py").exists()} == rooms
     assert {p.stem for p in STAGES} == {"audit", "train", "errors", "compress", "export", "benchmark"}
 
