@@ -23,7 +23,7 @@ from ..core.records import printable
 from .protocol import RequestError
 
 # %% auto #0
-__all__ = ['TOKEN_VARIABLE', 'read_token', 'is_readable_by_others', 'Access', 'is_loopback', 'check_exposure', 'bind_port',
+__all__ = ['TOKEN_VARIABLE', 'read_token', 'is_readable_by_others', 'AccessRules', 'is_loopback', 'check_exposure', 'take_port',
            'open_tls', 'check_certificate', 'days_left']
 
 # %% ../../nbs/serve/07_access.ipynb #fdce3ccd
@@ -53,7 +53,7 @@ def is_readable_by_others(
     return os.name == "posix" and bool(file.stat().st_mode & 0o004)
 
 # %% ../../nbs/serve/07_access.ipynb #50bae2c6
-class Access:
+class AccessRules:
     "Decides who may ask."
     def __init__(self,
         token: str = "",         # "" serves the loopback alone
@@ -103,7 +103,7 @@ def check_exposure(
     raise UsageError(f"without a token a service listens on the loopback only, not on {host}",
                      f"Give --token-file FILE or set {TOKEN_VARIABLE}, or use --host 127.0.0.1.")
 
-def bind_port(
+def take_port(
     host: str,
     port: int,         # 0 picks a free one
 ) -> socket.socket:    # bound; it does not listen yet, so nobody waits for a model that is being loaded

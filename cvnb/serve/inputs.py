@@ -17,10 +17,10 @@ from ..export.pixels import decode_pixels
 from .protocol import RequestError, Tensor, tensor_array, tensor_bytes
 
 # %% auto #0
-__all__ = ['FORMATS', 'sniff_format', 'accepted_formats', 'decode_image', 'tensor_images', 'read_form', 'measure_image']
+__all__ = ['SERVED_FORMATS', 'sniff_format', 'accepted_formats', 'decode_image', 'tensor_images', 'read_upload', 'measure_image']
 
 # %% ../../nbs/serve/02_inputs.ipynb #e05671fc
-FORMATS = ("JPEG", "PNG", "WEBP")
+SERVED_FORMATS = ("JPEG", "PNG", "WEBP")
 
 def sniff_format(
     content: bytes,   # of a file
@@ -35,7 +35,7 @@ def accepted_formats(
     decoding: Decoding,   # of the bundle
 ) -> tuple[str, ...]:
     "List the formats that a bundle's service takes."
-    return (*FORMATS, "TIFF") if decoding.scale else FORMATS
+    return (*SERVED_FORMATS, "TIFF") if decoding.scale else SERVED_FORMATS
 
 # %% ../../nbs/serve/02_inputs.ipynb #fb34294c
 _STATUS = dict(too_large=(413, "too_large"), unsupported=(415, "unsupported"))   # of other kinds: 400
@@ -137,7 +137,7 @@ class _FormReader:
     def _end(self) -> None:
         if self._is_file and self.found is None: self.found = b"".join(self._chunks)
 
-def read_form(
+def read_upload(
     body: bytes,           # of the HTTP request
     content_type: str,     # its header
 ) -> bytes:                # content of the first file

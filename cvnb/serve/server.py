@@ -21,8 +21,8 @@ import uvicorn
 
 from ..core.errors import CvnbError, UsageError
 from ..core.records import printable
-from .access import Access, check_certificate, check_exposure, days_left
-from .access import bind_port, is_loopback, is_readable_by_others, open_tls, read_token
+from .access import AccessRules, check_certificate, check_exposure, days_left
+from .access import take_port, is_loopback, is_readable_by_others, open_tls, read_token
 from .connections import guarded_protocol, most_connections
 from .metrics import ServeMetrics
 from .request_log import RequestLog
@@ -152,7 +152,7 @@ def _make_service(
     if options.log:
         count = lambda result, n: metrics.logged.labels(result).inc(n)
         log = RequestLog(options.log, count, options.log_images, options.image_days)
-    access = Access(token, "https" if certificate.context else "http")
+    access = AccessRules(token, "https" if certificate.context else "http")
     if certificate.context:
         metrics.watch(cvnb_certificate_expiry_timestamp_seconds=("When the certificate expires",
                                                                  lambda: certificate.expires))
@@ -200,7 +200,7 @@ def serve_bundle(
     if options.bundles and not options.bundles.is_dir():
         raise UsageError(f"{options.bundles} is not a folder", "--bundles names the folder that holds bundles.")
     certificate = _Certificate(options)
-    with bind_port(options.host, options.port) as bound:
+    with take_port(options.host, options.port) as bound:
         service = _make_service(options, token, certificate)
         _warn(options, service, certificate)
         model = service.slot.current

@@ -30,8 +30,8 @@ import cvnb
 from ..core.errors import CvnbError
 from ..core.files import load_json
 from ..core.records import printable
-from .access import Access
-from .inputs import decode_image, measure_image, read_form, tensor_images
+from .access import AccessRules
+from .inputs import decode_image, measure_image, read_upload, tensor_images
 from .metrics import ServeMetrics
 from .openapi import openapi_description
 from .page import PAGE, PAGE_POLICY
@@ -133,14 +133,14 @@ class Service:
     def __init__(self,
         slot: ModelSlot,
         metrics: ServeMetrics,
-        access: Access | None = None,
+        access: AccessRules | None = None,
         limits: Limits | None = None,
         log: RequestLog | None = None,
         bundles: Path | None = None,       # folder whose bundles may be swapped in over HTTP
     ):
         self.slot = slot
         self.metrics = metrics
-        self.access = access or Access()
+        self.access = access or AccessRules()
         self.limits = limits or Limits()
         self.log = log
         self.bundles = bundles
@@ -381,7 +381,7 @@ def _answer_prediction(self: Service,
 ) -> dict[str, Any]:
     "Answer an uploaded image."
     is_form = content_type.lower().startswith("multipart/")
-    image = read_form(body, content_type) if is_form else body
+    image = read_upload(body, content_type) if is_form else body
     _, (answer,) = self._answer_images(call, [image])
     return dict(id=call.id, model=call.model.name, version=call.model.version) | answer
 
