@@ -231,7 +231,7 @@ async def _refuse(self: Service,
         print(f"! request {scope['cvnb_id']} failed\n{traceback.format_exc()}", file=sys.stderr, flush=True)
     if status == 500 and error.__cause__: print(f"! request {scope['cvnb_id']}: {error.__cause__}", file=sys.stderr)
     self.metrics.errors.labels(kind).inc()
-    with contextlib.suppress(ClientDisconnect): await incoming.drain()
+    if status != 408: await incoming.drain()
     body = dict(error=printable(text, 1000), id=scope["cvnb_id"])
     await _json(body, status, headers)(scope, incoming.receive, answer)
 
@@ -293,7 +293,8 @@ async def _compute(self: Service,
 ) -> Any:                          # its result
     "Run the work of a request in a thread."
     call = Call(request.scope["cvnb_id"], self.slot.current, request.scope["cvnb_deadline"], time.perf_counter())
-    return await self.queue.run(partial(work, call), self._seconds_left(request))
+    late = f"the request was not answered within {self.limits.seconds:g} s"
+    return await self.queue.run(partial(work, call), self._seconds_left(request), late)
 
 # %% ../../nbs/serve/10_service.ipynb #12268c4a
 @patch

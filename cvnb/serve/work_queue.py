@@ -94,6 +94,7 @@ def _resolve(
 async def run(self: WorkQueue,
     work: Callable[[], Any],   # called in a thread
     seconds: float,            # until the caller gives up
+    late: str = "the request was not answered in time",   # what is said then
 ) -> Any:                      # what `work` returned
     "Run a job; raise `RequestError` with status 503 if the queue is full or the time is over."
     with self._lock:
@@ -102,8 +103,7 @@ async def run(self: WorkQueue,
     loop = asyncio.get_running_loop()
     future = loop.create_future()
     self._jobs.put((work, future, loop))
-    late = self.refusal(f"the request was not answered within {seconds:g} s", "timeout")
-    timer = loop.call_later(seconds, _resolve, future, None, late)
+    timer = loop.call_later(seconds, _resolve, future, None, self.refusal(late, "timeout"))
     try: return await future
     finally: timer.cancel()
 
