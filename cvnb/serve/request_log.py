@@ -16,6 +16,7 @@ import shutil
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -177,7 +178,7 @@ def _append_member(
             rest = memoryview(member)
             while rest: rest = rest[os.write(file, rest):]
         except OSError:
-            os.ftruncate(file, whole)
+            with contextlib.suppress(OSError): os.ftruncate(file, whole)
             raise
     finally: os.close(file)
 
@@ -221,14 +222,32 @@ def _delete_old_images(self: RequestLog) -> None:
         if folder.is_dir() and not folder.is_symlink() and folder.name < oldest: shutil.rmtree(folder)
 
 # %% ../../nbs/serve/05_request_log.ipynb #12c96ccb
+_MAGIC = b"\x1f\x8b\x08"   # a gzip member begins with it
+_PIECE = 65_536             # bytes that are unpacked at a time
+
+def _read_members(
+    content: bytes,        # of a file
+) -> Iterator[bytes]:      # of each whole member
+    "Unpack gzip members, and pass over what is damaged."
+    place = content.find(_MAGIC)
+    while place >= 0:
+        engine = zlib.decompressobj(31)
+        texts = []
+        at = place
+        with contextlib.suppress(zlib.error):
+            while not engine.eof and at < len(content):
+                texts.append(engine.decompress(content[at:at + _PIECE]))
+                at += _PIECE
+        if engine.eof: yield b"".join(texts)
+        after = min(at, len(content)) - len(engine.unused_data) if engine.eof else place + 1
+        place = content.find(_MAGIC, after)
+
 def read_request_log(
     folder: Path | str,            # of a `RequestLog`
 ) -> Iterator[dict[str, Any]]:     # the oldest first
     "Read a log; raise `CvnbError` for a file that is no log."
     for path in sorted(Path(folder).glob("requests-*.jsonl.gz")):
         try:
-            with gzip.open(path, "rt", encoding="utf-8") as lines:
-                for line in lines: yield json.loads(line)
-        except EOFError: continue
+            for member in _read_members(path.read_bytes()): yield from map(json.loads, member.splitlines())
         except (OSError, ValueError) as e:
             raise CvnbError(f"{path} is no request log ({str(e)[:80]})", "Move it out of the folder.") from None
