@@ -72,8 +72,6 @@ def _to_srgb(
     profile: bytes,       # its ICC profile
 ) -> Image.Image:         # RGB
     "Convert colours to sRGB; ignore a profile that is broken or made for another mode."
-    import io
-
     from PIL import ImageCms
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
@@ -438,7 +436,7 @@ def _load_upright(
 
 # %% ../../nbs/data/11_images.ipynb #7f95e0ff
 def _decode(
-    path: Path | str,     # an image file
+    path: Path | str | io.BytesIO,   # an image file, or its content
     decoding: Decoding,   # of the data set
 ) -> tuple[Image.Image, dict]:   # upright RGB image; format, mode and frames; with a scale also `clipped`
     "Decode an image completely; raise `UnreadableImage` if that is not possible."
@@ -456,7 +454,7 @@ def _decode(
 
 # %% ../../nbs/data/11_images.ipynb #df56a09b
 def open_image(
-    path: Path | str,     # an image file
+    path: Path | str | io.BytesIO,   # an image file, or its content
     decoding: Decoding = DEFAULT_DECODING,   # of the data set
 ) -> Image.Image:         # RGB, upright
     "Decode an image completely; raise `UnreadableImage` with the reason if that is not possible."

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import resource
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -22,6 +21,7 @@ def most_connections(
     wanted: int,
 ) -> int:           # as many as there are files that this process may open
     "Limit the number of connections; each one is an open file, and the model and the log need some too."
+    import resource   # of POSIX
     return max(8, min(wanted, (resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 64) // 2))
 
 async def _refuse_connection(scope: dict, receive: Any, send: Any) -> None:

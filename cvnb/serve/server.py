@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 import ssl
@@ -194,6 +195,7 @@ def serve_bundle(
     options: ServeOptions,
 ) -> None:
     "Serve a bundle until a signal ends it; raise `CvnbError` for what cannot be used."
+    if os.name != "posix": raise UsageError("`cvnb serve` needs Linux or macOS", "Use a container, or WSL.")
     import uvloop
     token = read_token(options.token_file)
     check_exposure(options.host, token)

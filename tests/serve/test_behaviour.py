@@ -22,6 +22,7 @@ from servers import SHIP, TOKEN, Answer, Server, cvnb, encode, serving, write_se
 from cvnb.core.files import read_json
 from cvnb.core.records import write_record
 from cvnb.export.bundle_format import BundleDescription
+from cvnb.serve.served_model import ModelOptions, load_served
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +92,29 @@ def test_other_predictions_than_the_reference_are_refused(served_bundle: Path, t
 def test_port_that_is_taken_is_named(server: Server, served_bundle: Path) -> None:
     done = cvnb("serve", served_bundle, "--port", server.port)
     assert done.returncode == 1 and f"port {server.port}" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_idle_service_uses_no_core(served_bundle: Path, tmp_path: Path, photo: np.ndarray) -> None:
+    with serving(tmp_path/"log", served_bundle, "--threads", 4) as server:
+        server.ask("/predict", encode(photo))
+        process = psutil.Process(server.process.pid)
+        before = process.cpu_times()
+        time.sleep(2)
+        after = process.cpu_times()
+        assert after.user + after.system - before.user - before.system < 0.2
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_predictions_of_other_tasks_are_named(served_bundle: Path, precision: str) -> None:
+    model = load_served(served_bundle, ModelOptions(precision=precision))
+    values = np.array([0.25, 0.5, 0.75], np.float32)
+    assert model.describe(values)["label"] == "owl" and model.parameters()["precision"] == precision
+    model.task = "multilabel"
+    assert model.describe(values)["labels"] == ["dog", "owl"] and model.output_names == ["probabilities"]
+    model.bundle.description["thresholds"] = dict(dog=0.6, cat=0.2)
+    assert model.describe(values)["labels"] == ["cat", "owl"]
+    model.task = "regression"
+    assert model.describe(values) == dict(values=dict(cat=0.25, dog=0.5, owl=0.75))
 
 
 # Overload and limits
