@@ -66,6 +66,10 @@ def guarded_protocol(
             elif self.head_bytes: self.send_400_response("The head of the request came too slowly.")
             else: self.transport.close()
 
+        def send_400_response(self, msg: str) -> None:
+            if "Invalid" in msg: count_error("invalid_http")   # by uvicorn itself
+            super().send_400_response(msg)
+
         def data_received(self, data: bytes) -> None:
             if self.in_head:
                 self.head_bytes += len(data)

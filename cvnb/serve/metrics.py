@@ -80,20 +80,22 @@ class ServeMetrics:
         self.info.labels(*now, digest, precision, verdict).set(1)
 
     def count_step(self,
-        step: str,         # of `STEPS`
+        step: str,                # of `STEPS`
         seconds: float,
+        model: tuple[str, str],   # name and version that the request began with
     ) -> None:
         "Count the time of a step."
-        self.steps.labels(step, *self.model).observe(seconds)
+        self.steps.labels(step, *model).observe(seconds)
 
     def count_prediction(self,
         label: str,              # the predicted class; "" where the task has none
         confidence: float,       # its probability
+        model: tuple[str, str],  # name and version that the request began with
     ) -> None:
         "Count an image."
         if not label: return
-        self.predictions.labels(label, *self.model).inc()
-        self.confidence.labels(*self.model).observe(confidence)
+        self.predictions.labels(label, *model).inc()
+        self.confidence.labels(*model).observe(confidence)
 
     def render(self) -> bytes:
         "Write all metrics in Prometheus' text format."

@@ -95,6 +95,11 @@ class ServedModel:
         self.loaded = timestamp()
 
     @property
+    def key(self) -> tuple[str, str]:   # name and version
+        "Say how metrics name the model."
+        return self.name, self.version
+
+    @property
     def decoding(self) -> Decoding:   # of image files
         "Say how image files are decoded."
         return self.bundle.decoding

@@ -149,15 +149,16 @@ class Service:
         largest = self.limits.max_bytes * (n_threads + 1)
         self.queue = WorkQueue(n_threads, self.limits.queue, max(2**28, largest))
         self.router = Router([
-            Route("/", self._page), Route("/predict", self._predict, methods=["POST"]),
+            *(Route(f"/v2/models/{{name}}{version}{path}", endpoint, methods=[method])   # the most frequent ones first
+              for version in ("", "/versions/{version}")
+              for path, endpoint, method in (("/infer", self._infer, "POST"), ("/ready", self._model_ready, "GET"),
+                                             ("", self._model, "GET"))),
+            Route("/predict", self._predict, methods=["POST"]), Route("/", self._page),
             Route("/metrics", self._metrics), Route("/openapi.json", self._openapi), Route("/model", self._about),
             Route("/bundle", self._swap, methods=["PUT"]),
             Route("/bundle/rollback", self._roll_back, methods=["POST"]),
-            Route("/v2", self._server), Route("/v2/health/live", self._live), Route("/v2/health/ready", self._ready),
-            *(Route(f"/v2/models/{{name}}{version}{path}", endpoint, methods=[method])
-              for version in ("", "/versions/{version}")
-              for path, endpoint, method in (("/infer", self._infer, "POST"), ("/ready", self._model_ready, "GET"),
-                                             ("", self._model, "GET")))], redirect_slashes=False)
+            Route("/v2", self._server), Route("/v2/health/live", self._live), Route("/v2/health/ready", self._ready)],
+            redirect_slashes=False)
         metrics.watch(
             cvnb_queue_length=("Requests that wait for a thread", lambda: self.queue.waiting),
             cvnb_queue_capacity=("Requests that may wait", lambda: self.queue.capacity),
@@ -259,25 +260,22 @@ async def _body(self: Service,
     declared = _declared_bytes(request.headers)
     if declared > limit: raise too_large
     if self.queue.is_full: raise self.queue.refusal("the queue is full")
-    self.queue.admit(declared)
-    counted = declared
+    n = 0
     try:
         parts = []
-        n = 0
         try:
             async with asyncio.timeout_at(asyncio.get_running_loop().time() + self._seconds_left(request)):
                 while not request.scope["cvnb_incoming"].complete:
                     message = await request.scope["cvnb_incoming"].receive()
                     if message["type"] == "http.disconnect": raise ClientDisconnect
-                    parts.append(message.get("body", b""))
-                    n += len(parts[-1])
-                    if n > limit: raise too_large
-                    if n > counted:
-                        self.queue.admit(n - counted)
-                        counted = n
+                    part = message.get("body", b"")
+                    if n + len(part) > limit: raise too_large
+                    self.queue.admit(len(part))   # what has come, not what was announced: that costs a client nothing
+                    n += len(part)
+                    parts.append(part)
         except TimeoutError: raise self._ends_late("the body", 408) from None
         yield b"".join(parts)
-    finally: self.queue.release(counted)
+    finally: self.queue.release(n)
 
 @patch
 def _seconds_left(self: Service,
@@ -313,7 +311,7 @@ def _decode(self: Service,
             begin = time.perf_counter()
             image, share = decode_image(image, replace(decoding, max_megapixels=max(left, 1e-6)))
             left -= image.shape[0] * image.shape[1] / 1e6
-            self.metrics.count_step("decode", time.perf_counter() - begin)
+            self.metrics.count_step("decode", time.perf_counter() - begin, call.model.key)
         if time.monotonic() >= call.deadline: raise self._ends_late("the request", 503)
         pixels.append(image)
         clipped.append(share)
@@ -325,17 +323,17 @@ def _answer_images(self: Service,
     images: list[Any],     # each uint8 (H, W, 3), or the content of a file
 ) -> tuple[np.ndarray, list[dict]]:   # float32 (N, labels); of each image as of `ServedModel.describe`
     "Predict the images of a request, count and log them."
-    self.metrics.count_step("queue", max(0.0, time.perf_counter() - call.queued))
+    self.metrics.count_step("queue", max(0.0, time.perf_counter() - call.queued), call.model.key)
     pixels, clipped = self._decode(call, images)
     begin = time.perf_counter()
     found = call.model.predict(pixels, call.deadline)
-    self.metrics.count_step("model", time.perf_counter() - begin)
+    self.metrics.count_step("model", time.perf_counter() - begin, call.model.key)
     if time.monotonic() >= call.deadline: raise self._ends_late("the request", 503)
     described = []
     for i, values in enumerate(found):
         answer = call.model.describe(values)
         if call.model.decoding.scale: answer["clipped"] = clipped[i]
-        self.metrics.count_prediction(answer.get("label", ""), answer.get("confidence", 0.0))
+        self.metrics.count_prediction(answer.get("label", ""), answer.get("confidence", 0.0), call.model.key)
         if self.log: self._log(call, i, answer, values, pixels[i], images[i])
         described.append(answer)
     return found, described

@@ -165,6 +165,7 @@ def test_random_requests_get_defined_answers(served_bundle: Path, photo: np.ndar
     with serving(tmp_path/"log", served_bundle, "--log", tmp_path/"requests", "--timeout", 5) as server:
         codes = fuzz(server, 400, seed=0)
         assert {200, 400, 404, 405, 415} <= codes.keys(), codes
+        assert server.metric('cvnb_errors_total{kind="invalid_http"}') > 0
         check_alive(server, photo)
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import network
 import numpy as np
 import psutil
 import pytest
@@ -115,6 +117,19 @@ def test_predictions_of_other_tasks_are_named(served_bundle: Path, precision: st
     assert model.describe(values)["labels"] == ["cat", "owl"]
     model.task = "regression"
     assert model.describe(values) == dict(values=dict(cat=0.25, dog=0.5, owl=0.75))
+
+
+def test_service_stays_on_this_machine_and_leaves_no_file(
+    served_bundle: Path, tmp_path: Path, photo: np.ndarray, strace: str,
+) -> None:
+    def use(process: subprocess.Popen) -> None:
+        address = re.search(r"http://\S+:(\d+)", process.stdout.readline())
+        server = Server(process, tmp_path/"none", 0, port=int(address[1]))
+        assert server.ask("/predict", encode(photo)).status == 200
+
+    command = Path(sys.executable).with_name("cvnb"), "serve", served_bundle, "--port", 0
+    watched = network.watch(tmp_path, *command, use=use)
+    assert network.attempts(watched.trace) == [] and watched.files() == []
 
 
 # Overload and limits
@@ -240,9 +255,10 @@ def test_requests_in_flight_finish(slow_bundle: Path, many: ThreadPoolExecutor, 
 # Another bundle
 
 
-@pytest.fixture
-def places(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "A folder with the bundles one and two, which differ in their probabilities, and others that are refused."
+    tmp_path = tmp_path_factory.mktemp("places")
     folder = tmp_path/"bundles"
     folder.mkdir()
     made = dict(one={}, two=dict(weight=0.02), unfit=dict(verdict=dict(level="do not ship", reasons=[])),
@@ -288,18 +304,17 @@ def test_bundle_is_exchanged_and_taken_back_without_a_gap(places: Path, photo: n
         assert server.metric('cvnb_model_swaps_total{result="done"}') == 2
 
 
-@pytest.mark.parametrize("name, status, said", [
-    ("unfit", 422, "do not ship"), ("damaged", 422, "labels.txt"), ("others", 422, "other labels"),
-    ("absent", 404, "no bundle"), ("../bundles/two", 400, "NAME"), (".", 400, "NAME"), (7, 400, "NAME")])
-def test_bundle_that_is_refused_leaves_the_first_one(
-    places: Path, photo: np.ndarray, tmp_path: Path, name: object, status: int, said: str,
-) -> None:
+def test_bundle_that_is_refused_leaves_the_first_one(places: Path, photo: np.ndarray, tmp_path: Path) -> None:
+    refused = [("unfit", 422, "do not ship"), ("damaged", 422, "labels.txt"), ("others", 422, "other labels"),
+               ("absent", 404, "no bundle"), ("../bundles/two", 400, "NAME"), (".", 400, "NAME"), (7, 400, "NAME")]
     with serving(tmp_path/"log", places/"one", "--bundles", places, token=TOKEN) as server:
-        answer = swap(server, name)
-        assert answer.status == status and said in answer.json["error"], answer.body
-        assert str(places) not in answer.json["error"]
-        assert server.ask("/predict", encode(photo)).json["version"] == server.version
-        assert server.ask("/bundle/rollback", b"").status == 409
+        for name, status, said in refused:
+            answer = swap(server, name)
+            assert answer.status == status and said in answer.json["error"], answer.body
+            assert str(places) not in answer.json["error"]
+            assert server.ask("/predict", encode(photo)).json["version"] == server.version
+            assert server.ask("/bundle/rollback", b"").status == 409
+        assert server.metric('cvnb_model_swaps_total{result="refused"}') == 3 + len(refused)
 
 
 def test_bundle_is_not_exchanged_without_token_or_folder(places: Path, tmp_path: Path, server: Server) -> None:
