@@ -18,6 +18,8 @@ def serve_command(
     model: Annotated[Path, typer.Argument(help="Bundle, or run directory.")],
     host: Annotated[str, typer.Option(help="Address; beyond the loopback it needs a token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 picks a free one.", min=0, max=65535)] = 8080,
+    grpc_port: Annotated[Optional[int], typer.Option(
+        help="Port for gRPC, which needs cvnb[grpc]. Default: no gRPC.", min=0, max=65535)] = None,
     token_file: Annotated[Optional[Path], typer.Option(
         help="File with the token that requests need. Default: the variable CVNB_SERVE_TOKEN, or no token.")] = None,
     tls_certificate: Annotated[Optional[Path], typer.Option(help="Certificate with its chain, PEM.")] = None,
@@ -46,5 +48,5 @@ def serve_command(
     limits = Limits(max_mb=max_mb, max_megapixels=max_megapixels, seconds=timeout, queue=queue,
                     max_connections=max_connections)
     options = ModelOptions(precision, threads, max_megapixels, timeout, allow_unverified, name)
-    serve_bundle(ServeOptions(model, host, port, token_file, tls_certificate, tls_key, log, log_images, image_days,
-                              bundles, model=options, limits=limits))
+    serve_bundle(ServeOptions(model, host, port, grpc_port, token_file, tls_certificate, tls_key, log, log_images,
+                              image_days, bundles, model=options, limits=limits))

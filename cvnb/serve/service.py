@@ -35,8 +35,8 @@ from .inputs import decode_image, measure_image, read_upload, tensor_images
 from .metrics import ServeMetrics
 from .openapi import openapi_description
 from .page import PAGE, PAGE_POLICY
-from .protocol import HEADER_LENGTH, Output, RequestError, infer_answer, model_metadata, parse_infer_request
-from .protocol import select_outputs, server_metadata
+from .protocol import HEADER_LENGTH, InferRequest, Output, RequestError, infer_answer, model_metadata
+from .protocol import parse_infer_request, select_outputs, server_metadata
 from .request_log import RequestLog
 from .served_model import ModelSlot, ServedModel
 from .work_queue import WorkQueue
@@ -285,14 +285,23 @@ def _seconds_left(self: Service,
     return max(0.001, request.scope["cvnb_deadline"] - time.monotonic())
 
 @patch
+async def compute(self: Service,
+    name: str,                     # id of the request
+    deadline: float,               # of `time.monotonic`
+    work: Callable[[Call], Any],   # runs in a thread
+) -> Any:                          # its result
+    "Run the work of a request in a thread."
+    call = Call(name, self.slot.current, deadline, time.perf_counter())
+    late = f"the request was not answered within {self.limits.seconds:g} s"
+    return await self.queue.run(partial(work, call), max(0.001, deadline - time.monotonic()), late)
+
+@patch
 async def _compute(self: Service,
     request: Request,
     work: Callable[[Call], Any],   # runs in a thread
 ) -> Any:                          # its result
-    "Run the work of a request in a thread."
-    call = Call(request.scope["cvnb_id"], self.slot.current, request.scope["cvnb_deadline"], time.perf_counter())
-    late = f"the request was not answered within {self.limits.seconds:g} s"
-    return await self.queue.run(partial(work, call), self._seconds_left(request), late)
+    "Run the work of an HTTP request in a thread."
+    return await self.compute(request.scope["cvnb_id"], request.scope["cvnb_deadline"], work)
 
 # %% ../../nbs/serve/10_service.ipynb #12268c4a
 @patch
@@ -356,6 +365,20 @@ def _log(self: Service,
 
 # %% ../../nbs/serve/10_service.ipynb #5f54fa5c
 @patch
+def infer_outputs(self: Service,
+    call: Call,
+    request: InferRequest,
+) -> tuple[list[Output], dict[str, bool]]:   # outputs, and which of them are wanted as bytes
+    "Compute the outputs for a request of the Open Inference Protocol."
+    wanted = select_outputs(request, call.model.output_names)
+    images = tensor_images(request.inputs, self.limits.max_images, self.limits.max_megapixels)
+    found, described = self._answer_images(call, images)
+    outputs = [Output(call.model.output, found.astype(np.float32, copy=False))]
+    if call.model.task == "classification":
+        outputs.append(Output("label", np.array([answer["label"] for answer in described], object)))
+    return outputs, wanted
+
+@patch
 def _answer_inference(self: Service,
     call: Call,
     body: bytes,
@@ -363,12 +386,7 @@ def _answer_inference(self: Service,
 ) -> tuple[bytes, int]:    # as of `infer_answer`
     "Answer a request of the Open Inference Protocol."
     request = parse_infer_request(body, header)
-    wanted = select_outputs(request, call.model.output_names)
-    images = tensor_images(request.inputs, self.limits.max_images, self.limits.max_megapixels)
-    found, described = self._answer_images(call, images)
-    outputs = [Output(call.model.output, found.astype(np.float32, copy=False))]
-    if call.model.task == "classification":
-        outputs.append(Output("label", np.array([answer["label"] for answer in described], object)))
+    outputs, wanted = self.infer_outputs(call, request)
     head = dict(model_name=call.model.name, model_version=call.model.version)
     return infer_answer(head | (dict(id=request.id) if request.id else {}), outputs, wanted)
 
@@ -386,17 +404,23 @@ def _answer_prediction(self: Service,
 
 # %% ../../nbs/serve/10_service.ipynb #8ec85e3d
 @patch
-def _check_model(self: Service,
-    request: Request,
+def find_model(self: Service,
+    name: str,
+    version: str = "",   # "" takes any
 ) -> ServedModel:
-    "Find the model that an address names; raise `RequestError` for another name or version."
+    "Find a model; raise `RequestError` for another name or version."
     model = self.slot.current
-    name = request.path_params["name"]
-    version = request.path_params.get("version", model.version)
-    if (name, version) == (model.name, model.version): return model
+    if name == model.name and version in ("", model.version): return model
     what = f"model {printable(name, 80)!r}" + (f" in version {printable(version, 40)!r}" if name == model.name else "")
     known = f"this server has {model.name!r} in version {model.version}"
     raise RequestError(404, "not_found", f"there is no {what}; {known}")
+
+@patch
+def _check_model(self: Service,
+    request: Request,
+) -> ServedModel:
+    "Find the model that an address names."
+    return self.find_model(request.path_params["name"], request.path_params.get("version", ""))
 
 @patch
 async def _infer(self: Service, request: Request) -> Response:

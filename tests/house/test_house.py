@@ -418,7 +418,7 @@ def test_wheel_names_extras_requirements_and_entry_points(contents: zipfile.ZipF
     text = lambda name: contents.read(next(n for n in contents.namelist() if n.endswith(f".dist-info/{name}"))).decode()
     metadata = text("METADATA")
     extras = set(re.findall(r"^Provides-Extra: (\w+)$", metadata, re.M))
-    assert extras == {"train", "audit", "notebooks", "serve", "sweep", "hf", "heif", "ray", "all", "dev"}
+    assert extras == {"train", "audit", "notebooks", "serve", "grpc", "sweep", "hf", "heif", "ray", "all", "dev"}
     base = re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", metadata, re.M)
     assert "onnxruntime" in base and not {"torch", "fiftyone", "pandas"} & set(base)
     assert "Requires-Python: >=3.11" in metadata and "make test" in metadata

@@ -105,32 +105,6 @@ def test_token_file(served_bundle: Path, tmp_path: Path) -> None:
 # Certificates
 
 
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    "Certificates: good, another, expired, and one that is not valid yet."
-    import datetime
-
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-    folder = tmp_path_factory.mktemp("tls")
-    now = datetime.datetime.now(datetime.UTC)
-    day = datetime.timedelta(days=1)
-    for name, begin, end in (("good", -1, 90), ("another", -1, 3), ("expired", -9, -1), ("early", 1, 9)):
-        key = ec.generate_private_key(ec.SECP256R1())
-        subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
-        builder = x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number(),
-                                          now + begin * day, now + end * day)
-        names = x509.SubjectAlternativeName([x509.DNSName("localhost")])
-        certificate = builder.add_extension(names, critical=False).sign(key, hashes.SHA256())
-        (folder/f"{name}.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-        for suffix, algorithm in ((".key", serialization.NoEncryption()),
-                                  (".locked", serialization.BestAvailableEncryption(b"secret"))):
-            (folder/f"{name}{suffix}").write_bytes(key.private_bytes(
-                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, algorithm))
-    return folder
-
-
 def tls(folder: Path, name: str, key: str = "") -> tuple:
     "Name the files of a certificate as options."
     return "--tls-certificate", folder/f"{name}.pem", "--tls-key", folder/(key or f"{name}.key")
