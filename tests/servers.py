@@ -6,9 +6,11 @@ import http.client
 import io
 import json
 import os
+import random
 import re
 import signal
 import ssl
+import struct
 import subprocess
 import sys
 import time
@@ -177,3 +179,18 @@ def cvnb(*arguments: object, **variables: str) -> subprocess.CompletedProcess:
     "Run cvnb until it ends."
     command = [str(Path(sys.executable).with_name("cvnb")), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | variables)
+
+
+def mutate_bytes(content: bytes, r: random.Random) -> bytes:
+    "Change, cut, repeat or insert bytes."
+    changed = bytearray(content)
+    for _ in range(r.randint(1, 8)):
+        if not changed: return bytes(changed)
+        i = r.randrange(len(changed))
+        action = r.randrange(5)
+        if action == 0: changed[i] = r.randrange(256)
+        elif action == 1: del changed[i:i + r.randint(1, 40)]
+        elif action == 2: changed[i:i] = r.randbytes(r.randint(1, 20))
+        elif action == 3: changed[i:i + 4] = struct.pack("<I", r.choice([0, 1, 2**31, 2**32 - 1, len(changed)]))
+        else: changed = changed[:r.randint(0, len(changed))]
+    return bytes(changed)

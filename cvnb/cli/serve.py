@@ -29,6 +29,10 @@ def serve_command(
     image_days: Annotated[float, typer.Option(help="Days after which logged images are deleted.", min=0)] = 7,
     bundles: Annotated[Optional[Path], typer.Option(
         help="Folder whose bundles `PUT /bundle` may take; needs a token.")] = None,
+    shadow: Annotated[Optional[Path], typer.Option(
+        help="Bundle that gets the same images and answers nobody; /metrics compares it.")] = None,
+    split: Annotated[Optional[Path], typer.Option(help="Bundle that answers a share of the requests.")] = None,
+    share: Annotated[float, typer.Option(help="Share of --split.", min=0, max=1)] = 0.1,
     name: Annotated[str, typer.Option(help="Name of the model for clients. Default: the run of the bundle.")] = "",
     precision: Annotated[str, typer.Option(help="fp32, or int8: smaller and faster.")] = "fp32",
     threads: Annotated[int, typer.Option(help="Threads of one call of the model.", min=1)] = 1,
@@ -49,4 +53,4 @@ def serve_command(
                     max_connections=max_connections)
     options = ModelOptions(precision, threads, max_megapixels, timeout, allow_unverified, name)
     serve_bundle(ServeOptions(model, host, port, grpc_port, token_file, tls_certificate, tls_key, log, log_images,
-                              image_days, bundles, model=options, limits=limits))
+                              image_days, bundles, shadow, split, share, model=options, limits=limits))

@@ -14,11 +14,12 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 # %% auto #0
-__all__ = ['SECONDS_BUCKETS', 'SHARE_BUCKETS', 'STEPS', 'ServeMetrics']
+__all__ = ['SECONDS_BUCKETS', 'SHARE_BUCKETS', 'DIFFERENCE_BUCKETS', 'STEPS', 'ServeMetrics']
 
 # %% ../../nbs/serve/04_metrics.ipynb #6a98016d
 SECONDS_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 SHARE_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
+DIFFERENCE_BUCKETS = (0.0001, 0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 STEPS = ("decode", "queue", "model")
 _VERSIONED = ("model", "version")
 
@@ -38,6 +39,7 @@ class ServeMetrics:
         ProcessCollector(registry=self.registry)
         self.model: tuple[str, str] = ("", "")   # name and version that answer now
         self._before: tuple[str, str] = ("", "")
+        self._roles: dict[str, tuple[str, ...]] = {}   # role -> labels of its `cvnb_model_info`
         add = self._add
         self.requests = add(Counter, "cvnb_requests_total", "Answered requests", "endpoint", "code")
         self.errors = add(Counter, "cvnb_errors_total", "Requests that were refused or failed", "kind")
@@ -48,8 +50,12 @@ class ServeMetrics:
         self.predictions = add(Counter, "cvnb_predictions_total", "Images by predicted class", "label", *_VERSIONED)
         self.confidence = add(Histogram, "cvnb_prediction_confidence_ratio", "Probability of the predicted class",
                               *_VERSIONED, buckets=SHARE_BUCKETS)
-        self.info = add(Gauge, "cvnb_model_info", "The bundle that answers: 1", *_VERSIONED, "digest", "precision",
-                        "verdict")
+        self.info = add(Gauge, "cvnb_model_info", "A bundle that is loaded: 1", "role", *_VERSIONED, "digest",
+                        "precision", "verdict")
+        self.shadow = add(Counter, "cvnb_shadow_images_total", "Images given to the shadow: same or other class as the "
+                          "answer, dropped or failed", "result")
+        self.shadow_difference = add(Histogram, "cvnb_shadow_difference_ratio", "Largest difference of a probability "
+                                     "between the shadow and the answer", buckets=DIFFERENCE_BUCKETS)
         self.swaps = add(Counter, "cvnb_model_swaps_total", "Attempts to take another bundle", "result")
         self.logged = add(Counter, "cvnb_log_records_total", "Records of the request log: written, or lost and why",
                           "result")
@@ -69,15 +75,20 @@ class ServeMetrics:
         digest: str,      # of the bundle
         precision: str,   # such as "fp32"
         verdict: str,     # such as "ship"
+        role: str = "current",   # or "split", "shadow": a second bundle, which stays
     ) -> None:
-        "Say which model answers from now on."
+        "Say which model answers from now on, or is loaded beside it."
         now = name, version
+        if role in self._roles: self.info.remove(*self._roles[role])
+        self._roles[role] = role, name, version, digest, precision, verdict
+        self.info.labels(*self._roles[role]).set(1)
+        if role != "current": return
+        others = {labels[1:3] for other, labels in self._roles.items() if other != "current"}
+        if self._before in others: self._before = "", ""
         if now not in (self.model, self._before):
             for series in (self.steps, self.predictions, self.confidence): _forget(series, self._before)
         if now != self.model: self._before = self.model
         self.model = now
-        self.info.clear()
-        self.info.labels(*now, digest, precision, verdict).set(1)
 
     def count_step(self,
         step: str,                # of `STEPS`

@@ -26,7 +26,8 @@ from ..export.runtimes import LimitedModel, predict_mixed_sizes
 from .protocol import RequestError
 
 # %% auto #0
-__all__ = ['ModelOptions', 'verdict_level', 'check_verdict', 'model_name', 'ServedModel', 'load_served', 'ModelSlot']
+__all__ = ['ModelOptions', 'verdict_level', 'check_verdict', 'model_name', 'ServedModel', 'load_served', 'check_same_classes',
+           'ModelSlot']
 
 # %% ../../nbs/serve/06_served_model.ipynb #454c7e98
 @dataclass(frozen=True)
@@ -176,13 +177,26 @@ def load_served(
     for _ in range(3): model.predict([np.zeros((side, side, 3), np.uint8)], time.monotonic() + 60)
     return model
 
+# %% ../../nbs/serve/06_served_model.ipynb #7f79cd1c
+def check_same_classes(
+    model: ServedModel,   # that would answer, too
+    now: ServedModel,     # that answers
+) -> None:
+    "Raise `UsageError` for a bundle with another task or other labels."
+    if (model.task, model.labels) == (now.task, now.labels): return
+    raise UsageError(f"{model.bundle.folder} has another task or other labels than the bundle that is served",
+                     "Start another service for it.")
+
 # %% ../../nbs/serve/06_served_model.ipynb #68843feb
 class ModelSlot:
     "The model that answers, and the one before it."
     def __init__(self,
         model: ServedModel,
         notify: Callable[[ServedModel], None] = lambda model: None,   # called with the model that answers from now on
+        second: ServedModel | None = None,   # answers a share of the requests
     ):
+        self.second = second
+        if second: check_same_classes(second, model)
         self.current = model
         self.previous: ServedModel | None = None
         self._notify = notify
@@ -202,9 +216,7 @@ class ModelSlot:
         try:
             now = self.current
             model = load_served(where, ModelOptions(**vars(now.options) | dict(name=now.name)))
-            if (model.task, model.labels) != (now.task, now.labels):
-                raise UsageError(f"{where} has another task or other labels than the bundle that is served",
-                                 "Start another service for it.")
+            check_same_classes(model, now)
             return self._exchange(model)
         finally: self._lock.release()
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from servers import Server, encode, serving
+from servers import Server, encode, mutate_bytes, serving
 
 DEFINED = {200, 400, 401, 403, 404, 405, 408, 413, 415, 503}
 ODD = [None, True, False, 0, -1, 1, 2**31, 2**63, 10**400, 0.5, 1e308, "", "a", "\ud800", "\0", "é" * 50, [], {}, [[]],
@@ -45,21 +45,6 @@ def mutate_json(value: Any, r: random.Random) -> Any:
         return changed
     if isinstance(value, str) and r.random() < 0.5: return r.choice(NAMES)
     return r.choice(ODD)
-
-
-def mutate_bytes(content: bytes, r: random.Random) -> bytes:
-    "Change, cut, repeat or insert bytes."
-    changed = bytearray(content)
-    for _ in range(r.randint(1, 8)):
-        if not changed: return bytes(changed)
-        i = r.randrange(len(changed))
-        action = r.randrange(5)
-        if action == 0: changed[i] = r.randrange(256)
-        elif action == 1: del changed[i:i + r.randint(1, 40)]
-        elif action == 2: changed[i:i] = r.randbytes(r.randint(1, 20))
-        elif action == 3: changed[i:i + 4] = struct.pack("<I", r.choice([0, 1, 2**31, 2**32 - 1, len(changed)]))
-        else: changed = changed[:r.randint(0, len(changed))]
-    return bytes(changed)
 
 
 def seeds() -> tuple[list[bytes], list[dict]]:

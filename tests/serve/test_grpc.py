@@ -1,8 +1,10 @@
 """The Open Inference Protocol over gRPC, asked by a client of others."""
 from __future__ import annotations
 
+import random
 import re
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +13,7 @@ import grpc
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
-from servers import TOKEN, Server, cvnb, encode, serving
+from servers import TOKEN, Server, cvnb, encode, mutate_bytes, serving
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from cvnb.export.bundle import Bundle
@@ -102,6 +104,23 @@ def test_wrong_request_is_refused_with_its_code(
         client.infer(options.pop("model", "pets"), [tensor(values, kind)], client_timeout=30, **options)
     assert refused.value.status() == f"StatusCode.{code}"
     assert client.is_server_live()
+
+
+def test_random_messages_get_defined_answers(both: Server, photo: np.ndarray) -> None:
+    r = random.Random(0)
+    request = service_pb2.ModelInferRequest(model_name="pets", id="a", raw_input_contents=[encode(photo)[:200]])
+    request.inputs.add(name="images", datatype="BYTES", shape=[1]).parameters["a"].string_param = "b"
+    request.outputs.add(name="label")
+    raw = service_pb2.ModelInferRequest(model_name="pets", raw_input_contents=[photo.tobytes()])
+    raw.inputs.add(name="images", datatype="UINT8", shape=[1, *photo.shape])
+    codes: Counter = Counter()
+    with grpc.insecure_channel(f"127.0.0.1:{grpc_port(both)}") as channel:
+        ask = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+        for _ in range(300):
+            try: codes["OK"] += bool(ask(mutate_bytes(r.choice([request, raw]).SerializeToString(), r), timeout=20))
+            except grpc.RpcError as e: codes[e.code().name] += 1
+    assert {*codes} <= {"OK", "INVALID_ARGUMENT", "NOT_FOUND"} and len(codes) == 3, codes
+    assert both.process.poll() is None and "Traceback" not in both.text
 
 
 def test_calls_are_counted(client: triton.InferenceServerClient, both: Server, photo: np.ndarray) -> None:

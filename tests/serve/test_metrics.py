@@ -32,7 +32,8 @@ def test_metrics_keep_to_the_conventions_and_count(served_bundle: Path, photo: n
             assert value(f'cvnb_step_duration_seconds_count{{{name},step="{step}",{number}}}') == n, step
         assert value('cvnb_request_duration_seconds_count{endpoint="infer"}') == 1
         assert value("process_resident_memory_bytes") > 3e7 and value("process_cpu_seconds_total") > 0
-        assert f'precision="fp32",verdict="ship",version="{server.version}"}} 1.0' in answer.body.decode()
+        loaded = f'precision="fp32",role="current",verdict="ship",version="{server.version}"}} 1.0'
+        assert loaded in answer.body.decode()
         text = server.ask("/metrics").body
     done = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
