@@ -11,7 +11,9 @@ import zipfile
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -309,18 +311,37 @@ def _predict_arrays(self: Bundle,
     return predict_mixed_sizes(predict_checked, images)
 
 # %% ../../nbs/export/05_bundle.ipynb #8f492147
+def _decode_ahead(
+    images: Iterable[Any],   # paths or arrays
+    decoding: Decoding,      # of the bundle
+    jobs: int,               # threads
+) -> Iterator[tuple[Any, Callable[[], tuple[np.ndarray, float]]]]:   # image, and what returns its pixels or raises
+    "Decode images in threads, in order, at most a few ahead."
+    if jobs <= 1:
+        for image in images: yield image, partial(to_image_array, image, decoding)
+        return
+    with ThreadPoolExecutor(jobs) as pool:
+        ahead: deque[tuple[Any, Any]] = deque()
+        for image in images:
+            ahead.append((image, pool.submit(to_image_array, image, decoding)))
+            if len(ahead) <= 2 * jobs: continue
+            first, future = ahead.popleft()
+            yield first, future.result
+        for first, future in ahead: yield first, future.result
+
 @patch
 def iter_predictions(self: Bundle,
     images: Iterable[Any],          # paths, or uint8 arrays (H, W, 3)
     batch_size: int = BATCH_SIZE,   # images in memory at a time
     skip: Callable[[Any, CvnbError], None] | None = None,   # takes an image that cannot be read, and why
+    jobs: int = 1,                  # threads that decode images ahead; 1 decodes an image when it is needed
 ) -> Iterator[dict[str, Any]]:      # as of `predict`, without the images that were skipped
     "Yield predictions as they are computed; without `skip`, raise `UsageError` for an image that cannot be read."
     read: deque[tuple[Any, float]] = deque()   # images of the batch, and their shares of clipped values
 
     def read_all() -> Iterator[np.ndarray]:
-        for image in images:
-            try: pixels, clipped = to_image_array(image, self.decoding)
+        for image, decode in _decode_ahead(images, self.decoding, jobs):
+            try: pixels, clipped = decode()
             except CvnbError as e:
                 if not skip: raise
                 skip(image, e)
