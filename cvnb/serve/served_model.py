@@ -5,6 +5,9 @@
 # %% ../../nbs/serve/06_served_model.ipynb #05c4848e
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import re
 import threading
 import time
@@ -162,6 +165,12 @@ def describe(self: ServedModel,
     limits = self.bundle.description.get("thresholds") or {}
     return dict(labels=[n for n, p in named.items() if p >= limits.get(n, 0.5)], probabilities=named)
 
+# %% ../../nbs/serve/06_served_model.ipynb #bfd675e1
+def _trim_memory() -> None:
+    "Give back to the system what opening and checking a model no longer needs: a fifth of a small service's memory."
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError): ctypes.CDLL(None).malloc_trim(0)   # of glibc
+
 # %% ../../nbs/serve/06_served_model.ipynb #00cba507
 def load_served(
     where: Path | str,        # a bundle, or a run directory
@@ -175,6 +184,7 @@ def load_served(
     model = ServedModel(bundle, options.name or model_name(bundle.description, folder), bundle_digest(folder), options)
     side = bundle.description["input"].get("resized_to") or 32
     for _ in range(3): model.predict([np.zeros((side, side, 3), np.uint8)], time.monotonic() + 60)
+    _trim_memory()
     return model
 
 # %% ../../nbs/serve/06_served_model.ipynb #7f79cd1c
