@@ -122,7 +122,8 @@ class ServedModel:
         "Say what the metadata of the protocol have no place for."
         read = self.bundle.description.get
         return dict(task=self.task, labels=self.labels, verdict=self.verdict, precision=self.bundle.precision,
-                    digest=self.digest, temperature=read("temperature"), thresholds=read("thresholds"))
+                    digest=self.digest, temperature=read("temperature"), thresholds=read("thresholds"),
+                    costs=read("costs"), decision=self.bundle.decision_note)
 
     def predict(self,
         images: list[np.ndarray],   # each uint8 (H, W, 3)
@@ -160,7 +161,7 @@ def describe(self: ServedModel,
     named = dict(zip(self.labels, values.tolist()))
     if self.task == "regression": return dict(values=named)
     if self.task == "classification":
-        best = int(values.argmax())
+        best = int(self.bundle.rule.decide(values[None])[0])
         return dict(label=self.labels[best], confidence=float(values[best]), probabilities=named)
     limits = self.bundle.description.get("thresholds") or {}
     return dict(labels=[n for n, p in named.items() if p >= limits.get(n, 0.5)], probabilities=named)
