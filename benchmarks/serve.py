@@ -4,9 +4,10 @@
 
 Without --bundle a small model at 32 × 32 pixels is made, untrained: what it predicts does not count here. Servers take
 turns (ours, bare, ours again, and the other way round), each with one thread inside the model. A process of its own
-sends requests over eight connections that stay open. A round's figure is the CPU time that the server's process used,
-per request; rows are medians over rounds, with the range of the ratio. `ours ÷ ours` is the control: the same server
-started twice. The bare application checks nothing: no token, no limit, no queue, no metrics, no id, no log.
+sends requests over eight connections that stay open. A round's figure is the CPU time that the server's threads used,
+per request; rows are medians over rounds, ratios with a 95 % interval of their median (bootstrap over rounds). The
+control is the same server started twice: where its interval leaves 0.95 … 1.05, the ratio beside it is void. The bare
+application checks nothing: no token, no limit, no queue, no metrics, no id, no log.
 """
 from __future__ import annotations
 
@@ -145,6 +146,14 @@ async def send_many(
     return times
 
 
+def cpu_seconds(
+    process: psutil.Process,
+) -> float:
+    "Add up the time that the threads of a process have run, to the nanosecond; psutil counts hundredths of a second."
+    files = Path(f"/proc/{process.pid}/task").glob("*/schedstat")
+    return sum(int(file.read_text().split()[0]) for file in files) / 1e9
+
+
 def measure(
     process: psutil.Process,   # the server
     port: int,
@@ -152,10 +161,9 @@ def measure(
     n: int,
 ) -> dict[str, float]:         # cpu_ms per request, p50_ms, p99_ms
     "Measure one round."
-    before = process.cpu_times()
+    before = cpu_seconds(process)
     times = sorted(asyncio.run(send_many(port, request, n)))
-    after = process.cpu_times()
-    cpu = after.user + after.system - before.user - before.system
+    cpu = cpu_seconds(process) - before
     return dict(cpu_ms=1000 * cpu / len(times), p50_ms=statistics.median(times), p99_ms=times[int(0.99 * len(times))])
 
 
@@ -206,6 +214,15 @@ def compare(
     return [summarise(kind, name, found, memory[name]) for kind in KINDS for name in servers]
 
 
+def interval(
+    ratios: list[float],      # of the rounds
+) -> tuple[float, float]:     # of their median, 95 %
+    "Resample the rounds."
+    rng = np.random.default_rng(0)
+    medians = np.median(rng.choice(ratios, (4000, len(ratios))), axis=1)
+    return float(np.quantile(medians, 0.025)), float(np.quantile(medians, 0.975))
+
+
 def summarise(
     kind: str,      # of the request
     name: str,      # of the server
@@ -215,10 +232,13 @@ def summarise(
     "Summarise the rounds of a server."
     rounds = found[kind, name]
     ratios = [a["cpu_ms"] / b["cpu_ms"] for a, b in zip(rounds, found[kind, "bare" if name == "ours" else "ours"])]
+    control = [a["cpu_ms"] / b["cpu_ms"] for a, b in zip(found[kind, "ours again"], found[kind, "ours"])]
+    void = not (0.95 <= interval(control)[0] and interval(control)[1] <= 1.05)
     middle = {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
     over = {"ours": "÷ bare", "bare": "÷ ours", "ours again": "÷ ours (control)"}[name]
-    span = f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
-    return {"request": kind, "server": name, "CPU ms per request": middle["cpu_ms"], "CPU ratio": f"{span} {over}",
+    low, high = interval(ratios)
+    span = f"{statistics.median(ratios):.2f} [{low:.2f}, {high:.2f}] {over}" + ", void" * void
+    return {"request": kind, "server": name, "CPU ms per request": middle["cpu_ms"], "CPU ratio": span,
             "p50 ms": middle["p50_ms"], "p99 ms": middle["p99_ms"], "memory MB": memory}
 
 

@@ -36,6 +36,8 @@ def write_served_bundle(
     weight: float = 0.25,            # of the model; other weights, other probabilities
     labels: list[str] = bundles.LABELS,
     run: str = "pets",
+    thresholds: dict[str, float] | None = None,
+    costs: dict[str, dict[str, float]] | None = None,
 ) -> Path:                           # the bundle
     "Write a bundle whose model looks at mean colours."
     matrix = np.linspace(-weight, weight, 9, dtype=np.float32).reshape(3, 3)
@@ -43,7 +45,7 @@ def write_served_bundle(
                    bundles.helper.make_node("Softmax", ["found"], ["probabilities"], axis=1)]
     for name in "trained.onnx", "trained_int8.onnx":
         bundles.write_graph(folder/"export"/name, end, weights=dict(other=matrix), labels=labels)
-    spec = ModelSpec("mean_colour", labels, 6, [0.5] * 3, [0.5] * 3)
+    spec = ModelSpec("mean_colour", labels, 6, [0.5] * 3, [0.5] * 3, thresholds=thresholds, costs=costs)
     details = dict(run=run, shipped=dict(model="trained"), metrics={}) | (dict(verdict=verdict) if verdict else {})
     return write_bundle(folder/"bundle", folder, "trained", spec, bundles.IMAGES, details)
 

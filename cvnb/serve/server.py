@@ -14,6 +14,7 @@ import signal
 import socket
 import ssl
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -185,6 +186,9 @@ def _configure(
 ) -> uvicorn.Config:
     "Configure uvicorn."
     for name in "uvicorn.error", "uvicorn.access", "asyncio": logging.getLogger(name).setLevel(logging.ERROR)
+    # What a client sends must not fill the log: it is counted in the metrics.
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     count = lambda kind: service.metrics.errors.labels(kind).inc()
     limit = most_connections(options.limits.max_connections)
     protocol = guarded_protocol(limit, options.limits.header_seconds, count)

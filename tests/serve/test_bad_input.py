@@ -142,6 +142,7 @@ def fuzz(server: Server, n: int, seed: int, garbage: Callable[[int], bool] = lam
 def check_alive(server: Server, photo: np.ndarray) -> None:
     "Check that a server answers as on its first day."
     assert server.process.poll() is None and "Traceback" not in server.text, server.text[-3000:]
+    assert len(server.text.splitlines()) == 2, server.text[-3000:]   # clients do not fill the log
     assert server.ask("/predict", encode(photo)).json["label"] == "owl"
     assert server.metric("cvnb_requests_in_memory_bytes") == 0 and server.metric("cvnb_queue_length") == 0
 

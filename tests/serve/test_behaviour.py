@@ -19,10 +19,12 @@ import network
 import numpy as np
 import psutil
 import pytest
+from bundles import LABELS
 from servers import SHIP, TOKEN, Answer, Server, cvnb, encode, serving, write_served_bundle, write_slow_bundle
 
 from cvnb.core.files import read_json
 from cvnb.core.records import write_record
+from cvnb.export.bundle import Bundle
 from cvnb.export.bundle_format import BundleDescription
 from cvnb.serve.served_model import ModelOptions, load_served
 
@@ -130,6 +132,26 @@ def test_service_stays_on_this_machine_and_leaves_no_file(
     command = Path(sys.executable).with_name("cvnb"), "serve", served_bundle, "--port", 0
     watched = network.watch(tmp_path, *command, use=use)
     assert network.attempts(watched.trace) == [] and watched.files() == []
+
+
+COSTS = {true: {said: (true != said) * (1000.0 if true == "cat" else 1.0) for said in LABELS} for true in LABELS}
+RULES = [dict(thresholds=dict(cat=0.01, dog=0.19, owl=0.8)), dict(costs=COSTS)]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=["thresholds", "costs"])
+def test_class_is_that_of_the_bundles_own_rule(tmp_path: Path, rule: dict) -> None:
+    folder = write_served_bundle(tmp_path/"run", weight=0.02, **rule)
+    images = [np.random.default_rng(i).integers(0, 255, (9, 9, 3)).astype(np.uint8) for i in range(20)]
+    predicted = Bundle.load(folder).predict(images)
+    with serving(tmp_path/"log", folder) as server:
+        asked = [server.ask("/predict", encode(image)).json for image in images]
+        about = server.ask("/v2/models/pets").json["parameters"]
+    for found, expected in zip(asked, predicted):
+        assert found["label"] == expected["label"]
+        assert found["confidence"] == pytest.approx(expected["confidence"], abs=1e-6)
+    largest = [max(p["probabilities"], key=p["probabilities"].get) for p in predicted]
+    assert largest != [p["label"] for p in predicted]   # the rule matters for these images
+    assert about["decision"] and all(about[name] == value for name, value in rule.items())
 
 
 # Overload and limits
