@@ -322,11 +322,11 @@ def _list_many(
     images: list[str],   # files, folders and tables
 ) -> list[str]:          # image files
     "List the images of a call that writes a file."
-    from cvnb.export.prediction_file import TABLE_SUFFIXES, read_image_table
+    from cvnb.export.prediction_file import IMAGE_TABLE_SUFFIXES, read_image_table
     paths: list[str] = []
     for name in images:
         if os.path.isdir(name): paths += _list_folder(name)
-        elif name.lower().endswith(TABLE_SUFFIXES): paths += read_image_table(name)
+        elif name.lower().endswith(IMAGE_TABLE_SUFFIXES): paths += read_image_table(name)
         else: paths.append(name)
     return paths
 

@@ -17,7 +17,7 @@ from ..core.files import atomic_path, digest
 from ..core.records import printable
 
 # %% auto #0
-__all__ = ['PREDICTION_SUFFIXES', 'TABLE_SUFFIXES', 'PredictionFile', 'read_image_table']
+__all__ = ['PREDICTION_SUFFIXES', 'IMAGE_TABLE_SUFFIXES', 'PredictionFile', 'read_image_table']
 
 # %% ../../nbs/export/10_prediction_file.ipynb #f5
 PREDICTION_SUFFIXES = (".csv", ".jsonl", ".parquet")
@@ -210,7 +210,7 @@ _WRITERS: dict[str, Callable[[Iterator[dict[str, Any]], Path], int]] = {
     ".csv": _write_csv, ".jsonl": _write_json_lines, ".parquet": _write_parquet}
 
 # %% ../../nbs/export/10_prediction_file.ipynb #f8
-TABLE_SUFFIXES = (".csv", ".parquet")
+IMAGE_TABLE_SUFFIXES = (".csv", ".parquet")
 
 def read_image_table(
     path: Path | str,   # .csv or .parquet with a column `path`
