@@ -472,7 +472,7 @@ def write_audit(
     dataset = write_dataset(stage.run, data.root, rows, expand_to_files(table, audit.components), findings, progress)
     about = dict(data=data.name, root=data.root, layout=data.dataset.layout, columns=data.dataset.columns,
                  decoding=data.decoding.to_json(), fiftyone_dataset=dataset, groups=data.groups,
-                 validation=audit.validation,
+                 validation=audit.validation, classifier_accuracy=stage.metrics.get("classifier_accuracy"),
                  corrections=audit.applied.to_dict("records"),
                  n_answered=int(unique.pixel_sha256.isin(list(data.out_of_fold)).sum()))
     write_json(stage.path("audit.json"), about | audit_summary(audit.report, audit.manifest, data.task.name))

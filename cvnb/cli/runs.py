@@ -46,6 +46,9 @@ def run_command(
     layout: Annotated[Optional[str], typer.Option(help=LAYOUT_HELP)] = None,
     leave_out: Annotated[Optional[list[str]], typer.Option(help=LEAVE_OUT_HELP)] = None,
     take_in: Annotated[Optional[list[str]], typer.Option(help=TAKE_IN_HELP)] = None,
+    minutes: Annotated[Optional[float], typer.Option(
+        help="Time of the train stage by the clock: image size, epochs and tuning are chosen by measured speed to meet "
+             "it, as --set train.minutes. The other stages take their own time.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Run the stages even if nothing changed.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -54,10 +57,11 @@ def run_command(
     from cvnb.pipeline.runner import run_pipeline, select_stages
     known = read_contracts()
     select_stages(stages, known)
+    sets = [*(sets or []), *_deadline_option(minutes)]
     recipe = choose_recipe(data, config)
     folder = run.expanduser().resolve() if run else project_root()/"runs"/default_name(data, config, recipe)
     read = reading_parameters(layout, leave_out, take_in)
-    parameters = collect_parameters(folder, data, recipe, sets or [], known, read)
+    parameters = collect_parameters(folder, data, recipe, sets, known, read)
     with ProgressLines(sys.stderr if as_json else sys.stdout) as lines:
         fetch_data(parameters, folder, known, lines)
         lines.note(f"{folder}" + (f" · recipe {recipe.name}" if recipe else ""))
@@ -70,6 +74,16 @@ def run_command(
     if verdict := _judge(folder): print("\n" + "\n".join(verdict.lines(folder)))
 
 # %% ../../nbs/cli/03_runs.ipynb #0639d96d
+def _deadline_option(
+    minutes: float | None,   # --minutes
+) -> list[str]:              # values of --set
+    "Turn the deadline into a parameter; raise `UsageError` for one that is too short for any training."
+    if minutes is None: return []
+    from cvnb.training.options import LEAST_MINUTES
+    if not minutes >= LEAST_MINUTES:
+        raise UsageError(f"--minutes {minutes:g} is too short for a training", f"Give {LEAST_MINUTES:g} or more.")
+    return [f"train.minutes={minutes!r}"]
+
 def _result_record(
     folder: Path,                # run directory
     results: list[StageResult],  # from `run_pipeline`

@@ -62,6 +62,7 @@ class AuditRecord(OutputRecord):
     corrections: list[dict[str, Any]] = []
     groups: str = Field("none", description="rule by which images were grouped; auto: groups were looked for")
     validation: list[str] = Field([], description="how the validation split differs from the test")
+    classifier_accuracy: Metric | None = Field(None, description="of the label check, on images it has not seen")
     n_files: Count = 0
     n_images: Count = 0
     n_answered: Count = 0

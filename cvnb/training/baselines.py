@@ -135,6 +135,7 @@ def compare_with_baselines(
     baselines: Baselines,            # of the run
     table: pd.DataFrame,             # the model's predictions of the validation images, in the order of the rows
     metrics: dict[str, Estimate],    # the model's, such as "accuracy_val"
+    audit: dict,                     # content of audit.json: classifier_accuracy
 ) -> list[str]:                      # sentences; none where the model is not shown to be worse
     "Say where a model is worse than a baseline on the validation images, and which option may help."
     main = baselines.main
@@ -150,6 +151,11 @@ def compare_with_baselines(
         words = main.replace("_", " ")
         notes.append(f"{_NAMES[name]} is better than the model: {words} {other.value:.4f} against {own.value:.4f} on "
                      f"{own.n:,} validation images{difference}. {_REMEDIES[name]}")
+    checked = audit.get("classifier_accuracy")
+    if main == "accuracy" and checked and (checked["low"] or 0) > own.high:
+        notes.append(f"the classifier of the audit's label check is better than the model: accuracy "
+                     f"{checked['value']:.4f} on {checked['n']:,} images it had not seen, against {own.value:.4f} on "
+                     f"{own.n:,} validation images. {_REMEDIES['probe']}")
     return notes
 
 _NAMES = dict(majority="the same answer for every image", probe="a linear probe on the audit's embeddings")

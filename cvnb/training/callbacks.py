@@ -22,8 +22,8 @@ from ..core.files import atomic_path, write_json
 from .module import TrainingModule, gather_weights
 
 # %% auto #0
-__all__ = ['PROGRESS_INTERVAL_S', 'write_history', 'EpochHistory', 'ResumeCheckpoint', 'BestWeights', 'AveragedWeights',
-           'ResumableEarlyStopping']
+__all__ = ['PROGRESS_INTERVAL_S', 'read_clock', 'write_history', 'EpochHistory', 'ResumeCheckpoint', 'BestWeights',
+           'AveragedWeights', 'ResumableEarlyStopping', 'Deadline']
 
 # %% ../../nbs/training/08_callbacks.ipynb #write-curves
 def write_history(
@@ -213,3 +213,39 @@ class ResumableEarlyStopping(EarlyStopping):
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
         self._trainer.should_stop = self.wait_count >= self.patience
+
+# %% ../../nbs/training/08_callbacks.ipynb #deadline-code
+read_clock: Callable[[], float] = time.monotonic   # in seconds; a benchmark on a busy machine replaces it by CPU time
+
+class Deadline(pl.Callback):
+    "End a training when its time is up."
+    def __init__(self,
+        seconds: float,   # that the training may take, validation included
+    ):
+        self.seconds = seconds
+        self._before = 0.0   # seconds used before it was resumed
+        self._began: float | None = None
+
+    @property
+    def used(self) -> float:
+        "Count the seconds of this training."
+        return self._before + (read_clock() - self._began if self._began is not None else 0.0)
+
+    @property
+    def share(self) -> float:
+        "Tell the share of the time that is used, 0 … 1."
+        return min(1.0, self.used / self.seconds)
+
+    def state_dict(self) -> dict: return dict(used=self.used)
+
+    def load_state_dict(self, state: dict) -> None: self._before = state["used"]
+
+    def setup(self, trainer: pl.Trainer, pl_module: TrainingModule, stage: str) -> None:
+        pl_module.share_of_time = lambda: self.share
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: TrainingModule) -> None: self._began = read_clock()
+
+    def on_train_batch_end(self,
+        trainer: pl.Trainer, pl_module: TrainingModule, outputs: Any, batch: Any, batch_idx: int,
+    ) -> None:
+        if self.share >= 1: trainer.should_stop = True

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 import os
 import shutil
 import warnings
@@ -23,18 +24,19 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..core.errors import CvnbError, UsageError
-from ..core.files import digest
+from ..core.files import atomic_path, digest
 from ..core.fingerprint import code_fingerprint, code_parts
 from ..core.output_formats import CheckpointRecord
 from ..core.records import read_kept, read_record, write_record
 from ..models.inference import weights_sha256
 from ..models.vision_model import VisionModel, check_image_size, patch_coverage_notes, task_of
-from .callbacks import AveragedWeights, BestWeights, EpochHistory, ResumableEarlyStopping, ResumeCheckpoint
-from .callbacks import write_history
+from .callbacks import AveragedWeights, BestWeights, Deadline, EpochHistory, ResumableEarlyStopping
+from .callbacks import ResumeCheckpoint, write_history
 from .distributed import FORK_STRATEGIES, FRESH_KERNEL_REMEDY, count_nodes, find_worker_error
 from .distributed import interruptible, is_out_of_memory, local_gpu, record_worker_errors, relay_progress
 from .distributed import resolve_strategy
@@ -45,7 +47,7 @@ from .optim import make_ema_update
 from .options import BALANCE_MODES, DEVICES, KEEP_MODES, TUNE_MODES, FitOptions
 
 # %% auto #0
-__all__ = ['training_parts', 'training_identity', 'restart_reasons', 'clear_checkpoints', 'silence_lightning',
+__all__ = ['CHOICE_FILES', 'training_parts', 'training_identity', 'restart_reasons', 'clear_checkpoints', 'silence_lightning',
            'select_accelerator', 'halve_batch', 'can_halve_batch', 'loss_class_weights', 'fit']
 
 # %% ../../nbs/training/09_fit.ipynb #cell-22
@@ -133,6 +135,8 @@ def _is_intact(
     except Exception: return False   # a damaged archive raises a dozen types
 
 # %% ../../nbs/training/09_fit.ipynb #dist-05
+CHOICE_FILES = ("picked.json", "plan.json")   # in checkpoints/: what was chosen for a training before it began
+
 def _reset_checkpoints(
     folder: Path,      # the stage's folder
     parts: dict,       # from `training_parts`
@@ -141,7 +145,7 @@ def _reset_checkpoints(
     "Delete the files of other trainings, but not the options picked for this one, and record its identity and parts."
     if rank_zero_only.rank: return
     for path in (folder/"checkpoints").glob("*"):
-        if path.name != "picked.json": path.unlink(missing_ok=True)
+        if path.name not in CHOICE_FILES: path.unlink(missing_ok=True)
     record = dict(identity=digest(parts), halved=halvings, parts=parts)
     write_record(folder/"checkpoints/training.json", record, CheckpointRecord)
 
@@ -324,11 +328,17 @@ def _check_inputs(
 ) -> list[str]:              # notes
     "Check data and options; raise `CvnbError` for what cannot work, and return notes about the rest."
     task = task_of(model.spec)
+    if options.tune == "auto":
+        raise UsageError("tune=auto is not resolved: `fit` does not know whether the weights are trained",
+                         "Call `autotune` before, or use tune=full or tune=head_first.")
     notes = check_classes(dict(train=train, val=val), task, model.spec.classes)
     if not task.has_classes and (options.balance != "none" or options.mixup or options.cutmix):
         raise UsageError(f"{task.name} has no classes to balance or to mix",
                          f"Use balance=none, mixup=0 and cutmix=0 for {task.name}.")
     if options.strategy.startswith("fsdp"): _check_fsdp(options)
+    if options.minutes and options.devices > 1:
+        raise UsageError(f"minutes={options.minutes:g} works on one device: processes read different clocks",
+                         "Use devices=1, or minutes=0 and epochs.")
     for name, known in dict(tune=TUNE_MODES, balance=BALANCE_MODES, keep=KEEP_MODES).items():
         value = getattr(options, name)
         if value not in known: raise UsageError(f"{name} '{value}' is none of {', '.join(known)}")
@@ -386,6 +396,7 @@ def _callbacks(
     if options.keep == "best": chosen.append(BestWeights(checkpoints/"best.safetensors"))
     if options.ema: chosen.append(AveragedWeights(multi_avg_fn=make_ema_update(options.ema)))
     if options.patience: chosen.append(ResumableEarlyStopping(options.patience))
+    if options.minutes: chosen.append(Deadline(60 * options.minutes))
     return [*chosen, *job.callbacks, ResumeCheckpoint(checkpoints/"last.ckpt")]
 
 # %% ../../nbs/training/09_fit.ipynb #dist-412
@@ -424,7 +435,7 @@ def _train(
     job: _Job,              # the training
     options: FitOptions,    # with the batches of this attempt
     resume: Path | None,    # checkpoint to resume from
-) -> None:
+) -> str:                   # why it ended before its last step; empty if it did not
     "Train once, from a checkpoint or from the start."
     o = options
     model = job.model
@@ -448,6 +459,8 @@ def _train(
         rows = read_record(job.folder/"checkpoints/history.json", list[dict])
         _log_epochs(job.logger, rows, -(-data.batches_per_epoch // o.accumulate))
     model.to("cpu").eval()
+    stopped_by_clock = any(isinstance(c, Deadline) and c.share >= 1 for c in callbacks)
+    return f"its {o.minutes:.2g} minutes were over" if stopped_by_clock else ""
 
 # %% ../../nbs/training/09_fit.ipynb #cell-34
 def _run_trainer(
@@ -481,7 +494,14 @@ def _fit_head_first(
 
     progress = job.progress if options.tune == "probe" or not job.progress else text_only
     weights = loss_class_weights(job.model, job.train, options)
-    return fit_head(job.model, job.train, job.val, options.label_smoothing, _single_device(options), weights, progress)
+    tried = fit_head(job.model, job.train, job.val, options.label_smoothing, _single_device(options), weights,
+                     progress, options.objective)
+    if options.tune == "head_first" and not rank_zero_only.rank:
+        scores = {name: str(value) for name, value in tried.iloc[-1].items()}
+        with atomic_path(job.folder/_PROBE_FILE) as temp: save_file(job.model.state_dict(), temp, scores)
+    return tried
+
+_PROBE_FILE = "checkpoints/probe.safetensors"   # the model before fine-tuning; its scores are the file's metadata
 
 # %% ../../nbs/training/09_fit.ipynb #cell-38
 def _probe_history(
@@ -498,6 +518,21 @@ def _probe_history(
     return history.reset_index(drop=True)
 
 # %% ../../nbs/training/09_fit.ipynb #begin-with
+def _keep_probe_if_better(
+    job: _Job,               # the training, which has completed; its model gets the probe's weights if they are better
+    options: FitOptions,     # of the last attempt
+    history: pd.DataFrame,   # of the training; gets a note and a changed option
+) -> None:
+    "Return to the head on fixed features if fine-tuning ended with a lower validation metric."
+    metric = f"val_{options.objective.key if options.objective else task_of(job.model.spec).main_metric}"
+    with safe_open(job.folder/_PROBE_FILE, "pt") as file: before = float(file.metadata()[metric])
+    ends = history[metric].max() if options.keep == "best" else history[metric].iloc[-1]
+    if math.isnan(before) or before <= ends: return
+    job.model.load_state_dict(load_file(job.folder/_PROBE_FILE))
+    why = f"fine-tuning ended at {metric} {ends:.4f}, below the {before:.4f} of the linear probe that it began with"
+    history.attrs["changed"].append(dict(option="tune", picked="probe", why=why))
+    history.attrs["notes"].append(f"{why}: the probe's weights are kept. A lower lr, more epochs or keep=best may help")
+
 def _restore_weights(
     model: VisionModel,         # whose training did not complete
     start: dict[str, Tensor],   # its starting weights
@@ -519,11 +554,13 @@ def _read_history(
     options: FitOptions,   # of the last attempt
     halvings: int,         # how often the batch was halved
     notes: list[str],      # from `_check_inputs`
+    stopped: str = "",     # why it ended before its last step
 ) -> pd.DataFrame:         # as `fit` returns it
     "Read the history that the training wrote, and add what was changed."
     history = pd.DataFrame(read_record(job.folder/"checkpoints/history.json", list[dict]))
     notes = notes + ([_halved_note(options)] if halvings else [])
-    if len(history) < options.epochs:   # stopped by patience, or by a callback of the caller
+    if stopped: notes.append(f"stopped in epoch {len(history)} of {options.epochs}: {stopped}")
+    elif len(history) < options.epochs:   # stopped by patience, or by a callback of the caller
         why = f": the validation loss had not fallen for {options.patience}" if options.patience else ""
         notes.append(f"stopped after epoch {len(history)} of {options.epochs}{why}")
     changed = {name: getattr(options, name) for name in ("batch_size", "accumulate")} if halvings else {}
@@ -565,7 +602,7 @@ def fit(
         try:
             probe = _fit_head_first(job, now) if now.tune != "full" and not resume else None
             if now.tune == "probe": return _probe_history(job, probe, notes)
-            _train(job, now, resume)
+            stopped = _train(job, now, resume)
             break
         except BaseException as e:
             _restore_weights(model, start)
@@ -578,7 +615,8 @@ def fit(
         _reset_checkpoints(job.folder, parts, halvings)
         if torch.cuda.is_available(): torch.cuda.empty_cache()
     if now.keep == "best": model.load_state_dict(load_file(job.folder/"checkpoints/best.safetensors"))
-    history = _read_history(job, now, halvings, notes)
+    history = _read_history(job, now, halvings, notes, stopped)
+    if now.tune == "head_first": _keep_probe_if_better(job, now, history)
     # after this, the first process may delete the checkpoints
     if torch.distributed.is_initialized(): torch.distributed.barrier()
     return history

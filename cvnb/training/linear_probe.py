@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from ..core.errors import UsageError
 from ..core.stage import subprogress
+from ..metrics.objective import Objective
 from ..models.inference import extract_features
 from ..models.vision_model import VisionModel, task_of
 from ..tasks.labels import Task
-from .loaders import LabelledImages
+from .loaders import LabelledImages, split_progress
 
 # %% auto #0
-__all__ = ['L2_PENALTIES', 'fit_linear', 'fit_head']
+__all__ = ['L2_PENALTIES', 'has_linear_head', 'fit_linear', 'fit_head']
 
 # %% ../../nbs/training/04_linear_probe.ipynb #cell-5
 L2_PENALTIES = (1.0, 0.1, 0.01, 1e-3, 1e-4)   # tried in this order
@@ -59,6 +60,12 @@ def _check_linear_head(
                      "Use tune=full.")
 
 # %% ../../nbs/training/04_linear_probe.ipynb #abc42733
+def has_linear_head(
+    model: VisionModel,   # any
+) -> bool:
+    "Return whether a linear probe is possible."
+    return isinstance(model.net.get_classifier(), nn.Linear)
+
 def _compute_features(
     model: VisionModel,    # ends on the CPU
     parts: Sequence[LabelledImages],   # sets of images
@@ -66,13 +73,14 @@ def _compute_features(
     progress: Callable[[float, str], None] | None,   # called with the fraction that is done and a text
 ) -> list[Tensor]:         # features (N, D) of each set
     "Compute the inputs of a model's head; raise `UsageError` for a network whose head is not linear."
-    if not isinstance(model.net.get_classifier(), nn.Linear):
+    if not has_linear_head(model):
         raise UsageError(f"{model.spec.backbone} has no linear head", "Use tune=full.")
 
     def feature_progress(fraction: float, text: str) -> None: progress(0.9 * fraction, f"features of {text}")
 
-    found = [torch.from_numpy(extract_features(model, part.images, device, progress=progress and feature_progress))
-             for part in parts]
+    bars = split_progress(progress and feature_progress, dict(zip(("train", "val"), map(len, parts))))
+    found = [torch.from_numpy(extract_features(model, part.images, device, progress=bar))
+             for part, bar in zip(parts, bars.values())]
     _check_linear_head(model.to("cpu"), parts[-1].images[:8], found[-1][:8])
     return found
 
@@ -98,6 +106,7 @@ def fit_linear(
     smoothing: float = 0.0,       # label smoothing, 0 … 1
     weights: Tensor | None = None,   # of the classes (C,)
     progress: Callable[[float, str], None] | None = None,   # called with the fraction that is done and a text
+    objective: Objective | None = None,   # measured beside the score
 ) -> tuple[nn.Linear, pd.DataFrame]:   # the head; a row per penalty as of `fit_head`
     "Fit a linear head to features; the validation images choose the penalty."
     mean = features[0].mean(0)
@@ -120,6 +129,9 @@ def fit_linear(
         rows.append(dict(decay=penalty, train_loss=float(task.loss(fitted, targets[0])),
                          val_loss=float(task.loss(predicted, targets[1]))))
         rows[-1][f"val_{task.main_metric}"] = task.score(predicted, targets[1])
+        if objective and objective.classes:
+            answers = objective.rule.decide(task.predict(predicted).numpy())
+            rows[-1][f"val_{objective.key}"] = objective.score(targets[1].numpy(), answers)
         heads.append(copy.deepcopy(head))
     best = min(range(len(rows)), key=lambda i: rows[i]["val_loss"])
     _fold_scale(head, heads[best], mean, std)
@@ -134,6 +146,7 @@ def fit_head(
     device: str = "cpu",    # where features are computed
     weights: Tensor | None = None,   # of the classes (C,)
     progress: Callable[[float, str], None] | None = None,   # called with the fraction that is done and a text
+    objective: Objective | None = None,   # measured beside the score
 ) -> pd.DataFrame:          # a row per penalty: decay, train_loss, val_loss, val_<metric>; the chosen one is last
     "Train the head alone, on features without augmentation; raise `UsageError` for a network whose head is not linear."
     task = task_of(model.spec)
@@ -142,7 +155,7 @@ def fit_head(
     last = progress and subprogress(progress, 0.9, 1)
     head = model.net.get_classifier()
     fitted, tried = fit_linear(features, targets, task, head.out_features, model.unstandardize, smoothing, weights,
-                               last)
+                               last, objective)
     head.load_state_dict(fitted.state_dict())
     model.to("cpu").eval()
     return tried

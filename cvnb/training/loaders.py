@@ -22,6 +22,7 @@ from ..core.cache import take_rows
 from ..core.errors import CvnbError, UsageError
 from ..core.files import digest
 from ..core.html import html_table
+from ..core.stage import subprogress
 from ..data.image_grid import plot_image_grid
 from ..data.images import DEFAULT_DECODING, Decoding, load_images
 from ..data.split_names import SPLITS
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['LabelledImages', 'load_labelled', 'missing_classes', 'check_classes', 'SplitImages', 'load_splits', 'derive_seed',
-           'TrainLoader', 'show_batch']
+__all__ = ['LabelledImages', 'load_labelled', 'missing_classes', 'check_classes', 'SplitImages', 'split_progress', 'load_splits',
+           'derive_seed', 'TrainLoader', 'show_batch']
 
 # %% ../../nbs/training/02_loaders.ipynb #23ac876c
 def _to_json(
@@ -152,6 +153,29 @@ class SplitImages:
         return html_table(pd.DataFrame([*rows, *(("note", note) for note in self.notes)], columns=["", "value"]))
 
 # %% ../../nbs/training/02_loaders.ipynb #5690cba3
+def split_progress(
+    progress: Callable[..., None] | None,   # called with the fraction that is done and a text
+    counts: dict[str, int],                 # split -> images
+) -> dict[str, Callable[..., None] | None]: # split -> its share of the progress, whose texts name it
+    "Divide the progress of a step among splits by their images, so that it moves once from 0 to 1."
+    total = max(1, sum(counts.values()))
+    begin = 0.0
+    bars: dict[str, Callable[..., None] | None] = {}
+    for split, n in counts.items():
+        bars[split] = progress and _named_part(progress, begin, begin + n / total, split)
+        begin += n / total
+    return bars
+
+def _named_part(
+    progress: Callable[..., None],   # called with the fraction that is done and a text
+    begin: float,                    # share that is done before the part, 0 … 1
+    end: float,                      # share that is done after the part, 0 … 1
+    name: str,                       # of the part
+) -> Callable[..., None]:            # for the part
+    "Map the progress of a part, and name it."
+    part = subprogress(progress, begin, end)
+    return lambda fraction, text="", **curves: part(fraction, f"{text} ({name})", **curves)
+
 def load_splits(
     manifest: Path | str,     # manifest.parquet of the audit
     audit: dict,              # content of audit.json: root, classes, task, decoding
@@ -167,7 +191,8 @@ def load_splits(
     size = image_size or auto_image_size(table.width, table.height, least=min_size)
     rows = read_splits(manifest)
     decoding = Decoding.from_audit(audit)
-    images = {split: load_labelled(audit["root"], rows[split], classes, size, progress, task, decoding)
+    bars = split_progress(progress, {split: len(rows[split]) for split in SPLITS})
+    images = {split: load_labelled(audit["root"], rows[split], classes, size, bars[split], task, decoding)
               for split in SPLITS}
     notes = check_classes(images, kind, classes) + count_copies(manifest)
     if audit["task"] != task:

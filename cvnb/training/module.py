@@ -141,6 +141,8 @@ def image_size_at_epoch(
     return full if share >= 1 else min(full, max(step, round(full * share / step) * step))
 
 # %% ../../nbs/training/07_module.ipynb #cell-12
+def _no_deadline() -> float: return 0.0   # of the time is used
+
 class TrainingModule(pl.LightningModule):
     "Train a `VisionModel`."
     def __init__(self,
@@ -162,6 +164,7 @@ class TrainingModule(pl.LightningModule):
         self.loss_sum = torch.zeros(())   # over the batches of this epoch
         self.batches_seen = 0             # in this epoch
         self.gathered_weights: dict[str, Tensor] = {}   # of a sharded model, after the training
+        self.share_of_time: Callable[[], float] = _no_deadline   # used of the time that the training has, 0 … 1
         self._class_weights = weights
         self._original = (original or model,)   # a tuple, so that torch does not register it
         self._pending: list[tuple] = []   # batches whose loss has not been read yet
@@ -265,5 +268,7 @@ class TrainingModule(pl.LightningModule):
         total = o.epochs * -(-self.trainer.datamodule.batches_per_epoch // o.accumulate)
         optimizer = make_optimizer(original.net, o.optimizer, o.lr, o.weight_decay, o.momentum, o.layer_decay)
         if original is not self.model: _replace_parameters(optimizer, original.net, self.model.net)
-        scheduler = LambdaLR(optimizer, make_schedule(o.schedule, total, o.warmup))
+        share = make_schedule(o.schedule, total, o.warmup)
+        # where steps are slower than the clock, the rate follows the clock
+        scheduler = LambdaLR(optimizer, lambda step: share(max(step, int(self.share_of_time() * total))))
         return dict(optimizer=optimizer, lr_scheduler=dict(scheduler=scheduler, interval="step"))

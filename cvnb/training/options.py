@@ -10,18 +10,22 @@ from dataclasses import dataclass, fields
 from ..metrics.objective import Objective
 
 # %% auto #0
-__all__ = ['DEVICES', 'TUNE_MODES', 'BALANCE_MODES', 'KEEP_MODES', 'FitOptions']
+__all__ = ['DEVICES', 'TUNE_MODES', 'BALANCE_MODES', 'KEEP_MODES', 'LEAST_MINUTES', 'FitOptions']
 
 # %% ../../nbs/training/06_options.ipynb #cell-5
 DEVICES = ("auto", "cpu", "gpu")
-TUNE_MODES = ("full", "head_first", "probe")   # head_first: first the head on fixed features; probe: the head alone
+# head_first: first the head on fixed features; probe: the head alone; auto: head_first for trained weights
+TUNE_MODES = ("auto", "full", "head_first", "probe")
 BALANCE_MODES = ("none", "weights", "sampling")   # rare classes weigh more in the loss, or are drawn more often
 KEEP_MODES = ("last", "best")   # which epoch's weights a training ends with: best by the validation metric
+
+LEAST_MINUTES = 0.5   # shorter deadlines are refused without a measurement
 
 @dataclass(frozen=True)
 class FitOptions:
     "How to train."
     epochs: int = 2               # passes over the training set, in whole batches
+    minutes: float = 0.0          # by the clock, after which training ends; 0 is off
     lr: float = 3e-3              # peak learning rate
     batch_size: int = 64          # images per batch, over all processes
     weight_decay: float = 0.02    # of matrices; biases and norms have no decay

@@ -14,7 +14,6 @@ import pandas as pd
 
 from ..core.output_formats import MetricsRecord
 from ..core.html import html_table
-from ..core.stage import subprogress
 from ..data.splits import image_groups
 from ..metrics.classification import accuracy
 from ..metrics.estimates import Estimate
@@ -23,7 +22,7 @@ from ..models.devices import torch_device
 from ..models.inference import predict_logits
 from ..models.vision_model import VisionModel, task_of
 from ..tasks.labels import Task
-from .loaders import LabelledImages, SplitImages
+from .loaders import LabelledImages, SplitImages, split_progress
 
 # %% auto #0
 __all__ = ['predict_with_tta', 'predict_table', 'SplitPredictions', 'accuracy_without_siblings', 'predict_splits',
@@ -128,12 +127,12 @@ def predict_splits(
 ) -> SplitPredictions:
     "Predict the validation and the test split, and estimate the metrics."
     task = task_of(model.spec)
-    steps = 2 if tta == "none" else 3
-    parts = [progress and subprogress(progress, i / steps, (i + 1) / steps) for i in range(steps)]
+    counts = {split: len(data.images[split]) for split in ("val", "test")}
+    bars = split_progress(progress, counts | ({} if tta == "none" else dict(mirrored=2 * counts["test"])))
     tables = {}
     measured = {}
-    for split, part in zip(("val", "test"), parts):
-        logits = predict_with_tta(model, data.images[split], device=device, progress=part)
+    for split in counts:
+        logits = predict_with_tta(model, data.images[split], device=device, progress=bars[split])
         tables[split] = task.prediction_table(model.spec.classes, data.rows[split], logits)
         groups = image_groups(data.rows[split])
         measured[split] = _measure(task, logits, data.images[split].targets, groups, objective)
@@ -142,7 +141,7 @@ def predict_splits(
     for name in measured["val"]:
         for split in "val", "test": metrics[f"{name}_{split}"] = measured[split][name]
     if tta != "none":
-        averaged = predict_with_tta(model, data.images["test"], tta, device, parts[-1])
+        averaged = predict_with_tta(model, data.images["test"], tta, device, bars["mirrored"])
         groups = image_groups(data.rows["test"])
         found = _measure(task, averaged, data.images["test"].targets, groups, objective)
         tta_metrics = {f"{name}_test_tta": estimate for name, estimate in found.items()}

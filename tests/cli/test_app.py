@@ -157,6 +157,14 @@ def option_help(command: object, name: str) -> str:
     return get_type_hints(command, include_extras=True)[name].__metadata__[0].help
 
 
+@pytest.mark.parametrize("minutes", ["0.1", "0", "-3", "nan"])
+def test_deadline_that_is_too_short_is_refused_before_anything_is_written(call, folders, tmp_path, minutes):
+    run = tmp_path/"run"
+    code, out, err = call("run", "--data", folders/"good", "--run", run, "--minutes", minutes)
+    assert code == 2 and not run.exists() and not out
+    assert err.strip() == f"cvnb: --minutes {minutes} is too short for a training. Give 0.5 or more."
+
+
 def test_help_of_run_lists_every_stage_in_order():
     assert run_command.__doc__.rstrip(".").split(": ")[1].split(", ") == list(read_contracts())
 

@@ -84,11 +84,24 @@ def test_model_is_called_worse_only_by_the_paired_test():
     data, vectors = split_data("classification")
     baselines = fit_baselines(vectors, data)
     compare = lambda right: compare_with_baselines(
-        baselines, pd.DataFrame(dict(correct=np.arange(60) < right)), dict(accuracy_val=Estimate(right / 60, 0, 1, 60)))
+        baselines, pd.DataFrame(dict(correct=np.arange(60) < right)),
+        dict(accuracy_val=Estimate(right / 60, 0, 1, 60)), {})
     assert compare(60) == [] and compare(57) == []
     (note,) = compare(45)
     assert "a linear probe on the audit's embeddings is better than the model" in note and "train.weights" in note
     assert len(compare(10)) == 2, "worse than the constant answer, too"
+
+
+def test_model_is_held_against_the_classifier_of_the_audit():
+    data, vectors = split_data("classification")
+    baselines = fit_baselines(vectors, data)
+    right = pd.DataFrame(dict(correct=np.ones(60, bool)))
+    own = dict(accuracy_val=Estimate(0.9, 0.85, 0.94, 60))
+    compare = lambda low: compare_with_baselines(
+        baselines, right, own, dict(classifier_accuracy=dict(value=0.97, low=low, high=0.99, n=240)))
+    (note,) = compare(0.95)
+    assert "the audit's label check is better than the model: accuracy 0.9700 on 240 images" in note
+    assert compare(0.93) == [] and compare(None) == []
 
 
 def test_difference_of_few_groups_has_no_interval():

@@ -20,7 +20,7 @@ from cvnb.models.inference import predict_logits
 from cvnb.models.weights import create_model
 from cvnb.tasks.labels import get_task
 from cvnb.training.augment import Augmentation
-from cvnb.training.loaders import LabelledImages, TrainLoader, load_splits, show_batch
+from cvnb.training.loaders import LabelledImages, TrainLoader, load_splits, show_batch, split_progress
 from cvnb.training.optim import SCHEDULES, make_optimizer, make_schedule
 from cvnb.training.predict import predict_splits, predict_with_tta
 
@@ -104,3 +104,16 @@ def check_figures_of_splits(model, splits):
     labelled = splits.images | {split: replace(splits.images[split], targets=t) for split, t in targets.items()}
     found = predict_splits(model, replace(splits, images=labelled), device="cpu").metrics
     assert found["accuracy_val"].value == 0 and found["accuracy_test"].value == 1
+
+
+def test_progress_over_splits_moves_once_and_names_the_split():
+    seen = []
+    counts = dict(train=60, val=20, test=20)
+    bars = split_progress(lambda fraction, text="": seen.append((round(fraction, 3), text)), counts)
+    for bar in bars.values():
+        for fraction in 0.0, 0.5, 1.0: bar(fraction, "decoding")
+    shares = [share for share, _ in seen]
+    assert shares == sorted(shares) and shares[:3] == [0, 0.3, 0.6] and shares[-1] == 1
+    assert [text for _, text in seen[::3]] == ["decoding (train)", "decoding (val)", "decoding (test)"]
+    assert split_progress(None, dict(train=3)) == dict(train=None)
+    assert split_progress(print, dict(train=0)).keys() == {"train"}
