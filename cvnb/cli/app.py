@@ -18,6 +18,7 @@ from .data import data_app
 from .doctor import doctor_command, install_hint
 from .runs import dashboard_command, gate_command, init_command, params_command, predict_command, run_command
 from .runs import status_command, verify_command
+from .serve import serve_command
 from .sweeps import sweep_command
 from ..core.errors import CvnbError
 
@@ -37,6 +38,7 @@ app.command("dashboard")(dashboard_command)
 app.command("browse")(browse_command)
 app.command("predict")(predict_command)
 app.command("verify")(verify_command)
+app.command("serve")(serve_command)
 app.command("doctor")(doctor_command)
 app.add_typer(audit_app, name="audit")
 app.add_typer(data_app, name="data")

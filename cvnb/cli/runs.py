@@ -318,6 +318,52 @@ def _open_prediction_table(
     return lambda p: show(name(p["path"]), p["label"], f"{p['confidence']:.4f}")
 
 # %% ../../nbs/cli/03_runs.ipynb #26c7112c
+def _list_many(
+    images: list[str],   # files, folders and tables
+) -> list[str]:          # image files
+    "List the images of a call that writes a file."
+    from cvnb.export.prediction_file import TABLE_SUFFIXES, read_image_table
+    paths: list[str] = []
+    for name in images:
+        if os.path.isdir(name): paths += _list_folder(name)
+        elif name.lower().endswith(TABLE_SUFFIXES): paths += read_image_table(name)
+        else: paths.append(name)
+    return paths
+
+def _predict_to_file(
+    bundle: Any,         # a `Bundle`
+    images: list[str],   # files, folders and tables
+    out: Path,           # .csv, .jsonl or .parquet
+    jobs: int,           # threads that decode; 0: one per core
+) -> None:
+    "Write an answer for each image; raise `CvnbError` at the end if some could not be read."
+    from cvnb.core.system import n_cores
+    from cvnb.export.prediction_file import PredictionFile
+    paths = _list_many(images)
+    if not paths: raise UsageError("there is no image to classify", "Give image files, folders or tables.")
+    file = PredictionFile(out, bundle.labels, bundle.description)
+    left = [*file.select(paths)]
+    n = len(set(paths))
+    name = out.name
+    if bundle.decision_note: print(f"- {printable(bundle.decision_note, 500)}", file=sys.stderr)
+    with ProgressLines(sys.stderr) as lines:
+        if n > len(left): lines.note(f"{n - len(left):,} of {n:,} images have an answer in {file.journal}")
+        lines(name, "start", 0, "predicting")
+        answers = bundle.iter_predictions(left, skip=file.add_error, jobs=jobs or n_cores())
+        try:
+            for i, prediction in enumerate(answers):
+                file.add(prediction)
+                if i % 16 == 0: lines(name, "progress", 1 - (len(left) - i) / n, f"{n - len(left) + i:,}/{n:,} images")
+        except KeyboardInterrupt:
+            raise CvnbError("interrupted", f"{file.journal} keeps the answers; the same call goes on.") from None
+        except OSError as e:
+            raise CvnbError(f"{file.journal} cannot be written ({e.strerror})",
+                            "Make room; the same call goes on.") from None
+        rows = file.finish()
+        lines(name, "done", 1, f"{rows:,} images in {out}")
+    if file.n_errors:
+        raise CvnbError(f"{file.n_errors:,} of {n:,} images could not be read", "The column error says why.")
+
 def predict_command(
     model: Annotated[Path, typer.Argument(help="Run directory or bundle.")],
     images: Annotated[list[str], typer.Argument(
@@ -326,9 +372,19 @@ def predict_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")] = False,
     max_megapixels: Annotated[float, typer.Option(
         help="Largest image that is decoded, in millions of pixels. Default: as in the audit.", min=0)] = 0,
+    out: Annotated[Optional[Path], typer.Option(
+        help="File for the answers: .csv, .jsonl or .parquet. Folders and tables with a column path are taken; "
+             "the same call goes on after a kill.")] = None,
+    jobs: Annotated[int, typer.Option(
+        help="Threads that decode images ahead, with --out. Default: one per core.", min=0)] = 0,
 ) -> None:
     "Classify images with a run's bundle; needs neither torch nor the training packages."
     from cvnb.export.bundle import Bundle
+    if out:
+        if as_json or "-" in images:
+            other = "--json prints" if as_json else "standard input is read for"
+            raise UsageError(f"{other} single answers, and --out writes a file", "Leave one of them out.")
+        return _predict_to_file(Bundle.load(model, max_megapixels=max_megapixels), images, out.expanduser(), jobs)
     paths = _list_paths([image for image in images if image != "-"], recursive)
     batches = dict(batch_size=1) if "-" in images else {}   # an answer does not wait for the next path
     given = itertools.chain(paths, _read_paths(recursive)) if "-" in images else paths

@@ -25,10 +25,11 @@ LOCAL_ONLY = "Open the address that cvnb printed: this server answers to 127.0.0
 def is_local_request(
     host: str,          # `Host` header of the request
     origin: str = "",   # its `Origin` header; "" where it has none
+    scheme: str = "http",   # of this server; or "https"
 ) -> bool:
     "Say whether a request names this machine, and comes from no page of another server."
     host = host.lower()
-    return bool(_LOCAL_HOST.fullmatch(host)) and origin.lower() in ("", f"http://{host}")
+    return bool(_LOCAL_HOST.fullmatch(host)) and origin.lower() in ("", f"{scheme}://{host}")
 
 # %% ../../nbs/core/11_browser.ipynb #a1c35d36
 COOKIE_OPTIONS = dict(httponly=True, samesite="strict")   # of the cookie that keeps a token

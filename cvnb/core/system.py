@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['timestamp', 'format_duration', 'TimeLeft', 'n_cores', 'memory_bytes', 'machine_info', 'seed_everything']
+__all__ = ['timestamp', 'format_duration', 'TimeLeft', 'n_cores', 'memory_bytes', 'quota_cores', 'machine_info',
+           'seed_everything']
 
 # %% ../../nbs/core/04_system.ipynb #cell-38
 def timestamp() -> str:   # ISO 8601, UTC, seconds
@@ -70,6 +71,35 @@ def memory_bytes() -> int:   # 0 where the system does not say
         text = file.read_text().strip() if file.exists() else ""
         if text.isdigit(): found.append(int(text))
     return min(found, default=0)
+
+# %% ../../nbs/core/04_system.ipynb #quota-code
+def _quota_limits(
+    root: Path,        # where the control groups are mounted
+    group: str,        # of the process, such as "/system.slice/x.service"
+) -> list[float]:      # cores of each group that has a quota
+    "Read the CPU quotas of a group and of those above it."
+    found = []
+    folders = [root/part for part in ("", "cpu", "cpu,cpuacct")]
+    names = group.strip("/").split("/")
+    for folder in [f.joinpath(*names[:n]) for f in folders for n in range(len(names) + 1)]:
+        try:
+            if (folder/"cpu.max").is_file(): quota, period = (folder/"cpu.max").read_text().split()
+            else: quota, period = ((folder/f"cpu.cfs_{n}_us").read_text().strip() for n in ("quota", "period"))
+            if int(quota) > 0: found.append(int(quota) / int(period))
+        except (OSError, ValueError, ZeroDivisionError): continue   # "max", or no group of this version
+    return found
+
+def quota_cores(
+    root: Path | str = "/sys/fs/cgroup",   # where the control groups are mounted
+    groups: Path | str = "/proc/self/cgroup",   # the groups of the process
+) -> int:              # at least 1
+    "Count the cores that this process may keep busy: those of `n_cores`, or fewer where its container has a quota."
+    try: lines = Path(groups).read_text().splitlines()
+    except OSError: lines = []
+    named = [line.split(":", 2) for line in lines if line.count(":") >= 2]
+    own = {group for _, controllers, group in named if not controllers or "cpu" in controllers.split(",")} | {"/"}
+    limits = [limit for group in own for limit in _quota_limits(Path(root), group)]
+    return max(1, min([n_cores(), *(int(limit + 0.999) for limit in limits)]))
 
 # %% ../../nbs/core/04_system.ipynb #cell-32
 def machine_info() -> dict[str, Any]:   # cores, memory_gb, cpu, os, python

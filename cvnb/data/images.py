@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import math
 import os
@@ -71,8 +72,6 @@ def _to_srgb(
     profile: bytes,       # its ICC profile
 ) -> Image.Image:         # RGB
     "Convert colours to sRGB; ignore a profile that is broken or made for another mode."
-    import io
-
     from PIL import ImageCms
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
@@ -118,11 +117,11 @@ def open_header(
 
 # %% ../../nbs/data/11_images.ipynb #2db33cbe
 def _undocumented_format(
-    path: Path | str,   # a file that `open_header` refuses
+    path: Path | str | io.BytesIO,   # a file that `open_header` refuses
 ) -> str:               # Pillow's name of a format by the first bytes; "" for unknown bytes
     "Name a format that Pillow knows and that is not read here, without starting its decoder."
     from PIL import Image
-    with open(path, "rb") as file: prefix = file.read(16)
+    with _open_bytes(path) as file: prefix = file.read(16)
     for name in Image.ID:
         accepts = Image.OPEN[name][1]
         with contextlib.suppress(Exception):   # a signature's test may expect more bytes
@@ -130,6 +129,23 @@ def _undocumented_format(
     return ""
 
 # %% ../../nbs/data/11_images.ipynb #1e233f3a
+@contextlib.contextmanager
+def _open_bytes(
+    source: Path | str | io.BytesIO,   # a file's path or its content
+) -> Iterator[Any]:                    # a stream at its start
+    "Open a file, or rewind its content."
+    if isinstance(source, io.BytesIO):
+        source.seek(0)
+        yield source
+    else:
+        with open(source, "rb") as file: yield file
+
+def _is_empty(
+    source: Path | str | io.BytesIO,   # a file's path or its content
+) -> bool:
+    "Say whether a file has no bytes."
+    with _open_bytes(source) as file: return not file.read(1)
+
 _CONVERT = "convert it to a PNG or TIFF with one or three bands of 8 or 16 bits"
 _BITS = 258            # tags of a TIFF
 _PHOTOMETRIC = 262
@@ -140,11 +156,11 @@ _NUMBERS = {1: "unsigned", 2: "signed", 3: "floating point"}   # by their sample
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 def _tiff_tags(
-    path: Path | str,    # a file
+    path: Path | str | io.BytesIO,   # a file
 ) -> dict[int, Any]:     # tag -> value; empty for a file that is no TIFF
     "Read the tags of a TIFF's first image."
     from PIL.TiffImagePlugin import ImageFileDirectory_v2
-    with open(path, "rb") as file, contextlib.suppress(Exception):   # damaged tags raise many types
+    with _open_bytes(path) as file, contextlib.suppress(Exception):   # damaged tags raise many types
         header = file.read(8)
         if header[:4] in (b"II+\0", b"MM\0+"): header += file.read(8)   # the TIFF of files above 4 GB
         if header[:2] not in (b"II", b"MM"): return {}
@@ -155,10 +171,10 @@ def _tiff_tags(
     return {}
 
 def _unsupported(
-    path: Path | str,            # a file that Pillow cannot open
+    path: Path | str | io.BytesIO,   # a file that Pillow cannot open
 ) -> UnreadableImage | None:     # None for unknown bytes
     "Name the format or the layout of a file that is an image all the same."
-    with open(path, "rb") as file: header = file.read(12)
+    with _open_bytes(path) as file: header = file.read(12)
     if header[4:8] == b"ftyp" and header[8:12] in _HEIF_BRANDS:
         return UnreadableImage("unsupported", "a HEIC image needs the package pi-heif", "pip install 'cvnb[heif]'")
     if name := _undocumented_format(path):
@@ -175,7 +191,7 @@ def _unsupported(
 
 # %% ../../nbs/data/11_images.ipynb #cell-9
 def _explain_failure(
-    path: Path | str,    # an image file
+    path: Path | str | io.BytesIO,   # an image file
     error: Exception,    # raised when the file was opened or decoded
     max_megapixels: float = 0,   # largest image that is decoded, in millions of pixels
 ) -> UnreadableImage:    # its kind and reason
@@ -187,7 +203,7 @@ def _explain_failure(
     if isinstance(error, FileNotFoundError): return UnreadableImage("missing", reason)
     if isinstance(error, PermissionError): return UnreadableImage("forbidden", reason)
     if isinstance(error, UnidentifiedImageError):
-        if not os.path.getsize(path): return UnreadableImage("empty", "it is empty")
+        if _is_empty(path): return UnreadableImage("empty", "it is empty")
         return _unsupported(path) or UnreadableImage("no_image", "its bytes are no image")
     too_large = (Image.DecompressionBombError, Image.DecompressionBombWarning)
     if isinstance(error, too_large):
@@ -306,7 +322,7 @@ def is_deep(
     return ";16" in _raw_mode(image) and image.mode in ("RGB", "RGBA", "CMYK")
 
 def _decode_as(
-    path: Path | str,   # an image file
+    path: Path | str | io.BytesIO,   # an image file
     raw_mode: str,      # how its bytes are arranged, such as "RGB;16L"
 ) -> np.ndarray:        # uint16 (H, W, C), 0 … 255, upright
     "Decode an image as if its bytes were arranged in another way."
@@ -317,7 +333,7 @@ def _decode_as(
         return np.asarray(_apply_orientation(image)).astype(np.uint16)
 
 def _read_colors(
-    path: Path | str,   # an image of 16 bits per channel
+    path: Path | str | io.BytesIO,   # an image of 16 bits per channel
     raw_mode: str,      # how its bytes are arranged, such as "RGB;16B"
 ) -> np.ndarray:        # uint16 (H, W, C)
     "Decode all 16 bits of a colour image."
@@ -349,7 +365,7 @@ def _read_greys(
     return values
 
 def _read_deep(
-    path: Path | str,      # an image file
+    path: Path | str | io.BytesIO,   # an image file
     image: Image.Image,    # decoded
     upright: Image.Image,  # the same, rotated
     raw_mode: str,         # how its bytes are arranged
@@ -395,7 +411,7 @@ def _refuse_misread(
 
 @contextlib.contextmanager
 def open_guarded(
-    path: Path | str,      # an image file
+    path: Path | str | io.BytesIO,   # an image file, or its content
     max_megapixels: float, # largest image that is decoded, in millions of pixels
 ) -> Iterator[Image.Image]:   # opened, not decoded yet
     "Open an image; raise `UnreadableImage` for what goes wrong until it is closed."
@@ -420,7 +436,7 @@ def _load_upright(
 
 # %% ../../nbs/data/11_images.ipynb #7f95e0ff
 def _decode(
-    path: Path | str,     # an image file
+    path: Path | str | io.BytesIO,   # an image file, or its content
     decoding: Decoding,   # of the data set
 ) -> tuple[Image.Image, dict]:   # upright RGB image; format, mode and frames; with a scale also `clipped`
     "Decode an image completely; raise `UnreadableImage` if that is not possible."
@@ -438,14 +454,14 @@ def _decode(
 
 # %% ../../nbs/data/11_images.ipynb #df56a09b
 def open_image(
-    path: Path | str,     # an image file
+    path: Path | str | io.BytesIO,   # an image file, or its content
     decoding: Decoding = DEFAULT_DECODING,   # of the data set
 ) -> Image.Image:         # RGB, upright
     "Decode an image completely; raise `UnreadableImage` with the reason if that is not possible."
     return _decode(path, decoding)[0]
 
 def read_deep(
-    path: Path | str,     # an image file
+    path: Path | str | io.BytesIO,   # an image file, or its content
     decoding: Decoding = DEFAULT_DECODING,   # the limit on its size; no scale is applied
 ) -> tuple[np.ndarray | None, np.ndarray | None]:   # values (H, W) or (H, W, C) as in the file, None for 8 bits;
                                                     # opacity 0 … 1 (H, W, 1), None for an opaque image

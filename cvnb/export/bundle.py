@@ -11,7 +11,9 @@ import zipfile
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +26,7 @@ from ..core.files import check_targets, digest, file_record, load_json, sha256_f
 from ..core.project import resolve_run
 from ..core.records import printable, write_record
 from ..data.images import DEFAULT_DECODING, Decoding
-from ..metrics.decision import read_rule
+from ..metrics.decision import DecisionRule, read_rule
 from .onnx_graph import check_graph
 from .runtimes import BATCH_SIZE, MAX_SECONDS, RUNTIMES, LimitedModel, OnnxModel, Predict, Runtime
 from .runtimes import batch_by_memory, count_outputs, predict_mixed_sizes, read_and_count
@@ -166,7 +168,9 @@ class Bundle:
         self.precision = runtime.precision
         self.decoding = Decoding.from_json(description.get("input", {}))   # of image files
         self.labels: list[str] = description["labels"]
-        self.rule = read_rule(self.labels, description.get("thresholds"), description.get("costs"))
+        one_class = description["task"] == "classification"   # thresholds of several classes have another meaning
+        self.rule = read_rule(self.labels, description.get("thresholds"), description.get("costs")) if one_class else \
+            DecisionRule()
 
     @property
     def decision_note(self) -> str:   # a sentence; empty where the largest probability of plain logits wins
@@ -260,6 +264,7 @@ def load(cls: Bundle,
     threads: int = 0,         # 0 uses every core
     max_megapixels: float = 0,   # largest image that is decoded, in millions of pixels; 0: as in the audit
     max_seconds: float = MAX_SECONDS,   # that opening the model, or its answer for one image, may take
+    spinning: bool = True,    # whether a thread of ONNX Runtime that waits keeps its core busy
 ) -> Bundle:                  # ready to predict
     "Load a bundle; raise `UsageError` if there is none and `CvnbError` if it is damaged or not what it says."
     from cvnb.export.bundle_format import read_description
@@ -271,7 +276,7 @@ def load(cls: Bundle,
     _check_labels(folder, description)
     if runtime.package == "onnxruntime": _check_metadata(file, description)
     limited = runtime.load is OnnxModel
-    model = LimitedModel(file, threads, max_seconds) if limited else runtime.load(file, threads)
+    model = LimitedModel(file, threads, max_seconds, spinning) if limited else runtime.load(file, threads)
     if limited: _check_session(model, file, description)
     elif count_outputs(model) != len(description["labels"]):
         raise CvnbError(f"{folder/'bundle.json'} does not belong to {file.name}", _REMEDY)
@@ -308,18 +313,37 @@ def _predict_arrays(self: Bundle,
     return predict_mixed_sizes(predict_checked, images)
 
 # %% ../../nbs/export/05_bundle.ipynb #8f492147
+def _decode_ahead(
+    images: Iterable[Any],   # paths or arrays
+    decoding: Decoding,      # of the bundle
+    jobs: int,               # threads
+) -> Iterator[tuple[Any, Callable[[], tuple[np.ndarray, float]]]]:   # image, and what returns its pixels or raises
+    "Decode images in threads, in order, at most a few ahead."
+    if jobs <= 1:
+        for image in images: yield image, partial(to_image_array, image, decoding)
+        return
+    with ThreadPoolExecutor(jobs) as pool:
+        ahead: deque[tuple[Any, Any]] = deque()
+        for image in images:
+            ahead.append((image, pool.submit(to_image_array, image, decoding)))
+            if len(ahead) <= 2 * jobs: continue
+            first, future = ahead.popleft()
+            yield first, future.result
+        for first, future in ahead: yield first, future.result
+
 @patch
 def iter_predictions(self: Bundle,
     images: Iterable[Any],          # paths, or uint8 arrays (H, W, 3)
     batch_size: int = BATCH_SIZE,   # images in memory at a time
     skip: Callable[[Any, CvnbError], None] | None = None,   # takes an image that cannot be read, and why
+    jobs: int = 1,                  # threads that decode images ahead; 1 decodes an image when it is needed
 ) -> Iterator[dict[str, Any]]:      # as of `predict`, without the images that were skipped
     "Yield predictions as they are computed; without `skip`, raise `UsageError` for an image that cannot be read."
     read: deque[tuple[Any, float]] = deque()   # images of the batch, and their shares of clipped values
 
     def read_all() -> Iterator[np.ndarray]:
-        for image in images:
-            try: pixels, clipped = to_image_array(image, self.decoding)
+        for image, decode in _decode_ahead(images, self.decoding, jobs):
+            try: pixels, clipped = decode()
             except CvnbError as e:
                 if not skip: raise
                 skip(image, e)

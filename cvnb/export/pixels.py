@@ -102,7 +102,7 @@ def _to_rgb(
     return _rgb_array(_to_srgb(image, profile) if image.mode in ("RGB", "L", "CMYK") else image)
 
 def _scaled_to_rgb(
-    path: Path | str,     # an image file with more than 8 bits
+    path: Path | str | io.BytesIO,   # an image file with more than 8 bits
     decoding: Decoding,   # has a scale
     profile: bytes | None,   # its ICC profile
 ) -> tuple[np.ndarray, float]:   # uint8 (H, W, 3), upright; share of the values outside of the scale, 0 … 1
@@ -117,7 +117,7 @@ def _scaled_to_rgb(
 
 # %% ../../nbs/export/08_pixels.ipynb #25595f46
 def decode_pixels(
-    path: Path | str,            # an image file
+    path: Path | str | io.BytesIO,   # an image file, or its content
     decoding: Decoding = DEFAULT_DECODING,   # of the data set
 ) -> tuple[np.ndarray, float]:   # uint8 (H, W, 3), upright RGB; share of the values outside of the scale, 0 … 1
     "Decode an image at its own size; raise `UnreadableImage` with the reason if that is not possible."

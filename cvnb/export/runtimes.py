@@ -99,12 +99,14 @@ def open_session(
     path: Path | str,   # an ONNX file
     threads: int = 0,   # 0 uses every core
     max_seconds: float = 0,   # that opening may take; then the memory is limited too; 0: no limits
+    spinning: bool = True,    # whether a thread that waits for its part of a call keeps its core busy
 ) -> ort.InferenceSession:
     "Open an ONNX file with ONNX Runtime on the CPU; raise `CvnbError` if ONNX Runtime refuses it."
     import onnxruntime as ort
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    if not spinning: options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.x64quantprecision", "1")   # exact INT8 on processors without VNNI
     cancel = getattr(options, "set_load_cancellation_flag", None)   # since 1.22
     if max_seconds: _limit_memory(options)
@@ -148,20 +150,22 @@ class LimitedModel(OnnxModel):
         path: Path | str,   # an ONNX file
         threads: int = 0,   # 0 uses every core
         max_seconds: float = MAX_SECONDS,   # for opening it, and for each image of a call
+        spinning: bool = True,   # whether a thread that waits for its part of a call keeps its core busy
     ):
         self.path = path
         self.max_seconds = max_seconds
-        self.session = open_session(path, threads, max_seconds)
+        self.session = open_session(path, threads, max_seconds, spinning)
         self._input = self.session.get_inputs()[0].name
         self._output = self.session.get_outputs()[0].name
 
     def __call__(self,
         images: np.ndarray,   # uint8 (N, H, W, 3)
+        seconds: float = 0,   # for the whole call; 0: `max_seconds` for each image
     ) -> np.ndarray:          # float32 (N, …)
         import onnxruntime as ort
         options = ort.RunOptions()
         options.log_severity_level = 4   # the error below says it
-        seconds = self.max_seconds * max(1, len(images))
+        seconds = seconds or self.max_seconds * max(1, len(images))
         try:
             with _WATCHDOG.limit(seconds, lambda: setattr(options, "terminate", True)):
                 return self.session.run([self._output], {self._input: images}, options)[0]

@@ -42,7 +42,8 @@ from .distributed import interruptible, is_out_of_memory, local_gpu, record_work
 from .distributed import resolve_strategy
 from .linear_probe import fit_head
 from .loaders import LabelledImages, check_classes
-from .module import Criterion, DataModule, TrainingModule, image_size_at_epoch
+from .module import Criterion, DataModule, TrainingModule, image_size_at_epoch, objective_key
+from .module import score_objective
 from .optim import make_ema_update
 from .options import BALANCE_MODES, DEVICES, KEEP_MODES, TUNE_MODES, FitOptions
 
@@ -494,8 +495,8 @@ def _fit_head_first(
 
     progress = job.progress if options.tune == "probe" or not job.progress else text_only
     weights = loss_class_weights(job.model, job.train, options)
-    tried = fit_head(job.model, job.train, job.val, options.label_smoothing, _single_device(options), weights,
-                     progress, options.objective)
+    tried = fit_head(job.model, job.train, job.val, options.label_smoothing, _single_device(options), weights, progress,
+                     partial(score_objective, options, task_of(job.model.spec)))
     if options.tune == "head_first" and not rank_zero_only.rank:
         scores = {name: str(value) for name, value in tried.iloc[-1].items()}
         with atomic_path(job.folder/_PROBE_FILE) as temp: save_file(job.model.state_dict(), temp, scores)
@@ -524,7 +525,7 @@ def _keep_probe_if_better(
     history: pd.DataFrame,   # of the training; gets a note and a changed option
 ) -> None:
     "Return to the head on fixed features if fine-tuning ended with a lower validation metric."
-    metric = f"val_{options.objective.key if options.objective else task_of(job.model.spec).main_metric}"
+    metric = f"val_{objective_key(options, task_of(job.model.spec))}"
     with safe_open(job.folder/_PROBE_FILE, "pt") as file: before = float(file.metadata()[metric])
     ends = history[metric].max() if options.keep == "best" else history[metric].iloc[-1]
     if math.isnan(before) or before <= ends: return

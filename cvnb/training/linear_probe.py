@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from ..core.errors import UsageError
 from ..core.stage import subprogress
-from ..metrics.objective import Objective
 from ..models.inference import extract_features
 from ..models.vision_model import VisionModel, task_of
 from ..tasks.labels import Task
@@ -106,7 +105,7 @@ def fit_linear(
     smoothing: float = 0.0,       # label smoothing, 0 … 1
     weights: Tensor | None = None,   # of the classes (C,)
     progress: Callable[[float, str], None] | None = None,   # called with the fraction that is done and a text
-    objective: Objective | None = None,   # measured beside the score
+    measure: Callable[[Tensor, Tensor], dict[str, float]] | None = None,   # more figures of validation logits, targets
 ) -> tuple[nn.Linear, pd.DataFrame]:   # the head; a row per penalty as of `fit_head`
     "Fit a linear head to features; the validation images choose the penalty."
     mean = features[0].mean(0)
@@ -129,9 +128,7 @@ def fit_linear(
         rows.append(dict(decay=penalty, train_loss=float(task.loss(fitted, targets[0])),
                          val_loss=float(task.loss(predicted, targets[1]))))
         rows[-1][f"val_{task.main_metric}"] = task.score(predicted, targets[1])
-        if objective and objective.classes:
-            answers = objective.rule.decide(task.predict(predicted).numpy())
-            rows[-1][f"val_{objective.key}"] = objective.score(targets[1].numpy(), answers)
+        if measure: rows[-1] |= measure(predicted, targets[1])
         heads.append(copy.deepcopy(head))
     best = min(range(len(rows)), key=lambda i: rows[i]["val_loss"])
     _fold_scale(head, heads[best], mean, std)
@@ -146,7 +143,7 @@ def fit_head(
     device: str = "cpu",    # where features are computed
     weights: Tensor | None = None,   # of the classes (C,)
     progress: Callable[[float, str], None] | None = None,   # called with the fraction that is done and a text
-    objective: Objective | None = None,   # measured beside the score
+    measure: Callable[[Tensor, Tensor], dict[str, float]] | None = None,   # more figures of validation logits, targets
 ) -> pd.DataFrame:          # a row per penalty: decay, train_loss, val_loss, val_<metric>; the chosen one is last
     "Train the head alone, on features without augmentation; raise `UsageError` for a network whose head is not linear."
     task = task_of(model.spec)
@@ -155,7 +152,7 @@ def fit_head(
     last = progress and subprogress(progress, 0.9, 1)
     head = model.net.get_classifier()
     fitted, tried = fit_linear(features, targets, task, head.out_features, model.unstandardize, smoothing, weights,
-                               last, objective)
+                               last, measure)
     head.load_state_dict(fitted.state_dict())
     model.to("cpu").eval()
     return tried

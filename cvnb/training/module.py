@@ -23,7 +23,7 @@ from .options import FitOptions
 
 # %% auto #0
 __all__ = ['Criterion', 'LOSS_READ_INTERVAL', 'SequentialLoader', 'DataModule', 'batches_in_step', 'gather_weights',
-           'image_size_at_epoch', 'TrainingModule']
+           'image_size_at_epoch', 'objective_key', 'score_objective', 'TrainingModule']
 
 # %% ../../nbs/training/07_module.ipynb #cell-8
 class SequentialLoader:
@@ -141,6 +141,25 @@ def image_size_at_epoch(
     return full if share >= 1 else min(full, max(step, round(full * share / step) * step))
 
 # %% ../../nbs/training/07_module.ipynb #cell-12
+def objective_key(
+    options: FitOptions,   # with or without an objective
+    task: Task,            # of the model
+) -> str:                  # without val_
+    "Name the metric that chooses weights."
+    return options.objective.key if options.objective else task.main_metric
+
+def score_objective(
+    options: FitOptions,   # with or without an objective
+    task: Task,            # of the model
+    logits: Tensor,        # of validation images (N, C)
+    targets: Tensor,       # (N,)
+) -> dict[str, float]:     # empty where the objective is the main metric of a task
+    "Compute the objective."
+    o = options.objective
+    if not o or not o.classes: return {}
+    answers = o.rule.decide(task.predict(logits).cpu().numpy())
+    return {f"val_{o.key}": o.score(targets.cpu().numpy(), answers)}
+
 def _no_deadline() -> float: return 0.0   # of the time is used
 
 class TrainingModule(pl.LightningModule):
@@ -244,22 +263,12 @@ class TrainingModule(pl.LightningModule):
                             f"(validation images: {shown})", _NOT_FINITE_REMEDY)
         return {"val_loss": float(self.task.loss(logits, targets)),
                 f"val_{self.task.main_metric}": float(self.task.score(logits, targets)),
-                **self._score_objective(logits, targets)}
-
-    def _score_objective(self,
-        logits: Tensor,     # (N, C)
-        targets: Tensor,    # (N,)
-    ) -> dict[str, float]:  # empty where the objective is the main metric of a task
-        "Compute the objective."
-        o = self.options.objective
-        if not o or not o.classes: return {}
-        answers = o.rule.decide(self.task.predict(logits).cpu().numpy())
-        return {f"val_{o.key}": o.score(targets.cpu().numpy(), answers)}
+                **score_objective(self.options, self.task, logits, targets)}
 
     @property
     def metric(self) -> str:   # without val_
         "Name the metric that chooses the best weights."
-        return self.options.objective.key if self.options.objective else self.task.main_metric
+        return objective_key(self.options, self.task)
 
     def configure_optimizers(self) -> dict:
         o = self.options

@@ -1,22 +1,28 @@
 """`cvnb predict`: each image is answered or reported, as it is computed; `cvnb verify` is tested with bundles."""
 from __future__ import annotations
 
+import csv
 import io
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from bundles import LABELS, make_bundle
 from PIL import Image
 
 from cvnb.cli.app import main
-from cvnb.core.errors import UsageError
+from cvnb.core.errors import CvnbError, UsageError
 from cvnb.export.bundle import Bundle
+from cvnb.export.prediction_file import PredictionFile
 
 Call = Callable[..., tuple[int, list[str], list[str]]]
 
@@ -152,3 +158,114 @@ def test_reader_that_stops_early_gets_no_traceback(bundle, photos):
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert done.returncode == 1 and "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    "Read a file of predictions."
+    with open(path, newline="", encoding="utf-8") as file: return list(csv.DictReader(file))
+
+
+def test_file_of_predictions_has_the_answers_of_single_calls_and_a_row_per_bad_image(call, photos, tmp_path):
+    out = tmp_path/"answers.csv"
+    code, _, error = call(tmp_path/"photos", "--out", out, "--jobs", 3)
+    rows = read_csv(out)
+    assert code == 1 and error[-1] == "cvnb: 1 of 500 images could not be read. The column error says why."
+    assert sorted(row["path"] for row in rows) == sorted(map(str, photos))
+    (bad,) = [row for row in rows if row["error"]]
+    assert bad["path"] == str(photos[123]) and "no image" in bad["error"] and bad["label"] == bad["confidence"] == ""
+    _, single, _ = call(*photos[:5], "--json")
+    by_path = {row["path"]: row for row in rows}
+    for answer in map(json.loads, single):
+        row = by_path[answer["path"]]
+        assert row["label"] == answer["label"] and float(row["confidence"]) == pytest.approx(answer["confidence"])
+        assert float(row[f"probability_{LABELS[0]}"]) == pytest.approx(answer["probabilities"][LABELS[0]])
+    assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_other_formats_hold_the_same_rows(call, photos, tmp_path, suffix):
+    out = tmp_path/f"answers{suffix}"
+    assert call(*photos[120:126], "--out", out)[0] == 1
+    if suffix == ".jsonl": rows = [json.loads(line) for line in out.read_text().splitlines()]
+    else: rows = pq.read_table(out).to_pylist()
+    assert len(rows) == 6 and [row["path"] for row in rows if row["error"]] == [str(photos[123])]
+    assert {row["label"] for row in rows} <= {*LABELS, None}
+
+
+def test_a_killed_call_goes_on_where_it_ended(bundle, photos, tmp_path):
+    out = tmp_path/"answers.csv"
+    cvnb = Path(sys.executable).with_name("cvnb")
+    command = [cvnb, "predict", bundle, tmp_path/"photos", "--out", out]
+    journal = tmp_path/"answers.csv.part"
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while child.poll() is None and (not journal.exists() or journal.read_bytes().count(b"\n") < 40): time.sleep(0.002)
+    child.kill()
+    child.wait()
+    if out.exists(): pytest.skip("the machine was too fast to be interrupted")
+    answered = journal.read_bytes().count(b"\n") - 1
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode == 1 and re.search(r"\d+ of 500 images have an answer in", again.stderr)
+    assert answered >= 39 and len(read_csv(out)) == 500 and not journal.exists()
+
+
+def test_a_journal_gives_no_answer_for_a_changed_image_or_another_bundle(bundle, photos, tmp_path):
+    out = tmp_path/"answers.jsonl"
+    answer = lambda path: dict(path=str(path), label="a", confidence=1.0, probabilities={})
+    first = PredictionFile(out, LABELS, dict(name="one"))
+    for path in photos[:3]: first.add(answer(path))
+    first.close()
+    Image.new("RGB", (9, 9)).save(photos[1])
+    with pytest.raises(UsageError, match="answers.jsonl.part holds predictions of another bundle. Delete it"):
+        PredictionFile(out, LABELS, dict(name="two"))
+    again = PredictionFile(out, LABELS, dict(name="one"))
+    assert [*again.select(map(str, photos[:4]))] == [str(photos[1]), str(photos[3])]
+    again.add(answer(photos[1]) | dict(label="b"))
+    with pytest.raises(CvnbError, match="is being written by another call"):
+        PredictionFile(out, LABELS, dict(name="one"))
+    assert again.finish() == 3
+    labels = {row["path"]: row["label"] for row in map(json.loads, out.read_text().splitlines())}
+    assert labels == {str(photos[0]): "a", str(photos[1]): "b", str(photos[2]): "a"}
+
+
+def test_a_cut_line_of_a_journal_is_answered_again(photos, tmp_path):
+    file = PredictionFile(tmp_path/"a.csv", LABELS, {})
+    for path in photos[:2]: file.add(dict(path=str(path), label="a", confidence=1.0, probabilities={}))
+    file.close()
+    whole = file.journal.read_bytes()
+    file.journal.write_bytes(whole[:-7])
+    again = PredictionFile(tmp_path/"a.csv", LABELS, {})
+    assert [*again.select(map(str, photos[:2]))] == [str(photos[1])]
+    again.close()
+    assert whole.startswith(file.journal.read_bytes())
+
+
+def test_a_table_lists_images_beside_it(call, photos, tmp_path):
+    (tmp_path/"table.csv").write_text("label,path\nx,photos/001.png\ny,photos/002.png\n")
+    pq.write_table(pa.table(dict(path=["photos/003.png"])), tmp_path/"table.parquet")
+    code, _, _ = call(tmp_path/"table.csv", tmp_path/"table.parquet", "--out", tmp_path/"out.csv")
+    names = [Path(row["path"]).name for row in read_csv(tmp_path/"out.csv")]
+    assert code == 0 and names == ["001.png", "002.png", "003.png"]
+
+
+WRONG_FILES = {
+    "ending": (["out.txt"], "out.txt has no ending of a file of predictions. Use one of .csv, .jsonl, .parquet."),
+    "exists": (["old.csv"], "old.csv exists. Give another file with --out, or delete this one."),
+    "folder": (["none/out.csv"], "out.csv does not exist. Create it"),
+    "json": (["out.csv", "--json"], "--json prints single answers, and --out writes a file"),
+    "column": (["out.csv"], "names.csv has no column path, only file."),
+    "empty": (["out.csv"], "1 rows of names.csv have no path"),
+    "nothing": (["out.csv"], "there is no image to classify"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_FILES)
+def test_wrong_files_are_refused_in_one_line(call, photos, tmp_path, monkeypatch, case):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/"old.csv").write_text("mine")
+    (tmp_path/"void").mkdir()
+    (tmp_path/"names.csv").write_text("path,label\n,x\n" if case == "empty" else "file\na.png\n")
+    given = {"column": "names.csv", "empty": "names.csv", "nothing": "void"}.get(case, photos[0])
+    args, message = WRONG_FILES[case]
+    code, _, error = call(given, "--out", *args)
+    assert code == 2 and message in error[-1] and (tmp_path/"old.csv").read_text() == "mine"
+    assert not (tmp_path/"out.csv").exists()

@@ -167,7 +167,7 @@ def test_published_schemas_are_those_of_the_formats() -> None:
 
 def test_every_room_of_the_design_is_there() -> None:
     rooms = {m.split(".")[0] for m in MODULES}
-    assert rooms == set(house.PACKAGES) - {"serve", "monitor"}
+    assert rooms == set(house.PACKAGES) - {"monitor"}
     assert {p.name for p in (ROOT/"cvnb").iterdir() if (p/"__init__.py").exists()} == rooms
     assert {p.stem for p in STAGES} == {"audit", "train", "errors", "compress", "export", "benchmark"}
 
@@ -418,7 +418,7 @@ def test_wheel_names_extras_requirements_and_entry_points(contents: zipfile.ZipF
     text = lambda name: contents.read(next(n for n in contents.namelist() if n.endswith(f".dist-info/{name}"))).decode()
     metadata = text("METADATA")
     extras = set(re.findall(r"^Provides-Extra: (\w+)$", metadata, re.M))
-    assert extras == {"train", "audit", "notebooks", "sweep", "hf", "heif", "ray", "all", "dev"}
+    assert extras == {"train", "audit", "notebooks", "serve", "grpc", "sweep", "hf", "heif", "ray", "all", "dev"}
     base = re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", metadata, re.M)
     assert "onnxruntime" in base and not {"torch", "fiftyone", "pandas"} & set(base)
     assert "Requires-Python: >=3.11" in metadata and "make test" in metadata

@@ -15,6 +15,7 @@ from cvnb.core.errors import CvnbError, UsageError
 from cvnb.data.dataset import locate_data, scan_dataset
 from cvnb.data.images import inspect_images
 from cvnb.data.splits import assign_splits
+from cvnb.metrics.objective import Objective
 from cvnb.models.inference import predict_logits
 from cvnb.models.weights import create_model
 from cvnb.training import callbacks, plan
@@ -184,6 +185,14 @@ def test_fine_tuning_never_ends_below_the_probe_that_it_began_with(data, tmp_pat
     assert accuracy == pytest.approx(probe) and history.val_accuracy.iloc[-1] < probe
     assert "the probe's weights are kept" in history.attrs["notes"][-1]
     assert history.attrs["changed"] == [dict(option="tune", picked="probe", why=history.attrs["changed"][0]["why"])]
+
+
+def test_the_probe_is_held_against_fine_tuning_by_the_objective(data, tmp_path):
+    "Balanced accuracy is another column of the history than accuracy."
+    objective = Objective("balanced", tuple("0123456789"))
+    options = replace(PLAIN, tune="head_first", epochs=3, lr=1e-4, objective=objective)
+    history = fit(fresh(NO_BATCHNORM), *data, options, tmp_path, callbacks=[SpoilsThirdEpoch()])
+    assert "fine-tuning ended at val_balanced_accuracy" in history.attrs["notes"][-1]
 
 
 def test_a_resumed_fine_tuning_knows_its_probe(data, tmp_path):
