@@ -26,7 +26,7 @@ from ..core.files import check_targets, digest, file_record, load_json, sha256_f
 from ..core.project import resolve_run
 from ..core.records import printable, write_record
 from ..data.images import DEFAULT_DECODING, Decoding
-from ..metrics.decision import read_rule
+from ..metrics.decision import DecisionRule, read_rule
 from .onnx_graph import check_graph
 from .runtimes import BATCH_SIZE, MAX_SECONDS, RUNTIMES, LimitedModel, OnnxModel, Predict, Runtime
 from .runtimes import batch_by_memory, count_outputs, predict_mixed_sizes, read_and_count
@@ -168,7 +168,9 @@ class Bundle:
         self.precision = runtime.precision
         self.decoding = Decoding.from_json(description.get("input", {}))   # of image files
         self.labels: list[str] = description["labels"]
-        self.rule = read_rule(self.labels, description.get("thresholds"), description.get("costs"))
+        one_class = description["task"] == "classification"   # thresholds of several classes have another meaning
+        self.rule = read_rule(self.labels, description.get("thresholds"), description.get("costs")) if one_class else \
+            DecisionRule()
 
     @property
     def decision_note(self) -> str:   # a sentence; empty where the largest probability of plain logits wins

@@ -15,6 +15,7 @@ from ..core.errors import CvnbError, UsageError, did_you_mean
 from .classification import accuracy, balanced_accuracy, f1
 from .decision import DecisionRule
 from .estimates import Estimate, Units, score_interval
+from .paired import bounded_difference
 from .regression import mae
 
 if TYPE_CHECKING:
@@ -93,6 +94,8 @@ class Objective:
                     classes=list(self.classes), costs=costs or None)
 
 # %% ../../nbs/metrics/07_objective.ipynb #obj-07
+_FEW_ERRORS = 10   # so few images with a cost have no reliable variance
+
 def _estimate_cost(
     costs: np.ndarray,           # (N,), 0 … 1
     groups: np.ndarray | None,   # group of each image (N,); None where images are independent
@@ -101,6 +104,9 @@ def _estimate_cost(
     units = Units.of(groups, len(costs))
     if len(costs) and not units.too_few and not costs.any():
         return Estimate(0.0, 0.0, float(score_interval(0.0, units.n)[1]), len(costs), units.n_groups)
+    if not units.grouped and np.count_nonzero(costs) < _FEW_ERRORS:
+        bets = bounded_difference(2 * costs - 1)
+        return Estimate(float(np.mean(costs)), (bets.low + 1) / 2, (bets.high + 1) / 2, len(costs))
     found = mae(costs, np.zeros(len(costs)), groups)
     return Estimate(float(np.mean(costs)), found.low, float(np.minimum(found.high, 1.0)), found.n, found.n_groups)
 

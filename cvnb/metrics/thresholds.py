@@ -90,6 +90,13 @@ class DecisionFit:
     gain: Estimate | None = None               # of the objective by the rule, on images that it was not fitted on
     notes: tuple[str, ...] = ()                # sentences
 
+    def decide(self,
+        probabilities: np.ndarray,   # (N, C), without the temperature
+    ) -> np.ndarray:                 # int (N,), classes
+        "Choose a class for each image."
+        p = apply_temperature(probabilities, self.temperature) if self.temperature else probabilities
+        return self.rule.decide(p)
+
     def to_json(self,
         classes: list[str],   # names, in the order of the outputs
     ) -> dict[str, Any]:      # of metrics.json

@@ -20,6 +20,7 @@ from ..data.splits import image_groups
 from ..metrics.estimates import MIN_GROUPS, Estimate
 from ..metrics.objective import Objective, objective_metrics
 from ..metrics.paired_objective import objective_difference
+from ..metrics.thresholds import DecisionFit, fit_decision
 from ..tasks.labels import Classification
 from .linear_probe import fit_linear
 from .loaders import SplitImages
@@ -55,6 +56,7 @@ class Baselines:
     data: SplitImages                          # whose images they predict
     notes: list[str]                           # such as that the probe has learned from a sample
     objective: Objective | None = None         # the figure that is optimised; None: the task's main metric
+    decision: DecisionFit | None = None        # of the probe, as the model has one; None: the largest probability
 
     @property
     def main(self) -> str:   # key of `metrics` without split and name
@@ -67,6 +69,7 @@ class Baselines:
     ) -> np.ndarray:  # int (N,), classes
         "Choose a class for each image. Classification only."
         probabilities = self.data.task.predict(torch.as_tensor(self.logits[name][split])).numpy()
+        if name == "probe" and self.decision: return self.decision.decide(probabilities)
         return self.objective.rule.decide(probabilities) if self.objective else probabilities.argmax(1)
 
     def metrics(self,
@@ -78,9 +81,13 @@ class Baselines:
             for split in splits:
                 targets = self.data.images[split].targets
                 groups = image_groups(self.data.rows[split])
-                measured = self.data.task.metrics(parts[split], targets, groups)
+                logits = parts[split]
                 if self.objective and self.objective.classes:
-                    measured |= objective_metrics(self.objective, targets, self.answers(name, split), groups)
+                    answers = self.answers(name, split)
+                    logits = np.eye(len(self.data.classes))[answers]
+                measured = self.data.task.metrics(logits, targets, groups)
+                if self.objective and self.objective.classes:
+                    measured |= objective_metrics(self.objective, targets, answers, groups)
                 found |= {f"{metric}_{split}_{name}": estimate for metric, estimate in measured.items()}
         return found
 
@@ -118,7 +125,10 @@ def fit_baselines(
         with torch.no_grad(): logits[name] = {split: to_logits(head(x[split])).numpy() for split in ("val", "test")}
         losses[name] = float(tried.val_loss.iloc[-1])
     notes = [f"the probe has learned from {len(some):,} of {n:,} training images"] if len(some) < n else []
-    return Baselines(logits, losses, data, notes, objective)
+    if not objective or not objective.classes: return Baselines(logits, losses, data, notes, objective)
+    p = task.predict(torch.from_numpy(logits["probe"]["val"])).numpy()
+    decision = fit_decision(p, data.images["val"].targets, objective, image_groups(data.rows["val"]))
+    return Baselines(logits, losses, data, notes, objective, decision)
 
 # %% ../../nbs/training/16_baselines.ipynb #b11
 def compare_with_baselines(

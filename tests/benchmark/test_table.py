@@ -39,8 +39,9 @@ def test_benchmark_classifies_only_what_export_did_not_compare(run: Path, monkey
     peer = Candidate("trained", RUNTIMES["openvino int8"], str(run/"export/trained_int8.onnx"))
     candidates = [*table.list_candidates(run, exclude=["openvino"]), peer]
 
-    def measure(candidates, images, n_calls, rounds, batch_size, classify, progress, decoding, seconds) -> Measurements:
-        assert classify == {peer: ["a.png", "b.png"]}
+    def measure(candidates, images, n_calls, rounds, batch_size, classify, progress, decoding, seconds,
+                rules) -> Measurements:
+        assert rules is None and classify == {peer: ["a.png", "b.png"]}
         calls = rng.lognormal(-6, 0.1, (5, 4))
         timings = {c: Timings(calls, calls, np.full((3, 1), 0.1), 100.0) for c in candidates}
         return Measurements(timings, {}, {peer: [0, 0]}, (0.0, 0.0))

@@ -85,6 +85,7 @@ def make_run(folder: Path, wrong: float = 0.4, weights: bool = False) -> Path:
     write_table(train.path("predictions.parquet"), make_predictions(pd.DataFrame(rows), rng, wrong))
     write_json(train.path("model.json"), dict(backbone="resnet10t", classes=CLASSES, image_size=12,
                                                 mean=[0.5] * 3, std=[0.5] * 3))
+    write_json(train.path("metrics.json"), dict(history=[], figures={}))   # as earlier versions wrote it
     if weights: save_weights(train.path("model.safetensors").parent)
     train.finish()
     return folder/"run"

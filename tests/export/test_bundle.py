@@ -169,7 +169,7 @@ def test_bundle_without_digest_of_an_earlier_version_is_read(bundle, whole):
 
 
 def test_fields_of_later_versions_are_ignored(bundle, whole):
-    reseal(bundle, thresholds=dict(cat=0.5), temperature=1.3, verdict=dict(ship=True), something_new=3)
+    reseal(bundle, temperature=1.3, verdict=dict(ship=True), something_new=3)
     assert Bundle.load(bundle).predict(IMAGES) == Bundle.load(whole).predict(IMAGES)
 
 

@@ -107,3 +107,11 @@ def test_int8_file_that_loses_a_rare_class_is_rejected_by_the_objective(tmp_path
     assert accepted == {None: True, "balanced": False}
     assert replace(tested).to_json()["objective"]["words"] == "balanced accuracy"
     assert "its balanced accuracy differs by -10.0" in tested.notes[0]
+
+
+def test_served_answer_is_that_of_predict(folder):
+    from cvnb.serve.served_model import ModelOptions, ServedModel
+    served = ServedModel(Bundle.load(rewrite(folder, **DOG)), "x", "0" * 64, ModelOptions())
+    answers = [served.describe(p) for p in served.bundle._predict_arrays(IMAGES)]
+    assert [a["label"] for a in answers] == [p["label"] for p in served.bundle.predict(IMAGES)] == ["dog"] * 4
+    assert all(a["confidence"] == a["probabilities"]["dog"] for a in answers)
