@@ -29,22 +29,29 @@ def format_duration(
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes}:{seconds:02}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
+_LEAST_PROGRESS = 0.03   # share of the work, before which its speed says little
+
 class TimeLeft:
     "Estimate the time left of a work from its own speed."
     def __init__(self):
         self.first: float | None = None   # share that was done at the first report
         self.began = 0.0
+        self.last = 0.0    # share that was done at the last report that moved
+        self.ends = 0.0    # when the work ends by the speed until then
 
     def __call__(self,
         done: float,   # share of the work, 0 … 1
         now: float,    # seconds, of a clock that only goes forward
-    ) -> str:          # "1:02 left"; empty before the second step
+    ) -> str:          # "1:02 left"; empty while nothing is known
         "Report a step."
         if self.first is None: self.first = done
         if done <= self.first: self.began = now   # time before the first step does not count
         progress = done - self.first
-        if progress <= 0 or done >= 1: return ""
-        return f"{format_duration((now - self.began) * (1 - done) / progress)} left"
+        if progress < _LEAST_PROGRESS or done >= 1: return ""
+        if done > self.last: self.ends = now + (now - self.began) * (1 - done) / progress
+        self.last = done
+        # a step that reports no progress uses up its estimate, and after that it has none
+        return f"{format_duration(self.ends - now)} left" if self.ends >= now else ""
 
 # %% ../../nbs/core/04_system.ipynb #cell-30
 def _cpu_info() -> dict[str, Any]:   # {"model": str, "flags": [str]}

@@ -161,7 +161,11 @@ def _lock(
         file.close()
         raise CvnbError(f"{path} is being written by another call", "Wait for it, or give another file.") from None
 
-def _write_csv(rows: Iterator[dict[str, Any]], path: Path) -> int:
+def _write_csv(
+    rows: Iterator[dict[str, Any]],   # with equal keys
+    path: Path,                       # to write
+) -> int:                             # rows
+    "Write a CSV file."
     n = 0
     with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         writer = None
@@ -173,7 +177,11 @@ def _write_csv(rows: Iterator[dict[str, Any]], path: Path) -> int:
             n += 1
     return n
 
-def _write_json_lines(rows: Iterator[dict[str, Any]], path: Path) -> int:
+def _write_json_lines(
+    rows: Iterator[dict[str, Any]],   # with equal keys
+    path: Path,                       # to write
+) -> int:                             # rows
+    "Write a file with one JSON object per line."
     n = 0
     with open(path, "w", encoding="utf-8") as file:
         for row in rows:
@@ -181,7 +189,11 @@ def _write_json_lines(rows: Iterator[dict[str, Any]], path: Path) -> int:
             n += 1
     return n
 
-def _write_parquet(rows: Iterator[dict[str, Any]], path: Path) -> int:
+def _write_parquet(
+    rows: Iterator[dict[str, Any]],   # with equal keys
+    path: Path,                       # to write
+) -> int:                             # rows
+    "Write a Parquet file, ten thousand rows at a time."
     import pyarrow as pa
     import pyarrow.parquet as pq
     n = 0

@@ -5,7 +5,7 @@
 # %% ../../nbs/metrics/09_thresholds.ipynb #thr-02
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -89,6 +89,8 @@ class DecisionFit:
     effect: TemperatureEffect | None = None    # gap of confidence and accuracy without and with it
     gain: Estimate | None = None               # of the objective by the rule, on images that it was not fitted on
     notes: tuple[str, ...] = ()                # sentences
+    # of the validation images, each by temperature and thresholds of others, int (N,); None: those of `decide`
+    answers: np.ndarray | None = field(default=None, compare=False, repr=False)
 
     def decide(self,
         probabilities: np.ndarray,   # (N, C), without the temperature
@@ -130,7 +132,7 @@ def _fit_rule(
     objective: Objective,        # with classes
     groups: np.ndarray | None,   # of the images
     parts: np.ndarray,           # from `_divide`
-) -> tuple[DecisionRule, Estimate | None, str]:   # rule, gain, a sentence
+) -> tuple[DecisionRule, Estimate | None, str, np.ndarray]:   # rule, gain, a sentence, answers by fits on others
     "Fit thresholds, or take the costs; keep what helps on other images."
     o = objective
     plain = crossed.argmax(1)
@@ -138,9 +140,14 @@ def _fit_rule(
     interval = lambda d: f"{o.words} {d.value:+.4f} [{d.low:+.4f}, {d.high:+.4f}] on {len(labels):,} validation images"
     if o.name == "cost":
         gain = compare(o.rule.decide(crossed))
-        if gain.value >= 0: return o.rule, gain, f"answers have the lowest expected cost ({interval(gain)})"
-        return DecisionRule(), gain, f"the largest probability answers: it costs less than the costs ({interval(gain)})"
-    if o.name == "recall": return DecisionRule(), None, f"no thresholds: they would buy {o.words} by precision"
+        if gain.value >= 0:
+            about = f"answers have the lowest expected cost ({interval(gain)})"
+            return o.rule, gain, about, o.rule.decide(crossed)
+        about = f"the largest probability answers: it costs less than the costs ({interval(gain)})"
+        return DecisionRule(), gain, about, plain
+    if o.name == "recall": return DecisionRule(), None, f"no thresholds: they would buy {o.words} by precision", plain
+    if o.name == "accuracy":   # thresholds would only fit the shares of the classes among the validation images
+        return DecisionRule(), None, "no thresholds: for accuracy the largest probability answers", plain
     found = {}
     for by_class in (False, True):
         answers = plain.copy()
@@ -151,8 +158,9 @@ def _fit_rule(
     by_class = o.score(labels, found[True]) > o.score(labels, found[False])
     gain = compare(found[by_class])
     rule = fit_thresholds(probabilities, labels, o, by_class)
-    if gain.low > 0 and rule.thresholds: return rule, gain, f"thresholds: {interval(gain)} that they were not fitted on"
-    return DecisionRule(), gain, f"no thresholds: they do not help beyond chance ({interval(gain)})"
+    if gain.low > 0 and rule.thresholds:
+        return rule, gain, f"thresholds: {interval(gain)} that they were not fitted on", found[by_class]
+    return DecisionRule(), gain, f"no thresholds: they do not help beyond chance ({interval(gain)})", plain
 
 def fit_decision(
     probabilities: np.ndarray,   # (N, C), of validation images
@@ -171,5 +179,5 @@ def fit_decision(
     temperature, crossed, about = _fit_temperature(p, labels, units, parts)
     effect = measure_temperature(p, labels, groups) if temperature else None
     calibrated = apply_temperature(p, temperature) if temperature else p
-    rule, gain, said = _fit_rule(calibrated, crossed, labels, objective, groups, parts)
-    return DecisionFit(rule, temperature, effect, gain, (about, said))
+    rule, gain, said, answers = _fit_rule(calibrated, crossed, labels, objective, groups, parts)
+    return DecisionFit(rule, temperature, effect, gain, (about, said), answers)

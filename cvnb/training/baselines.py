@@ -69,7 +69,9 @@ class Baselines:
     ) -> np.ndarray:  # int (N,), classes
         "Choose a class for each image. Classification only."
         probabilities = self.data.task.predict(torch.as_tensor(self.logits[name][split])).numpy()
-        if name == "probe" and self.decision: return self.decision.decide(probabilities)
+        if name == "probe" and self.decision:
+            crossed = self.decision.answers if split == "val" else None   # each image by thresholds of others
+            return self.decision.decide(probabilities) if crossed is None else crossed
         return self.objective.rule.decide(probabilities) if self.objective else probabilities.argmax(1)
 
     def metrics(self,
@@ -136,13 +138,16 @@ def compare_with_baselines(
     table: pd.DataFrame,             # the model's predictions of the validation images, in the order of the rows
     metrics: dict[str, Estimate],    # the model's, such as "accuracy_val"
     audit: dict,                     # content of audit.json: classifier_accuracy
+    answers: np.ndarray | None = None,   # the model's, by thresholds of other images; None: those of `table`
+    pretrained: bool = False,        # whether the model began with trained weights
 ) -> list[str]:                      # sentences; none where the model is not shown to be worse
     "Say where a model is worse than a baseline on the validation images, and which option may help."
     main = baselines.main
     measured = baselines.metrics("val")
     own = metrics[f"{main}_val"]
-    differences = baseline_differences(baselines, table)
+    differences = baseline_differences(baselines, table, answers)
     notes = []
+    remedies = _REMEDIES | (dict(probe=_MORE) if pretrained else {})
     for name in baselines.logits:
         other = measured[f"{main}_val_{name}"]
         d = differences.get(f"difference_val_{name}")
@@ -150,12 +155,12 @@ def compare_with_baselines(
         difference = f" (difference {d.value:+.4f} [{d.low:+.4f}, {d.high:+.4f}])" if d else ""
         words = main.replace("_", " ")
         notes.append(f"{_NAMES[name]} is better than the model: {words} {other.value:.4f} against {own.value:.4f} on "
-                     f"{own.n:,} validation images{difference}. {_REMEDIES[name]}")
+                     f"{own.n:,} validation images{difference}. {remedies[name]}")
     checked = audit.get("classifier_accuracy")
     if main == "accuracy" and checked and (checked["low"] or 0) > own.high:
         notes.append(f"the classifier of the audit's label check is better than the model: accuracy "
                      f"{checked['value']:.4f} on {checked['n']:,} images it had not seen, against {own.value:.4f} on "
-                     f"{own.n:,} validation images. {_REMEDIES['probe']}")
+                     f"{own.n:,} validation images. {remedies['probe']}")
     return notes
 
 _NAMES = dict(majority="the same answer for every image", probe="a linear probe on the audit's embeddings")
@@ -163,10 +168,12 @@ _REMEDIES = dict(
     majority="Train longer (train.epochs) or with a lower train.lr.",
     probe="Fine-tune from pretrained weights: train.weights=imagenet, train.backbone=tf_efficientnet_lite0, "
           "train.tune=head_first.")
+_MORE = "More time (--minutes, train.epochs), a larger train.image_size or a lower train.lr may help."
 
 def baseline_differences(
     baselines: Baselines,   # of the run
     table: pd.DataFrame,    # the model's predictions of the validation images, in the order of the rows
+    answers: np.ndarray | None = None,   # the model's, by thresholds of other images; None: those of `table`
 ) -> dict[str, Estimate]:   # "difference_val_probe": objective of the model minus that of the baseline
     "Compare answers on the same images; empty unless an image has one class."
     task = baselines.data.task
@@ -175,7 +182,9 @@ def baseline_differences(
     objective = baselines.objective or Objective("accuracy", tuple(classes))
     targets = baselines.data.images["val"].targets
     accuracy = objective.name == "accuracy"   # right answers are enough
-    model = np.where(table.correct, targets, -1) if accuracy else task.encode(table.predicted, classes, table.path)
+    if answers is not None: model = answers
+    elif accuracy: model = np.where(table.correct, targets, -1)
+    else: model = task.encode(table.predicted, classes, table.path)
     groups = image_groups(baselines.data.rows["val"])
     found = {}
     for name in baselines.logits:

@@ -277,7 +277,8 @@ def _unused_by_probe(
 ) -> list[str]:            # at most one note
     "List the options that have no effect on a linear probe."
     if options.tune != "probe": return []
-    used = {"tune", "label_smoothing", "seed", "precision", "device", "devices", "strategy", "workers"}
+    used = {"tune", "label_smoothing", "seed", "precision", "device", "devices", "strategy", "workers", "objective",
+            "minutes"}
     if options.balance == "weights": used.add("balance")
     values = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in used}
     defaults = asdict(FitOptions())

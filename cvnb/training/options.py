@@ -21,11 +21,10 @@ KEEP_MODES = ("last", "best")   # which epoch's weights a training ends with: be
 
 LEAST_MINUTES = 0.5   # shorter deadlines are refused without a measurement
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FitOptions:
     "How to train."
     epochs: int = 2               # passes over the training set, in whole batches
-    minutes: float = 0.0          # by the clock, after which training ends; 0 is off
     lr: float = 3e-3              # peak learning rate
     batch_size: int = 64          # images per batch, over all processes
     weight_decay: float = 0.02    # of matrices; biases and norms have no decay
@@ -48,6 +47,7 @@ class FitOptions:
     ema: float = 0.0              # decay of the moving average of the weights, 0 is off
     patience: int = 0             # epochs without a lower validation loss before training stops, 0 is off
     keep: str = "last"            # one of KEEP_MODES
+    minutes: float = 0.0          # by the clock, after which training ends; 0 is off
     objective: Objective | None = None   # what `keep` goes by; None: the task's main metric
     resolution: float = 1.0       # share of the image size at which training begins
     precision: str = "32-true"    # Lightning's precision

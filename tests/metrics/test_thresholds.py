@@ -95,3 +95,12 @@ def test_fit_does_not_depend_on_the_order_of_classes_or_on_repetition():
     assert first == fit_decision(p, labels, BALANCED)
     turned = fit_decision(p[:, ::-1], 1 - labels, Objective("balanced", NAMES[::-1]))
     assert turned.rule.thresholds[::-1] == pytest.approx(first.rule.thresholds, abs=0.05)
+
+
+def test_accuracy_has_no_thresholds_that_fit_the_shares_of_the_validation_classes():
+    "The validation images have other shares than training and test: thresholds for accuracy would copy them."
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1, 2], [300, 60, 40])
+    p = rng.dirichlet([1, 1, 1], 400) + 0.6 * np.eye(3)[labels]
+    found = fit_decision(p / p.sum(1, keepdims=True), labels, Objective("accuracy", ("a", "b", "c")))
+    assert found.rule.plain and "for accuracy the largest probability answers" in found.notes[1]

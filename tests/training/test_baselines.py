@@ -10,6 +10,7 @@ import torch
 
 from cvnb.core.errors import CvnbError
 from cvnb.metrics.estimates import Estimate
+from cvnb.metrics.objective import Objective
 from cvnb.tasks.labels import get_task
 from cvnb.training import baselines as module
 from cvnb.training.baselines import (
@@ -122,3 +123,27 @@ def test_curves_of_a_training_that_goes_wrong_are_reported_once(losses, said):
     for i in range(len(losses)): watch(0.1, "epoch", loss_val=losses[:i + 1])
     watch(0.2, "epoch", loss_val=losses)
     assert len(found) == bool(said) and all(said in text for text in found)
+
+
+def test_thresholds_of_the_probe_are_measured_on_images_that_did_not_fit_them():
+    "Thresholds fitted on the validation images flatter them: the comparison takes answers by fits on other images."
+    data, vectors = split_data("classification")
+    noisy = {split: 0.3 * v + np.random.default_rng(1).normal(size=v.shape).astype(np.float32)
+             for split, v in vectors.items()}
+    objective = Objective("balanced", tuple(data.classes))
+    baselines = fit_baselines(noisy, data, objective=objective)
+    crossed = baselines.decision.answers
+    assert crossed is not None and (baselines.answers("probe", "val") == crossed).all()
+    assert len(baselines.answers("probe", "test")) == 60
+    table = pd.DataFrame(dict(correct=np.zeros(60, bool)))
+    same = baseline_differences(baselines, table, crossed)
+    assert same["difference_val_probe"].value == 0
+
+
+def test_advice_to_a_fine_tuned_model_is_not_to_fine_tune():
+    data, vectors = split_data("classification")
+    baselines = fit_baselines(vectors, data)
+    wrong = pd.DataFrame(dict(correct=np.arange(60) < 45))
+    own = dict(accuracy_val=Estimate(0.75, 0.6, 0.85, 60))
+    (note,) = compare_with_baselines(baselines, wrong, own, {}, pretrained=True)
+    assert "--minutes" in note and "weights=imagenet" not in note
