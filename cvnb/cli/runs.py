@@ -279,7 +279,7 @@ def card_command(
 ) -> None:
     "Describe a run's model for others: data, figures with their sources, limits. Markdown for Hugging Face's hub."
     from cvnb.core.files import atomic_path
-    from cvnb.pipeline.model_card import model_card
+    from cvnb.benchmark.model_card import model_card
     if out and out.exists(): raise UsageError(f"{out} exists", "Give another file with --out, or delete this one.")
     text = model_card(existing_run(run), purpose, license)
     if not out: return print(text, end="")

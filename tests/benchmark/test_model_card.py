@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
+from cvnb.benchmark import model_card as module
+from cvnb.benchmark.model_card import model_card
 from cvnb.cli.app import main
 from cvnb.core.errors import CvnbError, UsageError
-from cvnb.pipeline import model_card as module
-from cvnb.pipeline.model_card import model_card
 
 
 @pytest.fixture(scope="module")
