@@ -57,7 +57,7 @@ def run_command(
     from cvnb.pipeline.runner import run_pipeline, select_stages
     known = read_contracts()
     select_stages(stages, known)
-    sets = [*(sets or []), *_deadline_option(minutes)]
+    sets = [*(sets or []), *_deadline_option(minutes, sets or [], select_stages(stages, known))]
     recipe = choose_recipe(data, config)
     folder = run.expanduser().resolve() if run else project_root()/"runs"/default_name(data, config, recipe)
     read = reading_parameters(layout, leave_out, take_in)
@@ -76,12 +76,18 @@ def run_command(
 # %% ../../nbs/cli/03_runs.ipynb #0639d96d
 def _deadline_option(
     minutes: float | None,   # --minutes
+    sets: list[str],         # --set
+    chosen: list[str],       # stages of the call
 ) -> list[str]:              # values of --set
     "Turn the deadline into a parameter; raise `UsageError` for one that is too short for any training."
     if minutes is None: return []
     from cvnb.training.options import LEAST_MINUTES
     if not minutes >= LEAST_MINUTES:
         raise UsageError(f"--minutes {minutes:g} is too short for a training", f"Give {LEAST_MINUTES:g} or more.")
+    if any(text.startswith("train.minutes=") for text in sets):
+        raise UsageError("--minutes and --set train.minutes say the same", "Leave one of them out.")
+    if "train" not in chosen: raise UsageError("--minutes is for the stage train, which this call does not run",
+                                               "Leave it out, or name the stage train.")
     return [f"train.minutes={minutes!r}"]
 
 def _result_record(

@@ -98,6 +98,11 @@ class Stage:
         for path in [p for p in self.dir.rglob("[!.]*") if p.is_file() and p.stat().st_nlink > 1]:
             with atomic_path(path) as copy: shutil.copy2(path, copy)
 
+    @property
+    def elapsed_s(self) -> float:
+        "Count the seconds since the stage began."
+        return time.perf_counter() - self._begin
+
     def __repr__(self) -> str: return f"stage {self.name} of {self.run.name}"
 
 # %% ../../nbs/core/06_stage.ipynb #cell-41

@@ -214,13 +214,15 @@ def _refuse_contradictions(
         raise UsageError(f"train.costs and train.metric={metric} contradict each other",
                          "Use train.metric=cost, or leave train.costs out.")
     if not label: return
-    if costs or metric not in ("auto", "f1"):
-        other = "train.costs" if costs else f"train.metric={metric}"
-        raise UsageError(f"train.metric_class and {other} contradict each other",
-                         "Use train.metric=auto for the class's recall, or train.metric=f1 for its F1.")
     if label not in classes:
         nearest = did_you_mean(label, list(classes))[:200]
         raise UsageError(f"train.metric_class={label}: no class has this name", nearest)
+    if costs:
+        raise UsageError("train.metric_class and train.costs contradict each other",
+                         "Leave one out: train.costs='' or train.metric_class=''.")
+    if metric not in ("auto", "f1"):
+        raise UsageError(f"train.metric_class and train.metric={metric} contradict each other",
+                         "Use train.metric=auto for the class's recall, or train.metric=f1 for its F1.")
     for split, found in counts.items():
         if found.get(label): continue
         raise UsageError(f"train.metric_class={label}: no image in the split {split} has this class",

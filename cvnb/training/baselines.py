@@ -156,6 +156,11 @@ def compare_with_baselines(
         words = main.replace("_", " ")
         notes.append(f"{_NAMES[name]} is better than the model: {words} {other.value:.4f} against {own.value:.4f} on "
                      f"{own.n:,} validation images{difference}. {remedies[name]}")
+    right = metrics.get("accuracy_val")
+    same = measured.get("accuracy_val_majority")
+    if main != "accuracy" and right and same and right.high < same.low:
+        notes.append(f"the same answer for every image is right more often than the model: accuracy {same.value:.4f} "
+                     f"against {right.value:.4f}; {main.replace('_', ' ')}, which is optimised, accepts that")
     checked = audit.get("classifier_accuracy")
     if main == "accuracy" and checked and (checked["low"] or 0) > own.high:
         notes.append(f"the classifier of the audit's label check is better than the model: accuracy "

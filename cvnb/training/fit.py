@@ -529,7 +529,10 @@ def _keep_probe_if_better(
     metric = f"val_{objective_key(options, task_of(job.model.spec))}"
     with safe_open(job.folder/_PROBE_FILE, "pt") as file: before = float(file.metadata()[metric])
     ends = history[metric].max() if options.keep == "best" else history[metric].iloc[-1]
-    if math.isnan(before) or before <= ends: return
+    if math.isnan(before) or before <= ends:
+        history.attrs["notes"].append(f"fine-tuning is kept: {metric} {ends:.4f}, {before:.4f} with the linear probe "
+                                      "that it began with")
+        return
     job.model.load_state_dict(load_file(job.folder/_PROBE_FILE))
     why = f"fine-tuning ended at {metric} {ends:.4f}, below the {before:.4f} of the linear probe that it began with"
     history.attrs["changed"].append(dict(option="tune", picked="probe", why=why))

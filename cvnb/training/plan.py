@@ -31,16 +31,17 @@ from .options import LEAST_MINUTES, FitOptions
 from .tuning import time_training_steps
 
 # %% auto #0
-__all__ = ['PLAN_SIDES', 'ENOUGH_EPOCHS', 'PROBE_ADVANTAGE', 'MOST_EPOCHS', 'LEAST_STEPS', 'PLANNED_SHARE', 'TrainingPlan',
-           'plan_training']
+__all__ = ['PLAN_SIDES', 'ENOUGH_EPOCHS', 'PROBE_ADVANTAGE', 'MOST_EPOCHS', 'LEAST_STEPS', 'PLANNED_SHARE', 'OTHER_S',
+           'TrainingPlan', 'plan_training']
 
 # %% ../../nbs/training/17_plan.ipynb #p5
 PLAN_SIDES = (64, 96, 128, 160, 192, 224)   # pixels, that are tried where the image size is left open
-ENOUGH_EPOCHS = 5       # that a whole network needs at its image size
+ENOUGH_EPOCHS = 4       # that a whole network needs at its image size
 PROBE_ADVANTAGE = 2.0   # how many times as large images must be for the head alone to be the better choice
 MOST_EPOCHS = 20        # more are not planned, unless they are fewer than LEAST_STEPS steps
 LEAST_STEPS = 400       # of the optimizer, that a training should have
 PLANNED_SHARE = 0.75    # of the time
+OTHER_S = 5.0           # seconds of the stage for baselines, figures and files
 
 @dataclass(frozen=True, eq=False)
 class TrainingPlan:
@@ -124,25 +125,38 @@ def _limit_epochs(
     steps = max(1, n // max(1, options.batch_size or 32))
     return max(MOST_EPOCHS, -(-LEAST_STEPS // steps))
 
-def _time_size(
-    model: VisionModel,    # of one image size
+def _plan_size(
+    side: int,             # in pixels
+    speed: tuple[float, float],   # seconds per image of a training step and of a prediction
     work: _Work,           # of the training
     options: FitOptions,   # how to train
     seconds: float,        # of the deadline that are left
     tta: bool,             # whether mirrored test images are predicted too
 ) -> dict:                 # image_size, images_per_s, seconds of the steps, epochs that fit, whether the head fits
-    "Measure one image size, and compute the epochs that fit."
-    step_s, predict_s = _measure_speeds(model, work.sample, options)
+    "Compute what fits at one image size."
+    step_s, predict_s = speed
     counts = work.counts
     features_s = (counts["train"] + counts["val"]) * predict_s
     rest_s = sum(counts.values()) * work.decode_s + (work.n_predicted + tta * counts["test"]) * predict_s
     epoch_s = counts["train"] * step_s + counts["val"] * predict_s
     before_s = rest_s + features_s * (options.tune != "full")   # what is spent without any epoch
-    return dict(image_size=model.spec.image_size, images_per_s=1 / max(1e-9, step_s), before_s=before_s,
-                epoch_s=epoch_s, fit_s=seconds - before_s, head_fits=before_s <= PLANNED_SHARE * seconds,
+    return dict(image_size=side, images_per_s=1 / max(1e-9, step_s), before_s=before_s, epoch_s=epoch_s,
+                fit_s=seconds - before_s, head_fits=before_s <= PLANNED_SHARE * seconds,
                 epochs=max(0, int(PLANNED_SHARE * (seconds - before_s) / max(1e-9, epoch_s))))
 
+def _scale_speed(
+    speeds: dict[int, tuple[float, float]],   # measured side -> seconds per image
+    side: int,                                # in pixels, not below the smallest that was measured
+) -> tuple[float, float]:                     # seconds per image of a training step and of a prediction
+    "Estimate the speed at a size from that at the nearest smaller one, by their pixels."
+    near = max(s for s in speeds if s <= side)
+    step_s, predict_s = speeds[near]
+    return step_s * (side / near)**2, predict_s * (side / near)**2
+
 # %% ../../nbs/training/17_plan.ipynb #p9
+_TIMED_SIDES = 3     # image sizes that are timed at most
+_TIMED_IMAGES = 16   # in a batch on a CPU
+
 def plan_training(
     minutes: float,          # by the clock, for the whole stage; 0: no deadline
     manifest: Path | str,    # manifest.parquet of the audit
@@ -154,6 +168,7 @@ def plan_training(
     folder: Path | str,      # the stage's folder, where the plan is saved
     largest: int = 0,        # side in pixels of the largest size to try; 0: that of the images, from 64 to 224
     tta: bool = False,       # whether mirrored test images are predicted too
+    spent: float = 0.0,      # seconds of the stage before this call
     progress: Callable[[float, str], None] | None = None,   # called with the fraction that is done and a text
 ) -> TrainingPlan:
     "Choose image size, epochs and tuning for a deadline; raise `CvnbError` for one that is too short."
@@ -167,16 +182,22 @@ def plan_training(
     known = read_kept(file, PickedOptions) or {}
     if known.get("key") != key:
         side = image_size or largest or _largest_side(manifest)
-        work = _sample_work(manifest, audit, task, side, max(8, options.batch_size or 32))
+        on_gpu = torch_device(options.device) != "cpu"
+        batch = max(8, options.batch_size or 32)
+        work = _sample_work(manifest, audit, task, side, batch if on_gpu else min(batch, _TIMED_IMAGES))
         scale = get_task(task).target_scale(work.sample.targets)
-        sides = [s for s in PLAN_SIDES if s < side] if not image_size else []
-        rows: list[dict] = []
-        for i, s in enumerate([*sides, side]):
-            if progress: progress(i / (len(sides) + 1), f"timing images of {s} pixels")
-            left = 60 * minutes - (read_clock() - begin)
-            rows.append(_time_size(make_model(work.classes, s, **scale), work, options, left, tta))
-            if not rows[-1]["head_fits"]: break
-        known = dict(key=key, picked=_choose(rows, minutes, options, not image_size, work.counts["train"]))
+        sides = [*(s for s in PLAN_SIDES if s < side and not image_size), side]
+        speeds: dict[int, tuple[float, float]] = {}
+        next_side = sides[0]
+        while next_side not in speeds and len(speeds) < _TIMED_SIDES:
+            if progress: progress(len(speeds) / _TIMED_SIDES, f"timing images of {next_side} pixels")
+            with torch.random.fork_rng(devices=[]):   # a resumed training reads its plan: it draws the same numbers
+                speeds[next_side] = _measure_speeds(make_model(work.classes, next_side, **scale), work.sample, options)
+            left = 60 * minutes - spent - OTHER_S - (read_clock() - begin)
+            rows = [_plan_size(s, _scale_speed(speeds, s), work, options, left, tta) for s in sides]
+            picked = _choose(rows, minutes, options, not image_size, work.counts["train"])
+            next_side = next((p["picked"] for p in picked if p["option"] == "image_size"), side)
+        known = dict(key=key, picked=picked)
         write_record(file, known, PickedOptions)
     values = {p["option"]: p["picked"] for p in known["picked"]}
     size = values.pop("image_size", image_size)
@@ -193,7 +214,7 @@ def _largest_side(
     return int(min(max(PLAN_SIDES[0], side // 32 * 32), PLAN_SIDES[-1]))
 
 def _choose(
-    rows: list[dict],      # from `_time_size`, by growing image size
+    rows: list[dict],      # from `_plan_size`, by growing image size
     minutes: float,        # of the deadline
     options: FitOptions,   # how to train
     open_size: bool,       # whether the image size is chosen
@@ -208,8 +229,12 @@ def _choose(
         row = heads[-1]
         why = "too few epochs of the whole network fit" if not whole else \
             f"the whole network has enough epochs only at {whole[-1]['image_size']} pixels"
-        size = [dict(option="image_size", picked=row["image_size"], why="the largest at which the head fits")]
-        return size * open_size + [dict(option="tune", picked="probe", why=why)]
+        largest = dict(option="image_size", picked=row["image_size"], why="the largest at which the head fits")
+        size = [largest] * open_size
+        if row["epochs"] < 1 or options.tune == "probe": return [*size, dict(option="tune", picked="probe", why=why)]
+        why = f"fewer than {ENOUGH_EPOCHS} fit behind the fitted head; what validates better is kept"
+        return [*size, dict(option="epochs", picked=row["epochs"], why=why),
+                dict(option="minutes", picked=round(row["fit_s"] / 60, 3), why="what the other steps leave")]
     row = (whole or some[:1])[-1]
     speed = f"{row['images_per_s']:,.0f} training images/s at {row['image_size']} pixels"
     picked = [dict(option="image_size", picked=row["image_size"], why=speed)] if open_size else []
@@ -220,7 +245,7 @@ def _choose(
 
 # %% ../../nbs/training/17_plan.ipynb #p12
 def _too_short(
-    row: dict,             # from `_time_size`, of the smallest image size
+    row: dict,             # from `_plan_size`, of the smallest image size
     minutes: float,        # of the deadline
     options: FitOptions,   # how to train
 ) -> CvnbError:            # to raise

@@ -118,8 +118,8 @@ def test_installed_command_prints_no_traceback():
     assert done.returncode == 2 and done.stderr.startswith("cvnb: no stage 'trian'") and "Traceback" not in done.stderr
 
 
-COMMANDS = ["run", "status", "gate", "sweep", "init", "params", "dashboard", "browse", "audit", "predict", "verify",
-            "serve", "data", "doctor"]
+COMMANDS = ["run", "status", "gate", "card", "sweep", "init", "params", "dashboard", "browse", "audit", "predict",
+            "verify", "serve", "data", "doctor"]
 
 
 def test_every_command_has_help_and_is_documented(call, root):
@@ -163,6 +163,14 @@ def test_deadline_that_is_too_short_is_refused_before_anything_is_written(call, 
     code, out, err = call("run", "--data", folders/"good", "--run", run, "--minutes", minutes)
     assert code == 2 and not run.exists() and not out
     assert err.strip() == f"cvnb: --minutes {minutes} is too short for a training. Give 0.5 or more."
+
+
+@pytest.mark.parametrize(("args", "message"), [
+    (["audit", "--minutes", "2"], "--minutes is for the stage train, which this call does not run."),
+    (["--minutes", "2", "--set", "train.minutes=3"], "--minutes and --set train.minutes say the same.")])
+def test_deadline_that_says_nothing_or_the_same_twice_is_refused(call, folders, tmp_path, args, message):
+    code, _, err = call("run", *args, "--data", folders/"good", "--run", tmp_path/"run")
+    assert code == 2 and message in err and not (tmp_path/"run").exists()
 
 
 def test_help_of_run_lists_every_stage_in_order():

@@ -94,6 +94,41 @@ def test_the_head_alone_is_planned_where_the_network_has_too_few_epochs_or_much_
     assert planned(10, 1 / 100, 1 / 1000, folder=tmp_path/"long").options.tune == "auto"
 
 
+def test_few_epochs_behind_the_head_are_planned_because_the_better_one_is_kept(planned):
+    found = planned(3, 1 / 20, 1 / 400, image_size=64)
+    assert 1 <= found.options.epochs < plan.ENOUGH_EPOCHS and found.options.tune == "auto"
+    assert "what validates better is kept" in found.describe()
+
+
+@pytest.mark.parametrize("minutes", [1, 2, 10, 60])
+def test_few_sizes_are_timed_and_the_chosen_one_is_among_them(planned, monkeypatch, tmp_path, minutes):
+    timed: list[set[int]] = []
+    scaled = plan._scale_speed
+    monkeypatch.setattr(plan, "_scale_speed", lambda speeds, side: timed.append(set(speeds)) or scaled(speeds, side))
+    found = planned(minutes, 1 / 100, 1 / 1000)
+    assert len(timed[-1]) <= plan._TIMED_SIDES
+    assert found.image_size in timed[-1] or len(timed[-1]) == plan._TIMED_SIDES
+
+
+def test_a_plan_draws_no_random_numbers_of_the_training(digits_audit, tmp_path):
+    "A resumed stage reads its plan: with other random numbers its model would begin with other weights."
+    path, audit, _ = digits_audit
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    plan_training(0.5, path, audit, "classification", partial(create_model, NO_BATCHNORM), 16, OPTIONS, tmp_path)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_time_that_the_stage_has_spent_is_not_planned_again(digits_audit, tmp_path, monkeypatch):
+    path, audit, _ = digits_audit
+    monkeypatch.setattr(plan, "read_clock", lambda: 0.0)
+    monkeypatch.setattr(plan, "_measure_speeds", lambda *_: (1 / 100, 0.0))
+    make = partial(create_model, NO_BATCHNORM)
+    plans = [plan_training(4, path, audit, "classification", make, 64, OPTIONS, tmp_path/str(spent), spent=spent)
+             for spent in (0.0, 60.0)]
+    assert plans[0].options.minutes - plans[1].options.minutes == pytest.approx(1, abs=0.01)
+
+
 def test_a_deadline_that_is_too_short_names_the_time_that_is_needed(planned, tmp_path):
     with pytest.raises(UsageError, match="minutes=0.1 is too short for a training. Use 0.5 or more"):
         planned(0.1, 1 / 100)
