@@ -28,7 +28,8 @@ def _cell(
     value: Any,   # may come from names of files and classes
 ) -> str:         # for a cell of a Markdown table
     "Write text that neither ends a cell nor is read as HTML."
-    return html.escape(printable(str(value), 200), quote=False).replace("|", "&#124;").replace("`", "&#96;")
+    text = f"{value:.3g}" if isinstance(value, float) else str(value)
+    return html.escape(printable(text, 300), quote=False).replace("|", "&#124;").replace("`", "&#96;")
 
 def _table(
     names: list[str],                # of the columns
@@ -82,10 +83,11 @@ def _evaluation_section(
     endings = "_test", "_test_majority", "_test_probe", "_without_siblings"
     for name, metric in metrics.items():
         if not name.endswith(endings) or metric["value"] is None: continue
-        rows.append((f"trained model: {name}", metric, "train/stage.json"))
+        rows.append((f"train: {name}", metric, "train/stage.json"))
     for stage in "compress", "export":
         for name, metric in files.manifests.get(stage, {}).get("metrics", {}).items():
-            if name.startswith(("accuracy", "objective", "balanced")) and metric["value"] is not None:
+            of_test = name.startswith(("accuracy", "objective", "balanced")) and "_val" not in name
+            if of_test and metric["value"] is not None:
                 rows.append((f"{stage}: {name}", metric, f"{stage}/stage.json"))
     yield "All figures are of the test images, with 95 % intervals.\n"
     yield from _table(["figure", "value", "images", "source"], [

@@ -41,8 +41,9 @@ def test_every_section_is_filled_by_a_whole_run(card):
 
 def test_figures_are_those_of_the_run(card, smoke_run):
     metrics = json.loads((smoke_run/"train/stage.json").read_text())["metrics"]
-    (line,) = [line for line in card.splitlines() if line.startswith("| trained model: accuracy_test |")]
+    (line,) = [line for line in card.splitlines() if line.startswith("| train: accuracy_test |")]
     assert f"{metrics['accuracy_test']['value']:.4g}"[:5] in line
+    assert "accuracy_val" not in card, "the table says that its figures are of the test images"
     digest = json.loads((smoke_run/"audit/stage.json").read_text())["data"]["digest"]
     assert digest in card
 
@@ -60,7 +61,7 @@ def test_what_was_not_measured_is_named(smoke_run, tmp_path):
 
 def test_names_cannot_break_a_table_or_become_html():
     lines = module._table(["class", "n"], [("a|b\n<script>`x`", 3)])
-    assert lines[-1] == "| a&#124;b\\n&lt;script&gt;&#96;x&#96; | 3 |"
+    assert lines[-1] == "| a&#124;b &lt;script&gt;&#96;x&#96; | 3 |"
     assert module._table(["x"], [(i,) for i in range(30)])[-1] == "\n… and 10 more"
 
 

@@ -187,7 +187,9 @@ def test_process_that_ends_as_a_run_opens_is_replaced(
 
     def open_and_kill(arguments: dict) -> tuple[object, str]:
         opened = open_online(arguments)
-        wandb_process().kill()
+        process = wandb_process()
+        process.kill()
+        process.wait(20)
         time.sleep(1)   # until the connection is closed
         return opened
 
