@@ -41,12 +41,12 @@ def _table(
     more = [f"\n… and {len(rows) - _MANY:,} more"] if len(rows) > _MANY else []
     return [line(names), "|" + "---|" * len(names), *shown, *more]
 
-def _percent(
-    metric: dict,   # value, low, high, n
-) -> str:           # "91.2% [88.9, 93.1]"
-    "Write a share with its interval."
-    interval = "no interval" if metric.get("low") is None else f"{100 * metric['low']:.1f}, {100 * metric['high']:.1f}"
-    return f"{100 * metric['value']:.1f}% [{interval}]"
+def _record_table(
+    records: list[dict[str, Any]],   # at least one, with equal keys
+) -> list[str]:                      # lines
+    "Write records as a table."
+    names = list(records[0])
+    return _table(names, [tuple(record.get(name, "") for name in names) for record in records])
 
 # %% ../../nbs/benchmark/06_model_card.ipynb #m6
 def _data_section(
@@ -102,13 +102,11 @@ def _errors_section(
     if errors.get("decision_words"): yield f"Decisions: {_cell(errors['decision_words'])}"
     if errors["below"]:
         yield "\nGroups of images on which the model is worse than elsewhere, by tests under false-discovery control:\n"
-        names = list(errors["below"][0])
-        yield from _table(names, [tuple(row.get(name, "") for name in names) for row in errors["below"]])
+        yield from _record_table(errors["below"])
     else: yield f"No group among {errors['slices']:,} that were tested is shown to be worse than the others."
     if mixed := errors["mixed_up"]:
         yield "\nClasses that are mixed up most often:\n"
-        names = list(mixed[0])
-        yield from _table(names, [tuple(row.get(name, "") for name in names) for row in mixed[:10]])
+        yield from _record_table(mixed[:10])
     yield "\nSource: `errors/errors.json`."
 
 def _runtime_section(
@@ -187,13 +185,14 @@ def model_card(
         raise UsageError(f"{run.name} is of the task {description['task']}", "A card describes classification only.")
     labels = ", ".join(_cell(label) for label in description["labels"][:_MANY])
     more = len(description["labels"]) - _MANY
+    scaled = " after the scale that `bundle.json` names under `input`" if description["input"].get("scale") else ""
     lines = [_front_matter(files, description, license), f"# {_cell(files.run.name)}", "",
              f"{_cell(description['backbone'])} assigns an image to one of {len(description['labels'])} classes: "
              f"{labels}{f' and {more} more' if more > 0 else ''}.", "", "## Verdict", "",
              *_verdict_lines(judge_run(run)), "", "## Use", "",
              _cell(purpose) or "The makers have not said what the model is for (`cvnb card --purpose`).", "",
              "The model is made for images like those below. It contains its preprocessing: it takes the pixels of an "
-             "image file of any size as they are decoded, RGB, 8 bits.", "",
+             f"image file of any size as they are decoded, RGB, 8 bits{scaled}.", "",
              "```python", "from cvnb import Bundle", 'Bundle.load("bundle").predict("photo.jpg")', "```", ""]
     if not license: lines += ["No licence was given (`cvnb card --license`).", ""]
     for title, write in _SECTIONS.items():

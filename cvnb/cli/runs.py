@@ -369,6 +369,7 @@ def _predict_to_file(
     name = out.name
     if bundle.decision_note: print(f"- {printable(bundle.decision_note, 500)}", file=sys.stderr)
     with ProgressLines(sys.stderr) as lines:
+        if n < len(paths): lines.note(f"{len(paths) - n:,} paths are given more than once and have one row")
         if n > len(left): lines.note(f"{n - len(left):,} of {n:,} images have an answer in {file.journal}")
         lines(name, "start", 0, "predicting")
         answers = bundle.iter_predictions(left, skip=file.add_error, jobs=jobs or n_cores())

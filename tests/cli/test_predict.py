@@ -242,7 +242,8 @@ def test_a_cut_line_of_a_journal_is_answered_again(photos, tmp_path):
 def test_a_table_lists_images_beside_it(call, photos, tmp_path):
     (tmp_path/"table.csv").write_text("label,path\nx,photos/001.png\ny,photos/002.png\n")
     pq.write_table(pa.table(dict(path=["photos/003.png"])), tmp_path/"table.parquet")
-    code, _, _ = call(tmp_path/"table.csv", tmp_path/"table.parquet", "--out", tmp_path/"out.csv")
+    code, _, error = call(tmp_path/"table.csv", tmp_path/"table.parquet", photos[1], "--out", tmp_path/"out.csv")
+    assert any("1 paths are given more than once and have one row" in line for line in error)
     names = [Path(row["path"]).name for row in read_csv(tmp_path/"out.csv")]
     assert code == 0 and names == ["001.png", "002.png", "003.png"]
 
