@@ -162,25 +162,28 @@ def run_side(job: dict) -> None:
     print(json.dumps(found | dict(right=right)))
 
 
-def measure(data: str, folder: str, args: argparse.Namespace, work: Path) -> list[dict]:
-    "Audit a data set once, and run each side with each seed."
-    from cvnb.metrics.classification import accuracy
-    run = work/data
-    cvnb = Path(sys.executable).with_name("cvnb")
+def audit(data: str, folder: str, work: Path) -> Path:
+    "Audit a data set, once."
+    run, cvnb = work/data, Path(sys.executable).with_name("cvnb")
     subprocess.run([cvnb, "run", "audit", "--data", folder, "--run", str(run)], check=True, stdout=subprocess.DEVNULL)
-    rows = []
-    for side in SIDES:
-        for seed in range(args.seeds if side != "probe" else 1):
-            job = dict(side=side, run=str(run), seed=seed, minutes=args.minutes, threads=args.threads)
-            done = subprocess.run([sys.executable, __file__, "--job", json.dumps(job)], check=True,
-                                  stdout=subprocess.PIPE, text=True)
-            found = json.loads(done.stdout.splitlines()[-1])
-            estimates = {f"{split} accuracy": str(accuracy(np.array(right, bool)))
-                         for split, right in found["right"].items()}
-            rows.append(dict(data=data, side=side, seed=seed, **estimates, chose=found["choice"],
-                             **{"CPU minutes": f"{found['seconds'] / 60:.1f}"}, right=found["right"]))
-            print({k: v for k, v in rows[-1].items() if k != "right"}, file=sys.stderr, flush=True)
-    return rows + [summarize(rows, side) for side in ("probe", "plain")]
+    return run
+
+
+def measure(data: str, side: str, seed: int, args: argparse.Namespace, work: Path) -> dict:
+    "Run a side with a seed, or read what an earlier call measured, and return its row."
+    from cvnb.metrics.classification import accuracy
+    job = dict(side=side, run=str(work/data), seed=seed, minutes=args.minutes, threads=args.threads)
+    kept = work/f"{data}-{side}-{seed}-{args.minutes:g}-{args.threads}.json"
+    if not kept.exists():
+        done = subprocess.run([sys.executable, __file__, "--job", json.dumps(job)], check=True,
+                              stdout=subprocess.PIPE, text=True)
+        kept.write_text(done.stdout.splitlines()[-1])
+    found = json.loads(kept.read_text())
+    estimates = {f"{split} accuracy": str(accuracy(np.array(right, bool))) for split, right in found["right"].items()}
+    row = dict(data=data, side=side, seed=seed, **estimates, chose=found["choice"],
+               **{"CPU minutes": f"{found['seconds'] / 60:.1f}"})
+    print(row, file=sys.stderr, flush=True)
+    return row | dict(right=found["right"])
 
 
 def summarize(rows: list[dict], other: str) -> dict:
@@ -206,15 +209,24 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10, help="CPU minutes of a side")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--work", type=Path, help="a folder that keeps what was measured: the same call goes on there")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/first_model.md")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job: return run_side(json.loads(args.job))
-    with TemporaryDirectory() as work:
-        rows = []
-        for text in args.data:
-            name, _, folder = text.partition("=")
-            rows += measure(name, folder or name, args, Path(work))
+    with TemporaryDirectory() as folder:
+        work = args.work or Path(folder)
+        work.mkdir(parents=True, exist_ok=True)
+        given = {name: path or name for name, _, path in (text.partition("=") for text in args.data)}
+        for name, path in given.items(): audit(name, path, work)
+        # a seed of all sets, then the next one: what was measured when it is stopped is balanced
+        jobs = [(name, side, seed) for seed in range(args.seeds) for name in given for side in SIDES
+                if side != "probe" or not seed]
+        found = [measure(*job, args, work) for job in jobs]
+    rows = []
+    for name in given:
+        of_set = sorted((r for r in found if r["data"] == name), key=lambda r: (SIDES.index(r["side"]), r["seed"]))
+        rows += of_set + [summarize(of_set, side) for side in ("probe", "plain")]
     rows = [{k: v for k, v in row.items() if k != "right"} for row in rows]
     show("first_model", f"The first model after {args.minutes:g} CPU minutes", rows, args.write)
 
