@@ -210,7 +210,7 @@ class Benchmark:
         control = self.measured.control
         estimate = lambda row, name: Estimate(row[name], row[f"{name}_low"], row[f"{name}_high"], row["n_calls"])
         found = {}
-        ships = lambda c, row: c.model == shipped and not c.runtime.is_peer and row.get("agrees") is not False
+        ships = lambda c, row: c.model == shipped and c.runtime.in_bundle and row.get("agrees") is not False
         if control["clock"] != "none":
             latency, speedup, _ = headline_columns(control).values()
             metric = latency if latency == "cpu_ms" else f"latency_{latency}"

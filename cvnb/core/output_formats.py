@@ -182,6 +182,7 @@ class ExportRecord(OutputRecord):
     bundle: dict[str, str] | str
     parity: list[dict[str, Any]]
     decodings: DecodingParityRecord | None = Field(None, description="null: an earlier version wrote the file")
+    graphs: dict[str, dict[str, Any]] = Field({}, description="model -> runtime -> graph that it got by trial")
     int8: dict[str, dict[str, Any]]
 
 class BenchmarkRow(Record):

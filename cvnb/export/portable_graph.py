@@ -14,13 +14,17 @@ import numpy as np
 
 from ..core.errors import CvnbError
 from ..core.files import atomic_path, check_targets
-from .runtimes import Predict
+from .runtimes import RUNTIMES, Predict
 
 if TYPE_CHECKING:
     import onnx
+    import pandas as pd
+
+    from cvnb.models.vision_model import VisionModel
 
 # %% auto #0
-__all__ = ['ENLARGED', 'GRAPH_TOLERANCE', 'write_portable', 'GraphTrial', 'GraphChoice', 'trial_images', 'choose_graph']
+__all__ = ['ENLARGED', 'GRAPH_TOLERANCE', 'ROUNDING_FACTOR', 'write_portable', 'GraphTrial', 'GraphChoice', 'trial_images',
+           'choose_graph', 'RuntimeGraphs', 'write_runtime_graphs']
 
 # %% ../../nbs/export/11_portable_graph.ipynb #a942427d
 _PREFIX = "portable_resize"   # of the names of nodes and tensors
@@ -103,7 +107,8 @@ def _without_unused(
 
 # %% ../../nbs/export/11_portable_graph.ipynb #e4ba88f8
 ENLARGED = 3            # times the network's size, of the largest images that are tried
-GRAPH_TOLERANCE = 1e-4  # difference of a probability from torch's, up to which a graph counts as equal
+GRAPH_TOLERANCE = 1e-4  # difference of a probability from torch's, up to which a graph agrees in any case
+ROUNDING_FACTOR = 4.0   # times the smallest difference, up to which a graph agrees too: a pixel was rounded otherwise
 
 @dataclass(frozen=True)
 class GraphTrial:
@@ -113,15 +118,10 @@ class GraphTrial:
     milliseconds: float     # of CPU per image, the median; NaN where the runtime refused the file
     refused: str = ""       # why it could not run the file
 
-    @property
-    def agrees(self) -> bool:
-        "Tell whether the answers count as torch's."
-        return self.max_difference <= GRAPH_TOLERANCE
-
 @dataclass(frozen=True)
 class GraphChoice:
     "The graph that a runtime gets, and what was tried."
-    graph: str                 # "plain" or "portable"; empty if the runtime refuses both
+    graph: str                 # "plain" or "portable"; empty if the runtime refuses both or answers no numbers
     trials: list[GraphTrial]   # in the order of the trials
 
     def to_json(self) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def choose_graph(
     images: list[np.ndarray],   # raw images, each uint8 (H, W, 3)
     expected: np.ndarray,       # torch's probabilities (N, C)
 ) -> GraphChoice:
-    "Try graphs in a runtime, and choose the fastest of those that answer as torch does."
+    "Try graphs in a runtime, and choose the fastest of those that agree with torch."
     from time import process_time
     trials = []
     for name, path in graphs.items():
@@ -166,10 +166,68 @@ def choose_graph(
             reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:160]
             trials.append(GraphTrial(name, float("nan"), float("nan"), reason))
             continue
-        gap = float(np.abs(found - expected).max())
+        gap = float(np.abs(found - expected).max())   # NaN if any answer is
         trials.append(GraphTrial(name, gap, 1000 * float(np.median(seconds))))
-    ran = [t for t in trials if not t.refused]
-    equal = [t for t in ran if t.agrees]
-    if equal: return GraphChoice(min(equal, key=lambda t: t.milliseconds).graph, trials)
-    order = sorted(ran, key=lambda t: (t.max_difference != t.max_difference, t.max_difference))
-    return GraphChoice(order[0].graph if order else "", trials)
+    finite = [t for t in trials if np.isfinite(t.max_difference)]
+    least = min((t.max_difference for t in finite), default=0.0)
+    agree = [t for t in finite if t.max_difference <= max(GRAPH_TOLERANCE, ROUNDING_FACTOR * least)]
+    return GraphChoice(min(agree, key=lambda t: t.milliseconds).graph if agree else "", trials)
+
+# %% ../../nbs/export/11_portable_graph.ipynb #d39a36f0
+@dataclass(frozen=True)
+class RuntimeGraphs:
+    "The graph of every model in the runtimes that get one by trial."
+    choices: dict[str, dict[str, GraphChoice]]   # model -> runtime -> choice
+
+    @property
+    def table(self) -> pd.DataFrame:   # one row per model, runtime and trial
+        "List the trials."
+        import pandas as pd
+        rows = [dict(model=model, runtime=runtime, graph=t.graph, chosen="yes" if t.graph == choice.graph else "",
+                     max_difference=t.max_difference, CPU_ms=t.milliseconds, refused=t.refused)
+                for model, found in self.choices.items() for runtime, choice in found.items() for t in choice.trials]
+        columns = ["model", "runtime", "graph", "chosen", "max_difference", "CPU_ms", "refused"]
+        return pd.DataFrame(rows, columns=columns)
+
+    @property
+    def notes(self) -> list[str]:   # one line per runtime that refuses a model
+        "Say which runtimes run neither graph, and why."
+        return [f"{model}, {runtime}: neither graph runs ({choice.trials[-1].refused or 'its answers are no numbers'})"
+                for model, found in self.choices.items() for runtime, choice in found.items() if not choice.graph]
+
+    def to_json(self) -> dict[str, dict[str, Any]]:   # model -> runtime -> choice
+        "Convert it to JSON types."
+        return {model: {runtime: choice.to_json() for runtime, choice in found.items()}
+                for model, found in self.choices.items()}
+
+    def __repr__(self) -> str:
+        return self.table.to_string(index=False) if len(self.table) else "no runtime needs a graph of its own"
+
+    def _repr_html_(self) -> str:
+        from cvnb.core.html import html_table
+        return html_table(self.table) if len(self.table) else f"<p>{self}</p>"
+
+# %% ../../nbs/export/11_portable_graph.ipynb #bf6acb2b
+def write_runtime_graphs(
+    models: dict[str, VisionModel],   # by their names in `MODELS`
+    files: dict[str, Path],           # their ONNX files, from `export_models`
+    images: list[np.ndarray],         # a few raw images, each uint8 (H, W, 3)
+    path: Callable[[str], Path],      # turns the name of a file into its path, such as `stage.path`
+) -> RuntimeGraphs:
+    "Choose each runtime's graph, and write it under the name that the runtime's entry gives."
+    import shutil
+    from tempfile import TemporaryDirectory
+
+    from cvnb.models.inference import predict_proba
+    choosing = [runtime for runtime in RUNTIMES.values() if runtime.own_graph and runtime.installed]
+    choices: dict[str, dict[str, GraphChoice]] = {}
+    for name, model in models.items() if choosing else ():
+        tried = trial_images(images, model.spec.image_size)
+        expected = np.concatenate([predict_proba(model, image[None]) for image in tried])
+        with TemporaryDirectory() as temp:
+            graphs = dict(plain=files[name], portable=write_portable(files[name], Path(temp)/"portable.onnx"))
+            choices[name] = {r.name: choose_graph(r.load, graphs, tried, expected) for r in choosing}
+            for runtime in choosing:
+                if not (graph := choices[name][runtime.name].graph): continue
+                with atomic_path(path(runtime.file_name(name))) as target: shutil.copyfile(graphs[graph], target)
+    return RuntimeGraphs(choices)

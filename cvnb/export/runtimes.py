@@ -201,10 +201,10 @@ _MAX_STATIC_SHAPES = 16   # shapes that OpenVINO compiles for; images of any fur
 
 # %% ../../nbs/export/01_runtimes.ipynb #073b9274
 def load_openvino(
-    path: Path | str,   # an ONNX file
+    path: Path | str,   # an ONNX file, or the .xml file of OpenVINO's own format
     threads: int = 0,   # 0 lets OpenVINO choose
 ) -> Predict:
-    "Open an ONNX file with OpenVINO on the CPU."
+    "Open a model file with OpenVINO on the CPU."
     import openvino
     core = openvino.Core()
     requests = {}   # by shape
@@ -237,6 +237,8 @@ class Runtime:
     in_parity: bool = False   # whether the export stage compares it with torch
     in_bundle: bool = False   # whether the bundle has its file; needs `file` and `in_parity`
     is_peer: bool = False     # whether it runs the trained model only, as the alternative to cvnb's compression
+    own_graph: bool = False   # whether the export stage chooses its graph by trial, with `write_runtime_graphs`
+    stage: str = "export"     # that writes its file
     reference_tolerance: float = 1e-3   # difference of a probability between machines that `Bundle.verify` accepts
 
     @property
@@ -255,7 +257,7 @@ class Runtime:
         model: str,   # a key of `MODELS`
     ) -> Path:        # what `load` takes
         "Return the path of a run's model in the form that it runs."
-        return run/"export"/self.file_name(model) if self.file else run/MODELS[model]
+        return run/self.stage/self.file_name(model) if self.file else run/MODELS[model]
 
     def missing_reason(self,
         run: Path,    # a run directory
@@ -273,10 +275,10 @@ _ENTRIES = [
             in_parity=True, in_bundle=True),
     Runtime("onnx int8", OnnxModel, "{model}_int8.onnx", "onnxruntime", "int8", metric_suffix="int8", marker="D",
             in_parity=True, in_bundle=True, reference_tolerance=0.1),   # INT8 kernels differ between processors
-    Runtime("openvino fp32", load_openvino, "{model}.onnx", "openvino", "fp32", metric_suffix="openvino_fp32",
-            marker="^", is_peer=True),
-    Runtime("openvino int8", load_openvino, "{model}_int8.onnx", "openvino", "int8", metric_suffix="openvino_int8",
-            marker="v", is_peer=True),
+    Runtime("openvino fp32", load_openvino, "{model}_openvino.onnx", "openvino", "fp32",
+            metric_suffix="openvino_fp32", marker="^", in_parity=True, own_graph=True),
+    Runtime("openvino int8", load_openvino, "{model}_openvino_int8.xml", "openvino", "int8",
+            metric_suffix="openvino_int8", marker="v", is_peer=True, stage="benchmark"),   # OpenVINO's own quantization
 ]
 RUNTIMES: dict[str, Runtime] = {runtime.name: runtime for runtime in _ENTRIES}
 

@@ -18,7 +18,8 @@ from cvnb.metrics.classification import accuracy
 def run(tmp_path: Path) -> Path:
     "A run whose model files are empty."
     for model, stage in MODELS.items():
-        for file in f"{stage}/model.safetensors", f"export/{model}.onnx", f"export/{model}_int8.onnx":
+        names = f"{model}.onnx", f"{model}_int8.onnx", f"{model}_openvino.onnx"
+        for file in f"{stage}/model.safetensors", *(f"export/{name}" for name in names), "benchmark/trained_openvino_int8.xml":
             (tmp_path/file).parent.mkdir(exist_ok=True)
             (tmp_path/file).write_bytes(b"")
     return tmp_path

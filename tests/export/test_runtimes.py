@@ -86,12 +86,19 @@ def test_parity_compares_new_runtime(run: Path, new_runtime: Runtime) -> None:
 def test_parity_refuses_runtime_that_differs(run: Path, new_runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(path: Path, threads: int) -> Predict: return lambda images: np.full((len(images), 2), 0.5, np.float32)
 
-    constant = Runtime("constant", load, "", "numpy", "fp32", metric_suffix="constant", marker="P", in_parity=True)
-    monkeypatch.setitem(RUNTIMES, constant.name, constant)
     test = pd.DataFrame(dict(path=["0.png"], label=["cat"]))
-    parity = check_parity(dict(trained=load_model(run/"train")), run, run, test, CLASSES)
-    with pytest.raises(CvnbError, match=r"constant differs from torch by .* on 0\.png, and the tolerance is 1e-06"):
-        parity.require(1e-6)
+    reason = r"constant differs from torch by .* on 0\.png, and the tolerance is 1e-06"
+    for ships in True, False:
+        constant = Runtime("constant", load, "", "numpy", "fp32", metric_suffix="constant", marker="P", in_parity=True,
+                           in_bundle=ships)
+        monkeypatch.setitem(RUNTIMES, constant.name, constant)
+        parity = check_parity(dict(trained=load_model(run/"train")), run, run, test, CLASSES)
+        with pytest.raises(CvnbError, match=reason): parity.require(1e-6)
+        if ships:
+            with pytest.raises(CvnbError, match=reason): parity.require(1e-6, "trained")
+            continue
+        note, = parity.require(1e-6, "trained")
+        assert note.startswith("trained, constant differs from torch by ") and "file does not ship" in note
 
 
 def test_benchmark_and_report_list_new_runtime(run: Path, new_runtime: Runtime) -> None:
