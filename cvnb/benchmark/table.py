@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from cvnb.metrics.objective import Objective
 
 # %% auto #0
-__all__ = ['BASELINE', 'PEER', 'OTHER_ANSWERS', 'list_candidates', 'list_left_out', 'sample_images', 'model_size_mb',
-           'benchmark_rows', 'headline_columns', 'benchmark_table', 'Benchmark', 'benchmark_notes', 'run_benchmark']
+__all__ = ['BASELINE', 'PEER', 'OTHER_ANSWERS', 'list_candidates', 'list_left_out', 'sample_files', 'sample_images',
+           'model_size_mb', 'benchmark_rows', 'headline_columns', 'benchmark_table', 'Benchmark', 'benchmark_notes',
+           'run_benchmark']
 
 # %% ../../nbs/benchmark/03_table.ipynb #30c8bc51
 def _candidate_reasons(
@@ -62,6 +63,15 @@ def list_left_out(
     return {candidate.name: reason for candidate, reason in _candidate_reasons(run, exclude).items() if reason}
 
 # %% ../../nbs/benchmark/03_table.ipynb #49e28887
+def sample_files(
+    root: Path | str,      # the data folder
+    rows: pd.DataFrame,    # test rows of the manifest
+    n: int = 16,           # images, at most
+    seed: int = 0,         # of the choice
+) -> list[str]:            # paths
+    "Sample files of test images."
+    return [str(Path(root)/path) for path in rows.sample(min(n, len(rows)), random_state=seed).path]
+
 def sample_images(
     root: Path | str,      # the data folder
     rows: pd.DataFrame,    # test rows of the manifest
@@ -69,9 +79,8 @@ def sample_images(
     seed: int = 0,         # of the choice
     decoding: Decoding = DEFAULT_DECODING,   # of the data set
 ) -> list[np.ndarray]:     # raw images, each uint8 (H, W, 3)
-    "Sample test images at their own sizes."
-    chosen = rows.sample(min(n, len(rows)), random_state=seed)
-    return [read_pixels(Path(root)/path, decoding) for path in chosen.path]
+    "Sample test images at their own sizes; the same as `sample_files`."
+    return [read_pixels(path, decoding) for path in sample_files(root, rows, n, seed)]
 
 # %% ../../nbs/benchmark/03_table.ipynb #32953ef3
 BASELINE = ("trained", "torch eager")   # of `speedup`
@@ -96,6 +105,21 @@ def _interval_columns(
     return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
 
 # %% ../../nbs/benchmark/03_table.ipynb #c086acaf
+def _more_columns(
+    timings: Timings,   # of a candidate
+    batch_size: int,    # images in the large batch
+) -> dict[str, Any]:    # columns of what was measured beside calls with one thread on decoded images
+    "Summarize the calls from an image file's bytes, and those with every core."
+    found: dict[str, Any] = {}
+    if timings.file_seconds is not None and timings.file_cpu_seconds is not None:
+        found |= _interval_columns("file_ms", median_latency(timings.file_seconds))
+        found |= _interval_columns("file_p99_ms", tail_latency(timings.file_seconds))
+        found |= _interval_columns("file_cpu_ms", median_latency(timings.file_cpu_seconds))
+    if timings.all_threads is not None and timings.all_threads_batch is not None:
+        found |= _interval_columns("all_threads_ms", median_latency(timings.all_threads))
+        found["images_per_s_batch_all_threads"] = batch_size / float(np.median(timings.all_threads_batch))
+    return found
+
 def _candidate_row(
     candidate: Candidate,      # the row
     timings: Timings,          # of the candidate
@@ -115,10 +139,12 @@ def _candidate_row(
         cpu_vs_peer=peer and speed_ratio(peer.cpu_seconds, timings.cpu_seconds))
     row = dict(
         model=candidate.model, runtime=candidate.runtime.name,
-        **_interval_columns("p50_ms", p50), **_interval_columns("p99_ms", tail_latency(timings.seconds)), n_calls=p50.n,
+        **_interval_columns("p50_ms", p50), **_interval_columns("p90_ms", tail_latency(timings.seconds, 90)),
+        **_interval_columns("p99_ms", tail_latency(timings.seconds)), n_calls=p50.n,
         images_per_s=1 / float(timings.seconds.mean()),
         images_per_s_batch=batch_size / float(np.median(timings.batch_seconds)), batch_size=batch_size,
         size_mb=model_size_mb(candidate.path), peak_memory_mb=timings.peak_memory_mb,
+        load_s=None if np.isnan(timings.load_seconds) else timings.load_seconds, **_more_columns(timings, batch_size),
         **_interval_columns("accuracy", accuracy), n=accuracy.n, **_interval_columns("objective", objective))
     for name, ratio in ratios.items(): row |= _interval_columns(name, ratio)
     return row
@@ -166,6 +192,9 @@ def _format_interval(
     return f"{row[name]:.{digits}f} [{row[f'{name}_low']:.{digits}f}, {row[f'{name}_high']:.{digits}f}]"
 
 # %% ../../nbs/benchmark/03_table.ipynb #7e32a4c8
+_MORE_TITLES = [("file to label ms", "file_ms", "wall"), ("file to label CPU ms", "file_cpu_ms", "cpu"),
+                ("every core ms", "all_threads_ms", "wall")]   # title, column, clock
+
 def benchmark_table(
     rows: list[dict[str, Any]],   # from `benchmark_rows`
     control: dict[str, Any],      # of the same benchmark
@@ -181,14 +210,21 @@ def benchmark_table(
     columns = headline | {title: column for title, column in other.items() if column not in headline.values()}
     wall = void["wall"]
     optimised = {words: "objective"} if any(r.get("objective") is not None for r in rows) else {}
+    has = lambda column: any(r.get(column) is not None for r in rows)
+    every_core = [key for key in ("images_per_s_batch_all_threads",) if has(key)]
     shown = lambda r: {
         "model": r["model"], "runtime": r["runtime"] + OTHER_ANSWERS * (r.get("agrees") is False),
         **{title: _format_interval(r, column, 4) for title, column in optimised.items()},
         "accuracy": f"{_format_interval(r, 'accuracy', 4)} (n={r['n']})",
         **{title: _format_interval(r, column, digits[column]) for title, column in columns.items()},
+        **{f"{title}{void[clock]}": _format_interval(r, column, 2)
+           for title, column, clock in _MORE_TITLES if has(column)},
+        f"p90 ms{wall}": _format_interval(r, "p90_ms", 3),
         f"p99 ms{wall}": _format_interval(r, "p99_ms", 3),
         f"images/s{wall}": f"{r['images_per_s']:.0f}",
         f"images/s, batch {r['batch_size']}{wall}": f"{r['images_per_s_batch']:.0f}",
+        **{f"images/s, batch {r['batch_size']}, every core{wall}": f"{r[key] or 0:.0f}" for key in every_core},
+        **({"load s": f"{r['load_s'] or 0:.2f}"} if has("load_s") else {}),
         "MB": f"{r['size_mb']:.2f}",
         "memory MB": f"{r['peak_memory_mb']:.0f}"}
     return pd.DataFrame([shown(r) for r in rows])
@@ -270,6 +306,8 @@ def run_benchmark(
     tolerance: float = 0.01,          # difference of a probability from torch's up to which answers are the same
     objective: Objective | None = None,             # measured beside accuracy; None: accuracy alone
     rules: dict[str, DecisionRule] | None = None,   # model -> how its answers are chosen
+    timed_files: Sequence[str] = (),  # files to time on, from their bytes to a label, from `sample_files`
+    all_threads: bool = False,        # whether to measure with every core too
 ) -> Benchmark:
     "Measure candidates and make their table; classification only."
     from cvnb.metrics.classification import accuracy
@@ -279,7 +317,7 @@ def run_benchmark(
     accuracies = {c: known[c.model, c.runtime.name] for c in candidates if (c.model, c.runtime.name) in known}
     classify = {c: test_files for c in candidates if c not in accuracies}
     measured = measure_candidates(candidates, images, n_calls, rounds, batch_size, classify, progress, decoding,
-                                  control_seconds, rules)
+                                  control_seconds, rules, timed_files, all_threads)
     objectives = {}
     if objective:
         optimised = {(p["model"], p["runtime"]): p.get("objective") for p in parity}

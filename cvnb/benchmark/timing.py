@@ -18,6 +18,7 @@ import numpy as np
 
 from .workers import Candidate, RuntimeWorker
 from ..core.errors import CvnbError
+from ..core.system import n_cores
 from ..data.images import DEFAULT_DECODING, Decoding
 from ..metrics.decision import DecisionRule
 
@@ -37,30 +38,36 @@ class Timings:
     cpu_seconds: np.ndarray     # CPU time of the process (rounds, calls), of the same calls
     batch_seconds: np.ndarray   # wall time (rounds, 1), one batch per call
     peak_memory_mb: float       # of its process, before the batches
+    file_seconds: np.ndarray | None = None       # wall time (rounds, calls) from an image file's bytes to its class
+    file_cpu_seconds: np.ndarray | None = None   # CPU time of the same calls
+    load_seconds: float = float("nan")           # from the runtime's import to its first answer
+    all_threads: np.ndarray | None = None        # wall time (rounds, calls), one image per call, with every core
+    all_threads_batch: np.ndarray | None = None  # wall time (rounds, 1), one batch per call, with every core
 
 # %% ../../nbs/benchmark/02_timing.ipynb #d17edecd
 def _time_round(
     workers: dict[str, RuntimeWorker],   # loaded, by name
     round_number: int,                   # rounds before this one
-    **arguments: Any,                    # of `RuntimeServer.time`
+    method: str = "time",                # of `RuntimeServer`
+    **arguments: Any,                    # of the method
 ) -> dict[str, list]:                    # per worker: wall and CPU seconds of each call (calls, 2)
     "Time every worker once, beginning with another worker in every round."
     order = np.roll(np.array(list(workers)), -round_number).tolist()
-    return {name: workers[name].call("time", **arguments, round_number=round_number) for name in order}
+    return {name: workers[name].call(method, **arguments, round_number=round_number) for name in order}
 
 # %% ../../nbs/benchmark/02_timing.ipynb #dd01f701
 @contextlib.contextmanager
 def _start_workers(
     processes: dict[str, Candidate],        # what each process runs, by the process's name
     images: list[np.ndarray],               # raw images to time on
-) -> Iterator[dict[str, RuntimeWorker]]:    # loaded workers, by the same names
-    "Start all workers at once, wait until each has loaded, and end them afterwards."
+    **options: Any,                         # of `RuntimeWorker`: files, decoding, threads
+) -> Iterator[tuple[dict[str, RuntimeWorker], dict[str, float]]]:   # by the same names: workers; seconds of loading
+    "Start all workers, let them load one after the other, and end them afterwards."
     with TemporaryDirectory() as temp, contextlib.ExitStack() as stack:
         file = Path(temp)/"images.npz"
         np.savez(file, **{f"image_{i}": image for i, image in enumerate(images)})
-        workers = {name: stack.enter_context(RuntimeWorker(c, file)) for name, c in processes.items()}
-        for worker in workers.values(): worker.receive()
-        yield workers
+        workers = {name: stack.enter_context(RuntimeWorker(c, file, **options)) for name, c in processes.items()}
+        yield workers, {name: worker.load() for name, worker in workers.items()}   # one by one: it is timed
 
 # %% ../../nbs/benchmark/02_timing.ipynb #c57e7c4c
 _MIN_ROUNDS = 5   # fewer have no interval
@@ -239,7 +246,9 @@ class _Rounds:
     control: Candidate                  # what the control runs
     n: int                              # calls per round with one image each
     batch_size: int                     # images of a long call
+    with_files: bool = False            # whether the way from an image file's bytes is timed too
     short: list[dict[str, list]] = field(default_factory=list)   # per round, of `_time_round`
+    files: list[dict[str, list]] = field(default_factory=list)   # per round, from an image file's bytes
     long: list[dict[str, list]] = field(default_factory=list)    # per round, of the control's two processes
     memory: dict[str, float] = field(default_factory=dict)       # megabytes, by worker
     load: list[float] = field(default_factory=list)              # load average between rounds, where it changed
@@ -251,6 +260,8 @@ class _Rounds:
         if (load := load_average()) not in self.load[-1:]: self.load.append(load)
         self.short.append(_time_round(self.workers, r, n=self.n, batch_size=1, warm_up=3))
         if r == 0: self.memory = {name: worker.call("measure_memory") for name, worker in self.workers.items()}
+        if self.with_files:
+            self.files.append(_time_round(self.workers, r, "time_files", n=self.n, warm_up=1))
         pair = {name: self.workers[name] for name in (self.control.name, "control")}
         self.long.append(_time_round(pair, r, n=_LONG_CALLS, batch_size=self.batch_size, warm_up=1))
 
@@ -273,6 +284,26 @@ def _time_batches(
         progress(r / rounds, f"round {r + 1} of {rounds}, batch {batch_size}")
         found.append(_time_round(workers, r, n=1, batch_size=batch_size, warm_up=1))
     return found
+
+# %% ../../nbs/benchmark/02_timing.ipynb #04b2f869
+_THREADED_ROUNDS = 5   # with every core: the least that have an interval
+
+def _time_all_threads(
+    candidates: list[Candidate],   # what to compare
+    images: list[np.ndarray],      # raw images, each uint8 (H, W, 3)
+    n: int,                        # calls per round with one image each
+    batch_size: int,               # images per batch
+    progress: Callable[[float, str], None],   # takes the share that is done, and a text
+) -> dict[Candidate, tuple[np.ndarray, np.ndarray]]:   # wall seconds of one image (rounds, calls) and of a batch
+    "Time every candidate with all cores, each in a new process that is alone while it is called."
+    processes = {c.name: c for c in candidates}
+    short, long = [], []
+    with _start_workers(processes, images, threads=n_cores()) as (workers, _):
+        for r in range(_THREADED_ROUNDS):
+            progress(r / _THREADED_ROUNDS, f"round {r + 1} of {_THREADED_ROUNDS} with every core")
+            short.append(_time_round(workers, r, n=n, batch_size=1, warm_up=3))
+            long.append(_time_round(workers, r, n=1, batch_size=batch_size, warm_up=1))
+    return {c: (_stack_rounds(short, c.name)[0], _stack_rounds(long, c.name)[0]) for c in candidates}
 
 # %% ../../nbs/benchmark/02_timing.ipynb #6525430d
 def load_average() -> float:   # of the last minute; NaN where the system does not report it
@@ -310,20 +341,26 @@ def measure_candidates(
     decoding: Decoding = DEFAULT_DECODING,   # of the files to classify
     control_seconds: float = 10,   # that further rounds may take while the control is not valid
     rules: dict[str, DecisionRule] | None = None,   # model -> how its answers are chosen
+    files: Sequence[str] = (),     # image files to time on, from their bytes to a label; none: that is not timed
+    all_threads: bool = False,     # whether to measure with every core too, after the rounds
 ) -> Measurements:
     "Measure candidates in alternating rounds, each in its own process."
     control = find_control(candidates)
     processes = {c.name: c for c in candidates} | dict(control=control)
     load_before = load_average()
     progress(0, f"starting {len(processes)} processes")
-    with _start_workers(processes, images) as workers:
-        found = _Rounds(workers, control, -(-n_calls // rounds), batch_size)
+    with _start_workers(processes, images, files=files, decoding=decoding) as (workers, load_s):
+        found = _Rounds(workers, control, -(-n_calls // rounds), batch_size, bool(files))
         checked = run_rounds(found.measure, found.check, rounds, control_seconds, progress)
         batch = _time_batches(workers, max(3, rounds // 3), batch_size, progress)
         progress(1, "classifying the test images")
         rule = lambda c: vars((rules or {}).get(c.model, DecisionRule()))
         classes = {c: workers[c.name].call("classify", paths=paths, decoding=decoding.to_json(), **rule(c))
                    for c, paths in (classify or {}).items()}
-    timings = {c: Timings(*_stack_rounds(found.short, c.name), _stack_rounds(batch, c.name)[0], found.memory[c.name])
-               for c in candidates}
+    more = _time_all_threads(candidates, images, -(-n_calls // rounds), batch_size, progress) if all_threads else {}
+    timings = {}
+    for c in candidates:
+        from_files = tuple(_stack_rounds(found.files, c.name)) if files else (None, None)
+        timings[c] = Timings(*_stack_rounds(found.short, c.name), _stack_rounds(batch, c.name)[0],
+                             found.memory[c.name], *from_files, load_s[c.name], *more.get(c, ()))
     return Measurements(timings, checked, classes, (load_before, *found.load, load_average()))

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from ..core.workers import WorkerProcess, serve_requests
-from ..data.images import Decoding
-from ..export.runtimes import RUNTIMES, Predict, Runtime, predict_files
+from ..data.images import DEFAULT_DECODING, Decoding
+from ..export.pixels import decode_pixels
+from ..export.runtimes import RUNTIMES, Runtime, predict_files
 from ..metrics.decision import DecisionRule
 
 # %% auto #0
@@ -69,8 +71,8 @@ def make_batches(
 
 # %% ../../nbs/benchmark/01_workers.ipynb #b2b21065
 def time_calls(
-    predict: Predict,            # an opened model
-    batches: list[np.ndarray],   # its inputs, used in turn
+    predict: Callable[[Any], Any],   # an opened model, or another function
+    batches: Sequence[Any],          # its inputs, used in turn
     n: int,                      # calls to time
     warm_up: int,                # calls before them
     round_number: int = 0,       # rounds before this one, which continues with the input after their last one
@@ -87,6 +89,9 @@ def time_calls(
         seconds.append((wall / 1e9, (time.process_time_ns() - cpu_begin) / 1e9))
     return seconds[warm_up:]
 
+# %% ../../nbs/benchmark/01_workers.ipynb #fe47f54c
+N_THREADS = 1   # of each runtime
+
 # %% ../../nbs/benchmark/01_workers.ipynb #2ec861a0
 class RuntimeServer:
     "The methods that a benchmark's requests call in a worker."
@@ -94,12 +99,19 @@ class RuntimeServer:
         runtime: str,   # a key of `RUNTIMES`
         path: str,      # what it loads
         images: str,    # .npz with the raw images to time on
-    ) -> bool:
+        files: Sequence[str] = (),                # image files to time on, from their bytes to a label
+        decoding: dict[str, Any] | None = None,   # of the files, from `Decoding.to_json`
+        threads: int = N_THREADS,                 # of the runtime
+    ) -> float:         # seconds from the runtime's import to the first answer
         "Open the model and the images."
-        self.predict = RUNTIMES[runtime].load(path, N_THREADS)
         with np.load(images, allow_pickle=False) as file:
             self.images = [file[f"image_{i}"] for i in range(len(file.files))]
-        return True
+        self.contents = [Path(name).read_bytes() for name in files]
+        self.decoding = Decoding.from_json(decoding or {})
+        begin = time.perf_counter()
+        self.predict = RUNTIMES[runtime].load(path, threads)
+        self.predict(self.images[0][None])
+        return time.perf_counter() - begin
 
     def time(self,
         n: int,              # calls to time
@@ -109,6 +121,17 @@ class RuntimeServer:
     ) -> list[tuple[float, float]]:   # wall and CPU seconds of each call
         "Time calls."
         return time_calls(self.predict, make_batches(self.images, batch_size), n, warm_up, round_number)
+
+    def time_files(self,
+        n: int,              # calls to time
+        warm_up: int,        # calls before them
+        round_number: int,   # rounds before this one
+    ) -> list[tuple[float, float]]:   # wall and CPU seconds of each call
+        "Time the way from the bytes of an image file to the number of its class, as the bundle's reader takes it."
+        def label(content: bytes) -> int:
+            pixels, _ = decode_pixels(io.BytesIO(content), self.decoding)
+            return int(self.predict(pixels[None])[0].argmax())
+        return time_calls(label, self.contents, n, warm_up, round_number)
 
     def classify(self,
         paths: list[str],   # image files
@@ -130,28 +153,34 @@ def serve_runtime() -> None:
     server = RuntimeServer()
     serve_requests(lambda request: getattr(server, request["method"])(**request["arguments"]))
 
-# %% ../../nbs/benchmark/01_workers.ipynb #fe47f54c
-N_THREADS = 1   # of each runtime
-
 # %% ../../nbs/benchmark/01_workers.ipynb #beae6e5a
-def _worker_environment() -> dict[str, str]:   # environment variables
+def _worker_environment(
+    threads: int = N_THREADS,   # of each library
+) -> dict[str, str]:            # environment variables
     "Limit the threads of a worker's libraries, whatever the environment of the benchmark says."
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
-    return os.environ | dict.fromkeys(names, str(N_THREADS)) | dict(PYTHONUNBUFFERED="1")
+    return os.environ | dict.fromkeys(names, str(threads)) | dict(PYTHONUNBUFFERED="1")
 
 # %% ../../nbs/benchmark/01_workers.ipynb #9a83c7b0
 class RuntimeWorker(WorkerProcess):
-    "A process that runs one candidate; the first `receive` waits until it is loaded."
+    "A process that runs one candidate, after `load`."
     def __init__(self,
         candidate: Candidate,   # what it loads
         images: Path,           # .npz with the raw images to time on; the process's log is written beside it
+        files: Sequence[str] = (),                # image files to time on
+        decoding: Decoding = DEFAULT_DECODING,    # of the files
+        threads: int = N_THREADS,                 # of the runtime
     ):
         code = "from cvnb.benchmark.workers import serve_runtime; serve_runtime()"
         name = f"the benchmark's worker for {candidate.name}"
         log = images.with_name(f"{id(self)}.log")
-        super().__init__(code, log, name, _worker_environment(), remedy="Run the stage again.")
-        setup = dict(runtime=candidate.runtime.name, path=candidate.path, images=str(images))
-        self.send(method="load", arguments=setup)
+        super().__init__(code, log, name, _worker_environment(threads), remedy="Run the stage again.")
+        self.setup = dict(runtime=candidate.runtime.name, path=candidate.path, images=str(images), files=list(files),
+                          decoding=decoding.to_json(), threads=threads)
+
+    def load(self) -> float:   # seconds from the runtime's import to the first answer
+        "Let the process load its candidate, and wait for it; raise `CvnbError` if the process ends."
+        return self.call("load", **self.setup)
 
     def call(self,
         method: str,        # of `RuntimeServer`

@@ -199,7 +199,24 @@ class BenchmarkRow(Record):
     p99_ms: Number | None = None
     p99_ms_low: Number | None = None
     p99_ms_high: Number | None = None
+    p90_ms: Number | None = None
+    p90_ms_low: Number | None = None
+    p90_ms_high: Number | None = None
     n_calls: Count | None = None
+    file_ms: Number | None = Field(None, description="wall time from a file's bytes to its class; null: not timed")
+    file_ms_low: Number | None = None
+    file_ms_high: Number | None = None
+    file_p99_ms: Number | None = None
+    file_p99_ms_low: Number | None = None
+    file_p99_ms_high: Number | None = None
+    file_cpu_ms: Number | None = Field(None, description="CPU time from a file's bytes to its class")
+    file_cpu_ms_low: Number | None = None
+    file_cpu_ms_high: Number | None = None
+    all_threads_ms: Number | None = Field(None, description="wall time of a call with every core; null: not timed")
+    all_threads_ms_low: Number | None = None
+    all_threads_ms_high: Number | None = None
+    images_per_s_batch_all_threads: Number | None = None
+    load_s: Number | None = Field(None, description="seconds from the runtime's import to its first answer")
     images_per_s: Number | None = None
     images_per_s_batch: Number | None = None
     batch_size: Count | None = None

@@ -4,12 +4,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import cvnb.benchmark.timing as timing
 from cvnb.benchmark.report import benchmark_html, benchmark_summary
@@ -19,6 +20,7 @@ from cvnb.benchmark.workers import Candidate, RuntimeServer
 from cvnb.core.files import write_json
 from cvnb.core.output_formats import BenchmarkRecord
 from cvnb.core.records import read_record
+from cvnb.data.images import DEFAULT_DECODING, UnreadableImage
 from cvnb.export.runtimes import RUNTIMES
 from cvnb.metrics.classification import accuracy
 
@@ -187,17 +189,20 @@ def test_looks_at_the_control_rarely_accept_a_ratio_on_the_limit():
 
 class LocalWorker:
     "A worker's server in this process."
-    def __init__(self, images: list[np.ndarray]):
+    def __init__(self, images: list[np.ndarray], files: Sequence[str] = (), threads: int = 1, **options: Any):
         self.server = RuntimeServer()
         self.server.images = images
-        self.server.predict = lambda batch: batch.sum()
+        self.server.contents = [Path(name).read_bytes() for name in files]
+        self.server.decoding = DEFAULT_DECODING
+        self.server.predict = lambda batch: batch.sum((1, 2)) * threads
 
     def call(self, method: str, **arguments: Any) -> Any: return getattr(self.server, method)(**arguments)
 
 
-def test_further_rounds_measure_every_candidate(monkeypatch):
+def test_further_rounds_measure_every_candidate(monkeypatch, tmp_path: Path):
     @contextlib.contextmanager
-    def start(processes: dict, images: list) -> Iterator[dict]: yield {name: LocalWorker(images) for name in processes}
+    def start(processes: dict, images: list, **options: Any) -> Iterator[tuple[dict, dict]]:
+        yield {name: LocalWorker(images, **options) for name in processes}, dict.fromkeys(processes, 0.5)
 
     def check_once(candidate: Candidate, short: tuple, long: tuple) -> dict[str, Any]:
         "Call the control valid after further rounds, whatever this machine does."
@@ -211,6 +216,28 @@ def test_further_rounds_measure_every_candidate(monkeypatch):
     assert found.control["rounds"] == 10   # looks after 5, 7 and 10 rounds
     assert [t.seconds.shape for t in found.timings.values()] == [(10, 2)] * 2
     assert all((t.cpu_seconds > 0).all() and t.batch_seconds.shape == (3, 1) for t in found.timings.values())
+    assert all(t.load_seconds == 0.5 and t.file_seconds is None for t in found.timings.values())
+
+    file = tmp_path/"a.png"
+    Image.fromarray(images[0]).save(file)
+    found = timing.measure_candidates(candidates, images, n_calls=10, rounds=5, batch_size=4, control_seconds=600,
+                                      files=[str(file)], all_threads=True)
+    for t in found.timings.values():
+        assert t.file_seconds.shape == t.file_cpu_seconds.shape == (10, 2) and (t.file_seconds > 0).all()
+        assert t.all_threads.shape == (5, 2) and t.all_threads_batch.shape == (5, 1)
+
+
+def test_time_from_file_to_label_includes_decoding(tmp_path: Path) -> None:
+    image = np.zeros((7, 9, 3), np.uint8)
+    Image.fromarray(image).save(tmp_path/"a.png")
+    worker = LocalWorker([image], [str(tmp_path/"a.png")])
+    shapes = []
+    worker.server.predict = lambda batch: shapes.append(batch.shape) or np.zeros((1, 2))
+    assert len(worker.call("time_files", n=3, warm_up=1, round_number=0)) == 3
+    assert shapes == [(1, 7, 9, 3)] * 5   # every file once, one call to warm up, three timed ones
+    (tmp_path/"b.png").write_bytes(b"no image")
+    worker.server.contents = [(tmp_path/"b.png").read_bytes()]
+    with pytest.raises(UnreadableImage): worker.call("time_files", n=1, warm_up=0, round_number=0)
 
 
 def test_cpu_time_counts_all_threads_and_no_waiting():

@@ -18,8 +18,8 @@ from cvnb.metrics.classification import accuracy
 def run(tmp_path: Path) -> Path:
     "A run whose model files are empty."
     for model, stage in MODELS.items():
-        names = f"{model}.onnx", f"{model}_int8.onnx", f"{model}_openvino.onnx"
-        for file in f"{stage}/model.safetensors", *(f"export/{name}" for name in names), "benchmark/trained_openvino_int8.xml":
+        written = [f"export/{model}{end}.onnx" for end in ("", "_int8", "_openvino")]
+        for file in f"{stage}/model.safetensors", *written, "benchmark/trained_openvino_int8.xml":
             (tmp_path/file).parent.mkdir(exist_ok=True)
             (tmp_path/file).write_bytes(b"")
     return tmp_path
@@ -40,8 +40,8 @@ def test_benchmark_classifies_only_what_export_did_not_compare(run: Path, monkey
     peer = Candidate("trained", RUNTIMES["openvino int8"], str(run/"export/trained_int8.onnx"))
     candidates = [*table.list_candidates(run, exclude=["openvino"]), peer]
 
-    def measure(candidates, images, n_calls, rounds, batch_size, classify, progress, decoding, seconds,
-                rules) -> Measurements:
+    def measure(candidates, images, n_calls, rounds, batch_size, classify, progress, decoding, seconds, rules, *more
+                ) -> Measurements:
         assert rules is None and classify == {peer: ["a.png", "b.png"]}
         calls = rng.lognormal(-6, 0.1, (5, 4))
         timings = {c: Timings(calls, calls, np.full((3, 1), 0.1), 100.0) for c in candidates}
