@@ -17,6 +17,7 @@ from .audit import audit_app, browse_command
 from .data import data_app
 from .doctor import doctor_command, install_hint
 from .runs import card_command, dashboard_command, gate_command, init_command, params_command, predict_command
+from .runs import report_command
 from .runs import run_command, status_command, verify_command
 from .serve import serve_command
 from .sweeps import sweep_command
@@ -32,6 +33,7 @@ app.command("run")(run_command)
 app.command("status")(status_command)
 app.command("gate")(gate_command)
 app.command("card")(card_command)
+app.command("report")(report_command)
 app.command("init")(init_command)
 app.command("params")(params_command)
 app.command("sweep")(sweep_command)

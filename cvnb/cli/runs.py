@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from cvnb.pipeline.verdict import RunVerdict
 
 # %% auto #0
-__all__ = ['run_command', 'status_command', 'gate_command', 'card_command', 'predict_command', 'verify_command',
+__all__ = ['run_command', 'status_command', 'gate_command', 'card_command', 'report_command', 'predict_command', 'verify_command',
            'dashboard_command', 'init_command', 'params_command']
 
 # %% ../../nbs/cli/03_runs.ipynb #4132a3d5
@@ -290,6 +290,22 @@ def card_command(
     text = model_card(existing_run(run), purpose, license)
     if not out: return print(text, end="")
     with atomic_path(out.expanduser()) as temp: temp.write_text(text, encoding="utf-8")
+
+# %% ../../nbs/cli/03_runs.ipynb #b946312f
+def report_command(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    out: Annotated[Optional[Path], typer.Option(help="File for the page. Default: report.html in the run.")] = None,
+    browser: Annotated[bool, typer.Option("--open/--no-open", help="Open a browser.")] = False,
+) -> None:
+    "Write one page of a run: the verdict, each stage's figures with their cells, tables and plots."
+    from cvnb.benchmark.run_report import write_run_report
+    folder = existing_run(run)
+    page = out.expanduser() if out else folder/"report.html"
+    if out and page.exists(): raise UsageError(f"{out} exists", "Give another file with --out, or delete this one.")
+    if not page.parent.is_dir(): raise UsageError(f"{page.parent} does not exist", "Make the folder, or give another.")
+    write_run_report(folder, page)
+    print(page)
+    if browser: typer.launch(str(page))
 
 # %% ../../nbs/cli/03_runs.ipynb #16ff7ea4
 def _list_paths(

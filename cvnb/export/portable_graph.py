@@ -223,7 +223,7 @@ def write_runtime_graphs(
     choices: dict[str, dict[str, GraphChoice]] = {}
     for name, model in models.items() if choosing else ():
         tried = trial_images(images, model.spec.image_size)
-        expected = np.concatenate([predict_proba(model, image[None]) for image in tried])
+        expected = np.concatenate([predict_proba(model, image[None].copy()) for image in tried])   # writable, for torch
         with TemporaryDirectory() as temp:
             graphs = dict(plain=files[name], portable=write_portable(files[name], Path(temp)/"portable.onnx"))
             choices[name] = {r.name: choose_graph(r.load, graphs, tried, expected) for r in choosing}

@@ -118,8 +118,8 @@ def test_installed_command_prints_no_traceback():
     assert done.returncode == 2 and done.stderr.startswith("cvnb: no stage 'trian'") and "Traceback" not in done.stderr
 
 
-COMMANDS = ["run", "status", "gate", "card", "sweep", "init", "params", "dashboard", "browse", "audit", "predict",
-            "verify", "serve", "data", "doctor"]
+COMMANDS = ["run", "status", "gate", "card", "report", "sweep", "init", "params", "dashboard", "browse", "audit",
+            "predict", "verify", "serve", "data", "doctor"]
 
 
 def test_every_command_has_help_and_is_documented(call, root):
