@@ -102,7 +102,8 @@ def measure(backbone: str, side: int, files: list[str], args: argparse.Namespace
                "× torch, CPU": text(speed_ratio(reference.cpu_seconds, t.cpu_seconds)),
                "file to label CPU ms": text(median_latency(t.file_cpu_seconds)),
                "images/s, batch 16": 16 / float(np.median(t.batch_seconds)), "load s": t.load_seconds,
-               "MB": model_size_mb(c.path), "memory MB": t.peak_memory_mb, "answers": float(np.abs(answers - expected).max()),
+               "MB": model_size_mb(c.path), "memory MB": t.peak_memory_mb,
+               "answers": float(np.abs(answers - expected).max()),
                "same": float((answers.argmax(1) == expected.argmax(1)).mean())}
         if args.all_threads: row["every core ms"] = text(median_latency(t.all_threads))
         rows.append(row)
