@@ -91,9 +91,10 @@ OTHER_ANSWERS = " (other answers)"      # behind the runtime of a row whose answ
 def model_size_mb(
     path: str,   # a model file, or a folder with model.safetensors
 ) -> float:      # megabytes
-    "Return how large a model is on disk."
+    "Return how large a model is on disk, with the file of weights beside an .xml file."
     file = Path(path)/"model.safetensors" if Path(path).is_dir() else Path(path)
-    return file.stat().st_size / 1e6
+    weights = [file.with_suffix(".bin")] if file.suffix == ".xml" and file.with_suffix(".bin").exists() else []
+    return sum(part.stat().st_size for part in (file, *weights)) / 1e6
 
 # %% ../../nbs/benchmark/03_table.ipynb #b4b5fb51
 def _interval_columns(

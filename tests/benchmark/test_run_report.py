@@ -5,6 +5,7 @@ import html
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,13 +67,17 @@ def test_half_a_run_and_a_damaged_notebook_are_said(copied: Path) -> None:
     assert "notebook is missing or damaged" in page.partition('id="errors">')[2].partition('id="compress">')[0]
 
 
-def test_command_writes_the_page_and_overwrites_no_other_file(copied: Path, capsys) -> None:
-    assert main(["report", str(copied)]) == 0
+def test_command_writes_the_page_and_overwrites_no_other_file(copied: Path, monkeypatch, capsys) -> None:
+    def call(*args: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["cvnb", "report", *map(str, args)])
+        with pytest.raises(SystemExit) as end: main()
+        return end.value.code or 0
+    assert call(copied) == 0
     assert capsys.readouterr().out.strip() == str(copied/"report.html")
     assert (copied/"report.html").stat().st_size > 10_000
-    assert main(["report", str(copied)]) == 0, "its own page is written anew"
+    assert call(copied) == 0, "its own page is written anew"
     (copied/"mine.html").write_text("mine")
-    assert main(["report", str(copied), "--out", str(copied/"mine.html")]) == 2
+    assert call(copied, "--out", copied/"mine.html") == 2
     assert (copied/"mine.html").read_text() == "mine" and "exists" in capsys.readouterr().err
-    assert main(["report", str(copied), "--out", str(copied/"no/page.html")]) == 2
-    assert main(["report", str(copied/"absent")]) != 0
+    assert call(copied, "--out", copied/"no/page.html") == 2
+    assert call(copied/"absent") != 0

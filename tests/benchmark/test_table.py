@@ -123,3 +123,10 @@ def test_headline_is_of_the_model_that_ships(run: Path, monkeypatch: pytest.Monk
     for model in MODELS:
         first = next(iter(result.metrics(model)))
         assert first.startswith(f"latency_p50_ms_{model}_") and "openvino" not in first
+
+
+def test_size_of_a_model_counts_its_file_of_weights(tmp_path: Path) -> None:
+    for name, size in ("model.xml", 1000), ("model.bin", 5000), ("model.onnx", 300):
+        (tmp_path/name).write_bytes(bytes(size))
+    assert table.model_size_mb(str(tmp_path/"model.xml")) == pytest.approx(0.006)
+    assert table.model_size_mb(str(tmp_path/"model.onnx")) == pytest.approx(0.0003)
