@@ -24,11 +24,14 @@ _SCHEMAS = dict(
         outputs=dict(type="array", items=_WANTED))),
     InferAnswer=dict(type="object", required=["model_name", "outputs"], properties=dict(
         id=dict(type="string"), model_name=dict(type="string"), model_version=dict(type="string"),
+        parameters=dict(type="object", description="`fallback`: what answered in place of a model that failed"),
         outputs=dict(type="array", items=dict(type="object")))),
     Prediction=dict(type="object", required=["id", "model", "version"], properties=dict(
-        id=dict(type="string"), model=dict(type="string"), version=dict(type="string"), label=dict(type="string"),
-        confidence=dict(type="number"), probabilities=dict(type="object"), values=dict(type="object"),
-        labels=dict(type="array", items=dict(type="string")))),
+        id=dict(type="string"), model=dict(type="string"), version=dict(type="string"),
+        label=dict(type=["string", "null"]), confidence=dict(type=["number", "null"]),
+        probabilities=dict(type=["object", "null"]), values=dict(type=["object", "null"]),
+        labels=dict(type=["array", "null"], items=dict(type="string")),
+        fallback=dict(type="string", description="what answered in place of a model that failed"))),
     Error=dict(type="object", required=["error"], properties=dict(error=dict(type="string"))),
     Any=dict(type="object"))
 
