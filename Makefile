@@ -37,6 +37,8 @@ lock: setup ## resolve every dependency again and write requirements.lock
 	@touch setup.py   # uv keeps what it read from it, and does not see that settings.ini changed
 	@$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --no-annotate \
 	    --python-version 3.11 --override overrides.txt --extra dev --output-file requirements.lock setup.py
+	@$(MAKE) --no-print-directory setup
+	@$(BIN)/python dev/serving_requirements.py
 
 clean: ## remove what can be made again in seconds; .venv and runs stay
 	@rm -rf _proc _docs build dist cvnb.egg-info .ruff_cache .pytest_cache nbs/nbdev.yml

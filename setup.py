@@ -16,11 +16,11 @@ extras["dev"], extras["ray"] = extras["all"] + ray + dev, ray
 
 # An installed cvnb has no project around it: it runs these. In an editable install they are where they are.
 PROJECT = {"stages": "nbs/stages/*.ipynb", "configs": "configs/*.*", "rules": "configs/rules/*.yaml",
-           "dashboards": "dashboards/*.ipynb"}
+           "serving": "configs/serving/*", "dashboards": "dashboards/*.ipynb"}
 
 
 class BuildWithProject(build_py):
-    "Build the package with the project's stages, recipes, rules and dashboards inside."
+    "Build the package with the project's stages, recipes, rules, dashboards and templates inside."
     def project_files(self) -> dict[Path, Path]:   # target -> source
         "List what is copied, and where to."
         into = Path(self.build_lib)/cfg["lib_path"]/"_project"

@@ -1,13 +1,17 @@
-"""CPU time and latency of `cvnb serve` beside a bare ASGI application on the same uvicorn and ONNX Runtime, in one run.
+"""CPU time and latency of `cvnb serve` beside a bare ASGI application and other servers, in one run.
 
-    python benchmarks/serve.py [--bundle RUN|BUNDLE] [--requests 400] [--rounds 5] [--write]
+    python benchmarks/serve.py [--bundle RUN|BUNDLE] [--requests 400] [--rounds 5] [--peers PEER …] [--write]
 
 Without --bundle a small model at 32 × 32 pixels is made, untrained: what it predicts does not count here. Servers take
-turns (ours, bare, ours again, and the other way round), each with one thread inside the model. A process of its own
-sends requests over eight connections that stay open. A round's figure is the CPU time that the server's threads used,
-per request; rows are medians over rounds, ratios with a 95 % interval of their median (bootstrap over rounds). The
-control is the same server started twice: where its interval leaves 0.95 … 1.05, the ratio beside it is void. The bare
-application checks nothing: no token, no limit, no queue, no metrics, no id, no log.
+turns (ours, bare, ours again, the peers, and the other way round), each with one thread inside the model. A process of
+its own sends requests over eight connections that stay open. A round's figure is the CPU time that the threads of the
+server and of its child processes used, per request; rows are medians over rounds, ratios with a 95 % interval of their
+median (bootstrap over rounds). The control is the same server started twice: where its interval leaves 0.95 … 1.05, the
+ratio beside it is void. The bare application checks nothing: no token, no limit, no queue, no metrics, no id, no log.
+
+Peers (fastapi, litserve, mlserver, kserve) do not fit beside the lock: uv makes an environment for each, under --envs.
+Their servers are in benchmarks/serve_peers/, as their documentation has them; they get the JSON tensor only, which all
+of them take. A peer that does not install or does not answer is left out and named.
 """
 from __future__ import annotations
 
@@ -16,6 +20,7 @@ import asyncio
 import contextlib
 import io
 import json
+import os
 import socket
 import statistics
 import subprocess
@@ -33,6 +38,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from table import show  # noqa: E402
 
 CONNECTIONS = 8
+PEERS = {   # -> packages of its environment
+    "fastapi": ("fastapi", "uvicorn[standard]"), "litserve": ("litserve==0.2.19",),
+    "mlserver": ("mlserver==1.7.1",), "kserve": ("kserve==0.21.0",)}
+HERE = Path(__file__).resolve().parent
 KINDS = ("JSON tensor", "binary tensor", "PNG to /predict")
 CVNB = str(Path(sys.executable).with_name("cvnb"))
 
@@ -146,11 +155,18 @@ async def send_many(
     return times
 
 
+def family(
+    process: psutil.Process,   # a server
+) -> list[psutil.Process]:
+    "List a server's processes."
+    return [process, *process.children(recursive=True)]
+
+
 def cpu_seconds(
-    process: psutil.Process,
+    process: psutil.Process,   # a server
 ) -> float:
-    "Add up the time that the threads of a process have run, to the nanosecond; psutil counts hundredths of a second."
-    files = Path(f"/proc/{process.pid}/task").glob("*/schedstat")
+    "Add up the time that a server's threads have run, to the nanosecond; psutil counts hundredths of a second."
+    files = [file for p in family(process) for file in Path(f"/proc/{p.pid}/task").glob("*/schedstat")]
     return sum(int(file.read_text().split()[0]) for file in files) / 1e9
 
 
@@ -171,25 +187,92 @@ def measure(
 def started(
     command: list[str],
     port: int,
+    **variables: str,   # added to the environment
 ) -> Iterator[psutil.Process]:
-    "Run a server until the block ends."
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    "Run a server until the block ends; its child processes end with it."
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | variables)
+    processes = [psutil.Process(server.pid)]
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while True:
-            assert server.poll() is None and time.monotonic() < deadline, command
+            if server.poll() is not None or time.monotonic() > deadline: raise RuntimeError(f"did not start: {command}")
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1): break
             time.sleep(0.05)
-        yield psutil.Process(server.pid)
+        processes = family(processes[0])
+        yield processes[0]
     finally:
         server.terminate()
-        server.wait()
+        _, alive = psutil.wait_procs(processes, 15)
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess): process.kill()
+
+
+# Peers
+
+
+def make_environment(
+    peer: str,      # of `PEERS`
+    folder: Path,   # of all environments; one that is there is used as it is
+) -> Path:          # its Python
+    "Make the environment of a peer."
+    import onnxruntime
+    python = folder/peer/"bin/python"
+    if python.exists(): return python
+    uv = str(Path(sys.executable).with_name("uv"))
+    subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, str(folder/peer)], check=True)
+    packages = *PEERS[peer], "numpy", f"onnxruntime=={onnxruntime.__version__}"
+    subprocess.run([uv, "pip", "install", "--quiet", "--python", str(python), *packages], check=True)
+    return python
+
+
+def peer_command(
+    peer: str,       # of `PEERS`
+    python: Path,    # of its environment
+    port: int,
+    folder: Path,    # for its settings
+) -> list[str]:
+    "Say how a peer is started."
+    if peer != "mlserver": return [str(python), str(HERE/f"serve_peers/{peer}_server.py")]
+    from cvnb.evaluate.voila_server import find_free_port
+    settings = dict(host="127.0.0.1", http_port=port, grpc_port=find_free_port(), metrics_port=find_free_port(),
+                    parallel_workers=0, debug=False)
+    (folder/"mlserver").mkdir()
+    (folder/"mlserver/settings.json").write_text(json.dumps(settings))
+    model = dict(name="bench", implementation="mlserver_model.Bench")
+    (folder/"mlserver/model-settings.json").write_text(json.dumps(model))
+    return [str(python.with_name("mlserver")), "start", str(folder/"mlserver")]
+
+
+@contextlib.contextmanager
+def started_peer(
+    peer: str,      # of `PEERS`
+    model: Path,    # an ONNX file
+    request: bytes,
+    envs: Path,     # folder of the environments
+) -> Iterator[tuple[psutil.Process, int]]:   # the server and its port
+    "Run a peer until the block ends; raise an error if it does not answer."
+    from cvnb.evaluate.voila_server import find_free_port
+    port = find_free_port()
+    variables = dict(PEER_MODEL=str(model), PEER_PORT=str(port), PYTHONPATH=str(HERE/"serve_peers"),
+                     ORT_DISABLE_TELEMETRY="1")
+    with tempfile.TemporaryDirectory() as folder:
+        command = peer_command(peer, make_environment(peer, envs), port, Path(folder))
+        with started(command, port, **variables) as server:
+            for i in range(60):   # some listen before their model is ready
+                try: measure(server, port, request, CONNECTIONS)
+                except (AssertionError, OSError, asyncio.IncompleteReadError):
+                    if i == 59: raise
+                    time.sleep(1)
+                else: break
+            yield server, port
 
 
 def compare(
     bundle: Path,
     n: int,         # requests of a round
     rounds: int,
+    peers: list[str],   # of `PEERS`
+    envs: Path,         # folder of their environments
 ) -> list[dict]:    # rows of the table
     "Measure all servers in turns."
     from cvnb.evaluate.voila_server import find_free_port
@@ -204,14 +287,22 @@ def compare(
     found: dict[tuple[str, str], list[dict]] = {}
     with contextlib.ExitStack() as stack:
         servers = {name: stack.enter_context(started(command, ports[name])) for name, command in commands.items()}
+        for peer in peers:
+            try:
+                server, port = stack.enter_context(
+                    started_peer(peer, opened.folder/"model.onnx", requests[KINDS[0]], envs))
+                servers[peer], ports[peer] = server, port
+            except Exception as e: print(f"! {peer} is left out: {str(e)[:300]}", file=sys.stderr)
+        takes = lambda name, kind: name not in PEERS or kind == KINDS[0]
         for name, server in servers.items():
-            for request in requests.values(): measure(server, ports[name], request, 10 * CONNECTIONS)   # warm
+            for kind, request in requests.items():
+                if takes(name, kind): measure(server, ports[name], request, 10 * CONNECTIONS)   # warm
         for i in range(rounds):
             for kind in KINDS:
-                for name in list(servers)[::1 if i % 2 else -1]:
+                for name in [name for name in servers if takes(name, kind)][::1 if i % 2 else -1]:
                     found.setdefault((kind, name), []).append(measure(servers[name], ports[name], requests[kind], n))
-        memory = {name: server.memory_info().rss / 1e6 for name, server in servers.items()}
-    return [summarise(kind, name, found, memory[name]) for kind in KINDS for name in servers]
+        memory = {name: sum(p.memory_info().rss for p in family(server)) / 1e6 for name, server in servers.items()}
+    return [summarise(kind, name, found, memory[name]) for kind in KINDS for name in servers if takes(name, kind)]
 
 
 def interval(
@@ -235,7 +326,7 @@ def summarise(
     control = [a["cpu_ms"] / b["cpu_ms"] for a, b in zip(found[kind, "ours again"], found[kind, "ours"])]
     void = not (0.95 <= interval(control)[0] and interval(control)[1] <= 1.05)
     middle = {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
-    over = {"ours": "÷ bare", "bare": "÷ ours", "ours again": "÷ ours (control)"}[name]
+    over = {"ours": "÷ bare", "ours again": "÷ ours (control)"}.get(name, "÷ ours")
     low, high = interval(ratios)
     span = f"{statistics.median(ratios):.2f} [{low:.2f}, {high:.2f}] {over}" + ", void" * void
     return {"request": kind, "server": name, "CPU ms per request": middle["cpu_ms"], "CPU ratio": span,
@@ -248,6 +339,8 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, help="run or bundle; by default a small model is made")
     parser.add_argument("--requests", type=int, default=400, help="of a round")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--peers", nargs="*", choices=[*PEERS], default=[], help="servers to compare with")
+    parser.add_argument("--envs", type=Path, help="folder for their environments; by default they are made anew")
     parser.add_argument("--write", action="store_true", help="write the table to benchmarks/results/")
     parser.add_argument("--bare", help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
@@ -255,7 +348,7 @@ def main() -> None:
     if args.bare: return run_bare(args.bare, args.port)
     with tempfile.TemporaryDirectory() as folder:
         bundle = args.bundle or make_bundle(Path(folder))
-        rows = compare(bundle, args.requests, args.rounds)
+        rows = compare(bundle, args.requests, args.rounds, args.peers, args.envs or Path(folder)/"envs")
     show("serve", f"Serving, {CONNECTIONS} connections, {args.requests} requests a round, {args.rounds} rounds", rows,
          args.write)
 

@@ -19,7 +19,7 @@ from .doctor import doctor_command, install_hint
 from .runs import card_command, dashboard_command, gate_command, init_command, params_command, predict_command
 from .runs import report_command
 from .runs import run_command, status_command, verify_command
-from .serve import serve_command
+from .serve import package_command, serve_command, sign_command
 from .sweeps import sweep_command
 from ..core.errors import CvnbError
 
@@ -42,6 +42,8 @@ app.command("browse")(browse_command)
 app.command("predict")(predict_command)
 app.command("verify")(verify_command)
 app.command("serve")(serve_command)
+app.command("package")(package_command)
+app.command("sign")(sign_command)
 app.command("doctor")(doctor_command)
 app.add_typer(audit_app, name="audit")
 app.add_typer(data_app, name="data")

@@ -30,6 +30,7 @@ INSTALLED_PARTS = {   # part -> packages as they are imported, how to install th
     "serve": ("starlette uvicorn httptools uvloop python_multipart prometheus_client",
               "pip install 'cvnb[serve]'"),
     "grpc": ("grpc google", "optional: pip install 'cvnb[grpc]', for `cvnb serve --grpc-port`"),
+    "sign": ("model_signing OpenSSL cryptography", "optional: pip install 'cvnb[sign]', for `cvnb sign`"),
     "sweep": ("optuna", "pip install 'cvnb[sweep]'"),
     "ray": ("ray", "optional: pip install 'cvnb[ray]', for sweeps on several machines"),
     "notebooks": ("jupyterlab papermill ipykernel voila ipywidgets plotly nbclient nbformat filelock",

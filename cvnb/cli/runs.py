@@ -454,11 +454,21 @@ def predict_command(
 # %% ../../nbs/cli/03_runs.ipynb #699e0587
 def verify_command(
     model: Annotated[Path, typer.Argument(help="Bundle, or run directory.")],
+    key: Annotated[Optional[Path], typer.Option(
+        help="Public key: check the signature, too. Needs cvnb[sign].")] = None,
+    signature: Annotated[Optional[Path], typer.Option(
+        help="File of the signature. Default: beside the bundle, such as bundle.sig.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON.")] = False,
 ) -> None:
-    "Check a bundle: its digests, labels, inputs and outputs, and its answers for the stored reference images."
+    "Check a bundle: its digests, labels, inputs and outputs, its answers for the stored images, and its signature."
     from cvnb.export.bundle import find_bundle, verify_bundle
-    rows = verify_bundle(model)
+    if signature and not key: raise UsageError("a signature is checked with a key", "Give --key, the public one.")
+    rows = []
+    if key:
+        from cvnb.serve.signing import check_signature
+        file = check_signature(model, key, signature)   # before anything else is read
+        rows.append(dict(check="signature", subject=file.name, found=f"of the key {key.name}, over every file"))
+    rows += verify_bundle(model)
     if as_json: return print(json.dumps(dict(bundle=str(find_bundle(model)), checks=rows), indent=1))
     columns = dict.fromkeys(("check", "subject", "found"), "left")
     print_table("", columns, [tuple(map(printable, row.values())) for row in rows])

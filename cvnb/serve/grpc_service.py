@@ -259,7 +259,9 @@ class GrpcCalls:
     def _work(self, call: Call, request: Any) -> Any:
         outputs, wanted = self.service.infer_outputs(call, read_grpc_request(request))
         head = dict(model_name=call.model.name, model_version=call.model.version, id=request.id)
-        return grpc_answer(head, outputs, wanted)
+        answer = grpc_answer(head, outputs, wanted)
+        for name, text in call.note.items(): answer.parameters[name].string_param = text
+        return answer
 
 # %% ../../nbs/serve/13_grpc_service.ipynb #3ce4bde4
 async def start_grpc(

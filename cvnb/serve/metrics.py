@@ -59,6 +59,13 @@ class ServeMetrics:
         self.swaps = add(Counter, "cvnb_model_swaps_total", "Attempts to take another bundle", "result")
         self.logged = add(Counter, "cvnb_log_records_total", "Records of the request log: written, or lost and why",
                           "result")
+        self.fallbacks = add(Counter, "cvnb_fallbacks_total", "Requests that something else answered when the model "
+                             "failed", "fallback")
+        for counter, names in {self.errors: "model internal queue_full timeout", self.swaps: "done refused",
+                               self.logged: "written queue_full write_failed",
+                               self.shadow: "same other dropped failed"}.items():
+            for value in names.split(): counter.labels(value)   # a rate misses a series that begins at 1
+        for value in "previous", "current", "no answer": self.fallbacks.labels(value)
 
     def _add(self, kind: type, name: str, text: str, *labels: str, **options: Any) -> Any:
         return kind(name, text, labels, registry=self.registry, **options)

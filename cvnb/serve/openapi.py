@@ -12,11 +12,12 @@ __all__ = ['openapi_description']
 
 # %% ../../nbs/serve/09_openapi.ipynb #5287c81b
 _TENSOR = dict(type="object", required=["name", "shape", "datatype"], properties=dict(
-    name=dict(type="string", enum=["images"]), shape=dict(type="array", items=dict(type="integer", minimum=0)),
+    name=dict(type="string", enum=["images"]), shape=dict(type="array", minItems=1, maxItems=4,
+                                                          items=dict(type="integer", minimum=0, maximum=2**31 - 1)),
     datatype=dict(type="string", enum=["UINT8", "BYTES"]), parameters=dict(type="object"),
     data=dict(type="array", items={}, description="nested or flat; Base64 texts for BYTES")))
 _WANTED = dict(type="object", required=["name"], properties=dict(
-    name=dict(type="string"), parameters=dict(type="object")))
+    name=dict(type="string", minLength=1), parameters=dict(type="object")))
 _SCHEMAS = dict(
     InferRequest=dict(type="object", required=["inputs"], properties=dict(
         id=dict(type="string", maxLength=256), parameters=dict(type="object"),
@@ -24,11 +25,14 @@ _SCHEMAS = dict(
         outputs=dict(type="array", items=_WANTED))),
     InferAnswer=dict(type="object", required=["model_name", "outputs"], properties=dict(
         id=dict(type="string"), model_name=dict(type="string"), model_version=dict(type="string"),
+        parameters=dict(type="object", description="`fallback`: what answered in place of a model that failed"),
         outputs=dict(type="array", items=dict(type="object")))),
     Prediction=dict(type="object", required=["id", "model", "version"], properties=dict(
-        id=dict(type="string"), model=dict(type="string"), version=dict(type="string"), label=dict(type="string"),
-        confidence=dict(type="number"), probabilities=dict(type="object"), values=dict(type="object"),
-        labels=dict(type="array", items=dict(type="string")))),
+        id=dict(type="string"), model=dict(type="string"), version=dict(type="string"),
+        label=dict(type=["string", "null"]), confidence=dict(type=["number", "null"]),
+        probabilities=dict(type=["object", "null"]), values=dict(type=["object", "null"]),
+        labels=dict(type=["array", "null"], items=dict(type="string")),
+        fallback=dict(type="string", description="what answered in place of a model that failed"))),
     Error=dict(type="object", required=["error"], properties=dict(error=dict(type="string"))),
     Any=dict(type="object"))
 
@@ -65,7 +69,7 @@ def openapi_description(
     "Describe the service."
     binary = dict(schema=dict(type="string", format="binary"))
     image = {kind: binary for kind in ("image/jpeg", "image/png", "image/webp")}
-    form = dict(type="object", properties=dict(image=dict(type="string", format="binary")))
+    form = dict(type="object", required=["image"], properties=dict(image=dict(type="string", format="binary")))
     base = f"/v2/models/{model}"
     text = "text/plain"
     paths = {

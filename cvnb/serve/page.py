@@ -67,7 +67,9 @@ function bar(name, share) {
 }
 function show(found, seconds) {
   const out = by('result'); out.replaceChildren();
-  if (found.values) for (const [name, value] of Object.entries(found.values))
+  if (found.fallback) out.append(make('p', 'The model failed on this image; fallback: ' + found.fallback, 'wrong'));
+  if (found.fallback === 'no answer') out.append(make('div', 'no answer', 'name'));
+  else if (found.values) for (const [name, value] of Object.entries(found.values))
     out.append(make('div', name + ': ' + value.toPrecision(4), 'name'));
   else {
     out.append(make('div', found.label ?? (found.labels.join(', ') || 'none'), 'name'));

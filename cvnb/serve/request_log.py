@@ -50,6 +50,8 @@ class RequestLog:
         count: Callable[[str, int], None],     # takes "written", "queue_full" or "write_failed", and a number
         keep_images: bool = False,             # whether images are written too
         image_days: float = 7,                 # after which images are deleted
+        days: float | None = None,             # after which records are deleted; None: they are kept
+        max_mb: float | None = None,           # of the hours before the current one; None: any number
         flush_seconds: float = FLUSH_SECONDS,
         pause_seconds: float = PAUSE_SECONDS,
         max_records: int = MAX_RECORDS,
@@ -57,6 +59,8 @@ class RequestLog:
         self.folder = _prepare_folder(Path(folder))
         self.keep_images = keep_images
         self.image_days = image_days
+        self.days = days
+        self.max_bytes = None if max_mb is None else int(max_mb * 1e6)
         self.flush_seconds = flush_seconds
         self.pause_seconds = pause_seconds
         self._count = count
@@ -66,7 +70,7 @@ class RequestLog:
         self._ending = threading.Event()
         self._rests_until = 0.0
         self._n_images = 0
-        self._cleaned = ""            # hour in which old images were deleted
+        self._cleans_at = 0.0         # of `time.monotonic`
         self._thread = threading.Thread(target=self._work, name="cvnb-request-log", daemon=True)
         self._thread.start()
 
@@ -126,7 +130,7 @@ def _work(self: RequestLog) -> None:
         ending = self._ending.wait(self.flush_seconds)
         while batch := self._take():
             self._write(batch, ending)
-        with contextlib.suppress(OSError): self._delete_old_images()
+        with contextlib.suppress(OSError): self._delete_old()
 
 @patch
 def _take(self: RequestLog) -> list[tuple]:
@@ -211,15 +215,53 @@ def _write_image(self: RequestLog,
         raise
     return path.relative_to(self.folder).as_posix()
 
+# %% ../../nbs/serve/05_request_log.ipynb #4333dc86
+_HOUR_NAME = re.compile(r"(?:requests-)?(\d{4}-\d\d-\d\dT\d\d)(?:\.jsonl\.gz)?")
+
+def _list_hours(
+    folder: Path,                   # of a log
+) -> dict[str, list[Path]]:         # hour -> its file of records and its folder of images; the oldest first
+    "List what a log has written."
+    found: dict[str, list[Path]] = {}
+    for path in [*folder.glob("requests-*.jsonl.gz"), *(folder/"images").glob("20*")]:
+        name = _HOUR_NAME.fullmatch(path.name)
+        if name and not path.is_symlink(): found.setdefault(name[1], []).append(path)
+    return dict(sorted(found.items()))
+
+def _count_bytes(
+    path: Path,   # a file, or a folder of files
+) -> int:
+    "Add up the sizes of files."
+    files = [path] if path.is_file() else path.iterdir()
+    return sum(file.lstat().st_size for file in files)
+
+def _delete(
+    path: Path,   # a file, or a folder
+) -> None:
+    "Delete what may be gone already."
+    if path.is_dir(): shutil.rmtree(path, ignore_errors=True)
+    else: path.unlink(missing_ok=True)
+
 @patch
-def _delete_old_images(self: RequestLog) -> None:
-    "Delete the folders of hours that are too old, once in an hour."
+def _delete_old(self: RequestLog) -> None:
+    "Delete the hours that are too old or too much, once in a minute."
+    if time.monotonic() < self._cleans_at: return
+    self._cleans_at = time.monotonic() + 60
     now = time.time()
-    if self._cleaned == _hour(now): return
-    self._cleaned = _hour(now)
-    oldest = _hour(now - self.image_days * 86_400)
-    for folder in (self.folder/"images").glob("20*"):
-        if folder.is_dir() and not folder.is_symlink() and folder.name < oldest: shutil.rmtree(folder)
+    hours = _list_hours(self.folder)
+    ended = [hour for hour in hours if hour < _hour(now)]
+    for hour in ended:
+        for path in list(hours[hour]):
+            days = self.image_days if path.parent.name == "images" else self.days
+            if days is None or hour >= _hour(now - days * 86_400): continue
+            _delete(path)
+            hours[hour].remove(path)
+    if self.max_bytes is None: return
+    sizes = {hour: sum(map(_count_bytes, hours[hour])) for hour in ended}
+    for hour in ended:
+        if sum(sizes.values()) <= self.max_bytes: return
+        for path in hours[hour]: _delete(path)
+        del sizes[hour]
 
 # %% ../../nbs/serve/05_request_log.ipynb #12c96ccb
 _MAGIC = b"\x1f\x8b\x08"   # a gzip member begins with it

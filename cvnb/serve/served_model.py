@@ -42,6 +42,7 @@ class ModelOptions:
     seconds: float = 30.0            # for a request
     allow_unverified: bool = False   # whether a bundle may lack a verdict, or say "do not ship"
     name: str = ""                   # that clients use; empty: the run's name in bundle.json
+    signature_key: Path | None = None   # public key of which a bundle needs a signature; None: it needs none
 
     @property
     def n_calls(self) -> int:   # of the model at a time
@@ -166,6 +167,13 @@ def describe(self: ServedModel,
     limits = self.bundle.description.get("thresholds") or {}
     return dict(labels=[n for n, p in named.items() if p >= limits.get(n, 0.5)], probabilities=named)
 
+@patch
+def describe_nothing(self: ServedModel) -> dict[str, None]:   # the keys of `describe`
+    "Describe an image for which there is no answer."
+    if self.task == "regression": return dict(values=None)
+    if self.task == "classification": return dict(label=None, confidence=None, probabilities=None)
+    return dict(labels=None, probabilities=None)
+
 # %% ../../nbs/serve/06_served_model.ipynb #bfd675e1
 def _trim_memory() -> None:
     "Give back to the system what opening and checking a model no longer needs: a fifth of a small service's memory."
@@ -179,6 +187,9 @@ def load_served(
 ) -> ServedModel:             # verified and warm
     "Load a bundle to serve; raise `CvnbError` if it is damaged, was not exported for this, or should not be shipped."
     folder = find_bundle(where)
+    if options.signature_key:
+        from cvnb.serve.signing import check_signature
+        check_signature(folder, options.signature_key)   # before anything else is read
     bundle = Bundle.load(folder, options.precision, options.threads, options.max_megapixels, spinning=False)
     check_verdict(bundle.description, folder, options.allow_unverified)
     bundle.verify()

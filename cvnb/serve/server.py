@@ -50,10 +50,13 @@ class ServeOptions:
     log: Path | None = None          # folder of the request log
     log_images: bool = False
     image_days: float = 7            # after which logged images are deleted
+    log_days: float | None = None    # after which records are deleted; None: they are kept
+    log_mb: float | None = None      # that the log may take, the current hour aside; None: any number
     bundles: Path | None = None      # folder whose bundles may be swapped in over HTTP
     shadow: Path | None = None       # bundle that gets the images, too, and answers nobody
     split: Path | None = None        # bundle that answers a share of the requests
     share: float = 0.1               # of the requests, for `split`
+    fallback: str = "error"          # of `FALLBACKS`: what follows a failure of the model
     grace_seconds: int = 30          # that requests in flight have to finish
     model: ModelOptions = field(default_factory=ModelOptions)
     limits: Limits = field(default_factory=Limits)
@@ -170,13 +173,14 @@ def _make_service(
     log = None
     if options.log:
         count = lambda result, n: metrics.logged.labels(result).inc(n)
-        log = RequestLog(options.log, count, options.log_images, options.image_days)
+        log = RequestLog(options.log, count, options.log_images, options.image_days, options.log_days, options.log_mb)
     access = AccessRules(token, "https" if certificate.context else "http")
     if certificate.context:
         metrics.watch(cvnb_certificate_expiry_timestamp_seconds=("When the certificate expires",
                                                                  lambda: certificate.expires))
     shadow = Shadow(shadowing, metrics, log) if shadowing else None
-    return Service(slot, metrics, access, options.limits, log, options.bundles, shadow, options.share)
+    return Service(slot, metrics, access, options.limits, log, options.bundles, shadow, options.share,
+                   options.fallback)
 
 # %% ../../nbs/serve/14_server.ipynb #5a6a0dab
 def _configure(

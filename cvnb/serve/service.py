@@ -43,7 +43,7 @@ from .served_model import ModelSlot, ServedModel
 from .work_queue import WorkQueue
 
 # %% auto #0
-__all__ = ['Limits', 'Call', 'request_id', 'Incoming', 'Service']
+__all__ = ['NO_ANSWER', 'FALLBACKS', 'Limits', 'Call', 'request_id', 'Incoming', 'Service']
 
 # %% ../../nbs/serve/11_service.ipynb #7d3f9276
 @dataclass(frozen=True)
@@ -72,6 +72,13 @@ class Call:
     model: ServedModel      # that answered when the request came
     deadline: float         # of `time.monotonic`
     queued: float           # of `time.perf_counter`
+    pinned: bool = False    # whether the client wants this version and no other
+    fallback: str = ""      # of `FALLBACKS`; what answered in place of the model, if it failed
+
+    @property
+    def note(self) -> dict[str, str]:   # empty where the model itself answered
+        "Name the fallback, for the answer."
+        return dict(fallback=self.fallback) if self.fallback else {}
 
 def request_id(
     given: str,     # header of the client; "" where there is none
@@ -140,6 +147,7 @@ class Service:
         bundles: Path | None = None,       # folder whose bundles may be swapped in over HTTP
         shadow: Shadow | None = None,      # gets the images, too
         share: float = 0.0,                # of the requests that the slot's second bundle answers
+        fallback: str = "error",           # or "previous", "no answer": what follows a failure of the model
     ):
         self.slot = slot
         self.metrics = metrics
@@ -149,6 +157,7 @@ class Service:
         self.bundles = bundles
         self.shadow = shadow
         self.share = share
+        self.fallback = fallback
         self.draining = False              # whether the service ends
         n_threads = slot.current.options.n_calls
         largest = self.limits.max_bytes * (n_threads + 1)
@@ -300,7 +309,7 @@ async def compute(self: Service,
     model = self.slot.current
     second = self.slot.second
     if second and (version == second.version or not version and choose_split(name, self.share)): model = second
-    call = Call(name, model, deadline, time.perf_counter())
+    call = Call(name, model, deadline, time.perf_counter(), bool(version))
     late = f"the request was not answered within {self.limits.seconds:g} s"
     return await self.queue.run(partial(work, call), max(0.001, deadline - time.monotonic()), late)
 
@@ -343,17 +352,14 @@ def _answer_images(self: Service,
 ) -> tuple[np.ndarray, list[dict]]:   # float32 (N, labels); of each image as of `ServedModel.describe`
     "Predict the images of a request, count and log them."
     self.metrics.count_step("queue", max(0.0, time.perf_counter() - call.queued), call.model.key)
-    pixels, clipped = self._decode(call, images)
-    begin = time.perf_counter()
-    found = call.model.predict(pixels, call.deadline)
-    self.metrics.count_step("model", time.perf_counter() - begin, call.model.key)
+    pixels, clipped, found = self._run_model(call, images)
     if time.monotonic() >= call.deadline: raise self._ends_late("the request", 503)
     described = []
     for i, values in enumerate(found):
-        answer = call.model.describe(values)
+        answer = call.model.describe(values) if call.fallback != NO_ANSWER else call.model.describe_nothing()
         if call.model.decoding.scale: answer["clipped"] = clipped[i]
-        self.metrics.count_prediction(answer.get("label", ""), answer.get("confidence", 0.0), call.model.key)
-        if self.shadow: self.shadow.offer(call.id, pixels[i], values)
+        self.metrics.count_prediction(answer.get("label") or "", answer.get("confidence") or 0.0, call.model.key)
+        if self.shadow and not call.fallback: self.shadow.offer(call.id, pixels[i], values)
         if self.log: self._log(call, i, answer, values, pixels[i], images[i])
         described.append(answer)
     return found, described
@@ -369,10 +375,58 @@ def _log(self: Service,
 ) -> None:
     "Put an answer into the request log."
     prediction = answer.get("label", answer.get("labels"))
-    probabilities = [round(v, 6) for v in values.tolist()]
-    extra = dict(clipped=answer["clipped"]) if "clipped" in answer else {}
+    probabilities = [round(v, 6) for v in values.tolist()] if call.fallback != NO_ANSWER else None
+    extra = call.note | (dict(clipped=answer["clipped"]) if "clipped" in answer else {})
     self.log.add(dict(time=time.time(), id=call.id, index=index, model=call.model.name, version=call.model.version,
                       prediction=prediction, probabilities=probabilities, image=measure_image(pixels)) | extra, image)
+
+# %% ../../nbs/serve/11_service.ipynb #5f46a168
+NO_ANSWER = "no answer"
+FALLBACKS = ("error", "previous", NO_ANSWER)   # what a service can be told
+
+@patch
+def _fall_back(self: Service,
+    call: Call,           # gets the model that answers in place of its own
+    error: RequestError,  # of its model
+) -> bool:                # whether something else answers
+    "Find what answers in place of a model that has failed."
+    if error.kind != "model" or self.fallback == "error": return False
+    name = "current" if call.model is self.slot.second else "previous"
+    other = self.slot.current if call.model is self.slot.second else self.slot.previous
+    if self.fallback == NO_ANSWER: name = NO_ANSWER
+    elif not other or call.pinned or other is call.model: return False
+    else: call.model = other
+    call.fallback = name
+    print(f"! request {call.id}: {printable(error.__cause__, 500)}; fallback: {name}", file=sys.stderr, flush=True)
+    return True
+
+@patch
+def _predict_once(self: Service,
+    call: Call,
+    images: list[Any],     # each uint8 (H, W, 3), or the content of a file
+) -> tuple[list[np.ndarray], list[float], np.ndarray]:   # pixels and clipped shares as of `_decode`; predictions
+    "Decode the images, and run the model of a request."
+    pixels, clipped = self._decode(call, images)
+    begin = time.perf_counter()
+    found = call.model.predict(pixels, call.deadline)
+    self.metrics.count_step("model", time.perf_counter() - begin, call.model.key)
+    return pixels, clipped, found
+
+@patch
+def _run_model(self: Service,
+    call: Call,
+    images: list[Any],     # each uint8 (H, W, 3), or the content of a file
+) -> tuple[list[np.ndarray], list[float], np.ndarray]:   # as of `_predict_once`; without an answer values are NaN
+    "Predict images with the model of a request, or with what takes its place when it fails."
+    try: return self._predict_once(call, images)
+    except RequestError as e:
+        if not self._fall_back(call, e): raise
+    if call.fallback != NO_ANSWER: found = self._predict_once(call, images)
+    else:
+        pixels, clipped = self._decode(call, images)
+        found = pixels, clipped, np.full((len(pixels), len(call.model.labels)), np.nan, np.float32)
+    self.metrics.fallbacks.labels(call.fallback).inc()
+    return found
 
 # %% ../../nbs/serve/11_service.ipynb #5f54fa5c
 @patch
@@ -384,6 +438,7 @@ def infer_outputs(self: Service,
     wanted = select_outputs(request, call.model.output_names)
     images = tensor_images(request.inputs, self.limits.max_images, self.limits.max_megapixels)
     found, described = self._answer_images(call, images)
+    if call.fallback == NO_ANSWER: return [], {}
     outputs = [Output(call.model.output, found.astype(np.float32, copy=False))]
     if call.model.task == "classification":
         outputs.append(Output("label", np.array([answer["label"] for answer in described], object)))
@@ -399,7 +454,9 @@ def _answer_inference(self: Service,
     request = parse_infer_request(body, header)
     outputs, wanted = self.infer_outputs(call, request)
     head = dict(model_name=call.model.name, model_version=call.model.version)
-    return infer_answer(head | (dict(id=request.id) if request.id else {}), outputs, wanted)
+    if request.id: head["id"] = request.id
+    if call.fallback: head["parameters"] = call.note
+    return infer_answer(head, outputs, wanted)
 
 @patch
 def _answer_prediction(self: Service,
@@ -411,7 +468,7 @@ def _answer_prediction(self: Service,
     is_form = content_type.lower().startswith("multipart/")
     image = read_upload(body, content_type) if is_form else body
     _, (answer,) = self._answer_images(call, [image])
-    return dict(id=call.id, model=call.model.name, version=call.model.version) | answer
+    return dict(id=call.id, model=call.model.name, version=call.model.version) | call.note | answer
 
 # %% ../../nbs/serve/11_service.ipynb #8ec85e3d
 @patch

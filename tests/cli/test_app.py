@@ -119,7 +119,7 @@ def test_installed_command_prints_no_traceback():
 
 
 COMMANDS = ["run", "status", "gate", "card", "report", "sweep", "init", "params", "dashboard", "browse", "audit",
-            "predict", "verify", "serve", "data", "doctor"]
+            "predict", "verify", "serve", "package", "sign", "data", "doctor"]
 
 
 def test_every_command_has_help_and_is_documented(call, root):

@@ -399,17 +399,17 @@ def contents(wheel: Path) -> zipfile.ZipFile:
     return zipfile.ZipFile(wheel)
 
 
-def test_wheel_holds_stages_recipes_rules_and_dashboards(contents: zipfile.ZipFile) -> None:
+def test_wheel_holds_stages_recipes_rules_templates_and_dashboards(contents: zipfile.ZipFile) -> None:
     brought = {n.removeprefix("cvnb/_project/") for n in contents.namelist() if n.startswith("cvnb/_project/")}
     globs = dict(stages="nbs/stages/*.ipynb", configs="configs/*.*", rules="configs/rules/*.yaml",
-                 dashboards="dashboards/*.ipynb")
+                 serving="configs/serving/*", dashboards="dashboards/*.ipynb")
     wanted = {f"{kind}/{p.name}" for kind, glob in globs.items() for p in ROOT.glob(glob)}
     assert {f"stages/{p.name}" for p in STAGES} | {"configs/recipe.schema.json"} <= brought == wanted
     assert {"configs/mnist5k.yaml", "rules/verdict.yaml", "dashboards/errors.ipynb"} <= brought
 
 
 def test_wheel_holds_package_only(contents: zipfile.ZipFile) -> None:
-    modules = {n for n in contents.namelist() if n.endswith(".py")}
+    modules = {n for n in contents.namelist() if n.endswith(".py") and not n.startswith("cvnb/_project/serving/")}
     assert modules == {f"cvnb/{p.relative_to(ROOT/'cvnb').as_posix()}" for p in (ROOT/"cvnb").rglob("*.py")}
     assert "cvnb/audit/duplicates.py" in modules
 
@@ -418,7 +418,8 @@ def test_wheel_names_extras_requirements_and_entry_points(contents: zipfile.ZipF
     text = lambda name: contents.read(next(n for n in contents.namelist() if n.endswith(f".dist-info/{name}"))).decode()
     metadata = text("METADATA")
     extras = set(re.findall(r"^Provides-Extra: (\w+)$", metadata, re.M))
-    assert extras == {"train", "audit", "notebooks", "serve", "grpc", "sweep", "hf", "heif", "ray", "all", "dev"}
+    assert extras == {"train", "audit", "notebooks", "serve", "grpc", "sign", "sweep", "hf", "heif", "ray", "all",
+                      "dev"}
     base = re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", metadata, re.M)
     assert "onnxruntime" in base and not {"torch", "fiftyone", "pandas"} & set(base)
     assert "Requires-Python: >=3.11" in metadata and "make test" in metadata
