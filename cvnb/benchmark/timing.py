@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from cvnb.metrics.estimates import Estimate
 
 # %% auto #0
-__all__ = ['CONTROL', 'CONTROL_LIMITS', 'CLOCKS', 'Timings', 'median_latency', 'tail_latency', 'speed_ratio', 'find_control',
-           'check_control', 'read_control', 'run_rounds', 'load_average', 'describe_load', 'Measurements',
-           'measure_candidates']
+__all__ = ['CONTROL', 'CONTROL_LIMITS', 'CLOCKS', 'Timings', 'time_round', 'start_workers', 'median_latency', 'tail_latency',
+           'speed_ratio', 'find_control', 'check_control', 'read_control', 'run_rounds', 'load_average',
+           'describe_load', 'Measurements', 'measure_candidates']
 
 # %% ../../nbs/benchmark/02_timing.ipynb #29d624f1
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Timings:
     peak_memory_mb: float       # of its process, before the batches
 
 # %% ../../nbs/benchmark/02_timing.ipynb #d17edecd
-def _time_round(
+def time_round(
     workers: dict[str, RuntimeWorker],   # loaded, by name
     round_number: int,                   # rounds before this one
     **arguments: Any,                    # of `RuntimeServer.time`
@@ -50,7 +50,7 @@ def _time_round(
 
 # %% ../../nbs/benchmark/02_timing.ipynb #dd01f701
 @contextlib.contextmanager
-def _start_workers(
+def start_workers(
     processes: dict[str, Candidate],        # what each process runs, by the process's name
     images: list[np.ndarray],               # raw images to time on
 ) -> Iterator[dict[str, RuntimeWorker]]:    # loaded workers, by the same names
@@ -223,7 +223,7 @@ def run_rounds(
 
 # %% ../../nbs/benchmark/02_timing.ipynb #rounds-stack
 def _stack_rounds(
-    found: list[dict[str, list]],   # per round, of `_time_round`
+    found: list[dict[str, list]],   # per round, of `time_round`
     name: str,                      # of a worker
 ) -> np.ndarray:                    # wall and CPU seconds (2, rounds, calls)
     "Collect the calls of one worker."
@@ -239,7 +239,7 @@ class _Rounds:
     control: Candidate                  # what the control runs
     n: int                              # calls per round with one image each
     batch_size: int                     # images of a long call
-    short: list[dict[str, list]] = field(default_factory=list)   # per round, of `_time_round`
+    short: list[dict[str, list]] = field(default_factory=list)   # per round, of `time_round`
     long: list[dict[str, list]] = field(default_factory=list)    # per round, of the control's two processes
     memory: dict[str, float] = field(default_factory=dict)       # megabytes, by worker
     load: list[float] = field(default_factory=list)              # load average between rounds, where it changed
@@ -249,10 +249,10 @@ class _Rounds:
     ) -> None:
         "Measure a round."
         if (load := load_average()) not in self.load[-1:]: self.load.append(load)
-        self.short.append(_time_round(self.workers, r, n=self.n, batch_size=1, warm_up=3))
+        self.short.append(time_round(self.workers, r, n=self.n, batch_size=1, warm_up=3))
         if r == 0: self.memory = {name: worker.call("measure_memory") for name, worker in self.workers.items()}
         pair = {name: self.workers[name] for name in (self.control.name, "control")}
-        self.long.append(_time_round(pair, r, n=_LONG_CALLS, batch_size=self.batch_size, warm_up=1))
+        self.long.append(time_round(pair, r, n=_LONG_CALLS, batch_size=self.batch_size, warm_up=1))
 
     def check(self) -> dict[str, Any]:   # of `check_control`
         "Judge the control by all rounds so far."
@@ -266,12 +266,12 @@ def _time_batches(
     rounds: int,                              # number of rounds, a batch each
     batch_size: int,                          # images per batch
     progress: Callable[[float, str], None],   # takes the share that is done, and a text
-) -> list[dict[str, list]]:                   # per round, of `_time_round`
+) -> list[dict[str, list]]:                   # per round, of `time_round`
     "Time batches for the throughput."
     found = []
     for r in range(rounds):
         progress(r / rounds, f"round {r + 1} of {rounds}, batch {batch_size}")
-        found.append(_time_round(workers, r, n=1, batch_size=batch_size, warm_up=1))
+        found.append(time_round(workers, r, n=1, batch_size=batch_size, warm_up=1))
     return found
 
 # %% ../../nbs/benchmark/02_timing.ipynb #6525430d
@@ -316,7 +316,7 @@ def measure_candidates(
     processes = {c.name: c for c in candidates} | dict(control=control)
     load_before = load_average()
     progress(0, f"starting {len(processes)} processes")
-    with _start_workers(processes, images) as workers:
+    with start_workers(processes, images) as workers:
         found = _Rounds(workers, control, -(-n_calls // rounds), batch_size)
         checked = run_rounds(found.measure, found.check, rounds, control_seconds, progress)
         batch = _time_batches(workers, max(3, rounds // 3), batch_size, progress)
