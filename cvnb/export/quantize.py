@@ -139,14 +139,15 @@ def quantize_nodes(
 ) -> Path:                  # `target`
     "Write a copy of a model in which these nodes run in INT8; raise `UsageError` if `target` is an input."
     import onnx
-    from onnxruntime.quantization import QuantType, quantize_static
+    from onnxruntime.quantization import QuantType, load_tensors_data, quantize_static
     check_targets(target, inputs=[source, ranges])
     with atomic_path(target) as temp, _without_advice():
         if not nodes: return Path(shutil.copyfile(source, temp)) and target   # to ONNX Runtime an empty list means all
         ops = [*WEIGHT_OPS, *INTERMEDIATE_OPS]
         quantize_static(source, temp, None, op_types_to_quantize=ops, nodes_to_quantize=nodes,
                         activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, per_channel=True,
-                        reduce_range=weight_bits == 7, calibration_cache_path=ranges)
+                        reduce_range=weight_bits == 7, calibration_cache_path=ranges,
+                        calibrate_method=load_tensors_data(ranges).calibration_method)
         onnx.save(_restore_metadata(quantize_gates(onnx.load(temp)), onnx.load(source)), temp)
     return target
 
