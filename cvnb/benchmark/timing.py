@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from cvnb.metrics.estimates import Estimate
 
 # %% auto #0
-__all__ = ['CONTROL', 'CONTROL_LIMITS', 'CLOCKS', 'Timings', 'median_latency', 'tail_latency', 'speed_ratio', 'find_control',
-           'check_control', 'read_control', 'run_rounds', 'load_average', 'describe_load', 'Measurements',
-           'measure_candidates']
+__all__ = ['CONTROL', 'CONTROL_LIMITS', 'CLOCKS', 'Timings', 'time_round', 'start_workers', 'median_latency', 'tail_latency',
+           'speed_ratio', 'find_control', 'check_control', 'read_control', 'run_rounds', 'load_average',
+           'describe_load', 'Measurements', 'measure_candidates']
 
 # %% ../../nbs/benchmark/02_timing.ipynb #29d624f1
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Timings:
     all_threads_batch: np.ndarray | None = None  # wall time (rounds, 1), one batch per call, with every core
 
 # %% ../../nbs/benchmark/02_timing.ipynb #d17edecd
-def _time_round(
+def time_round(
     workers: dict[str, RuntimeWorker],   # loaded, by name
     round_number: int,                   # rounds before this one
     method: str = "time",                # of `RuntimeServer`
@@ -57,7 +57,7 @@ def _time_round(
 
 # %% ../../nbs/benchmark/02_timing.ipynb #dd01f701
 @contextlib.contextmanager
-def _start_workers(
+def start_workers(
     processes: dict[str, Candidate],        # what each process runs, by the process's name
     images: list[np.ndarray],               # raw images to time on
     **options: Any,                         # of `RuntimeWorker`: files, decoding, threads
@@ -230,7 +230,7 @@ def run_rounds(
 
 # %% ../../nbs/benchmark/02_timing.ipynb #rounds-stack
 def _stack_rounds(
-    found: list[dict[str, list]],   # per round, of `_time_round`
+    found: list[dict[str, list]],   # per round, of `time_round`
     name: str,                      # of a worker
 ) -> np.ndarray:                    # wall and CPU seconds (2, rounds, calls)
     "Collect the calls of one worker."
@@ -247,7 +247,7 @@ class _Rounds:
     n: int                              # calls per round with one image each
     batch_size: int                     # images of a long call
     with_files: bool = False            # whether the way from an image file's bytes is timed too
-    short: list[dict[str, list]] = field(default_factory=list)   # per round, of `_time_round`
+    short: list[dict[str, list]] = field(default_factory=list)   # per round, of `time_round`
     files: list[dict[str, list]] = field(default_factory=list)   # per round, from an image file's bytes
     long: list[dict[str, list]] = field(default_factory=list)    # per round, of the control's two processes
     memory: dict[str, float] = field(default_factory=dict)       # megabytes, by worker
@@ -258,12 +258,12 @@ class _Rounds:
     ) -> None:
         "Measure a round."
         if (load := load_average()) not in self.load[-1:]: self.load.append(load)
-        self.short.append(_time_round(self.workers, r, n=self.n, batch_size=1, warm_up=3))
+        self.short.append(time_round(self.workers, r, n=self.n, batch_size=1, warm_up=3))
         if r == 0: self.memory = {name: worker.call("measure_memory") for name, worker in self.workers.items()}
         if self.with_files:
-            self.files.append(_time_round(self.workers, r, "time_files", n=self.n, warm_up=1))
+            self.files.append(time_round(self.workers, r, "time_files", n=self.n, warm_up=1))
         pair = {name: self.workers[name] for name in (self.control.name, "control")}
-        self.long.append(_time_round(pair, r, n=_LONG_CALLS, batch_size=self.batch_size, warm_up=1))
+        self.long.append(time_round(pair, r, n=_LONG_CALLS, batch_size=self.batch_size, warm_up=1))
 
     def check(self) -> dict[str, Any]:   # of `check_control`
         "Judge the control by all rounds so far."
@@ -277,12 +277,12 @@ def _time_batches(
     rounds: int,                              # number of rounds, a batch each
     batch_size: int,                          # images per batch
     progress: Callable[[float, str], None],   # takes the share that is done, and a text
-) -> list[dict[str, list]]:                   # per round, of `_time_round`
+) -> list[dict[str, list]]:                   # per round, of `time_round`
     "Time batches for the throughput."
     found = []
     for r in range(rounds):
         progress(r / rounds, f"round {r + 1} of {rounds}, batch {batch_size}")
-        found.append(_time_round(workers, r, n=1, batch_size=batch_size, warm_up=1))
+        found.append(time_round(workers, r, n=1, batch_size=batch_size, warm_up=1))
     return found
 
 # %% ../../nbs/benchmark/02_timing.ipynb #04b2f869
@@ -298,11 +298,11 @@ def _time_all_threads(
     "Time every candidate with all cores, each in a new process that is alone while it is called."
     processes = {c.name: c for c in candidates}
     short, long = [], []
-    with _start_workers(processes, images, threads=n_cores()) as (workers, _):
+    with start_workers(processes, images, threads=n_cores()) as (workers, _):
         for r in range(_THREADED_ROUNDS):
             progress(r / _THREADED_ROUNDS, f"round {r + 1} of {_THREADED_ROUNDS} with every core")
-            short.append(_time_round(workers, r, n=n, batch_size=1, warm_up=3))
-            long.append(_time_round(workers, r, n=1, batch_size=batch_size, warm_up=1))
+            short.append(time_round(workers, r, n=n, batch_size=1, warm_up=3))
+            long.append(time_round(workers, r, n=1, batch_size=batch_size, warm_up=1))
     return {c: (_stack_rounds(short, c.name)[0], _stack_rounds(long, c.name)[0]) for c in candidates}
 
 # %% ../../nbs/benchmark/02_timing.ipynb #6525430d
@@ -349,7 +349,7 @@ def measure_candidates(
     processes = {c.name: c for c in candidates} | dict(control=control)
     load_before = load_average()
     progress(0, f"starting {len(processes)} processes")
-    with _start_workers(processes, images, files=files, decoding=decoding) as (workers, load_s):
+    with start_workers(processes, images, files=files, decoding=decoding) as (workers, load_s):
         found = _Rounds(workers, control, -(-n_calls // rounds), batch_size, bool(files))
         checked = run_rounds(found.measure, found.check, rounds, control_seconds, progress)
         batch = _time_batches(workers, max(3, rounds // 3), batch_size, progress)

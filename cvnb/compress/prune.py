@@ -13,205 +13,120 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 
+from .importance import channel_scores
+from .prunable import NetworkGraph, check_prunable, check_rebuilt, output_positions, prunable_parts
+from .prunable import refuse_pruning, total_macs, trace_network
 from ..core.errors import CvnbError, UsageError
 from ..models.vision_model import VisionModel
 
 # %% auto #0
-__all__ = ['PRUNABLE_LAYERS', 'check_prunable', 'channel_importance', 'ChannelSlice', 'prune_progressively', 'prune',
-           'recalibrate_batch_norm', 'compare_layers']
-
-# %% ../../nbs/compress/01_prune.ipynb #cell-5
-PRUNABLE_LAYERS = (nn.Conv2d, nn.BatchNorm2d, nn.Linear)   # layers whose channels can be removed and rebuilt
-
-# %% ../../nbs/compress/01_prune.ipynb #cell-6
-def check_prunable(
-    model: VisionModel,   # any model
-) -> None:
-    "Raise `CvnbError` if a network has layers whose channels cannot be removed."
-    with_weights = [m for m in model.net.modules() if list(m.parameters(recurse=False))]
-    others = {type(m).__name__ for m in with_weights if not isinstance(m, PRUNABLE_LAYERS)}
-    if others:
-        raise CvnbError(f"{model.spec.backbone} cannot be pruned: it has {', '.join(sorted(others))} layers",
-                        "Keep it whole with compress.macs_fraction=1, or train a convolutional backbone with batch "
-                        "norm, such as resnet18.")
-
-# %% ../../nbs/compress/01_prune.ipynb #cell-12
-_IMPORTANCE_BATCH = 32   # images at a time
-
-def channel_importance(
-    model: VisionModel,   # in eval mode
-    images: Tensor,       # uint8 (N, H, W, 3)
-    seed: int = 0,        # of the random directions
-) -> dict[nn.Module, Tensor]:   # layer -> importance (channels,)
-    "Estimate how far the logits move when a channel is silenced. Classification only."
-    total: dict[nn.Module, Tensor] = {}
-    gates: dict[nn.Module, Tensor] = {}
-    generator = torch.Generator().manual_seed(seed)
-
-    def gate(layer: nn.Module, _: Any, out: Tensor) -> Tensor:
-        shape = *out.shape[:2], *[1] * (out.ndim - 2)                                    # (B, C, 1, 1) or (B, C)
-        gates[layer] = torch.ones(shape, device=out.device, requires_grad=True)
-        return out * gates[layer]
-
-    hooks = [m.register_forward_hook(gate) for m in model.net.modules() if isinstance(m, PRUNABLE_LAYERS)]
-    try:
-        for batch in images.split(_IMPORTANCE_BATCH):
-            logits = model(batch)
-            direction = torch.randn(logits.shape, generator=generator)
-            direction -= direction.mean(1, keepdim=True)   # a constant added to all logits changes no probability
-            grads = torch.autograd.grad((logits * direction.to(logits)).sum(), list(gates.values()))
-            for layer, grad in zip(gates, grads):
-                total[layer] = total.get(layer, 0) + grad.flatten(1).square().sum(0).cpu() / len(images)
-    finally:
-        for hook in hooks: hook.remove()
-    return total
-
-# %% ../../nbs/compress/01_prune.ipynb #cell-15
-@torch.no_grad()
-def _output_positions(
-    model: VisionModel,   # in eval mode
-) -> dict[nn.Module, int]:   # convolution or linear layer -> positions of its output
-    "Count the positions at which each layer's weights are used."
-    positions: dict[nn.Module, int] = {}
-    size = model.spec.image_size
-
-    def count(layer: nn.Module, _: Any, out: Tensor) -> None: positions[layer] = out[0, 0].numel()
-
-    layers = [m for m in model.net.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    hooks = [layer.register_forward_hook(count) for layer in layers]
-    model(torch.zeros(1, size, size, 3, dtype=torch.uint8))
-    for hook in hooks: hook.remove()
-    return positions
-
-# %% ../../nbs/compress/01_prune.ipynb #cell-16
-def _total_macs(
-    positions: dict[nn.Module, int],   # from `_output_positions`
-) -> int:                              # multiply-accumulates for one image
-    "Add up the multiply-accumulates without running the network again."
-    return sum(layer.weight.numel() * n for layer, n in positions.items())
-
-# %% ../../nbs/compress/01_prune.ipynb #cell-18
-def _group_importance(
-    graph: tp.DependencyGraph,             # of the network
-    group: Any,                            # a torch-pruning group with all its channels
-    importance: dict[nn.Module, Tensor],   # from `channel_importance`
-    positions: dict[nn.Module, int],       # from `_output_positions`
-) -> tuple[Tensor, float]:                 # importance (channels,), MACs of one channel
-    "Add up the importance and the cost of a group's channels."
-    macs = 0.0
-    from_norms = []
-    from_convs = []
-    for item in group:
-        layer = item.dep.layer
-        is_output = graph.is_out_channel_pruning_fn(item.dep.pruning_fn)
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            channels = len(layer.weight) if is_output else layer.weight.shape[1] * getattr(layer, "groups", 1)
-            macs += layer.weight.numel() * positions[layer] / channels
-        if not is_output or layer not in importance: continue
-        root_channels = torch.tensor(item.root_idxs)
-        own = torch.zeros(len(group[0].idxs)).index_add_(0, root_channels, importance[layer][item.idxs])
-        (from_norms if isinstance(layer, nn.BatchNorm2d) else from_convs).append(own)
-    return sum(from_norms or from_convs), macs
+__all__ = ['ROUND_TO', 'UnitSlice', 'prune_progressively', 'prune', 'recalibrate_batch_norm', 'compare_layers']
 
 # %% ../../nbs/compress/01_prune.ipynb #7310a51a
-_CHANNELS_PER_SLICE = 8
-_MIN_CHANNEL_SHARE = 0.125   # share of a layer's channels that always stays
+ROUND_TO = 16            # channels
+_MIN_CHANNELS = 8        # that every layer keeps
+_MIN_CHANNEL_SHARE = 0.125   # of a layer's channels that always stays
 
 # %% ../../nbs/compress/01_prune.ipynb #cell-20
-class ChannelSlice(NamedTuple):
-    "Some of a group's channels that are removed together."
+class UnitSlice(NamedTuple):
+    "Some of a part's units that are removed together."
     importance_per_mac: float   # the slice with the least is removed first
     macs: float                 # MACs that its removal saves
-    group: int                  # position of its group
-    end: int                    # channels that the group has lost after its removal
+    part: int                   # position of its part
+    end: int                    # units that the part has lost after its removal
 
 # %% ../../nbs/compress/01_prune.ipynb #cell-21
-def _removable_slices(
-    groups: list[tuple[Tensor, float]],   # from `_group_importance`: importance (channels,), MACs of one channel
-    min_channels: list[int],              # per group: channels that stay
-    size: int,                            # channels per slice
-) -> list[ChannelSlice]:                  # in the order of removal
-    "Divide the removable channels of every group into slices."
-    slices = []
-    for i, (importance, macs) in enumerate(groups):
-        ordered = importance.sort(stable=True).values
-        n = len(importance)
-        begin = 0
-        while (end := begin + ((n - begin) % size or size)) <= n - min_channels[i]:
-            slices.append(ChannelSlice(float(ordered[begin:end].mean()) / macs, (end - begin) * macs, i, end))
-            begin = end
-    return sorted(slices)
+def _slice_ends(
+    n: int,             # channels of a part
+    per_unit: float,    # channels in a unit
+    size: int,          # the channels that stay are multiples of it, or 8
+) -> list[int]:         # units that the part has lost after each slice
+    "Divide the removal of a part's units into slices."
+    stays = [*range((n - 1) // size * size, 0, -size), *[_MIN_CHANNELS] * (size > _MIN_CHANNELS)]
+    ends = [round((n - left) / per_unit) for left in stays]
+    if per_unit >= _MIN_CHANNELS: ends = range(1, round(n / per_unit))   # heads and groups that are wide enough
+    return sorted({end for end in ends if end > 0})
+
+def _removal_order(
+    part: Any,             # from `prunable_parts`
+    importance: Tensor,    # of its units (units,)
+    least: dict[nn.Module, int],   # layer -> outputs that stay
+) -> list[int]:            # units in the order of removal; those that have to stay are left out
+    "Order a part's units by importance, leaving out each that would take a layer below its least number of outputs."
+    shares = part.shares()
+    left = [int(share.counts.sum()) - least[share.layer] for share in shares]
+    counts = torch.stack([share.counts for share in shares]).T.tolist()   # (units, layers)
+    order = []
+    for unit in importance.argsort(stable=True).tolist():
+        if any(n > rest for n, rest in zip(counts[unit], left)): continue
+        left = [rest - n for n, rest in zip(counts[unit], left)]
+        order.append(unit)
+    return order
 
 # %% ../../nbs/compress/01_prune.ipynb #cell-24
 @dataclass(frozen=True)
 class _PruningState:
     "A network during pruning."
-    model: VisionModel                   # changed in place
-    graph: tp.DependencyGraph            # which channels belong together
-    positions: dict[nn.Module, int]      # from `_output_positions`
-    min_channels: dict[nn.Module, int]   # layer -> channels that stay
+    model: VisionModel                 # changed in place
+    graph: NetworkGraph                # what belongs together
+    positions: dict[nn.Module, int]    # from `output_positions`
+    least: dict[nn.Module, int]        # layer -> outputs that stay, or attention -> heads
+    round_to: int                      # channels
 
     @property
-    def macs(self) -> int: return _total_macs(self.positions)
+    def macs(self) -> int: return total_macs(self.model.net, self.positions)
 
 # %% ../../nbs/compress/01_prune.ipynb #cell-25
-def _trace_network(
+def _start_pruning(
     model: VisionModel,   # will be changed in place
+    round_to: int,        # channels
 ) -> _PruningState:       # ready for `_prune_step`
-    "Build the dependency graph of a network and record its layers' sizes."
-    size = model.spec.image_size
-    positions = _output_positions(model.eval())
-    graph = tp.DependencyGraph().build_dependency(model.net, torch.zeros(1, 3, size, size))
-    min_channels = {layer: max(_CHANNELS_PER_SLICE, int(_MIN_CHANNEL_SHARE * len(layer.weight))) for layer in positions}
-    return _PruningState(model, graph, positions, min_channels)
-
-# %% ../../nbs/compress/01_prune.ipynb #cell-26
-def _prunable_groups(
-    state: _PruningState,   # its classifier keeps its outputs
-) -> list:                  # torch-pruning groups
-    "List the groups whose channels may be removed."
-    def is_grouped(layer: nn.Module) -> bool:
-        return isinstance(layer, nn.Conv2d) and 1 < layer.groups < layer.in_channels
-
-    groups = state.graph.get_all_groups(ignored_layers=[state.model.net.get_classifier()])
-    return [group for group in groups if not any(is_grouped(item.dep.layer) for item in group)]
+    "Build the graph of a network and record its layers' sizes."
+    positions = output_positions(model.eval())
+    least = {layer: max(_MIN_CHANNELS, int(_MIN_CHANNEL_SHARE * len(layer.weight))) for layer in positions}
+    heads = {m: max(1, int(_MIN_CHANNEL_SHARE * m.num_heads)) for m in model.net.modules() if hasattr(m, "num_heads")}
+    return _PruningState(model, trace_network(model), positions, least | heads, round_to)
 
 # %% ../../nbs/compress/01_prune.ipynb #cell-27
-def _remove_slices(
-    graph: tp.DependencyGraph,      # of the network, which is changed in place
-    groups: list,                   # its groups
-    importance: list[Tensor],       # of each group's channels, (channels,)
-    slices: list[ChannelSlice],     # in the order of removal
-    macs: float,                    # how many to save
-) -> None:
-    "Remove slices until they add up to `macs`."
-    n_removed: dict[int, int] = {}   # group -> channels
-    for s in slices:
-        if macs <= 0: break
-        n_removed[s.group] = max(s.end, n_removed.get(s.group, 0))
-        macs -= s.macs
-    for i, n in n_removed.items():
-        root = groups[i][0].dep
-        channels = importance[i].argsort(stable=True)[:n].tolist()
-        graph.get_pruning_group(root.layer, root.pruning_fn, channels).prune()
+def _removable_slices(
+    parts: list[Any],             # from `prunable_parts`
+    importance: list[Tensor],     # of each part's units (units,)
+    orders: list[list[int]],      # from `_removal_order`
+    state: _PruningState,         # of the network
+) -> list[UnitSlice]:             # in the order of removal
+    "Divide the removable units of every part into slices."
+    slices = []
+    for i, (part, order) in enumerate(zip(parts, orders)):
+        macs = part.macs_per_unit(state.positions)
+        begin = 0
+        for end in _slice_ends(round(part.n_units * part.channels_per_unit), part.channels_per_unit, state.round_to):
+            if end > len(order): break
+            mean = float(importance[i][order[begin:end]].mean())
+            slices.append(UnitSlice(mean / macs, (end - begin) * macs, i, end))
+            begin = end
+    return sorted(slices)
 
 # %% ../../nbs/compress/01_prune.ipynb #cell-29
 def _prune_step(
-    state: _PruningState,   # its model is changed
-    images: Tensor,         # uint8 (N, H, W, 3)
-    macs: float,            # how many to save
-    seed: int,              # of the random directions
-) -> bool:                  # whether there was a slice to remove
+    state: _PruningState,      # its model is changed
+    macs: float,               # how many to save
+    scores: Callable[[VisionModel], dict[nn.Module, Tensor]],   # measures importance
+) -> bool:                     # whether there was a slice to remove
     "Measure importance and remove the slices with the least importance per MAC."
-    groups = _prunable_groups(state)
-    importance = channel_importance(state.model, images, seed)
-    measured = [_group_importance(state.graph, group, importance, state.positions) for group in groups]
-    min_channels = [state.min_channels[group[0].dep.layer] for group in groups]
-    slices = _removable_slices(measured, min_channels, _CHANNELS_PER_SLICE)
-    _remove_slices(state.graph, groups, [channels for channels, _ in measured], slices, macs)
+    parts = prunable_parts(state.model, state.graph)
+    if not parts: check_prunable(state.model)   # raises
+    measured = scores(state.model)
+    importance = [part.importance(measured) for part in parts]
+    orders = [_removal_order(part, own, state.least) for part, own in zip(parts, importance)]
+    slices = _removable_slices(parts, importance, orders, state)
+    n_removed: dict[int, int] = {}   # part -> units
+    for s in slices:
+        if macs <= 0: break
+        n_removed[s.part] = max(s.end, n_removed.get(s.part, 0))
+        macs -= s.macs
+    for i, n in n_removed.items(): parts[i].remove(torch.tensor(orders[i][:n]))
     return bool(slices)
 
 # %% ../../nbs/compress/01_prune.ipynb #cell-28
@@ -233,24 +148,37 @@ def prune_progressively(
     n_images: int = 128,      # how many of `images` to measure on
     seed: int = 0,            # choice of images and random directions
     progress: Callable[[float, str], None] | None = None,   # called with the fraction that is done and a text
+    importance: str = "hessian",         # one of `IMPORTANCE`
+    labels: np.ndarray | None = None,    # classes of `images` (N,), for the importance taylor
+    round_to: int = ROUND_TO,            # layers keep multiples of it where they are wide enough
 ) -> Iterator[VisionModel]:   # a pruned copy per fraction, the largest first
     "Prune a copy to each of `fractions`; raise `CvnbError` for one that cannot be reached. Classification only."
-    for fraction in fractions:
-        if not 0 < fraction <= 1:
-            raise UsageError(f"a fraction of the MACs has to lie between 0 and 1, and {fraction} does not")
+    _check_fractions(fractions)
     if min(fractions) >= 1:   # nothing is removed, so any network will do
         yield from (copy.deepcopy(model).eval() for _ in fractions)
         return
-    check_prunable(model)
-    state = _trace_network(copy.deepcopy(model))
-    sample = torch.from_numpy(images[np.random.default_rng(seed).permutation(len(images))[:n_images]])
+    state = _start_pruning(copy.deepcopy(model), round_to)
+    chosen = np.random.default_rng(seed).permutation(len(images))[:n_images]
+    sample = images[chosen], None if labels is None else labels[chosen]
+    scores = lambda pruned: channel_scores(pruned, *sample, importance, seed)
     full = state.macs
     for goal in sorted(fractions, reverse=True):
         while (now := state.macs) > goal * full:
             if progress: progress((1 - now / full) / (1 - goal), f"pruning: {now / full:.0%} of the MACs left")
-            if not _prune_step(state, sample, now - max(goal * full, 0.8 * now), seed):
-                raise _unreachable_error(model, goal, now / full)
+            try: found = _prune_step(state, now - max(goal * full, 0.8 * now), scores)
+            except RuntimeError as e:   # the smaller network does not run
+                raise refuse_pruning(model, f"the smaller network does not run ({str(e).splitlines()[0][:120]})") from e
+            if not found: raise _unreachable_error(model, goal, now / full)
+        check_rebuilt(state.model)
         yield copy.deepcopy(state.model)
+
+def _check_fractions(
+    fractions: list[float],   # of the model's MACs
+) -> None:
+    "Raise `UsageError` for a fraction outside of 0 … 1."
+    for fraction in fractions:
+        if not 0 < fraction <= 1:
+            raise UsageError(f"a fraction of the MACs has to lie between 0 and 1, and {fraction} does not")
 
 # %% ../../nbs/compress/01_prune.ipynb #cell-31
 def prune(

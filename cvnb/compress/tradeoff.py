@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from .distill import DistillationResult
-from .prune import prune_progressively, recalibrate_batch_norm
+from .prune import ROUND_TO, prune_progressively, recalibrate_batch_norm
 from ..metrics.classification import accuracy
 from ..metrics.objective import Objective, estimate_objective
 from ..metrics.paired_objective import objective_difference
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['measure_tradeoff', 'plot_tradeoffs', 'PruningResult', 'prune_in_steps', 'ChosenModel', 'choose_model']
+__all__ = ['PRUNING_STEPS', 'measure_tradeoff', 'plot_tradeoffs', 'PruningResult', 'prune_in_steps', 'ChosenModel',
+           'choose_model']
 
 # %% ../../nbs/compress/03_tradeoff.ipynb #86db4642
 def measure_tradeoff(
@@ -81,7 +82,7 @@ def plot_tradeoffs(
     return figure
 
 # %% ../../nbs/compress/03_tradeoff.ipynb #60201f25
-_STEPS = 3   # of the way to the wanted fraction
+PRUNING_STEPS = 3   # of the way to the wanted fraction
 
 @dataclass(frozen=True)
 class PruningResult:
@@ -107,18 +108,24 @@ def prune_in_steps(
     margin: float = 1.0,      # acceptable loss of the objective, 0 … 1
     repair: float = 1.0,      # loss beyond the margin that distillation may win back, 0 … 1; 1: never stop
     objective: Objective | None = None,   # the figure that is optimised; None: accuracy
+    importance: str = "hessian",          # one of `IMPORTANCE`
+    round_to: int = ROUND_TO,             # layers keep multiples of it where they are wide enough
+    start: VisionModel | None = None,     # a smaller model to go on from, in one step; None: `trained`
 ) -> PruningResult:           # with one row per step
     "Prune in steps and measure the trade-off; raise `CvnbError` if a step cannot be reached. Classification only."
-    fractions = [macs_fraction ** (i / _STEPS) for i in range(1, _STEPS + 1)]
+    n_steps = 1 if start else PRUNING_STEPS
+    fractions = [macs_fraction ** (i / n_steps) for i in range(1, n_steps + 1)]
     fractions = list(dict.fromkeys(fractions))   # a fraction of 1 has one step
     answers = _predict_classes(trained, val, device)
     measure = partial(measure_tradeoff, val=val, device=device, objective=objective)
     points = [measure("trained", trained)]
-    kept = copy.deepcopy(trained).eval()
-    step = "trained"
+    kept = copy.deepcopy(start or trained).eval()
+    step = "its start" if start else "trained"
     notes = []
-    for fraction, model in zip(fractions, prune_progressively(trained, fractions, train.images, seed=seed,
-                                                              progress=progress)):
+    share = count_macs(trained) / count_macs(start) if start else 1   # of `trained`, to fractions of `start`
+    models = prune_progressively(start or trained, [min(1, f * share) for f in fractions], train.images, seed=seed,
+                                 progress=progress, importance=importance, labels=train.targets, round_to=round_to)
+    for fraction, model in zip(fractions, models):
         old = copy.deepcopy(model)   # with the statistics of the trained model
         recalibrate_batch_norm(model, train.images, seed=seed)
         points.append(measure(f"pruned to {fraction:.0%}", model, reference=answers))
@@ -127,7 +134,7 @@ def prune_in_steps(
             break
         kept = model
         step = points[-1]["step"]
-    points.insert(1, measure("pruned, old statistics", old, reference=answers))
+    if not start: points.insert(1, measure("pruned, old statistics", old, reference=answers))
     return PruningResult(kept, pd.DataFrame(points), step, answers, notes, objective)
 
 def _stop_note(
@@ -140,7 +147,8 @@ def _stop_note(
     "Say why pruning stopped."
     points = lambda x: f"{100 * x:+.1f}"
     interval = f"[{points(point['difference_low'])}, {points(point['difference_high'])}]"
-    instead = "the network stays whole" if step == "trained" else f"the model {step} is distilled"
+    instead = {"trained": "the network stays whole", "its start": "the larger candidates stay"}.get(
+        step, f"the model {step} is distilled")
     found = f"{point['step']}, the validation {words} differs by {points(point['difference'])} points {interval}"
     limits = f"margin {100 * margin:g} and compress.repair {100 * repair:g}"
     return f"pruning stopped: {found}, beyond repair ({limits}); {instead}"
@@ -163,9 +171,11 @@ def choose_model(
     distillation: DistillationResult,   # from `distill`
     val: LabelledImages,                # validation images
     device: str = "auto",               # where to measure accuracy
+    name: str = "",                     # of the candidate, for the steps; empty for the only one
 ) -> ChosenModel:                       # with the highest objective on them
     "Choose between the students and the pruned model on the validation images. Classification only."
-    students = {"distilled": distillation.student, "distilled, new statistics": distillation.recalibrated}
+    distilled = f"{name} distilled".strip()
+    students = {distilled: distillation.student, f"{distilled}, new statistics": distillation.recalibrated}
     points = [measure_tradeoff(step, model, val, device, pruning.answers, pruning.objective)
               for step, model in students.items()]
     tradeoffs = pd.concat([pruning.tradeoffs, pd.DataFrame(points)], ignore_index=True)

@@ -161,6 +161,8 @@ class VerdictRecord(OutputRecord):
     objective: dict[str, Any] | None = Field(None, description="what the difference is of, and why; null: accuracy")
     objective_value: Metric | None = Field(None, description="of the new model; null: accuracy")
     accuracy_difference: Metric | None = Field(None, description="beside the objective's; null: it is the difference")
+    candidate: str = Field("", description="of the front, that was tested; files of earlier versions lack it")
+    tests: list[dict[str, Any]] = Field([], description="all tests of candidates, in their order; the last one counts")
 
 class DecodingParityRecord(Record):
     "The pixels of the bundle's reader compared with those of training, and the inputs that were compared."
@@ -184,6 +186,8 @@ class ExportRecord(OutputRecord):
     decodings: DecodingParityRecord | None = Field(None, description="null: an earlier version wrote the file")
     graphs: dict[str, dict[str, Any]] = Field({}, description="model -> runtime -> graph that it got by trial")
     int8: dict[str, dict[str, Any]]
+    int8_test: dict[str, Any] | None = Field(None, description="of the INT8 file; null: none ships")
+    int8_decision: dict[str, Any] | None = Field(None, description="ships, why, speed; earlier versions lack it")
 
 class BenchmarkRow(Record):
     "A model in a runtime."

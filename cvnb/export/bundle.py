@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from cvnb.models.vision_model import ModelSpec
 
 # %% auto #0
-__all__ = ['bundle_runtimes', 'bundle_files', 'write_bundle', 'reference_rows', 'find_bundle', 'Bundle', 'check_files',
-           'to_image_array', 'verify_bundle', 'bundle_digest']
+__all__ = ['bundle_runtimes', 'bundle_files', 'described_runtimes', 'write_bundle', 'reference_rows', 'find_bundle', 'Bundle',
+           'check_files', 'to_image_array', 'verify_bundle', 'bundle_digest']
 
 # %% ../../nbs/export/05_bundle.ipynb #e8b9a841
 def bundle_runtimes() -> dict[str, Runtime]:   # by name, in the order of `RUNTIMES`
@@ -46,10 +46,19 @@ def bundle_runtimes() -> dict[str, Runtime]:   # by name, in the order of `RUNTI
     return {name: runtime for name, runtime in RUNTIMES.items() if runtime.in_bundle}
 
 # %% ../../nbs/export/05_bundle.ipynb #efee7078
-def bundle_files() -> list[str]:   # names, each once
-    "List the files that bundle.json describes."
-    models = dict.fromkeys(runtime.file_name("model") for runtime in bundle_runtimes().values())
+def bundle_files(
+    description: dict[str, Any] | None = None,   # bundle.json; None: of a bundle with every runtime
+) -> list[str]:                                  # names, each once
+    "List the files that a bundle has to have."
+    models = dict.fromkeys(runtime.file_name("model") for runtime in described_runtimes(description or {}).values())
     return [*models, "labels.txt", "reference.npz"]
+
+def described_runtimes(
+    description: dict[str, Any],   # bundle.json
+) -> dict[str, Runtime]:           # by name
+    "List the runtimes whose files a bundle has: all, but INT8 where it was left out for a reason."
+    without = "int8" if (description.get("int8") or {}).get("ships") is False else ""
+    return {name: runtime for name, runtime in bundle_runtimes().items() if runtime.precision != without}
 
 # %% ../../nbs/export/05_bundle.ipynb #34319d13
 _INPUT = dict(name="images", dtype="uint8", shape=["batch", "height", "width", 3], channels="RGB",
@@ -68,7 +77,7 @@ def _describe_bundle(
     task = task_of(spec)
     output = dict(name=task.output_name, dtype="float32", shape=task.output_shape(spec.classes))
     if isinstance(task, Classification): output["meaning"] = "one per label, sum 1"
-    files = {name: file_record(folder/name) for name in bundle_files()}
+    files = {name: file_record(folder/name) for name in bundle_files(details)}
     usual = DEFAULT_DECODING.to_json()
     unusual = {name: value for name, value in decoding.to_json().items() if value != usual[name]}
     return dict(task=spec.task, labels=spec.classes,
@@ -101,7 +110,7 @@ def write_bundle(
     model: str,                 # the model to ship, a key of `MODELS`
     spec: ModelSpec,            # what the model is
     images: list[np.ndarray],   # a few raw images for the self-test, each uint8 (H, W, 3)
-    details: dict[str, Any],    # run, shipped, metrics: what only the stage knows
+    details: dict[str, Any],    # run, shipped, metrics, int8 (`ships`): what only the stage knows
     decoding: Decoding = DEFAULT_DECODING,   # of the data set
 ) -> Path:                      # the folder
     """Write a bundle beside its place, then move it there as a whole.
@@ -116,7 +125,7 @@ def write_bundle(
     temp.mkdir(parents=True)
     try:
         predictions = {}
-        for name, runtime in bundle_runtimes().items():
+        for name, runtime in described_runtimes(details).items():
             if reason := runtime.missing_reason(run, model):
                 raise CvnbError(f"the bundle needs {name}, and {reason}", "Install what is missing, and export again.")
             file = temp/runtime.file_name("model")
@@ -272,6 +281,9 @@ def load(cls: Bundle,
     folder = find_bundle(where)
     description = read_description(folder)
     file = folder/runtime.file_name("model")
+    if runtime.name not in described_runtimes(description):
+        raise UsageError(f"{folder} has no {runtime.precision} file ({description['int8'].get('why', '')})",
+                         "Use precision fp32.")
     check_files(folder, description, [file.name, "labels.txt"])
     _check_labels(folder, description)
     if runtime.package == "onnxruntime": _check_metadata(file, description)
@@ -396,7 +408,7 @@ def _read_reference(
 def verify(self: Bundle) -> dict[str, Any]:   # {"files", "images", "max_difference"}
     "Check the files' digests and the predictions for the reference images; raise `CvnbError` on a difference."
     files = self.description["files"]
-    check_files(self.folder, self.description, sorted({*files, *bundle_files()}))
+    check_files(self.folder, self.description, sorted({*files, *bundle_files(self.description)}))
     expected, images = _read_reference(self.folder/"reference.npz", _reference_key(self.runtime), len(self.labels))
     difference = float(np.abs(self._predict_arrays(images) - expected).max())
     if not difference <= self.runtime.reference_tolerance:
@@ -413,12 +425,12 @@ def verify_bundle(
     folder = find_bundle(where)
     description = read_description(folder)
     sealed = "its digest fits" if description.get("digest") else "it has no digest: an earlier version wrote it"
-    names = sorted({*description["files"], *bundle_files()})
+    names = sorted({*description["files"], *bundle_files(description)})
     check_files(folder, description, names)
     row = lambda check, subject, found: dict(check=check, subject=subject, found=found)
     rows = [row("description", "bundle.json", f"format {description.get('format', 0)}, {sealed}"),
             *(row("digest", name, f"{description['files'][name]['bytes']:,} bytes, SHA-256 fits") for name in names)]
-    for name, runtime in bundle_runtimes().items():
+    for name, runtime in described_runtimes(description).items():
         file = runtime.file_name("model")
         if not runtime.installed: raise CvnbError(f"{file} needs the package {runtime.package}", "Install it.")
         bundle = Bundle.load(folder, name, threads=1)

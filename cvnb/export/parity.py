@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import html
+import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 from ..core.errors import CvnbError
 from ..data.images import DEFAULT_DECODING, Decoding
 from .decoding_parity import DecodingParity, compare_decodings
-from .runtimes import RUNTIMES, Runtime, predict_files
+from .runtimes import MODELS, RUNTIMES, Runtime, predict_files
 from ..metrics.decision import DecisionRule
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['REFERENCE_RUNTIME', 'QUANTIZED', 'predict_with_runtimes', 'ParityResult', 'measure_parity', 'require_parity',
            'compare_runtimes', 'parity_table', 'ParityReport', 'check_parity', 'choose_shipped_model',
-           'confirm_quantized', 'export_notes', 'bundle_metrics']
+           'confirm_quantized', 'open_models', 'confirm_candidate', 'export_notes', 'bundle_metrics']
 
 # %% ../../nbs/export/04_parity.ipynb #233e4715
 REFERENCE_RUNTIME = "torch eager"   # the others are compared with it
@@ -234,10 +235,27 @@ def choose_shipped_model(
     words = (verdict.get("objective") or {}).get("words", "accuracy")
     why = (f"the compressed model is {found} the trained one within {verdict['margin']:g}: {words} {interval} on "
            f"{verdict['n']} test images")
-    return dict(model="compressed" if verdict["accepted"] else "trained", why=why, test=verdict)
+    by_hand = f"; candidate {verdict['candidate']} was chosen by hand" if verdict.get("by_hand") else ""
+    return dict(model="compressed" if verdict["accepted"] else "trained", why=why + by_hand, test=verdict,
+                candidate=verdict.get("candidate", ""), by_hand=bool(verdict.get("by_hand")))
 
 # %% ../../nbs/export/04_parity.ipynb #70ac8470
 QUANTIZED = "onnx int8"   # the runtime whose file the bundle has besides FP32
+
+def _answer_table(
+    parity: ParityReport,   # from `check_parity`
+    name: str,              # a model
+    runtime: str,           # that predicted
+    paths: Iterable[str],   # the N test images
+    images: pd.DataFrame | None,    # their manifest rows
+    objective: Objective | None,    # what must not be lost; None: accuracy
+) -> pd.DataFrame:          # path, correct, and for another objective than accuracy label and predicted
+    "Tabulate a runtime's answers as the test of acceptance takes them."
+    import pandas as pd
+    rows = pd.DataFrame(dict(path=list(paths), correct=parity.correct[name][runtime]))
+    if not objective or objective.name == "accuracy": return rows
+    predicted = np.array(objective.classes, dtype=object)[parity.answers[name][runtime]]
+    return rows.assign(label=images.label.to_numpy(), predicted=predicted)
 
 def confirm_quantized(
     stage: Stage,           # the export stage; its run's ledger records the test
@@ -249,19 +267,11 @@ def confirm_quantized(
     objective: Objective | None = None,   # what must not be lost; None: accuracy
 ) -> Acceptance:
     "Test on the test images whether a model's INT8 file may replace the trained model."
-    import pandas as pd
     from cvnb.compress.acceptance import confirm_acceptance
     paths = list(paths)
-
-    def table(name: str, runtime: str) -> pd.DataFrame:
-        rows = pd.DataFrame(dict(path=paths, correct=parity.correct[name][runtime]))
-        if not objective or objective.name == "accuracy": return rows
-        predicted = np.array(objective.classes, dtype=object)[parity.answers[name][runtime]]
-        return rows.assign(label=images.label.to_numpy(), predicted=predicted)
-
-    reference = table("trained", REFERENCE_RUNTIME)
-    return confirm_acceptance(stage, reference, table(model, QUANTIZED), margin, f"{model} INT8", _int8_advice, images,
-                              objective)
+    reference, new = (_answer_table(parity, name, runtime, paths, images, objective)
+                      for name, runtime in (("trained", REFERENCE_RUNTIME), (model, QUANTIZED)))
+    return confirm_acceptance(stage, reference, new, margin, f"{model} INT8", _int8_advice, images, objective)
 
 def _int8_advice(
     rejected: Acceptance,   # of an INT8 file
@@ -270,6 +280,43 @@ def _int8_advice(
     layers = "a smaller export.int8_tolerance (more layers stay FP32) or more calibration images (export.n_calibration)"
     few = "" if rejected.difference < -rejected.margin else "more test images, "
     return f"{few}{layers} can change that"
+
+# %% ../../nbs/export/04_parity.ipynb #b3b92f6c
+def open_models(
+    stage: Stage,         # the export stage; gets the inputs
+    candidate: str = "",  # of the compress stage's front; empty: the one that the stage tested last
+) -> dict[str, VisionModel]:   # by their names in `MODELS`
+    "Load the models of a run; raise `UsageError` for an unknown candidate."
+    from cvnb.compress.front import find_candidate
+    from cvnb.models.weights import load_classifier, save_model
+    names = ("model.safetensors", "model.json")
+    for source in MODELS.values():
+        for name in names: stage.input(source, name)
+    models = {name: load_classifier(stage.run/source, "export") for name, source in MODELS.items()}
+    shutil.rmtree(stage.dir/"compressed", ignore_errors=True)   # of an earlier choice
+    if not candidate: return models
+    folder = find_candidate(stage.run, candidate)
+    for name in names: stage.input("compress", f"front/{candidate}/{name}")
+    models["compressed"] = load_classifier(folder, "export")
+    for name in names: stage.path(f"compressed/{name}")
+    save_model(models["compressed"], stage.dir/"compressed")   # where the benchmark's torch finds it
+    return models
+
+def confirm_candidate(
+    stage: Stage,           # the export stage; its run's ledger records the test
+    parity: ParityReport,   # from `check_parity`
+    candidate: str,         # that a person chose
+    margin: float,          # acceptable loss of the objective against the trained model, 0 … 1
+    images: pd.DataFrame,   # manifest rows of the test images
+    objective: Objective | None = None,   # what must not be lost; None: accuracy
+) -> dict[str, Any]:        # as verdict.json, with `candidate` and `by_hand`
+    "Test on the test images whether a candidate may replace the trained model."
+    from cvnb.compress.acceptance import confirm_acceptance
+    reference, new = (_answer_table(parity, name, REFERENCE_RUNTIME, images.path, images, objective)
+                      for name in ("trained", "compressed"))
+    advise = lambda rejected: "another candidate of compress/front.parquet (export.candidate) can change that"
+    test = confirm_acceptance(stage, reference, new, margin, advise=advise, images=images, objective=objective)
+    return test.to_json() | dict(candidate=candidate, by_hand=True)
 
 # %% ../../nbs/export/04_parity.ipynb #c6d5a115
 def export_notes(

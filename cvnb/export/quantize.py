@@ -6,19 +6,22 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import math
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..core.errors import UsageError, did_you_mean
 from ..core.files import atomic_path, check_targets
 from ..data.images import DEFAULT_DECODING, Decoding
+from .int8_graph import NORMALIZATION, prepare_for_int8, quantize_gates
 from .runtimes import RUNTIMES, OnnxModel, predict_batches
 from ..metrics.decision import DecisionRule
 
@@ -27,18 +30,20 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from cvnb.export.onnx import ExportedModels
+    from cvnb.metrics.estimates import Estimate
     from cvnb.metrics.objective import Objective
 
 # %% auto #0
-__all__ = ['WEIGHT_OPS', 'INTERMEDIATE_OPS', 'CALIBRATION_BATCH', 'SENSITIVITY_IMAGES', 'weight_layers', 'quantizable_nodes',
-           'CalibrationReader', 'calibrate_ranges', 'quantize_nodes', 'kl_divergence', 'layer_sensitivity',
-           'QuantizationResult', 'quantize', 'QuantizationData', 'load_quantization_data', 'QuantizedModels',
-           'quantize_models']
+__all__ = ['WEIGHT_OPS', 'INTERMEDIATE_OPS', 'CALIBRATION_BATCH', 'CALIBRATION_METHODS', 'HISTOGRAM_IMAGES', 'SENSITIVITY_IMAGES',
+           'weight_layers', 'quantizable_nodes', 'CalibrationReader', 'calibrate_ranges', 'quantize_nodes',
+           'kl_divergence', 'layer_sensitivity', 'QuantizationResult', 'quantize', 'QuantizationData',
+           'load_quantization_data', 'QuantizedModels', 'quantize_models', 'Int8Decision', 'decide_int8']
 
 # %% ../../nbs/export/03_quantize.ipynb #8b8dddd6
 WEIGHT_OPS = ("Conv", "Gemm", "MatMul")   # layers with weights, which take most of the time
-# operations between them that have INT8 kernels
-INTERMEDIATE_OPS = ("Add", "Mul", "Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool", "Concat")
+# operations between them that have INT8 kernels; a HardSigmoid becomes a sum (`cvnb.export.int8_graph`)
+INTERMEDIATE_OPS = ("Add", "Mul", "Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool", "Concat", "Sigmoid",
+                    "HardSigmoid")
 
 # %% ../../nbs/export/03_quantize.ipynb #33681c6d
 def weight_layers(
@@ -46,7 +51,8 @@ def weight_layers(
 ) -> list[str]:               # node names, from input to output
     "List the layers with weights."
     weights = {w.name for w in model.graph.initializer}
-    return [n.name for n in model.graph.node if n.op_type in WEIGHT_OPS and weights & set(n.input)]
+    return [n.name for n in model.graph.node
+            if n.op_type in WEIGHT_OPS and weights & set(n.input) and n.name != NORMALIZATION]
 
 # %% ../../nbs/export/03_quantize.ipynb #a51d7b7e
 def quantizable_nodes(
@@ -75,20 +81,29 @@ class CalibrationReader:
 
 # %% ../../nbs/export/03_quantize.ipynb #00ea2ba0
 CALIBRATION_BATCH = 32   # images at a time
+CALIBRATION_METHODS = ("minmax", "entropy", "percentile")   # the default first
+HISTOGRAM_IMAGES = 64    # for entropy and percentile, which count all values of all tensors
 
 # %% ../../nbs/export/03_quantize.ipynb #ff8bd046
 def calibrate_ranges(
     source: Path,         # the FP32 model
     ranges: Path,         # JSON file to write
     images: np.ndarray,   # uint8 (N, H, W, 3), training images
+    method: str = "minmax",   # one of `CALIBRATION_METHODS`
 ) -> Path:                # `ranges`
     "Measure the range of every tensor of the network; raise `UsageError` if `ranges` is the model."
-    from onnxruntime.quantization import create_calibrator, save_tensors_data
+    from onnxruntime.quantization import CalibrationMethod, create_calibrator, save_tensors_data
     check_targets(ranges, inputs=[source])
-    with TemporaryDirectory() as temp, atomic_path(ranges) as target:
+    known = dict(minmax=CalibrationMethod.MinMax, entropy=CalibrationMethod.Entropy,
+                 percentile=CalibrationMethod.Percentile)
+    if method not in known: raise UsageError(f"no calibration '{method}'", did_you_mean(method, list(known)))
+    if method != "minmax": images = images[:HISTOGRAM_IMAGES]
+    with TemporaryDirectory() as temp, atomic_path(ranges) as target, contextlib.redirect_stdout(io.StringIO()):
         augmented = str(Path(temp)/"augmented.onnx")
-        calibrator = create_calibrator(source, [*WEIGHT_OPS, *INTERMEDIATE_OPS], augmented_model_path=augmented)
-        calibrator.collect_data(CalibrationReader(images, CALIBRATION_BATCH))
+        calibrator = create_calibrator(source, [*WEIGHT_OPS, *INTERMEDIATE_OPS], augmented_model_path=augmented,
+                                       calibrate_method=known[method])
+        for i in range(0, len(images), CALIBRATION_BATCH):   # a calibrator keeps all tensors of a call in memory
+            calibrator.collect_data(CalibrationReader(images[i:i + CALIBRATION_BATCH], CALIBRATION_BATCH))
         save_tensors_data(calibrator.compute_data(), target)
     return ranges
 
@@ -124,15 +139,16 @@ def quantize_nodes(
 ) -> Path:                  # `target`
     "Write a copy of a model in which these nodes run in INT8; raise `UsageError` if `target` is an input."
     import onnx
-    from onnxruntime.quantization import QuantType, quantize_static
+    from onnxruntime.quantization import QuantType, load_tensors_data, quantize_static
     check_targets(target, inputs=[source, ranges])
     with atomic_path(target) as temp, _without_advice():
         if not nodes: return Path(shutil.copyfile(source, temp)) and target   # to ONNX Runtime an empty list means all
         ops = [*WEIGHT_OPS, *INTERMEDIATE_OPS]
         quantize_static(source, temp, None, op_types_to_quantize=ops, nodes_to_quantize=nodes,
                         activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, per_channel=True,
-                        reduce_range=weight_bits == 7, calibration_cache_path=ranges)
-        onnx.save(_restore_metadata(onnx.load(temp), onnx.load(source)), temp)
+                        reduce_range=weight_bits == 7, calibration_cache_path=ranges,
+                        calibrate_method=load_tensors_data(ranges).calibration_method)
+        onnx.save(_restore_metadata(quantize_gates(onnx.load(temp)), onnx.load(source)), temp)
     return target
 
 # %% ../../nbs/export/03_quantize.ipynb #3a2bc0de
@@ -170,9 +186,14 @@ class QuantizationResult:
     kept_fp32: list[str]   # the layers that stay FP32
     tries: pd.DataFrame    # one row per try: layers kept in FP32, difference of the objective, low, high, n
     words: str = "accuracy"   # the objective
+    calibration: str = "minmax"   # one of `CALIBRATION_METHODS`
+
+    @property
+    def fell_back(self) -> bool: return len(self.kept_fp32) == len(self.layers)   # nothing is in INT8
 
     def __str__(self) -> str:
         last = self.tries.iloc[-1]
+        if self.fell_back: return f"no INT8 file: all {len(self.layers)} layers stay FP32, to keep the {self.words}"
         return (f"{len(self.layers) - len(self.kept_fp32)} of {len(self.layers)} layers in INT8, {self.words} "
                 f"{last.difference:+.4f} [{last.low:+.4f}, {last.high:+.4f}] (n={last.n:.0f})")
 
@@ -213,28 +234,44 @@ def quantize(
     weight_bits: int = 8,       # 8, or 7 for processors without VNNI that do not run the file with `open_session`
     objective: Objective | None = None,   # what the tolerance is of; None: accuracy
     rule: DecisionRule | None = None,     # how answers are chosen; None: by the largest probability
+    method: str = "minmax",               # one of `CALIBRATION_METHODS`, or "auto": chosen on the validation images
 ) -> QuantizationResult:
-    "Write an INT8 classifier, keeping as many layers in FP32 as the tolerance requires; classification only."
+    "Write an INT8 classifier, keeping as many layers in FP32 as the tolerance requires; if all, no file is written."
     import onnx
     import pandas as pd
 
     from cvnb.metrics.objective import Objective
     check_targets(target, inputs=[source])
-    model = onnx.load(source)
+    Path(target).unlink(missing_ok=True)   # of an earlier call
+    model = prepare_for_int8(onnx.load(source))
     layers = weight_layers(model)
     objective = objective or Objective("accuracy", (*map(str, range(labels.max(initial=0) + 1)),))
     answer = lambda path: (rule or DecisionRule()).decide(predict_batches(OnnxModel(path), images))
     expected = answer(source)
     tries = []
     with TemporaryDirectory() as temp:
-        ranges = calibrate_ranges(source, Path(temp)/"ranges.json", calibration)
-        rank = lambda: list(layer_sensitivity(source, ranges, images[:SENSITIVITY_IMAGES], weight_bits))
+        prepared = Path(temp)/"prepared.onnx"
+        onnx.save(model, prepared)
+
+        def attempt(kept: list[str], ranges: Path) -> dict:
+            nodes = [n for n in quantizable_nodes(model) if n not in kept]
+            quantize_nodes(prepared, target, ranges, nodes, weight_bits)
+            return _trial_row(objective, labels, expected, answer(target), len(kept)) | dict(calibration=ranges.stem)
+
+        for name in CALIBRATION_METHODS if method == "auto" else [method]:
+            tries.append(attempt([], calibrate_ranges(prepared, Path(temp)/f"{name}.json", calibration, name)))
+            if tries[-1]["difference"] >= 0: break   # nothing is lost
+        best = max(tries, key=lambda row: row["difference"])   # the first one in a tie
+        ranges = Path(temp)/f"{best['calibration']}.json"
+        rank = lambda: list(layer_sensitivity(prepared, ranges, images[:SENSITIVITY_IMAGES], weight_bits))
         for kept in _growing_prefixes(rank):
-            nodes = [n for n in quantizable_nodes(model) if n not in kept] if len(kept) < len(layers) else []
-            quantize_nodes(source, target, ranges, nodes, weight_bits)
-            tries.append(_trial_row(objective, labels, expected, answer(target), len(kept)))
+            if len(kept) == len(layers):   # the FP32 model, which is no INT8 file
+                Path(target).unlink()
+                tries.append(_trial_row(objective, labels, expected, expected, len(kept)))
+                break
+            if kept or tries[-1] is not best: tries.append(attempt(kept, ranges))
             if tries[-1]["difference"] >= -tolerance: break
-    return QuantizationResult(layers, kept, pd.DataFrame(tries), objective.words)
+    return QuantizationResult(layers, kept, pd.DataFrame(tries), objective.words, ranges.stem)
 
 # %% ../../nbs/export/03_quantize.ipynb #26af6a39
 @dataclass(frozen=True)
@@ -275,21 +312,23 @@ def load_quantization_data(
 @dataclass(frozen=True)
 class QuantizedModels:
     "The INT8 files of a run's models."
-    files: dict[str, Path]                    # by the models' names in `MODELS`
-    results: dict[str, QuantizationResult]    # of the same names
-    size_mb: dict[str, float]                 # of the same names
+    files: dict[str, Path]                    # by the models' names in `MODELS`; none for one that fell back to FP32
+    results: dict[str, QuantizationResult]    # by the models' names
+    size_mb: dict[str, float]                 # of the files
 
     @property
     def notes(self) -> list[str]:   # one line per model with layers that stay FP32
         "Say which models are not in INT8 throughout."
-        return [f"{name}, onnx int8: {len(r.kept_fp32)} of {len(r.layers)} layers stay FP32, to keep the {r.words}"
+        return [f"{name}, onnx int8: {r}" if r.fell_back else
+                f"{name}, onnx int8: {len(r.kept_fp32)} of {len(r.layers)} layers stay FP32, to keep the {r.words}"
                 for name, r in self.results.items() if r.kept_fp32]
 
     @property
     def table(self) -> pd.DataFrame:   # model, file, MB, result
         "List the files with what quantization cost."
         import pandas as pd
-        rows = [dict(model=name, file=self.files[name].name, MB=f"{self.size_mb[name]:.2f}", result=str(result))
+        rows = [dict(model=name, file=self.files[name].name if name in self.files else "",
+                     MB=f"{self.size_mb[name]:.2f}" if name in self.files else "", result=str(result))
                 for name, result in self.results.items()]
         return pd.DataFrame(rows)
 
@@ -301,8 +340,8 @@ class QuantizedModels:
 
     def to_json(self) -> dict[str, dict]:   # model -> layers, kept_fp32 and tries
         "Convert the results to JSON types."
-        return {name: dict(layers=r.layers, kept_fp32=r.kept_fp32, tries=r.tries.to_dict("records"))
-                for name, r in self.results.items()}
+        return {name: dict(layers=r.layers, kept_fp32=r.kept_fp32, tries=r.tries.to_dict("records"),
+                           calibration=r.calibration, fell_back=r.fell_back) for name, r in self.results.items()}
 
 # %% ../../nbs/export/03_quantize.ipynb #4685a853
 def quantize_models(
@@ -312,6 +351,7 @@ def quantize_models(
     tolerance: float = 0.005,      # acceptable loss of the objective, 0 … 1
     weight_bits: int = 8,          # 7 or 8
     objective: Objective | None = None,   # what the tolerance is of; None: accuracy
+    method: str = "minmax",        # of `quantize`
 ) -> QuantizedModels:
     "Quantize the models of a run to INT8 and check the files."
     from cvnb.export.onnx import check_onnx, max_file_mb
@@ -321,9 +361,39 @@ def quantize_models(
     results = {}
     sizes = {}
     for name, model in exported.models.items():
-        files[name] = path(RUNTIMES["onnx int8"].file_name(name))
-        results[name] = quantize(exported.files[name], files[name], data.calibration, data.images, data.labels,
-                                 tolerance, weight_bits, objective, task_of(model.spec).rule)
+        file_name = RUNTIMES["onnx int8"].file_name(name)
+        source = exported.files[name]
+        results[name] = quantize(source, source.with_name(file_name), data.calibration, data.images, data.labels,
+                                 tolerance, weight_bits, objective, task_of(model.spec).rule, method)
+        if results[name].fell_back: continue
+        files[name] = path(file_name)   # declares the output
         bytes_per_weight = 4 if results[name].kept_fp32 else 1.5
         sizes[name] = check_onnx(files[name], model.spec, max_file_mb(count_params(model), bytes_per_weight))
     return QuantizedModels(files, results, sizes)
+
+# %% ../../nbs/export/03_quantize.ipynb #b2e35aec
+@dataclass(frozen=True)
+class Int8Decision:
+    "Whether a bundle has an INT8 file."
+    ships: bool
+    why: str                # a sentence without its full stop
+    speed: Estimate | None = None   # of INT8 relative to FP32; None: there is no INT8 file
+
+    @property
+    def notes(self) -> list[str]: return [] if self.ships else [f"FP32 ships alone: {self.why}"]
+
+    def to_json(self) -> dict[str, Any]:   # of bundle.json and export.json
+        return dict(ships=self.ships, why=self.why, speed=self.speed and asdict(self.speed))
+
+def decide_int8(
+    int8: QuantizedModels,      # from `quantize_models`
+    exported: ExportedModels,   # the FP32 files
+    model: str,                 # that ships, a key of `MODELS`
+    measure: Callable[[dict[str, Path], int], Any],   # takes files and pixels; returns what has `speed(name, other)`
+) -> Int8Decision:
+    "Measure whether a model's INT8 file is faster than its FP32 file on this machine."
+    if model not in int8.files: return Int8Decision(False, str(int8.results[model]))
+    files = {"onnx fp32": exported.files[model], "onnx int8": int8.files[model]}
+    speed = measure(files, exported.models[model].spec.image_size).speed("onnx int8", "onnx fp32")
+    ratio = f"{speed.value:.2f} [{speed.low:.2f}, {speed.high:.2f}]"
+    return Int8Decision(speed.value > 1, f"INT8 runs at {ratio} times the speed of FP32 on this machine", speed)

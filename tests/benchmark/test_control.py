@@ -209,7 +209,7 @@ def test_further_rounds_measure_every_candidate(monkeypatch, tmp_path: Path):
         return check_control(candidate, short, long) | dict(clock="none" if short[0].shape[1] < 8 else "wall")
 
     monkeypatch.setattr(timing, "check_control", check_once)
-    monkeypatch.setattr(timing, "_start_workers", start)
+    monkeypatch.setattr(timing, "start_workers", start)
     candidates = [Candidate(model, RUNTIMES["onnx fp32"], "") for model in ("trained", "compressed")]
     images = [np.zeros((30, 40, 3), np.uint8)]
     found = timing.measure_candidates(candidates, images, n_calls=10, rounds=5, batch_size=4, control_seconds=600)

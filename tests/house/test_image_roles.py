@@ -48,8 +48,8 @@ def test_test_images_are_read_after_their_access_is_logged(root: Path, stage: st
     ("train", 'fit(model, data.images["train"]', 'fit(model, data.images["test"]'),
     ("train", 'decide_on_validation(model, data.images["val"]', 'decide_on_validation(model, data.images["test"]'),
     ("compress", 'load("val")', 'load("test")'),
-    ("compress", 'decide_on_validation(choice.model, val, rows["val"]',
-     'decide_on_validation(choice.model, val, rows["test"]')])
+    ("compress", 'decide_on_validation, val=val, rows=rows["val"]',
+     'decide_on_validation, val=val, rows=rows["test"]')])
 def test_planted_use_of_test_images_is_found(root: Path, stage: str, place: str, fault: str) -> None:
     cells = code_of(root, stage)
     assert sum(place in source for source in cells) == 1, "the notebook has changed: plant the fault elsewhere"
