@@ -382,6 +382,22 @@ def predict(self: Bundle,
     single = isinstance(images, (str, Path)) or (isinstance(images, np.ndarray) and images.ndim == 3)
     return [*self.iter_predictions([images] if single else images, batch_size)]
 
+# %% ../../nbs/export/05_bundle.ipynb #e1d4e5e6
+@patch
+def embed(self: Bundle,
+    images: Any,        # a path or array, or several: paths, or uint8 arrays (H, W, 3) of any sizes
+) -> np.ndarray:        # float32 (N, length of the features)
+    "Compute the features of images; raise `UsageError` for a bundle without them."
+    declared = self.description.get("features")
+    if not declared or not isinstance(self.model, LimitedModel):
+        raise UsageError(f"{self.folder} returns no features", "Export it with --set export.features=true.")
+    single = isinstance(images, (str, Path)) or (isinstance(images, np.ndarray) and images.ndim == 3)
+    pixels = (to_image_array(image, self.decoding)[0] for image in ([images] if single else images))
+    model = self.model
+    run = lambda batch: model(batch, output=declared["name"])
+    found = [predict_mixed_sizes(run, batch) for batch in batch_by_memory(pixels)]
+    return np.concatenate(found) if found else np.zeros((0, declared["shape"][1]), np.float32)
+
 # %% ../../nbs/export/05_bundle.ipynb #67d1f74c
 _NPZ_ERRORS = (OSError, ValueError, LookupError, EOFError, SyntaxError, RuntimeError, MemoryError, TypeError,
                zipfile.BadZipFile, zlib.error)

@@ -137,6 +137,7 @@ class OnnxModel:
     ):
         self.session = open_session(path, threads)
         self._input = self.session.get_inputs()[0].name
+        self._output = self.session.get_outputs()[0].name
 
     @property
     def n_outputs(self) -> int:   # for one image
@@ -146,7 +147,7 @@ class OnnxModel:
     def __call__(self,
         images: np.ndarray,   # uint8 (N, H, W, 3)
     ) -> np.ndarray:          # float32 (N, …)
-        return self.session.run(None, {self._input: images})[0]
+        return self.session.run([self._output], {self._input: images})[0]
 
 # %% ../../nbs/export/01_runtimes.ipynb #ff84230b
 MAX_SECONDS = 60.0   # that opening a model, or its answer for one image, may take
@@ -168,6 +169,7 @@ class LimitedModel(OnnxModel):
     def __call__(self,
         images: np.ndarray,   # uint8 (N, H, W, 3)
         seconds: float = 0,   # for the whole call; 0: `max_seconds` for each image
+        output: str = "",     # name of another output than the first, such as "features"
     ) -> np.ndarray:          # float32 (N, …)
         import onnxruntime as ort
         options = ort.RunOptions()
@@ -175,7 +177,7 @@ class LimitedModel(OnnxModel):
         seconds = seconds or self.max_seconds * max(1, len(images))
         try:
             with _WATCHDOG.limit(seconds, lambda: setattr(options, "terminate", True)):
-                return self.session.run([self._output], {self._input: images}, options)[0]
+                return self.session.run([output or self._output], {self._input: images}, options)[0]
         except Exception as e:   # ONNX Runtime raises a class per error code, with no base but Exception
             reason = str(e).splitlines()[0].rpartition("Status Message: ")[2]
             remedy = "Take smaller images or another bundle."
