@@ -27,6 +27,7 @@ from ..models.cost import count_macs
 from ..models.inference import predict_logits
 from ..models.vision_model import VisionModel, task_of
 from ..models.weights import create_model
+from ..training.fit import clear_checkpoints, select_accelerator
 from ..training.loaders import LabelledImages
 from ..training.options import FitOptions
 
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
     from cvnb.metrics.estimates import Estimate
 
 # %% auto #0
-__all__ = ['FrontPlan', 'Front', 'build_front', 'measure_front', 'candidates_to_test', 'plot_front', 'FrontTest',
-           'accept_fastest', 'save_front', 'find_candidate']
+__all__ = ['FrontPlan', 'Front', 'build_front', 'few_images_notes', 'measure_front', 'candidates_to_test', 'plot_front',
+           'FrontTest', 'accept_fastest', 'save_front', 'find_candidate']
 
 # %% ../../nbs/compress/08_front.ipynb #176b819f
 @dataclass(frozen=True)
@@ -220,7 +221,10 @@ def build_front(
     decide: Callable[[VisionModel], Any] | None = None,   # gives a candidate its temperature and thresholds
 ) -> Front:
     "Make candidates of falling cost until the plan, the time or what can be repaired ends. Classification only."
+    select_accelerator(options)   # raises where a GPU is asked for and absent
+    _check_split_sizes(train, val)
     builder = _FrontBuilder(criterion, train, val, options, Path(folder), plan, decide)
+    builder.notes += few_images_notes(len(val.images))
     begin = time.monotonic()
     late = lambda: plan.minutes and time.monotonic() - begin > 60 * plan.minutes
     n = plan.levels + bool(plan.student)
@@ -234,6 +238,25 @@ def build_front(
     if plan.student and late(): builder.notes.append(f"{plan.student} was not distilled: compress.minutes are over")
     elif plan.student: _add_student(builder, part(n - 1), announce)
     return _finish_front(builder)
+
+def _check_split_sizes(
+    train: LabelledImages,   # training images
+    val: LabelledImages,     # validation images
+) -> None:
+    "Raise `UsageError` for a split without images."
+    for name, data, use in ("training", train, "teach"), ("validation", val, "choose between"):
+        if len(data.images): continue
+        raise UsageError(f"there are no {name} images, and they {use} the candidates",
+                         "Give the data a split of its own, such as with cvnb data split.")
+
+_FEW_IMAGES = 100   # validation images; below, a candidate's interval is wider than ten points
+
+def few_images_notes(
+    n: int,            # validation images
+) -> list[str]:        # at most one sentence
+    "Say that the validation images are too few to choose by."
+    if n >= _FEW_IMAGES: return []
+    return [f"{n} validation images choose between candidates; from {_FEW_IMAGES} on the choice is more than luck"]
 
 def _finish_front(
     builder: _FrontBuilder,   # with at least one candidate
@@ -359,7 +382,6 @@ def save_front(
     "Write the table of a front, and the model of every candidate."
     from cvnb.data.tables import write_table
     from cvnb.models.weights import save_model
-    from cvnb.training.fit import clear_checkpoints
     write_table(stage.path("front.parquet"), front.table)
     front.history.to_csv(stage.path("history.csv"), index=False)
     for name, model in front.models.items():

@@ -34,10 +34,11 @@ if TYPE_CHECKING:
     from cvnb.metrics.objective import Objective
 
 # %% auto #0
-__all__ = ['WEIGHT_OPS', 'INTERMEDIATE_OPS', 'CALIBRATION_BATCH', 'CALIBRATION_METHODS', 'HISTOGRAM_IMAGES', 'SENSITIVITY_IMAGES',
-           'weight_layers', 'quantizable_nodes', 'CalibrationReader', 'calibrate_ranges', 'quantize_nodes',
-           'kl_divergence', 'layer_sensitivity', 'QuantizationResult', 'quantize', 'QuantizationData',
-           'load_quantization_data', 'QuantizedModels', 'quantize_models', 'Int8Decision', 'decide_int8']
+__all__ = ['WEIGHT_OPS', 'INTERMEDIATE_OPS', 'CALIBRATION_BATCH', 'CALIBRATION_METHODS', 'FEW_CALIBRATION_IMAGES',
+           'HISTOGRAM_IMAGES', 'SENSITIVITY_IMAGES', 'weight_layers', 'quantizable_nodes', 'CalibrationReader',
+           'calibrate_ranges', 'quantize_nodes', 'kl_divergence', 'layer_sensitivity', 'QuantizationResult', 'quantize',
+           'QuantizationData', 'load_quantization_data', 'QuantizedModels', 'quantize_models', 'Int8Decision',
+           'decide_int8']
 
 # %% ../../nbs/export/03_quantize.ipynb #8b8dddd6
 WEIGHT_OPS = ("Conv", "Gemm", "MatMul")   # layers with weights, which take most of the time
@@ -82,6 +83,7 @@ class CalibrationReader:
 # %% ../../nbs/export/03_quantize.ipynb #00ea2ba0
 CALIBRATION_BATCH = 32   # images at a time
 CALIBRATION_METHODS = ("minmax", "entropy", "percentile")   # the default first
+FEW_CALIBRATION_IMAGES = 64   # below, the ranges depend on which images were drawn
 HISTOGRAM_IMAGES = 64    # for entropy and percentile, which count all values of all tensors
 
 # %% ../../nbs/export/03_quantize.ipynb #ff8bd046
@@ -242,6 +244,9 @@ def quantize(
 
     from cvnb.metrics.objective import Objective
     check_targets(target, inputs=[source])
+    if not len(calibration) or not len(images):
+        raise UsageError(f"INT8 needs images: there are {len(calibration)} for calibration and {len(images)} for "
+                         "validation", "Give the data a training and a validation split.")
     Path(target).unlink(missing_ok=True)   # of an earlier call
     model = prepare_for_int8(onnx.load(source))
     layers = weight_layers(model)
@@ -316,10 +321,14 @@ class QuantizedModels:
     results: dict[str, QuantizationResult]    # by the models' names
     size_mb: dict[str, float]                 # of the files
 
+    n_calibration: int = 0                    # images; 0: not known
+
     @property
-    def notes(self) -> list[str]:   # one line per model with layers that stay FP32
-        "Say which models are not in INT8 throughout."
-        return [f"{name}, onnx int8: {r}" if r.fell_back else
+    def notes(self) -> list[str]:   # one line per model with layers that stay FP32, and one for few images
+        "Say which models are not in INT8 throughout, and that few images were there to calibrate."
+        few = [f"{self.n_calibration} images calibrate INT8; from {FEW_CALIBRATION_IMAGES} on the ranges are steady"] \
+            if 0 < self.n_calibration < FEW_CALIBRATION_IMAGES else []
+        return few + [f"{name}, onnx int8: {r}" if r.fell_back else
                 f"{name}, onnx int8: {len(r.kept_fp32)} of {len(r.layers)} layers stay FP32, to keep the {r.words}"
                 for name, r in self.results.items() if r.kept_fp32]
 
@@ -369,7 +378,7 @@ def quantize_models(
         files[name] = path(file_name)   # declares the output
         bytes_per_weight = 4 if results[name].kept_fp32 else 1.5
         sizes[name] = check_onnx(files[name], model.spec, max_file_mb(count_params(model), bytes_per_weight))
-    return QuantizedModels(files, results, sizes)
+    return QuantizedModels(files, results, sizes, len(data.calibration))
 
 # %% ../../nbs/export/03_quantize.ipynb #b2e35aec
 @dataclass(frozen=True)

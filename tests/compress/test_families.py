@@ -20,9 +20,9 @@ from cvnb.models.vision_model import VisionModel
 from cvnb.models.weights import create_model, load_model, save_model
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
-SMALL = dict(resnet="resnet10t", regnet="regnety_002", mobilenetv3="mobilenetv3_small_050",
-             efficientnet="test_efficientnet", convnext="test_convnext", vit="test_vit")
-LARGE = dict(resnext="resnext26ts", resnext50="resnext50_32x4d", regnet_x="regnetx_002", mobilenetv2="mobilenetv2_035",
+SMALL = dict(resnet="test_resnet", regnet="regnety_002", convnext="test_convnext", vit="test_vit")
+LARGE = dict(resnet="resnet10t", resnext="resnext26ts", resnext50="resnext50_32x4d", regnet_x="regnetx_002",
+             mobilenetv2="mobilenetv2_035", mobilenetv3="mobilenetv3_small_050", efficientnet="test_efficientnet",
              lite="tf_efficientnet_lite0", mnasnet="mnasnet_small", densenet="densenet121", vgg="vgg11_bn",
              ghostnet="ghostnet_050", convnext="convnext_atto", vit="vit_tiny_patch16_224",
              deit="deit_tiny_patch16_224", distilled="deit_tiny_distilled_patch16_224")

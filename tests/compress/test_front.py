@@ -18,6 +18,7 @@ from cvnb.compress.front import (
     accept_fastest,
     build_front,
     candidates_to_test,
+    few_images_notes,
     find_candidate,
     measure_front,
     save_front,
@@ -201,3 +202,19 @@ def test_choice_by_hand_takes_the_same_test_and_is_recorded(tmp_path):
         shipped = choose_shipped_model(verdict)
         assert shipped["model"] == ships and shipped["by_hand"] and "was chosen by hand" in shipped["why"]
     assert first.candidate == "fast" and not choose_shipped_model(first.to_json())["by_hand"]
+
+
+def test_splits_without_images_are_refused_and_few_images_are_noted(sure, tmp_path):
+    model, data = sure
+    none = LabelledImages(data.images[:0], data.targets[:0])
+    for splits, name in ((data, none), "validation"), ((none, data), "training"):
+        with pytest.raises(UsageError, match=f"there are no {name} images"):
+            build_front(DistillationLoss(model), *splits, FitOptions(), tmp_path)
+    assert few_images_notes(100) == [] and "20 validation images choose" in few_images_notes(20)[0]
+
+
+def test_gpu_that_is_absent_is_refused_before_pruning(sure, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(module, "prune_in_steps", lambda *args: pytest.fail("pruning began"))
+    with pytest.raises(CvnbError, match="torch finds no GPU"):
+        build_front(DistillationLoss(sure[0]), sure[1], sure[1], FitOptions(device="gpu"), tmp_path)
