@@ -32,7 +32,7 @@ INSTALLED_PARTS = {   # part -> packages as they are imported, how to install th
     "grpc": ("grpc google", "optional: pip install 'cvnb[grpc]', for `cvnb serve --grpc-port`"),
     "sweep": ("optuna", "pip install 'cvnb[sweep]'"),
     "ray": ("ray", "optional: pip install 'cvnb[ray]', for sweeps on several machines"),
-    "notebooks": ("jupyterlab papermill ipykernel voila ipywidgets plotly nbclient nbformat filelock",
+    "notebooks": ("jupyterlab papermill ipykernel voila ipywidgets anywidget traitlets nbclient nbformat filelock",
                   "pip install 'cvnb[notebooks]'"),
 }
 _TOOLS = dict(git="records the commit of a run", quarto="builds the docs site", chromium="browser tests",

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['MIN_SLICE_IMAGES', 'FALSE_DISCOVERIES', 'LARGE_GAP', 'prediction_table', 'table_groups', 'most_confident_errors',
-           'plot_predictions', 'plot_confusion', 'confused_pairs', 'tertiles', 'slice_accuracy', 'plot_slices',
-           'plot_reliability', 'ErrorAnalysis', 'analyze_errors', 'error_summary']
+           'plot_predictions', 'plot_confusion', 'confused_pairs', 'tertiles', 'slice_masks', 'slice_accuracy',
+           'plot_slices', 'plot_reliability', 'ErrorAnalysis', 'analyze_errors', 'error_summary']
 
 # %% ../../nbs/evaluate/01_errors.ipynb #cell-5
 _AUDIT_COLUMNS = ["path", "brightness", "contrast", "width", "height", "tags", "label_score"]
@@ -178,6 +178,13 @@ def _iter_slices(
     for tag in sorted(set().union(*tags)): yield "tag", tag, tags.map(lambda t, tag=tag: tag in t).values
     for column in [c for c in table if c.startswith("meta_")]:
         for name, mask in _metadata_groups(table[column]).items(): yield column.removeprefix("meta_"), name, mask
+
+# %% ../../nbs/evaluate/01_errors.ipynb #03968023
+def slice_masks(
+    table: pd.DataFrame,   # from `prediction_table`
+) -> dict[tuple[str, str], np.ndarray]:   # kind and name -> bool (N,)
+    "Say which images each slice of `slice_accuracy` holds."
+    return {(kind, name): mask for kind, name, mask in _iter_slices(table)}
 
 # %% ../../nbs/evaluate/01_errors.ipynb #slice-test
 def _slice_p_values(
