@@ -240,6 +240,7 @@ class Page {
     this.showHistogram();
     this.showReliability();
     this.showThreshold();
+    this.showComparison();
     this.showClasses();
     this.showSlices();
     this.showGrid();
@@ -324,7 +325,7 @@ class Page {
       panel('Classes', 'A click on a name shows its images; on a heading, it sorts.', part('classes')),
       panel('Slices', 'Marked ▼: more errors than chance explains. A click shows the images.', part('slices')),
       panel('Reliability', 'Accuracy by confidence. Dashed: perfect calibration.', part('reliability')));
-    if (p.comparison) left.prepend(panel('Against the reference', p.comparison.hint, this.comparison()));
+    if (p.reference) left.prepend(panel(`Against ${p.reference.name}`, '', part('comparison')));
     if (p.robustness) left.append(panel('Robustness', p.robustness.words, this.robustness()));
     const right = make('div', 'gallery', this.gridBar(part), part('grid'));
     parts.grid.tabIndex = 0;
@@ -407,10 +408,12 @@ class Page {
 
   showCards() {
     const p = this.data.page, summary = p.summary[this.state.split], cards = [];
+    const reference = p.comparison?.[this.state.split];
     for (const c of summary.cards) cards.push(this.card(c.title, c.text ?? percent(c.estimate.value), c.note ?? note(c.estimate)));
     const selection = this.rows.filter(this.filter('show')), d = this.data;
     let right = 0;
     for (const i of selection) right += d.correct[i];
+    if (reference) cards.push(this.card(`The reference, ${this.state.split}`, percent(reference.value.value), note(reference.value)));
     this.selectionCard = this.card('Accuracy of the selection', selection.length ? percent(right / selection.length) : '–',
       selection.length ? `… · n = ${count(selection.length)}` : 'no images', 'chosen');
     cards.push(this.selectionCard, this.card('Errors in the selection', count(selection.length - right),
@@ -648,7 +651,8 @@ class Page {
   // Tables
 
   showClasses() {
-    const p = this.data.page, split = this.state.split, rows = [...p.summary[split].per_class], {key, sign} = this.sortTable;
+    const p = this.data.page, split = this.state.split, {key, sign} = this.sortTable;
+    const rows = p.summary[split].per_class.map(row => ({...row, gain: p.comparison?.[split]?.classes[row.label]}));
     const columns = [['label', 'class'], ['n', 'images'], ['recall', 'recall'], ['precision', 'precision'], ['f1', 'F1']];
     if (p.reference) columns.push(['gain', 'recall gained']);
     if (this.classesOf !== `${split}|${key}|${sign}` || this.classesData !== this.data) {
@@ -690,7 +694,7 @@ class Page {
       dot.style.left = place(s.accuracy);
       bar.append(whisker, dot);
       const text = `${s.kind}: ${s.name}`;
-      const gain = p.reference && s.gain != null ? ` · ${points({value: s.gain})} against the reference` : '';
+      const by = p.comparison?.[s.split]?.slices[s.key], gain = by != null ? ` · ${points({value: by})} against the reference` : '';
       const line = button('', `${text}\naccuracy ${percent(s.accuracy)} (${note(s)})${gain}`, () => this.toggle({slice: s.key, show: 'all'}), 'slice' + (s.below ? ' below' : ''));
       line.append(make('span', 'mark', s.below ? '▼' : ''), make('span', 'name', text), bar, make('span', 'number', percent(s.accuracy)), make('small', '', `n = ${count(s.n)}`));
       line.classList.toggle('chosen', s.key === this.state.slice);
@@ -699,11 +703,12 @@ class Page {
     }));
   }
 
-  comparison() {
-    const c = this.data.page.comparison, box = make('div', 'comparison');
-    for (const line of c.lines) box.append(make('p', '', line));
-    for (const [key, text, n] of c.counts) box.append(button(`${count(n)} ${text}`, 'show them', () => this.toggle({change: key, show: 'all'})));
-    return box;
+  showComparison() {
+    if (!this.data.page.reference) return;
+    const c = this.data.page.comparison[this.state.split];
+    if (!c) return this.parts.comparison.replaceChildren(make('p', '', 'The runs have no image of this split in common.'));
+    this.parts.comparison.replaceChildren(...c.lines.map(line => make('p', '', line)),
+      ...c.counts.map(([key, text, n]) => button(`${count(n)} ${text}`, 'show them', () => this.toggle({change: key, show: 'all'}))));
   }
 
   robustness() {

@@ -27,6 +27,7 @@ from ..core.files import to_plain
 from ..core.project import asset_folder, shell_path
 from ..core.stage import find_output
 from ..data.images import DEFAULT_DECODING, Decoding, open_image
+from .comparison import comparison_page
 from .dashboard_data import DashboardData, dashboard_page, newest_run, read_dashboard_data, run_stamp
 from .errors import table_groups
 from .label_marks import list_marks, mark_label_errors
@@ -117,20 +118,24 @@ class ErrorPage(anywidget.AnyWidget):
 
     def __init__(self,
         data: DashboardData,   # the run
+        reference: DashboardData | None = None,   # a run to compare with
     ):
         super().__init__()
         self.on_msg(lambda _, message, buffers: self.receive(message, buffers))
-        self.show(data)
+        self.show(data, reference)
 
 # %% ../../nbs/evaluate/03_dashboard.ipynb #1078d5c2
 @patch
 def show(self: ErrorPage,
     data: DashboardData,   # the run
+    reference: DashboardData | None = None,   # a run to compare with
 ) -> None:
     "Show a run."
     self.data = data
-    self.stamp = run_stamp(data.run)
-    page, block = dashboard_page(data)
+    self.reference = reference
+    self.stamp = run_stamp(data.run) + run_stamp(reference and reference.run)
+    compared, columns = comparison_page(data, reference) if reference else ({}, {})
+    page, block = dashboard_page(data, columns)
     marks = dict(can_mark=False, corrections={}, corrections_file="")
     if data.run:
         try:
@@ -138,7 +143,7 @@ def show(self: ErrorPage,
             marks = dict(can_mark=True, corrections=corrections, corrections_file=str(shell_path(file)))
         except CvnbError as e: page["notes"].append(f"Label errors cannot be marked: {e.what}.")
     self.columns = block
-    self.page = page | marks | dict(in_address=_runs_in_voila(), version=list(self.stamp))
+    self.page = page | compared | marks | dict(in_address=_runs_in_voila(), version=list(self.stamp))
 
 # %% ../../nbs/evaluate/03_dashboard.ipynb #081c05bb
 def _runs_in_voila() -> bool:   # rather than in JupyterLab, whose address belongs to the Lab
@@ -166,7 +171,9 @@ def _rows_of(self: ErrorPage,
 @patch
 def _refresh(self: ErrorPage, message: dict, buffers: Sequence[Any]) -> None:
     "Read the run again if a stage has run since: a page may come from a kernel that was started long ago."
-    if self.stamp != run_stamp(self.data.run): self.show(read_dashboard_data(self.data.run))
+    other = self.reference and self.reference.run
+    if self.stamp != run_stamp(self.data.run) + run_stamp(other):
+        self.show(read_dashboard_data(self.data.run), read_dashboard_data(other) if other else None)
     elif self.data.run and self.page["can_mark"] and list_marks(self.data.run)[1] != self.page["corrections"]:
         self._send_marks("")
 
@@ -229,10 +236,14 @@ def _send_marks(self: ErrorPage,
 # %% ../../nbs/evaluate/03_dashboard.ipynb #81b3ef3f
 def build_dashboard(
     run: Path | str = "",    # a run directory; by default `CVNB_RUN`, or else the newest run
+    reference: Path | str = "",   # a run to compare with; by default `CVNB_REFERENCE`, or else none
 ) -> widgets.Widget:         # the page
     "Show a run's errors, or the reason why that is impossible. Classification only."
     os.chdir(os.environ.get("CVNB_PROJECT", "."))   # Voila runs a notebook in the notebook's folder
-    try: return ErrorPage(read_dashboard_data(run or os.environ.get("CVNB_RUN") or newest_run()))
+    reference = reference or os.environ.get("CVNB_REFERENCE", "")
+    try:
+        data = read_dashboard_data(run or os.environ.get("CVNB_RUN") or newest_run())
+        return ErrorPage(data, read_dashboard_data(reference) if reference else None)
     except CvnbError as e:
         text = f"<h1>There is nothing to show yet</h1><p>{escape(e.what)}.</p><p>{escape(e.remedy)}</p>"
         return widgets.HTML(f'<div class="cvnb-notice notice">{text}</div>')

@@ -287,6 +287,7 @@ def _cost_settings(
 # %% ../../nbs/evaluate/07_dashboard_data.ipynb #48cabf82
 def dashboard_page(
     data: DashboardData,   # the run
+    more: Mapping[str, np.ndarray] = {},   # columns, such as those of another run
 ) -> tuple[dict[str, Any], bytes]:   # what the page shows, of JSON types; its columns
     "Collect what the browser needs of a run."
     table = data.table
@@ -300,7 +301,7 @@ def dashboard_page(
                    label=codes.get_indexer(table.label).astype(np.int32), findingBits=bits,
                    predicted=codes.get_indexer(table.predicted).astype(np.int32),
                    label_score=pd.to_numeric(table.label_score, errors="coerce").to_numpy(np.float32),
-                   **_probability_columns(table, len(data.classes)))
+                   **_probability_columns(table, len(data.classes)), **more)
     layout, block = pack_columns(arrays)
     found = data.root.is_dir()
     lost = () if found else ("The images are not where the audit found them, so the grid shows none.",)

@@ -128,6 +128,7 @@ def serve_dashboard(
     run: Path | str,            # a run directory whose training has finished
     port: int = 0,              # on 127.0.0.1; 0 picks a free one
     open_browser: bool = True,  # whether to open the page in a browser
+    reference: Path | str = "", # a run to compare with, or none
 ) -> None:
     "Serve a run's dashboard on 127.0.0.1 and print its address, until Ctrl-C."
     import secrets
@@ -136,7 +137,8 @@ def serve_dashboard(
     token = secrets.token_urlsafe(16)
     address = f"http://127.0.0.1:{port}/?token={token}"
     notebook = asset_folder("dashboards")/"errors.ipynb"
-    env = os.environ | dict(CVNB_RUN=str(folder), CVNB_PROJECT=str(project_root()))
+    other = str(check_trained_run(reference)) if reference else ""
+    env = os.environ | dict(CVNB_RUN=str(folder), CVNB_REFERENCE=other, CVNB_PROJECT=str(project_root()))
     with _stop_on_signals(), _run_voila(notebook, port, token, env) as server:
         print(f"Dashboard of {folder.name}: {address}\nCtrl-C ends it.", flush=True)
         with opened_in_browser(address, open_browser): server.wait()
