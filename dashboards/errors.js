@@ -321,9 +321,9 @@ class Page {
       panel('Confusion matrix', (p.matrix.length < p.classes.length ? 'The classes with the most errors. ' : '') +
         'Rows are true classes. A click shows a cell’s images, another one shows all.', part('matrix')),
       panel('Confidence', 'Click a bar, or drag over several.', part('histogram')),
-      panel('Threshold and cost', p.cost_words, this.thresholdControls(part), part('threshold')),
+      panel('Threshold and cost', [p.cost_words, p.review_words && `By validation images, ${p.review_words}.`].filter(Boolean).join(' '), this.thresholdControls(part), part('threshold')),
       panel('Classes', 'A click on a name shows its images; on a heading, it sorts.', part('classes')),
-      panel('Slices', 'Marked ▼: more errors than chance explains. A click shows the images.', part('slices')),
+      panel('Slices', `Marked ▼: more errors than chance explains. A click shows the images.${p.objective ? ` Grey: ${p.objective}, images.` : ''}`, part('slices')),
       panel('Reliability', 'Accuracy by confidence. Dashed: perfect calibration.', part('reliability')));
     if (p.reference) left.prepend(panel(`Against ${p.reference.name}`, '', part('comparison')));
     if (p.robustness) left.append(panel('Robustness', p.robustness.words, this.robustness()));
@@ -695,8 +695,11 @@ class Page {
       bar.append(whisker, dot);
       const text = `${s.kind}: ${s.name}`;
       const by = p.comparison?.[s.split]?.slices[s.key], gain = by != null ? ` · ${points({value: by})} against the reference` : '';
-      const line = button('', `${text}\naccuracy ${percent(s.accuracy)} (${note(s)})${gain}`, () => this.toggle({slice: s.key, show: 'all'}), 'slice' + (s.below ? ' below' : ''));
-      line.append(make('span', 'mark', s.below ? '▼' : ''), make('span', 'name', text), bar, make('span', 'number', percent(s.accuracy)), make('small', '', `n = ${count(s.n)}`));
+      const figure = {value: s.objective, low: s.objective_low, high: s.objective_high, n: s.n};
+      const by_objective = p.objective && s.objective != null ? `\n${p.objective} ${percent(s.objective)} (${note(figure)})` : '';
+      const line = button('', `${text}\naccuracy ${percent(s.accuracy)} (${note(s)})${by_objective}${gain}`, () => this.toggle({slice: s.key, show: 'all'}), 'slice' + (s.below ? ' below' : ''));
+      line.append(make('span', 'mark', s.below ? '▼' : ''), make('span', 'name', text), bar, make('span', 'number', percent(s.accuracy)),
+        make('small', '', p.objective && s.objective != null ? `${percent(s.objective)} · ${count(s.n)}` : `n = ${count(s.n)}`));
       line.classList.toggle('chosen', s.key === this.state.slice);
       line.dataset.slice = s.key;
       return line;

@@ -32,7 +32,8 @@ def _pixels(
 ) -> pd.DataFrame:         # its predictions, with pixel_sha256
     "Add the digest of the pixels to the predictions on a split."
     table = data.table[data.table.split == split]
-    return table.merge(data.manifest[["path", "pixel_sha256"]], on="path", how="left", validate="1:1")
+    own = table.drop(columns="pixel_sha256", errors="ignore")
+    return own.merge(data.manifest[["path", "pixel_sha256"]], on="path", how="left", validate="1:1")
 
 def match_predictions(
     data: DashboardData,        # the run

@@ -214,7 +214,7 @@ def _slice_rows(
         own = (data.table.split == split).to_numpy()
         table = data.table[own].reset_index(drop=True)
         masks = slice_masks(table)
-        slices = slice_accuracy(table).sort_values("below", ascending=False, kind="stable")
+        slices = slice_accuracy(table, data.objective).sort_values("below", ascending=False, kind="stable")
         for row in slices.to_dict("records"):
             at = dict(label=data.classes.index(row["name"]), offset=-1) if row["slice"] == "class" else dict(label=-1)
             if row["slice"] != "class":
@@ -312,5 +312,8 @@ def dashboard_page(
         width=min(len(data.classes), _MOST_SENT), findings=findings, findingWords=bits.shape[1], columns=columns,
         slices=slices, matrix=[data.classes.index(c) for c in matrix_classes(table, data.classes)],
         summary={split: _summarize(data, split) for split in splits},
-        has_errors=bool((~table.correct[table.split == splits[0]]).any()), **_cost_settings(data))
+        has_errors=bool((~table.correct[table.split == splits[0]]).any()), **_cost_settings(data),
+        review_below=(data.errors.get("review") or {}).get("threshold"),
+        review_words=data.errors.get("review_words", ""),
+        objective=data.objective.words if data.objective and data.objective.name != "accuracy" else None)
     return to_plain(page), block
