@@ -717,11 +717,12 @@ class Page {
   robustness() {
     const r = this.data.page.robustness, w = 560, h = 150;
     const svg = draw('svg', {viewBox: `0 0 ${w + 40} ${h + 110}`, role: 'img', 'aria-label': 'robustness'});
+    const strengths = [...new Set(r.rows.map(row => row.strength))];
     const names = [...new Set(r.rows.map(row => row.change))], x = i => 40 + (i + .5) * (w - 10) / names.length, y = v => 6 + (1 - v) * h;
     for (let t = 0; t <= 10; t += 2) svg.append(draw('line', {x1: 36, x2: 36 + w, y1: y(t / 10), y2: y(t / 10), class: 'rule'}), draw('text', {x: 30, y: y(t / 10), class: 'row tick'}, String(t * 10)));
     svg.append(draw('line', {x1: 36, x2: 36 + w, y1: y(r.clean.value), y2: y(r.clean.value), class: 'dashed'}));
     for (const row of r.rows) {
-      const px = x(names.indexOf(row.change)) + row.offset * 5;
+      const px = x(names.indexOf(row.change)) + (strengths.indexOf(row.strength) - (strengths.length - 1) / 2) * 8;
       svg.append(draw('line', {x1: px, x2: px, y1: y(row.low), y2: y(row.high), class: row.weak ? 'whisker wrong' : 'whisker'}));
       svg.append(titled(draw('circle', {cx: px, cy: y(row.value), r: 3.5, class: row.weak ? 'dot wrong' : 'dot'}), `${row.change}, strength ${row.strength}: ${percent(row.value)} (${note(row)})`));
     }

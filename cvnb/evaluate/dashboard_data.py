@@ -314,6 +314,6 @@ def dashboard_page(
         summary={split: _summarize(data, split) for split in splits},
         has_errors=bool((~table.correct[table.split == splits[0]]).any()), **_cost_settings(data),
         review_below=(data.errors.get("review") or {}).get("threshold"),
-        review_words=data.errors.get("review_words", ""),
+        review_words=data.errors.get("review_words", ""), robustness=data.errors.get("robustness"),
         objective=data.objective.words if data.objective and data.objective.name != "accuracy" else None)
     return to_plain(page), block

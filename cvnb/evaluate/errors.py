@@ -459,6 +459,7 @@ def error_summary(
     analysis: ErrorAnalysis,              # from `analyze_errors`
     saliency_files: Sequence[str] = (),   # one per row of `analysis.worst`, or none
     review: Any = None,                   # from `review_threshold.measure_review_threshold`, or none
+    robustness: Any = None,               # from `robustness.robustness_of_model`, or none
 ) -> dict[str, Any]:                      # content of errors.json
     "Turn an error analysis into plain values for a JSON file."
     a = analysis
@@ -473,6 +474,8 @@ def error_summary(
         average_precision=a.average_precision and vars(a.average_precision),
         gap_before=a.gap_before and vars(a.gap_before), review=review and asdict(review),
         review_words=review.words if review else "",
+        robustness=robustness and dict(words=robustness.words, clean=vars(robustness.clean),
+                                       rows=robustness.rows.to_dict("records")),
         objective_words=a.objective_words, decision_words=a.decision_words, calibration_words=a.calibration_words,
         classes=a.classes,
         confusion=a.confusion.values.tolist(),
