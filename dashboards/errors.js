@@ -123,7 +123,7 @@ class Page {
     this.keys = this.data.page.in_address ? document : el;
     this.keys.addEventListener('keydown', this.onKey);
     if (this.data.page.in_address) window.addEventListener('hashchange', this.onHash);
-    model.send({kind: 'hello', version: this.data.page.version});
+    this.send({kind: 'hello', version: this.data.page.version});
   }
 
   close() {
@@ -253,6 +253,11 @@ class Page {
 
   // The kernel's part: intervals and images
 
+  send(message, callbacks, buffers) {
+    try { this.model.send(message, callbacks, buffers); }
+    catch { this.say('The kernel of this page has ended. Reload the page.'); }
+  }
+
   measure() {
     clearTimeout(this.later);
     this.later = setTimeout(() => {
@@ -260,7 +265,7 @@ class Page {
       const selection = this.rows.filter(this.filter('show'));
       const answered = this.state.mode ? selection.slice(0, 0) : this.rows.filter(i => d.confidence[i] >= t);
       this.asked += 1;
-      this.model.send({kind: 'measure', id: this.asked}, undefined, [selection.buffer, answered.buffer]);
+      this.send({kind: 'measure', id: this.asked}, undefined, [selection.buffer, answered.buffer]);
     }, 25);
   }
 
@@ -778,7 +783,7 @@ class Page {
 
   request(rows) {
     for (const i of rows) this.wanted.add(i);
-    this.model.send({kind: 'images', rows: rows.map(Number)});
+    this.send({kind: 'images', rows: rows.map(Number)});
   }
 
   putImage(node, url) {
@@ -849,7 +854,7 @@ class Page {
     const box = this.parts.detail, d = this.data, p = d.page, i = d.index.get(this.state.open);
     box.hidden = i == null;
     if (i == null) { box.replaceChildren(); this.detailOf = null; return; }
-    if (this.detailOf !== i) { this.detailOf = i; this.pictures = null; this.model.send({kind: 'detail', row: i}); }
+    if (this.detailOf !== i) { this.detailOf = i; this.pictures = null; this.send({kind: 'detail', row: i}); }
     const right = !!d.correct[i], label = p.classes[d.label[i]], predicted = p.classes[d.predicted[i]];
     const bars = d.likeliest(i, 8).map(([c, v]) => {
       const bar = make('i');
@@ -909,7 +914,7 @@ class Page {
     const given = this.corrections[p.paths[first]], guess = this.data.predicted[first];
     const [label, select] = choice('It is', p.classes.map(name => [name, name]), () => {});
     select.value = given?.label || p.classes[guess];
-    const send = (action, name = '') => this.model.send({kind: 'mark', rows: rows.map(Number), action, label: name});
+    const send = (action, name = '') => this.send({kind: 'mark', rows: rows.map(Number), action, label: name});
     box.append(label, button('Mark as label error', 'write a correction that the next audit applies', () => send('relabel', select.value), 'go'),
       button('Leave the image out', 'write a correction that leaves it out', () => send('drop')));
     if (rows.some(i => this.corrections[p.paths[i]])) box.append(button('Take back', 'remove the correction', () => send('none')));
