@@ -16,8 +16,8 @@ import cvnb
 from .audit import audit_app, browse_command
 from .data import data_app
 from .doctor import doctor_command, install_hint
-from .runs import card_command, dashboard_command, gate_command, init_command, params_command, predict_command
-from .runs import report_command
+from .runs import card_command, compare_command, dashboard_command, gate_command, init_command
+from .runs import params_command, predict_command, report_command
 from .runs import run_command, status_command, verify_command
 from .serve import package_command, serve_command, sign_command
 from .sweeps import sweep_command
@@ -38,6 +38,7 @@ app.command("init")(init_command)
 app.command("params")(params_command)
 app.command("sweep")(sweep_command)
 app.command("dashboard")(dashboard_command)
+app.command("compare")(compare_command)
 app.command("browse")(browse_command)
 app.command("predict")(predict_command)
 app.command("verify")(verify_command)

@@ -33,7 +33,7 @@ INSTALLED_PARTS = {   # part -> packages as they are imported, how to install th
     "sign": ("model_signing OpenSSL cryptography", "optional: pip install 'cvnb[sign]', for `cvnb sign`"),
     "sweep": ("optuna", "pip install 'cvnb[sweep]'"),
     "ray": ("ray", "optional: pip install 'cvnb[ray]', for sweeps on several machines"),
-    "notebooks": ("jupyterlab papermill ipykernel voila ipywidgets plotly nbclient nbformat filelock",
+    "notebooks": ("jupyterlab papermill ipykernel voila ipywidgets anywidget traitlets nbclient nbformat filelock",
                   "pip install 'cvnb[notebooks]'"),
 }
 _TOOLS = dict(git="records the commit of a run", quarto="builds the docs site", chromium="browser tests",

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['run_command', 'status_command', 'gate_command', 'card_command', 'report_command', 'predict_command', 'verify_command',
-           'dashboard_command', 'init_command', 'params_command']
+           'dashboard_command', 'compare_command', 'init_command', 'params_command']
 
 # %% ../../nbs/cli/03_runs.ipynb #4132a3d5
 def run_command(
@@ -477,13 +477,36 @@ def verify_command(
 # %% ../../nbs/cli/03_runs.ipynb #690ac342
 def dashboard_command(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
+    reference: Annotated[Optional[Path], typer.Option(help="A run to show beside it, on the same images.")] = None,
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1; 0 picks a free one.", min=0, max=65535)] = 0,
     browser: Annotated[bool, typer.Option("--open/--no-open", help="Open a browser.")] = True,
 ) -> None:
     "Serve the error-analysis dashboard on 127.0.0.1 until Ctrl-C."
     folder = existing_run(run)
+    other = existing_run(reference) if reference else ""
     from cvnb.evaluate.voila_server import serve_dashboard
-    serve_dashboard(folder, port=port, open_browser=browser)
+    serve_dashboard(folder, port=port, open_browser=browser, reference=other)
+
+# %% ../../nbs/cli/03_runs.ipynb #0efa0d7f
+def compare_command(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    reference: Annotated[Path, typer.Option(help="The run directory to compare with.")],
+    split: Annotated[str, typer.Option(help="Split whose images are compared: test or val.")] = "test",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    "Compare two runs on the same images: what got better, what got worse, and whether that is more than chance."
+    folder = existing_run(run)
+    other = existing_run(reference)
+    from cvnb.evaluate.comparison import compare_runs, comparison_record
+    found = compare_runs(folder, other, split)
+    if as_json: return print(json.dumps(comparison_record(found), indent=1))
+    print(f"{found.objective_words} of {found.run}: {found.value}\n{found.objective_words} of {found.reference}: "
+          f"{found.reference_value}\n" + "\n".join(found.lines))
+    columns = {"class": "left", **dict.fromkeys(["images", "recall", "reference", "gain", "better", "worse"], "right")}
+    rows = [(r.label, r.n, f"{r.accuracy:.1%}", f"{r.reference:.1%}", f"{100 * r.gain:+.1f}", r.better, r.worse)
+            for r in found.classes.rename(columns=dict(name="label")).head(10).itertuples()]
+    print_table("\nClasses, the largest loss first", columns, rows)
+    print(f"\ncvnb dashboard {shell_path(folder)} --reference {shell_path(other)} shows the images.")
 
 # %% ../../nbs/cli/03_runs.ipynb #1ece871d
 def init_command(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import html
+import json
 import os
 import re
 import tempfile
@@ -36,11 +37,14 @@ COOKIE_OPTIONS = dict(httponly=True, samesite="strict")   # of the cookie that k
 
 def forward_page(
     address: str,   # where the page leads to
+    keep_fragment: bool = False,   # whether what follows `#` in the page's own address goes along
 ) -> str:           # an HTML document
     "Build a page that leads to an address at once, without saying where it came from."
+    literal = json.dumps(address).replace("<", "\\u003c")   # ends no script
+    script = f"<script>location.replace({literal} + location.hash)</script>" if keep_fragment else ""
     address = html.escape(address)
     return ('<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="referrer" content="no-referrer">'
-            f'<meta http-equiv="refresh" content="0;url={address}"><title>cvnb</title></head>'
+            f'{script}<meta http-equiv="refresh" content="0;url={address}"><title>cvnb</title></head>'
             f'<body><a href="{address}">Continue</a></body></html>\n')
 
 # %% ../../nbs/core/11_browser.ipynb #b00c277c

@@ -127,6 +127,16 @@ class ErrorsRecord(OutputRecord):
     objective: Metric | None = Field(None, description="the figure that is optimised; null: accuracy")
     objective_words: str = Field("accuracy", description="its name")
     decision_words: str = Field("", description="how labels are chosen")
+    n_distinct: Count | None = Field(None, description="images that differ in a pixel")
+    balanced_accuracy: Metric | None = None
+    top_k: dict[str, Metric] = Field({}, description="k -> top-k accuracy, for more classes than k")
+    auroc: Metric | None = Field(None, description="mean area under the ROC curves of the classes")
+    average_precision: Metric | None = Field(None, description="mean over the classes")
+    cost: Metric | None = Field(None, description="of an image, by the run's cost matrix")
+    gap_before: Metric | None = Field(None, description="calibration_gap without the temperature of the train stage")
+    review: dict[str, Any] | None = Field(None, description="the confidence below which a person should look")
+    review_words: str = Field("", description="that threshold in a sentence")
+    robustness: dict[str, Any] | None = Field(None, description="accuracy on corrupted images: words, clean, rows")
     classes: list[str] = []
     confusion: list[list[Count]] = []
     per_class: list[dict[str, Any]] = []

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +20,11 @@ from ..data.image_grid import plot_image_grid, truncate
 from ..data.images import DEFAULT_DECODING, Decoding
 from ..data.splits import image_groups
 from ..metrics.classification import accuracy, calibration_error, calibration_table, confusion_matrix
-from ..metrics.calibration import TemperatureEffect, calibration_gap, describe_gap, measure_temperature
-from ..metrics.classification import per_class_metrics
-from ..metrics.objective import Objective, estimate_objective
+from ..metrics.calibration import TemperatureEffect, apply_temperature, calibration_gap, describe_gap
+from ..metrics.calibration import measure_temperature
+from ..metrics.classification import balanced_accuracy, mean_average_precision, per_class_metrics
+from ..metrics.objective import Objective, estimate_objective, objective_metrics, objective_of_table
+from ..metrics.ranking import auroc, top_k_accuracy
 from ..metrics.estimates import Estimate, Units, design_effect, simultaneous_proportions
 
 if TYPE_CHECKING:
@@ -30,11 +32,11 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['MIN_SLICE_IMAGES', 'FALSE_DISCOVERIES', 'LARGE_GAP', 'prediction_table', 'table_groups', 'most_confident_errors',
-           'plot_predictions', 'plot_confusion', 'confused_pairs', 'tertiles', 'slice_accuracy', 'plot_slices',
-           'plot_reliability', 'ErrorAnalysis', 'analyze_errors', 'error_summary']
+           'plot_predictions', 'plot_confusion', 'confused_pairs', 'tertiles', 'slice_masks', 'slice_accuracy',
+           'plot_slices', 'plot_reliability', 'plot_ranking', 'ErrorAnalysis', 'analyze_errors', 'error_summary']
 
 # %% ../../nbs/evaluate/01_errors.ipynb #cell-5
-_AUDIT_COLUMNS = ["path", "brightness", "contrast", "width", "height", "tags", "label_score"]
+_AUDIT_COLUMNS = ["path", "brightness", "contrast", "width", "height", "tags", "label_score", "pixel_sha256"]
 
 # %% ../../nbs/evaluate/01_errors.ipynb #cell-6
 def prediction_table(
@@ -179,6 +181,13 @@ def _iter_slices(
     for column in [c for c in table if c.startswith("meta_")]:
         for name, mask in _metadata_groups(table[column]).items(): yield column.removeprefix("meta_"), name, mask
 
+# %% ../../nbs/evaluate/01_errors.ipynb #03968023
+def slice_masks(
+    table: pd.DataFrame,   # from `prediction_table`
+) -> dict[tuple[str, str], np.ndarray]:   # kind and name -> bool (N,)
+    "Say which images each slice of `slice_accuracy` holds."
+    return {(kind, name): mask for kind, name, mask in _iter_slices(table)}
+
 # %% ../../nbs/evaluate/01_errors.ipynb #slice-test
 def _slice_p_values(
     correct: np.ndarray,         # bool (N,)
@@ -209,6 +218,7 @@ FALSE_DISCOVERIES = 0.05   # expected share of false ones among the marked slice
 
 def slice_accuracy(
     table: pd.DataFrame,   # from `prediction_table`
+    objective: Objective | None = None,   # another figure than accuracy adds `objective` and its own 95 % interval
 ) -> pd.DataFrame:         # slice, name, accuracy, low, high, n, p, below; lowest accuracy first
     "Measure the accuracy of each slice; mark those that have more errors than chance (Benjamini and Yekutieli, 2001)."
     from scipy.stats import false_discovery_control
@@ -226,6 +236,10 @@ def slice_accuracy(
     if tested.any(): p[tested] = false_discovery_control(np.clip(p[tested], 0, 1), method="by")
     slices = pd.DataFrame(dict(slice=[kind for kind, _, _ in found], name=[name for _, name, _ in found],
                                accuracy=share, low=low, high=high, n=n, p=p, below=p < FALSE_DISCOVERIES))
+    if objective and objective.name != "accuracy":
+        values = [objective_of_table(objective, table[m], None if groups is None else groups[m]) for m in masks]
+        slices = slices.assign(objective=[e.value for e in values], objective_low=[e.low for e in values],
+                               objective_high=[e.high for e in values])
     return slices.sort_values(["accuracy", "slice", "name"], ignore_index=True)
 
 # %% ../../nbs/evaluate/01_errors.ipynb #cell-33
@@ -267,6 +281,34 @@ def plot_reliability(
     plt.close(figure)
     return figure
 
+# %% ../../nbs/evaluate/01_errors.ipynb #3349c80f
+def plot_ranking(
+    table: pd.DataFrame,   # from `prediction_table`, one split
+    classes: list[str],    # all classes, in order
+    n: int = 6,            # classes with the smallest area that are drawn; of two classes the second one
+) -> Figure | str:         # a matplotlib figure, or a sentence where there is nothing to show
+    "Plot the ROC curves and precision against recall of the classes that are hardest to tell from the others."
+    import matplotlib.pyplot as plt
+    from sklearn.metrics import precision_recall_curve, roc_curve
+    p = np.stack(list(table.probabilities)).astype(float)
+    own = {c: (table.label == name).to_numpy() for c, name in enumerate(classes)}
+    areas = {c: auroc(truth, p[:, c]).value for c, truth in own.items() if 0 < truth.sum() < len(truth)}
+    if not areas: return "All images are of one class, so there is no order to show."
+    hardest = sorted(areas, key=areas.get)[:n] if len(classes) > 2 else [max(areas)]
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.4))
+    for c in hardest:
+        false, true, _ = roc_curve(own[c], p[:, c])
+        precision, recall, _ = precision_recall_curve(own[c], p[:, c])
+        axes[0].plot(false, true, lw=1.2, label=f"{truncate(classes[c])} {areas[c]:.3f}")
+        axes[1].plot(recall, precision, lw=1.2)
+    axes[0].plot([0, 1], [0, 1], color="grey", lw=1, ls="--")
+    axes[0].set(xlabel="share of the others above the threshold", ylabel="recall")
+    axes[1].set(xlabel="recall", ylabel="precision", ylim=(0, 1.02))
+    for text in axes[0].legend(fontsize=8, title="area").get_texts(): text.set_parse_math(False)
+    figure.tight_layout()
+    plt.close(figure)
+    return figure
+
 # %% ../../nbs/evaluate/01_errors.ipynb #83010891
 LARGE_GAP = 0.05              # gap of confidence and accuracy from which on a note names it
 _TEMPERATURE_IMAGES = 50      # validation images that a temperature needs
@@ -291,13 +333,22 @@ class ErrorAnalysis:
     decision: dict[str, Any] | None = None   # of metrics.json: temperature and thresholds; None in earlier versions
     objective: Estimate | None = None        # the figure that is optimised
     objective_words: str = "accuracy"        # its name in sentences
+    balanced: Estimate | None = None         # balanced accuracy
+    top_k: dict[int, Estimate] = field(default_factory=dict)   # k -> top-k accuracy; for more classes than k
+    auroc: Estimate | None = None            # mean area under the ROC curves of the classes
+    average_precision: Estimate | None = None   # mean over the classes
+    cost: Estimate | None = None             # of an image, by the run's cost matrix; None without one
+    gap_before: Estimate | None = None       # `calibration_gap` without the temperature; None without one
+    n_distinct: int = 0                      # images with other pixels than any other
 
     @property
     def calibration_words(self) -> str:   # "overconfident by 12 points (…); temperature 1.8 mends it (…)"
         "Say how far confidence and accuracy are apart."
         said = describe_gap(self.calibration_gap, self.temperature)
         temperature = (self.decision or {}).get("temperature")
-        return f"{said}, with the temperature {temperature:.3g} of the train stage" if temperature else said
+        if not temperature: return said
+        before = f"; without it: {describe_gap(self.gap_before)}" if self.gap_before else ""
+        return f"{said}, with the temperature {temperature:.3g} of the train stage{before}"
 
     @property
     def decision_words(self) -> str:   # a sentence
@@ -325,10 +376,47 @@ class ErrorAnalysis:
 
     def _repr_html_(self) -> str:
         other = [(self.objective_words, self.objective)] if self.objective_words != "accuracy" else []
-        rows = [("images", self.n), ("errors", self.n_errors), *other, ("accuracy", self.accuracy),
-                ("calibration error", self.calibration_error), ("confidence - accuracy", self.calibration_gap),
-                ("slices below the accuracy", len(self.slices_below))]
+        more = [("balanced accuracy", self.balanced), *((f"top-{k} accuracy", e) for k, e in self.top_k.items()),
+                ("area under the ROC curves", self.auroc), ("mean average precision", self.average_precision),
+                ("cost of an image", self.cost)]
+        more = [(name, e) for name, e in more if e is not None and name != self.objective_words]
+        rows = [("images", self.n), ("distinct images", self.n_distinct), ("errors", self.n_errors), *other,
+                ("accuracy", self.accuracy), *more, ("calibration error", self.calibration_error),
+                ("confidence - accuracy", self.calibration_gap), ("slices below the accuracy", len(self.slices_below))]
         return html_table(pd.DataFrame(rows, columns=["metric", f"{self.split} split"]))
+
+# %% ../../nbs/evaluate/01_errors.ipynb #ad7a880b
+_TOP_K = (2, 3, 5)
+
+def _ranking_figures(
+    table: pd.DataFrame,   # from `prediction_table`, one split
+    classes: list[str],    # all classes, in order
+    groups: np.ndarray | None,   # group of each image (N,); None where images are independent
+) -> dict[str, Any]:       # top_k, auroc, average_precision
+    "Estimate what the order of the probabilities tells."
+    p = np.stack(list(table.probabilities)).astype(float)
+    labels = pd.Index(classes).get_indexer(table.label)
+    if p.shape[1] != len(classes): return {}   # not all probabilities are there
+    truth = labels[:, None] == np.arange(len(classes))
+    top = {k: top_k_accuracy(p, labels, k, groups) for k in _TOP_K if k < len(classes)}
+    area = auroc(truth, p, groups)
+    return dict(top_k=top, auroc=None if np.isnan(area.value) else area,
+                average_precision=None if np.isnan(area.value) else mean_average_precision(truth, p, groups))
+
+def _gap_without(
+    table: pd.DataFrame,   # from `prediction_table`, one split; with a temperature
+    temperature: float,    # of the train stage
+    groups: np.ndarray | None,   # group of each image (N,); None where images are independent
+) -> Estimate:
+    "Estimate the gap of confidence and accuracy as it was without the temperature."
+    p = apply_temperature(np.stack(list(table.probabilities)), 1 / temperature)
+    return calibration_gap(p.max(1), table.correct, groups)
+
+def _n_distinct(
+    table: pd.DataFrame,   # from `prediction_table`
+) -> int:
+    "Count images that differ in a pixel."
+    return table.pixel_sha256.nunique() if "pixel_sha256" in table and table.pixel_sha256.notna().all() else len(table)
 
 # %% ../../nbs/evaluate/01_errors.ipynb #7aa67f7b
 def analyze_errors(
@@ -343,6 +431,7 @@ def analyze_errors(
 ) -> ErrorAnalysis:        # with every metric
     "Measure a model's errors on one split. Classification only."
     effect = None
+    temperature = (decision or {}).get("temperature")
     if decision is None and validation is not None and len(validation) >= _TEMPERATURE_IMAGES:
         labels = pd.Index(classes).get_indexer(validation.label)
         effect = measure_temperature(np.stack(list(validation.probabilities)), labels, table_groups(validation))
@@ -358,14 +447,19 @@ def analyze_errors(
         confusion=confusion_matrix(table.label, table.predicted, classes),
         confused_pairs=confused_pairs(table, n_classes=len(classes)),
         calibration=calibration_table(table.confidence, table.correct, bins, groups),
-        slices=slice_accuracy(table),
+        slices=slice_accuracy(table, asked),
         worst=most_confident_errors(table, n_images), temperature=effect, decision=decision,
-        objective=estimate_objective(asked, *codes, groups), objective_words=asked.words)
+        objective=estimate_objective(asked, *codes, groups), objective_words=asked.words,
+        **_ranking_figures(table, classes, groups), balanced=balanced_accuracy(codes[0], table.correct, groups),
+        cost=objective_metrics(asked, *codes, groups).get("cost"),
+        gap_before=_gap_without(table, temperature, groups) if temperature else None, n_distinct=_n_distinct(table))
 
 # %% ../../nbs/evaluate/01_errors.ipynb #cell-50
 def error_summary(
     analysis: ErrorAnalysis,              # from `analyze_errors`
     saliency_files: Sequence[str] = (),   # one per row of `analysis.worst`, or none
+    review: Any = None,                   # from `review_threshold.measure_review_threshold`, or none
+    robustness: Any = None,               # from `robustness.robustness_of_model`, or none
 ) -> dict[str, Any]:                      # content of errors.json
     "Turn an error analysis into plain values for a JSON file."
     a = analysis
@@ -375,6 +469,13 @@ def error_summary(
         format=ErrorsRecord.NEWEST, task="classification", split=a.split, n=a.n, n_mistakes=a.n_errors,
         accuracy=vars(a.accuracy), calibration_error=vars(a.calibration_error), calibration_gap=vars(a.calibration_gap),
         temperature=a.temperature and asdict(a.temperature), objective=a.objective and vars(a.objective),
+        n_distinct=a.n_distinct, balanced_accuracy=a.balanced and vars(a.balanced), auroc=a.auroc and vars(a.auroc),
+        top_k={str(k): vars(e) for k, e in a.top_k.items()}, cost=a.cost and vars(a.cost),
+        average_precision=a.average_precision and vars(a.average_precision),
+        gap_before=a.gap_before and vars(a.gap_before), review=review and asdict(review),
+        review_words=review.words if review else "",
+        robustness=robustness and dict(words=robustness.words, clean=vars(robustness.clean),
+                                       rows=robustness.rows.to_dict("records")),
         objective_words=a.objective_words, decision_words=a.decision_words, calibration_words=a.calibration_words,
         classes=a.classes,
         confusion=a.confusion.values.tolist(),

@@ -50,7 +50,7 @@ class TokenHandler(JupyterHandler):
     def get(self) -> None:
         "Set the cookies and lead to the page."
         _ = self.xsrf_token   # reading it sets its cookie, without which a page that closes could not end its kernel
-        self.finish(forward_page(self.base_url))
+        self.finish(forward_page(self.base_url, keep_fragment=True))   # it holds the page's filters
 
 # %% ../../nbs/evaluate/05_voila_app.ipynb #f8dd11f2
 class DashboardServer(Voila):

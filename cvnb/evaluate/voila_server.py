@@ -19,7 +19,7 @@ from typing import Any
 from ..core.browser import COOKIE_OPTIONS, opened_in_browser
 from ..core.errors import CvnbError, UsageError
 from ..core.files import write_json
-from ..core.project import asset_folder, resolve_run
+from ..core.project import asset_folder, project_root, resolve_run
 from ..core.stage import read_stage_manifest
 from ..core.workers import open_lease
 
@@ -68,7 +68,7 @@ def voila_config(
                     xsrf_cookies=True, xsrf_cookie_kwargs=dict(samesite="Strict"))
     server = dict(ip="127.0.0.1", port=port, port_retries=0, open_browser=False, token=token,
                   root_dir=str(notebook.parent), log_level="ERROR", tornado_settings=settings)
-    page = dict(file_allowlist=[], show_tracebacks=False, allow_template_override="NO")
+    page = dict(file_allowlist=[], show_tracebacks=False, allow_template_override="NO", preheat_kernel=True)
     return dict(Voila=server, VoilaConfiguration=page, IdentityProvider=dict(cookie_options=COOKIE_OPTIONS),
                 MappingKernelManager=dict(cull_idle_timeout=IDLE_SECONDS, cull_interval=IDLE_SECONDS // 10))
 
@@ -128,6 +128,7 @@ def serve_dashboard(
     run: Path | str,            # a run directory whose training has finished
     port: int = 0,              # on 127.0.0.1; 0 picks a free one
     open_browser: bool = True,  # whether to open the page in a browser
+    reference: Path | str = "", # a run to compare with, or none
 ) -> None:
     "Serve a run's dashboard on 127.0.0.1 and print its address, until Ctrl-C."
     import secrets
@@ -136,6 +137,8 @@ def serve_dashboard(
     token = secrets.token_urlsafe(16)
     address = f"http://127.0.0.1:{port}/?token={token}"
     notebook = asset_folder("dashboards")/"errors.ipynb"
-    with _stop_on_signals(), _run_voila(notebook, port, token, os.environ | dict(CVNB_RUN=str(folder))) as server:
+    other = str(check_trained_run(reference)) if reference else ""
+    env = os.environ | dict(CVNB_RUN=str(folder), CVNB_REFERENCE=other, CVNB_PROJECT=str(project_root()))
+    with _stop_on_signals(), _run_voila(notebook, port, token, env) as server:
         print(f"Dashboard of {folder.name}: {address}\nCtrl-C ends it.", flush=True)
         with opened_in_browser(address, open_browser): server.wait()

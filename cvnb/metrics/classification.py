@@ -58,16 +58,21 @@ def per_class_metrics(
     predicted: np.ndarray,   # predicted class names (N,)
     classes: list[str],      # all classes, in the order of the rows
     groups: np.ndarray | None = None,   # group of each image (N,); None where images are independent
-) -> pd.DataFrame:           # label, n, n_predicted, f1, recall and precision with _low and _high
-    "Estimate recall and precision of each class with intervals."
+) -> pd.DataFrame:           # label, n, n_predicted; f1, recall and precision with _low and _high
+    "Estimate recall, precision and F1 of each class with intervals."
     true, found = (pd.Index(classes).get_indexer(np.asarray(names)) for names in (labels, predicted))
     groups = None if groups is None else np.asarray(groups)
     hits = (true == found) & (true >= 0)
     n, recall, recall_low, recall_high = _shares(hits, true, len(classes), groups)
     n_predicted, precision, precision_low, precision_high = _shares(hits, found, len(classes), groups)
     both = np.bincount(true[hits], minlength=len(classes))
+    jaccard = [_shares(hits[own], np.zeros(own.sum(), int), 1, None if groups is None else groups[own])
+               for own in ((true == c) | (found == c) for c in range(len(classes)))]
+    f1_low, f1_high = (np.array([2 * j[end][0] / (1 + j[end][0]) for j in jaccard]) for end in (2, 3))
+    used = n + n_predicted > 0
     return pd.DataFrame(dict(
-        label=classes, n=n, n_predicted=n_predicted, f1=safe_divide(2 * both, n + n_predicted), recall=recall,
+        label=classes, n=n, n_predicted=n_predicted, f1=safe_divide(2 * both, n + n_predicted),
+        f1_low=np.where(used, f1_low, np.nan), f1_high=np.where(used, f1_high, np.nan), recall=recall,
         recall_low=recall_low, recall_high=recall_high, precision=precision, precision_low=precision_low,
         precision_high=precision_high))
 

@@ -61,6 +61,7 @@ WRONG_CALLS = {
     "not a run": (["status", "nowhere"], ["nowhere", "not a run directory"]),
     "verdict on no run": (["gate", "nowhere"], ["nowhere", "not a run directory"]),
     "dashboard of no run": (["dashboard", "nowhere"], ["nowhere", "not a run directory"]),
+    "comparison with no run": (["compare", "nowhere", "--reference", "nowhere"], ["nowhere", "not a run directory"]),
     "browse no run": (["browse", "nowhere"], ["nowhere", "not a run directory"]),
     "corrections of no run": (["audit", "accept", "nowhere"], ["nowhere", "not a run directory"]),
     "params of no stage": (["params", "tain"], ["tain", "Did you mean 'train'?"]),
@@ -118,8 +119,8 @@ def test_installed_command_prints_no_traceback():
     assert done.returncode == 2 and done.stderr.startswith("cvnb: no stage 'trian'") and "Traceback" not in done.stderr
 
 
-COMMANDS = ["run", "status", "gate", "card", "report", "sweep", "init", "params", "dashboard", "browse", "audit",
-            "predict", "verify", "serve", "package", "sign", "data", "doctor"]
+COMMANDS = ["run", "status", "gate", "card", "report", "sweep", "init", "params", "dashboard", "compare", "browse",
+            "audit", "predict", "verify", "serve", "package", "sign", "data", "doctor"]
 
 
 def test_every_command_has_help_and_is_documented(call, root):

@@ -13,7 +13,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -21,9 +20,9 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
-from PIL import Image
 from processes import left_after
 
+from cvnb.audit.review import apply_corrections, read_corrections
 from cvnb.core.errors import CvnbError
 from cvnb.core.files import read_json, write_json
 from cvnb.core.formats import StageManifest
@@ -32,63 +31,10 @@ from cvnb.core.records import write_record
 from cvnb.core.stage import Stage
 from cvnb.data.tables import write_table
 from cvnb.evaluate import voila_server
-from cvnb.evaluate.dashboard import read_dashboard_data
-from cvnb.evaluate.voila_server import _run_voila, find_free_port, serve_dashboard
-from cvnb.metrics.classification import accuracy, confusion_matrix
-
-# Class names come from folder names, and a folder may have any name.
-CLASSES = ["<img src=x onerror=document.title='owned'>", "a$b$", "cat", "dog"]
-SECONDS = 60_000   # what a loaded machine may take, in ms
-
-
-def make_predictions(rows: pd.DataFrame, rng: np.random.Generator, wrong: float) -> pd.DataFrame:
-    "Make up predictions, a share of them wrong."
-    labels = rows.label.map(CLASSES.index).to_numpy()
-    guess = np.where(rng.random(len(rows)) < wrong, (labels + rng.integers(1, 4, len(rows))) % 4, labels)
-    confidence = rng.uniform(0.4, 1, len(rows)).astype(np.float32)
-    proba = np.repeat((1 - confidence[:, None]) / 3, 4, axis=1)
-    proba[np.arange(len(rows)), guess] = confidence
-    table = rows[["path", "split", "label"]].reset_index(drop=True)
-    table["predicted"] = [CLASSES[i] for i in guess]
-    table["confidence"] = confidence.astype(float)
-    table["correct"] = table.label == table.predicted
-    table["probabilities"] = list(proba)
-    return table
-
-
-def save_weights(folder: Path) -> None:
-    "Save an untrained model."
-    from cvnb.models.weights import create_model, save_model
-    save_model(create_model("resnet10t", CLASSES, 16), folder)
-
-
-def make_run(folder: Path, wrong: float = 0.4, weights: bool = False) -> Path:
-    "Write images and the files of the audit and train stages; only the errors stage needs weights."
-    rng = np.random.default_rng(0)
-    rows = []
-    for i in range(200):
-        label = CLASSES[i % 4]
-        (folder/"data"/label).mkdir(parents=True, exist_ok=True)
-        pixels = rng.integers(0, 1 + rng.integers(20, 255), (12, 12, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder/"data"/label/f"{i:03}.png")
-        rows.append(dict(
-            path=f"{label}/{i:03}.png", label=label,
-            split="test" if i < 140 else "val", ok=True, error="",
-            pixel_sha256=f"{i:064x}", width=12, height=12, brightness=float(pixels.mean()),
-            contrast=float(pixels.std()),
-            tags=["near_duplicate"] if i % 7 == 0 else [], label_score=float(rng.random())))
-    audit = Stage("audit", folder/"run")
-    write_table(audit.path("manifest.parquet"), pd.DataFrame(rows))
-    write_json(audit.path("audit.json"), dict(task="classification", root=str(folder/"data"), classes=CLASSES))
-    audit.finish()
-    train = Stage("train", folder/"run")
-    write_table(train.path("predictions.parquet"), make_predictions(pd.DataFrame(rows), rng, wrong))
-    write_json(train.path("model.json"), dict(backbone="resnet10t", classes=CLASSES, image_size=12,
-                                                mean=[0.5] * 3, std=[0.5] * 3))
-    write_json(train.path("metrics.json"), dict(history=[], figures={}))   # as earlier versions wrote it
-    if weights: save_weights(train.path("model.safetensors").parent)
-    train.finish()
-    return folder/"run"
+from cvnb.evaluate.dashboard_data import read_dashboard_data
+from cvnb.evaluate.voila_server import _run_voila, find_free_port, serve_dashboard, voila_config
+from cvnb.metrics.classification import accuracy, confusion_matrix, per_class_metrics
+from dashboards import CLASSES, SECONDS, Served, agrees, captions, choose, make_predictions, make_run, read_table, serve
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +46,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def table(run: Path) -> pd.DataFrame:
     "The predictions on the test split."
-    predictions = pd.read_parquet(run/"train"/"predictions.parquet")
-    return predictions[predictions.split == "test"].sort_values("confidence", ascending=False)
+    return read_table(run, "test")
 
 
 # The stage
@@ -159,41 +104,6 @@ def test_saliency_pictures_must_belong_to_the_trained_model(tmp_path: Path) -> N
 # The page
 
 
-@dataclass
-class Served:
-    "A dashboard that is being served."
-    url: str
-    process: subprocess.Popen
-    browser: psutil.Process | None = None   # what `BROWSER` names; it stays in the foreground
-    opened: str = ""                        # what the browser was given
-
-
-def serve(run: Path, folder: Path | None = None) -> Served:
-    "Serve a run's dashboard in a process of its own, as the command line does; with a folder also open a browser."
-    code = ("import sys; from cvnb.evaluate.voila_server import serve_dashboard; "
-            f"serve_dashboard(sys.argv[1], open_browser={folder is not None})")
-    env = os.environ | (dict(BROWSER=f"{make_browser(folder)} %s") if folder else {})
-    process = subprocess.Popen([sys.executable, "-c", code, str(run)], stdout=subprocess.PIPE, text=True, env=env)
-    url = re.search(r"http://\S+", process.stdout.readline())[0]
-    return Served(url, process, *(wait_for_browser(folder) if folder else ()))
-
-
-def make_browser(folder: Path) -> Path:
-    "Write a browser that notes its process number and what it is given, and stays in the foreground."
-    script = folder/"browser"
-    script.write_text(f'#!/bin/sh\necho $$ "$1" > {folder}/new\nmv {folder}/new {folder}/opened\nexec sleep 600\n')
-    script.chmod(0o700)
-    return script
-
-
-def wait_for_browser(folder: Path) -> tuple[psutil.Process, str]:
-    "Wait until a browser of `make_browser` has been started."
-    end = time.monotonic() + 60
-    while not (folder/"opened").exists() and time.monotonic() < end: time.sleep(0.05)
-    pid, opened = (folder/"opened").read_text().split()
-    return psutil.Process(int(pid)), opened
-
-
 @pytest.fixture(scope="module")
 def served(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     "The dashboard of the run. Its file for the browser is gone afterwards."
@@ -212,35 +122,11 @@ def page(served: Served, playwright_page) -> Iterator:
     began = time.perf_counter()
     playwright_page.on("response", lambda response: urls.append(response.url))
     playwright_page.goto(served.url)
-    playwright_page.wait_for_selector(".cvnb-matrix .nsewdrag", timeout=SECONDS)
+    playwright_page.wait_for_selector(".cvnb .matrix svg", timeout=SECONDS)
     print(f"dashboard drawn after {time.perf_counter() - began:.1f} s")
     yield playwright_page
     assert all(url.startswith(("http://127.0.0.1:", "data:", "blob:")) for url in urls)
     assert playwright_page.title() == "cvnb · errors"
-
-
-def captions(page) -> list[tuple[str, str, str]]:   # true class, predicted class (empty if correct), confidence
-    "Read the captions of the grid."
-    read = "tiles => tiles.map(t => ['b', 'i', 'span'].map(s => t.querySelector('figcaption ' + s)?.textContent ?? ''))"
-    return [tuple(c) for c in page.eval_on_selector_all(".grid figure", read)]
-
-
-def agrees(page, rows: pd.DataFrame, skip: int = 0) -> bool:
-    "Wait until the count is that of `rows` and the grid shows the first 36 of them, or those after `skip`."
-    shown = rows.iloc[skip:skip + 36]
-    wanted = [(r.label, "" if r.correct else f"→ {r.predicted}", f"{r.confidence:.1%}") for r in shown.itertuples()]
-    end = time.monotonic() + 15
-    while time.monotonic() < end:
-        found = page.locator(".count").text_content(), captions(page)
-        if found == (f"{len(rows):,}", wanted): return True
-        page.wait_for_timeout(50)
-    assert found == (f"{len(rows):,}", wanted)
-    return False
-
-
-def choose(page, name: str, value: str) -> None:
-    "Choose a value of a filter."
-    page.locator(".widget-dropdown", has_text=name).locator("select").select_option(label=value)
 
 
 @pytest.mark.browser
@@ -248,11 +134,24 @@ def test_page_shows_predictions_of_the_run(page, table: pd.DataFrame) -> None:
     figure = accuracy(table.correct)
     assert agrees(page, table[~table.correct])
     cards = page.locator(".card").all_inner_texts()
-    assert f"{figure.value:.1%}" in cards[0]
-    assert f"{figure.low:.1%} … {figure.high:.1%} · n = {len(table)}" in cards[0]
-    loaded = page.eval_on_selector_all(".grid img", "images => images.map(i => i.naturalWidth)")
-    assert loaded == [12] * 36
+    assert f"{100 * figure.value:.1f} %" in cards[0]
+    assert f"{100 * figure.low:.1f} % … {100 * figure.high:.1f} % · n = {len(table)}" in cards[0]
+    page.wait_for_selector(".tile img")
+    page.wait_for_function("document.querySelectorAll('.tile img').length == document.querySelectorAll('.tile').length")
+    loaded = page.eval_on_selector_all(".tile img", "images => images.map(i => i.naturalWidth)")
+    assert set(loaded) == {12}
     assert page.locator(".jp-InputArea, pre").count() == 0   # no code, no traceback
+
+
+@pytest.mark.browser
+def test_both_class_names_are_readable_in_tiles(page) -> None:
+    shown = page.eval_on_selector_all(".tile .name", """names => names.map(n => [n.textContent, n.parentElement.title,
+        n.clientWidth, n.scrollWidth,
+        n.getBoundingClientRect().bottom <= n.closest('.tile').getBoundingClientRect().bottom])""")
+    assert len(shown) == 2 * page.locator(".tile").count()
+    for text, title, width, needed, inside in shown:
+        assert inside and title.endswith(text)   # the tooltip has a long name whole
+        assert needed <= width or text == CLASSES[0]
 
 
 @pytest.mark.browser
@@ -265,53 +164,246 @@ def test_class_and_show_filters_select_grid_rows(page, table: pd.DataFrame) -> N
     assert agrees(page, wrong[(wrong.label == CLASSES[0]) & (wrong.predicted == "cat")])
     page.get_by_role("button", name="Reset").click()
     assert agrees(page, wrong)
-    page.get_by_role("button", name="All", exact=True).click()
+    choose(page, "Show", "all")
     assert agrees(page, table)
-    page.get_by_role("button", name="Correct").click()
+    choose(page, "Show", "correct")
     assert agrees(page, table[table.correct])
 
 
 @pytest.mark.browser
+def test_finding_column_and_slice_filters_select_grid_rows(page, run: Path, table: pd.DataFrame) -> None:
+    choose(page, "Show", "all")
+    choose(page, "Audit finding", "near_duplicate")
+    assert agrees(page, table[table.tags.map(len) > 0])
+    page.get_by_role("button", name="Reset").click()
+    choose(page, "Show", "all")
+    choose(page, "Column", "camera")
+    page.get_by_label("value of the column").select_option("new")
+    assert agrees(page, table[table.meta_camera == "new"])
+    choose(page, "Column", "brightness")
+    page.get_by_label("range of the column").fill("20 … 40")
+    page.keyboard.press("Enter")
+    assert agrees(page, table[table.brightness.between(20, 40)])
+    page.get_by_role("button", name="Reset").click()
+    page.locator('.slice[data-slice="test/camera/old"]').click()
+    assert agrees(page, table[table.meta_camera == "old"])
+    choose(page, "Slice", "test/tag/near_duplicate")
+    assert agrees(page, table[table.tags.map(len) > 0])
+
+
+@pytest.mark.browser
 def test_confidence_and_split_filters_select_grid_rows(page, run: Path, table: pd.DataFrame) -> None:
-    handle = page.locator(".noUi-handle-lower")
-    low = 0.0
-    while low < 0.6:
-        handle.press("PageUp")
-        low = int(page.locator(".widget-readout").inner_text().split("%")[0]) / 100
-    rows = table[table.confidence >= low]
+    page.get_by_label("lowest confidence").fill("60")
+    page.keyboard.press("Enter")
+    rows = table[table.confidence >= 0.6]
     assert agrees(page, rows[~rows.correct]) and len(rows) < len(table)
-    assert f"{accuracy(rows.correct).value:.1%}" in page.locator(".card.chosen").first.inner_text()
+    figure = accuracy(rows.correct)
+    interval = f"{100 * figure.low:.1f} % … {100 * figure.high:.1f} %"
+    page.wait_for_function("text => document.querySelector('.card.chosen').innerText.includes(text)", arg=interval)
+    assert f"{100 * figure.value:.1f} %" in page.locator(".card.chosen").first.inner_text()
     page.get_by_role("button", name="Reset").click()
     choose(page, "Split", "val")
-    val = pd.read_parquet(run/"train"/"predictions.parquet").query("split == 'val' and not correct")
-    assert agrees(page, val.sort_values("confidence", ascending=False))
+    val = read_table(run, "val")
+    assert agrees(page, val[~val.correct])
+
+
+@pytest.mark.browser
+def test_click_on_histogram_selects_confidences(page, table: pd.DataFrame) -> None:
+    box = page.locator(".histogram svg").bounding_box()
+    page.mouse.click(box["x"] + box["width"] * 0.82, box["y"] + 40)
+    rows = table[~table.correct & table.confidence.between(0.8, 0.84)]
+    assert agrees(page, rows) and len(rows)
+    page.mouse.move(box["x"] + box["width"] * 0.61, box["y"] + 40)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.79, box["y"] + 40)
+    page.mouse.up()
+    assert agrees(page, table[~table.correct & table.confidence.between(0.6, 0.8)])
 
 
 @pytest.mark.browser
 def test_click_on_matrix_cell_selects_its_images(page, table: pd.DataFrame) -> None:
-    box = page.locator(".cvnb-matrix .nsewdrag").bounding_box()
     wrong = table[~table.correct]
     counts = confusion_matrix(table.label, table.predicted, CLASSES).to_numpy()
     i, j = np.unravel_index((counts - counts.T).argmax(), counts.shape)   # a cell that differs from its mirror image
+    box = page.locator(".matrix .hit").bounding_box()
     x = box["x"] + box["width"] * (j + 0.5) / 4
     y = box["y"] + box["height"] * (i + 0.5) / 4
-    click: Callable[[], None] = lambda: page.mouse.click(x, y)
-    rows = wrong[(wrong.label == CLASSES[i]) & (wrong.predicted == CLASSES[j])]
     page.mouse.move(x, y)
-    page.wait_for_selector(".cvnb-matrix .hoverlayer .hovertext")
-    assert f"{counts[i, j]} of {counts[i].sum()} images" in page.locator(".hovertext").first.text_content()
-    click()
-    assert agrees(page, rows)
-    page.wait_for_selector(".cvnb-matrix .shapelayer path")   # the cell is outlined
-    click()
+    assert f"{counts[i, j]} of {counts[i].sum()} images" in page.locator(".matrix .hit title").text_content()
+    page.mouse.click(x, y)
+    assert agrees(page, wrong[(wrong.label == CLASSES[i]) & (wrong.predicted == CLASSES[j])])
+    page.wait_for_selector(".matrix rect.chosen", state="attached")   # the cell is outlined
+    page.mouse.click(x, y)
     assert agrees(page, wrong)
 
 
 @pytest.mark.browser
-def test_next_button_shows_following_images(page, table: pd.DataFrame) -> None:
-    wrong = table[~table.correct]
-    page.get_by_role("button", name="Next ›").click()
-    assert agrees(page, wrong, skip=36) and page.get_by_role("button", name="Next ›").is_disabled()
+def test_grid_scrolls_through_all_images(page, table: pd.DataFrame) -> None:
+    choose(page, "Show", "all")
+    assert agrees(page, table)
+    page.locator(".grid").evaluate("grid => { grid.scrollTop = grid.scrollHeight }")
+    page.wait_for_function("row => document.querySelector(`[data-row='${row}'] img`)", arg=int(table.row.iloc[-1]))
+    shown = captions(page)
+    assert [c[0] for c in shown] == table.row.tolist()[-len(shown):] and len(shown) < len(table)   # those in view
+
+
+@pytest.mark.browser
+def test_class_table_sorts(page, table: pd.DataFrame) -> None:
+    metrics = per_class_metrics(table.label, table.predicted, CLASSES)
+    names = lambda: page.locator(".classes tbody .name").all_inner_texts()
+    assert names() == metrics.sort_values("recall", kind="stable").label.tolist()
+    for column, heading in dict(precision="precision", n="images").items():
+        page.locator(".classes th button", has_text=heading).click()
+        assert names() == metrics.sort_values(column, kind="stable").label.tolist()
+    page.locator(".classes th button", has_text="images").click()
+    assert names() == metrics.sort_values("n", kind="stable", ascending=False).label.tolist()
+    page.locator(".classes tbody button", has_text="dog").click()
+    assert agrees(page, table[~table.correct & (table.label == "dog")])
+
+
+@pytest.mark.browser
+def test_keys_open_an_image_with_its_probabilities_and_metadata(page, table: pd.DataFrame) -> None:
+    wrong = table[~table.correct].reset_index(drop=True)
+    page.wait_for_selector(".tile")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    row = wrong.iloc[1]
+    card = page.get_by_role("dialog")
+    assert card.get_attribute("aria-label") == row.path
+    page.wait_for_function("document.querySelector('.large img')?.naturalWidth == 12")
+    shown = card.locator(".probability .number").all_inner_texts()
+    assert shown == [f"{100 * p:.1f} %" for p in sorted(row.probabilities, reverse=True)]
+    read = "bars => bars.map(b => b.clientWidth / b.parentElement.clientWidth)"
+    bars = card.locator(".probability .track i").evaluate_all(read)
+    assert np.allclose(bars, sorted(row.probabilities, reverse=True), atol=0.02)
+    facts = card.locator(".facts").inner_text()
+    assert row.path in facts and row.meta_camera in facts and f"{row.label_score:.3f}" in facts
+    page.keyboard.press("ArrowRight")
+    assert card.get_attribute("aria-label") == wrong.iloc[2].path
+    page.keyboard.press("Escape")
+    card.wait_for(state="detached")
+    page.keyboard.press("?")
+    assert "move in the grid" in page.locator(".help").inner_text()
+    page.keyboard.press("Escape")
+    assert not page.locator(".help").count()
+    page.keyboard.press("c")
+    assert agrees(page, table[table.correct])
+
+
+@pytest.mark.browser
+def test_threshold_counts_errors_and_costs(page, table: pd.DataFrame) -> None:
+    slider = page.get_by_label("threshold", exact=True)
+    slider.evaluate("s => { s.value = 0.8; s.dispatchEvent(new Event('input')) }")
+    kept = table[table.confidence >= 0.8]
+    panel = page.locator("div.threshold")
+    left = len(table) - len(kept)
+    share = 100 * len(kept) / len(table)
+    assert f"answers {share:.1f} % of {len(table)} images and a person {left}" in panel.inner_text()
+    assert f"{(~kept.correct).sum()} errors are left" in panel.inner_text()
+    cost = ((~kept.correct).sum() + 0.1 * left) / len(table)
+    assert f"Cost of an image {cost:.3g}" in panel.inner_text()
+    interval = f"{100 * accuracy(kept.correct).low:.1f} % …"
+    page.wait_for_function("text => document.querySelector('.answered').innerText.includes(text)", arg=interval)
+    choose(page, "Rule", "cat")   # answered cat wherever its probability is at least 0.8
+    cat = np.stack(table.probabilities)[:, CLASSES.index("cat")] >= 0.8
+    hits = (table.label[cat] == "cat").sum()
+    assert f"{cat.sum()} images are answered cat: precision {100 * hits / cat.sum():.1f} %" in panel.inner_text()
+
+
+@pytest.mark.browser
+def test_address_holds_the_state(page, served: Served, table: pd.DataFrame) -> None:
+    choose(page, "True class", CLASSES[0])
+    page.get_by_label("lowest confidence").fill("50")
+    page.keyboard.press("Enter")
+    rows = table[~table.correct & (table.label == CLASSES[0]) & (table.confidence >= 0.5)]
+    assert agrees(page, rows)
+    page.locator(".tile").first.click()
+    page.wait_for_selector(".large img")
+    fragment = page.url.split("#")[1]
+    page.goto("about:blank")
+    page.goto(f"{served.url}#{fragment}")   # with the token, as to a colleague
+    page.wait_for_selector(".large img", timeout=SECONDS)
+    assert agrees(page, rows) and page.get_by_role("dialog").get_attribute("aria-label") == rows.path.iloc[0]
+    page.goto(f"{page.url.split('#')[0]}#label=%3Cb%3E&low=nonsense&show=maybe&open=../../etc/passwd")
+    page.reload()   # values that are not known are left out
+    page.wait_for_selector(".tile", timeout=SECONDS)
+    assert agrees(page, table[~table.correct])
+
+
+@pytest.mark.browser
+def test_export_holds_the_selection(page, table: pd.DataFrame, tmp_path: Path) -> None:
+    choose(page, "True class", CLASSES[0])
+    rows = table[~table.correct & (table.label == CLASSES[0])]
+    assert agrees(page, rows)
+    with page.expect_download() as download: page.get_by_role("button", name="Export CSV").click()
+    download.value.save_as(tmp_path/"all.csv")
+    found = pd.read_csv(tmp_path/"all.csv", keep_default_na=False)
+    for name in "path", "split", "label", "predicted", "correct": assert found[name].tolist() == rows[name].tolist()
+    assert np.allclose(found.confidence, rows.confidence) and found.camera.tolist() == rows.meta_camera.tolist()
+    page.locator(".tile").nth(1).hover()
+    page.locator(".tile .check").nth(1).click()
+    with page.expect_download() as download: page.keyboard.press("e")
+    download.value.save_as(tmp_path/"one.csv")
+    assert pd.read_csv(tmp_path/"one.csv").path.tolist() == [rows.path.iloc[1]]
+
+
+@pytest.mark.browser
+def test_marked_label_error_is_a_correction_that_the_audit_applies(page, run: Path, table: pd.DataFrame) -> None:
+    row = table[~table.correct].iloc[0]
+    page.wait_for_selector(".tile")
+    page.keyboard.press("Enter")
+    page.get_by_role("button", name="Mark as label error", exact=True).click()
+    page.wait_for_selector(".badge", state="attached")
+    assert "audit.corrections=corrections/data.csv" in page.locator(".said").inner_text()
+    corrections = read_corrections(run.parent/"corrections/data.csv")
+    found = corrections[["path", "was", "action", "label"]].values.tolist()
+    assert found == [[row.path, row.label, "relabel", row.predicted]]
+    manifest = pd.read_parquet(run/"audit/manifest.parquet")
+    changed, states = apply_corrections(manifest, corrections)
+    assert states.state.tolist() == ["applied"] and changed.set_index("path").label[row.path] == row.predicted
+    page.reload()
+    page.wait_for_selector(".badge", state="attached", timeout=SECONDS)   # it stands in the file
+    page.get_by_role("button", name="Take back").click()
+    page.wait_for_selector(".badge", state="detached")
+    assert read_corrections(run.parent/"corrections/data.csv").empty
+
+
+@pytest.mark.browser
+def test_page_is_dark_where_the_system_is_and_turns(page) -> None:
+    ground = lambda: page.locator(".cvnb").evaluate("e => getComputedStyle(e).backgroundColor")
+    light = ground()
+    page.emulate_media(color_scheme="dark")
+    dark = ground()
+    assert dark != light
+    page.locator("button.theme").click()
+    assert ground() == light and "theme=light" in page.url
+
+
+def test_page_notices_a_stage_that_ran_again(tmp_path: Path) -> None:
+    from cvnb.evaluate.dashboard import ErrorPage
+    run = make_run(tmp_path)
+    board = ErrorPage(read_dashboard_data(run))   # as a kernel that was started in advance
+    before = board.page["summary"]["test"]
+    make_predictions_again(run, wrong=0.9)
+    board.receive(dict(kind="hello"), [])
+    assert board.page["summary"]["test"] != before
+
+
+def test_predictions_of_other_images_are_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    make_predictions_again(run, 0.4, lambda table: table.assign(path="other/" + table.path))
+    with pytest.raises(CvnbError, match="200 of 200 predictions .* does not list"): read_dashboard_data(run)
+    make_predictions_again(run, 0.4, lambda table: table.assign(predicted="bird"))
+    with pytest.raises(CvnbError, match="name 'bird', which is none of its classes"): read_dashboard_data(run)
+
+
+def make_predictions_again(run: Path, wrong: float, change: Callable = lambda table: table) -> None:
+    "Write other predictions, as another training would."
+    train = Stage("train", run)
+    manifest = pd.read_parquet(run/"audit/manifest.parquet")
+    write_table(train.path("predictions.parquet"), change(make_predictions(manifest, np.random.default_rng(1), wrong)))
+    for name in "model.json", "metrics.json": train.path(name)
+    train.finish()
 
 
 @pytest.mark.browser
@@ -412,10 +504,12 @@ def test_closed_page_ends_its_kernel_at_once(served: Served, playwright_page) ->
     children = lambda: [p for p in psutil.Process(served.process.pid).children(recursive=True) if p != served.browser]
     before = children()
     playwright_page.goto(served.url)
-    playwright_page.wait_for_selector(".cvnb-matrix .nsewdrag", timeout=SECONDS)
-    assert len(children()) == len(before) + 1
+    playwright_page.wait_for_selector(".cvnb .matrix svg", timeout=SECONDS)
+    wait_until(lambda: len(children()) > len(before))   # the page took a kernel, and the next one has started
+    time.sleep(2)
+    n = len(children())
     playwright_page.goto("about:blank")   # `beforeunload` posts with the XSRF token
-    wait_until(lambda: len(children()) == len(before))
+    wait_until(lambda: len(children()) == n - 1)
 
 
 @pytest.mark.browser
@@ -423,7 +517,7 @@ def test_redirect_file_is_private_and_leads_to_the_page(served: Served, playwrig
     file = Path(served.opened.removeprefix("file://"))
     assert [oct(p.stat().st_mode & 0o777) for p in (file, file.parent)] == ["0o600", "0o700"]
     playwright_page.goto(served.opened)
-    playwright_page.wait_for_selector(".cvnb-matrix .nsewdrag", timeout=SECONDS)   # a strict cookie came along
+    playwright_page.wait_for_selector(".cvnb .matrix svg", timeout=SECONDS)   # a strict cookie came along
     base, token = served.url.split("?token=")
     assert playwright_page.url == base and token not in playwright_page.content()
     cookies = {c["name"]: c for c in playwright_page.context.cookies()}
@@ -457,6 +551,8 @@ def test_kernel_without_a_page_ends_and_an_open_page_keeps_its_kernel(
     monkeypatch.setattr(voila_server, "IDLE_SECONDS", 20)   # a kernel has to start within this time
     port = find_free_port()
     page = f"http://127.0.0.1:{port}/"
+    config = voila_config
+    monkeypatch.setattr(voila_server, "voila_config", lambda *given: config(*given) | dict(VoilaConfiguration={}))
     with _run_voila(plain_notebook, port, "token", dict(os.environ)) as voila:
         cookie = log_in(f"{page}?token=token")
         children = psutil.Process(voila.pid).children

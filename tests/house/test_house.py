@@ -402,10 +402,10 @@ def contents(wheel: Path) -> zipfile.ZipFile:
 def test_wheel_holds_stages_recipes_rules_templates_and_dashboards(contents: zipfile.ZipFile) -> None:
     brought = {n.removeprefix("cvnb/_project/") for n in contents.namelist() if n.startswith("cvnb/_project/")}
     globs = dict(stages="nbs/stages/*.ipynb", configs="configs/*.*", rules="configs/rules/*.yaml",
-                 serving="configs/serving/*", dashboards="dashboards/*.ipynb")
+                 serving="configs/serving/*", dashboards="dashboards/*.*")
     wanted = {f"{kind}/{p.name}" for kind, glob in globs.items() for p in ROOT.glob(glob)}
     assert {f"stages/{p.name}" for p in STAGES} | {"configs/recipe.schema.json"} <= brought == wanted
-    assert {"configs/mnist5k.yaml", "rules/verdict.yaml", "dashboards/errors.ipynb"} <= brought
+    assert {"configs/mnist5k.yaml", "rules/verdict.yaml", "dashboards/errors.ipynb", "dashboards/errors.js"} <= brought
 
 
 def test_wheel_holds_package_only(contents: zipfile.ZipFile) -> None:

@@ -22,7 +22,7 @@ from cvnb.core.output_formats import FORMATS
 from cvnb.core.records import read_record, record_digest, write_record
 from cvnb.core.stage import ACCESS_LOG, find_output, format_notes, read_stage_manifest, split_accesses
 from cvnb.data.images import Decoding
-from cvnb.evaluate.dashboard import read_dashboard_data
+from cvnb.evaluate.dashboard_data import read_dashboard_data
 from cvnb.models.inference import weights_sha256
 from cvnb.models.weights import load_model
 from cvnb.pipeline import runner
