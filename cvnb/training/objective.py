@@ -17,7 +17,7 @@ from ..pipeline.recipes import read_yaml
 from .loaders import SplitImages
 
 # %% auto #0
-__all__ = ['read_costs', 'resolve_objective']
+__all__ = ['read_costs', 'cost_notes', 'resolve_objective']
 
 # %% ../../nbs/training/18_objective.ipynb #tob-05
 _COSTS_EXAMPLE = "Write lines such as `defect: {ok: 10}`: true class, predicted class, cost."
@@ -32,6 +32,24 @@ def _check_cost(
     kind = "is negative" if number and value < 0 else "is no finite number"
     raise UsageError(f"{place}: the cost {value!r} {kind}", _COSTS_EXAMPLE)
 
+def _read_given(
+    path: Path | str,         # a YAML file: true class -> predicted class -> cost
+    classes: Sequence[str],   # all classes
+) -> dict[tuple[str, str], float]:   # true and predicted class -> cost; those that the file names
+    "Read the costs that a file names; raise `UsageError` as `read_costs` does."
+    file = Path(path).expanduser()
+    if not file.is_absolute() and not file.exists(): file = project_root()/file
+    if not file.is_file(): raise UsageError(f"the file of costs {path} does not exist", _COSTS_EXAMPLE)
+    given = {}
+    for true, row in read_yaml(file, "costs", _COSTS_EXAMPLE).items():
+        if not isinstance(row, dict): raise UsageError(f"{path}: {true} should be a mapping", _COSTS_EXAMPLE)
+        for name in (true, *row):
+            if str(name) not in classes:
+                raise UsageError(f"{path}: no class '{name}' in the data", did_you_mean(str(name), list(classes))[:200])
+        for found, value in row.items():
+            given[str(true), str(found)] = _check_cost(value, f"{path}: {true}: {found}")
+    return given
+
 def read_costs(
     path: Path | str,         # a YAML file: true class -> predicted class -> cost
     classes: Sequence[str],   # all classes, in the order of the outputs
@@ -41,19 +59,24 @@ def read_costs(
     Raise `UsageError` for a missing file, an unknown class, a cost that is negative or no number, and costs without
     an error that costs something.
     """
-    file = Path(path).expanduser()
-    if not file.is_absolute() and not file.exists(): file = project_root()/file
-    if not file.is_file(): raise UsageError(f"the file of costs {path} does not exist", _COSTS_EXAMPLE)
-    costs = {a: {b: float(a != b) for b in classes} for a in classes}
-    for true, row in read_yaml(file, "costs", _COSTS_EXAMPLE).items():
-        if not isinstance(row, dict): raise UsageError(f"{path}: {true} should be a mapping", _COSTS_EXAMPLE)
-        for name in (true, *row):
-            if str(name) not in costs:
-                raise UsageError(f"{path}: no class '{name}' in the data", did_you_mean(str(name), list(classes))[:200])
-        for found, value in row.items(): costs[str(true)][str(found)] = _check_cost(value, f"{path}: {true}: {found}")
+    given = _read_given(path, classes)
+    costs = {a: {b: given.get((a, b), float(a != b)) for b in classes} for a in classes}
     free = [name for name in classes if max(costs[name].values()) == 0]
     if len(free) == len(classes): raise UsageError(f"{path}: no error costs anything", _COSTS_EXAMPLE)
     return tuple(tuple(costs[a][b] for b in classes) for a in classes)
+
+def cost_notes(
+    path: Path | str,         # a YAML file of costs, or ""
+    classes: Sequence[str],   # all classes
+) -> list[str]:               # at most one sentence
+    "Say which errors the file leaves out, and what they cost."
+    if not path: return []
+    given = _read_given(path, classes)
+    left_out = [(a, b) for a in classes for b in classes if a != b and (a, b) not in given]
+    if not left_out: return []
+    named = ", ".join(f"{a} taken for {b}" for a, b in left_out[:3]) + (", …" if len(left_out) > 3 else "")
+    n = len(classes) * (len(classes) - 1)
+    return [f"{Path(path).name} names {n - len(left_out)} of {n} kinds of errors; the others cost 1 ({named})"]
 
 # %% ../../nbs/training/18_objective.ipynb #tob-09
 def resolve_objective(

@@ -13,7 +13,7 @@ from cvnb.core.errors import UsageError
 from cvnb.metrics.objective import Objective
 from cvnb.training.fit import fit
 from cvnb.training.module import TrainingModule
-from cvnb.training.objective import read_costs
+from cvnb.training.objective import cost_notes, read_costs
 
 
 def planted_answers(monkeypatch: pytest.MonkeyPatch, data: tuple) -> None:
@@ -70,3 +70,8 @@ def test_costs_that_are_left_out_are_one_and_numbers_name_classes_too(tmp_path):
     (tmp_path/"costs.yaml").write_text("3: {8: 4.5}\n")
     assert read_costs(tmp_path/"costs.yaml", ["1", "3", "8"]) == ((0, 1, 1), (1, 0, 4.5), (1, 1, 0))
     with pytest.raises(UsageError, match="file of costs .* does not exist"): read_costs(tmp_path/"no.yaml", ["1"])
+    (note,) = cost_notes(tmp_path/"costs.yaml", ["1", "3", "8"])
+    assert note == ("costs.yaml names 1 of 6 kinds of errors; the others cost 1 (1 taken for 3, 1 taken for 8, "
+                    "3 taken for 1, …)")
+    (tmp_path/"whole.yaml").write_text("a: {b: 2}\nb: {a: 1, b: 0}\n")
+    assert cost_notes(tmp_path/"whole.yaml", ["a", "b"]) == cost_notes("", ["a", "b"]) == []
