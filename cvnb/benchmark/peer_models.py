@@ -62,7 +62,8 @@ def write_peer_models(
     exclude: list[str],            # packages whose runtimes are left out
 ) -> dict[str, str]:               # such as "trained, openvino int8" -> "package nncf is not installed"
     "Write the model files of peers; return the reasons for those that were not written."
-    fp32, peer = RUNTIMES["openvino fp32"], RUNTIMES["openvino int8"]
+    fp32 = RUNTIMES["openvino fp32"]
+    peer = RUNTIMES["openvino int8"]
     if peer.package in exclude or not peer.installed: return {}   # `list_left_out` says so
     name = f"trained, {peer.name}"
     if find_spec("nncf") is None: return {name: "package nncf, which quantizes it, is not installed"}

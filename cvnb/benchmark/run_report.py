@@ -43,7 +43,8 @@ def _read_cells(
     import nbformat
     try: content = nbformat.read(notebook, as_version=4)
     except Exception: return []   # damaged: `_stage_section` says that it cannot be read
-    cells, heading = [], ""
+    cells = []
+    heading = ""
     for cell in content.cells:
         if cell.cell_type == "markdown":
             found = re.findall(r"^##+ (.+)$", cell.source, re.M)
@@ -143,7 +144,8 @@ def _stage_section(
     notes = "".join(f"<li>{html.escape(note['text'] if isinstance(note, dict) else str(note))}</li>"
                     for note in manifest.get("notes", []))
     shown = [cell for cell in cells if any(map(_output_html, cell.outputs)) or cell in where.values()]
-    parts, heading = [], ""
+    parts = []
+    heading = ""
     for cell in shown:
         if cell.heading != heading: parts.append(f"<h3>{html.escape(cell.heading)}</h3>")
         heading = cell.heading

@@ -297,7 +297,8 @@ def _time_all_threads(
 ) -> dict[Candidate, tuple[np.ndarray, np.ndarray]]:   # wall seconds of one image (rounds, calls) and of a batch
     "Time every candidate with all cores, each in a new process that is alone while it is called."
     processes = {c.name: c for c in candidates}
-    short, long = [], []
+    short = []
+    long = []
     with start_workers(processes, images, threads=n_cores()) as (workers, _):
         for r in range(_THREADED_ROUNDS):
             progress(r / _THREADED_ROUNDS, f"round {r + 1} of {_THREADED_ROUNDS} with every core")

@@ -72,9 +72,10 @@ def write_portable(
     if len(found) != 1 or "image_size" not in sides:
         raise CvnbError(f"{source} has {len(found)} antialiased resizes, and one is expected",
                         "Give a file that the export stage wrote.")
-    at, side = found[0], int(sides["image_size"])
-    resize = graph.node[at]
-    images, output = resize.input[0], resize.output[0]
+    at = found[0]
+    side = int(sides["image_size"])
+    images = graph.node[at].input[0]
+    output = graph.node[at].output[0]
     rows, row_values, row_matrix = _axis_nodes(images, 2, side)
     columns, column_values, column_matrix = _axis_nodes(images, 3, side)
     products = [make_node("MatMul", [row_matrix, images], [f"{_PREFIX}_shorter"], f"{_PREFIX}_height"),

@@ -322,7 +322,7 @@ def test_doctor_knows_every_imported_package() -> None:
     # These come with dependencies.
     known |= {"pymongo", "hypercorn", "starlette", "threadpoolctl", "IPython", "zmq", "jupyter_client", "click"}
     known |= {"huggingface_hub", "jupyter_server", "tornado"}
-    known |= {"cvnb", "openvino"} | set(sys.stdlib_module_names)   # openvino is measured where it is installed
+    known |= {"cvnb", "openvino", "nncf"} | set(sys.stdlib_module_names)   # OpenVINO is measured where it is installed
     for module, source in SOURCES.items():
         unknown = {found.split(".")[0] for found in house.imports(source, around=module.rpartition(".")[0])} - known
         assert not unknown, f"cvnb.{module}: `cvnb doctor` does not know {unknown}, nor which extra brings it"
