@@ -8,26 +8,28 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .prune import recalibrate_batch_norm
-from ..core.errors import UsageError, did_you_mean
+from ..core.errors import CvnbError, UsageError, did_you_mean
 from ..core.files import digest
-from ..models.inference import weights_sha256
+from ..models.inference import extract_features, weights_sha256
 from ..models.vision_model import VisionModel
 from ..training.fit import fit
 from ..training.loaders import LabelledImages
 from ..training.options import FitOptions
 
 # %% auto #0
-__all__ = ['DISTILLATION_LOSSES', 'kd_loss', 'dkd_loss', 'dist_loss', 'DistillationLoss', 'DistillationResult', 'distill']
+__all__ = ['DISTILLATION_LOSSES', 'kd_loss', 'dkd_loss', 'dist_loss', 'fit_projection', 'FeatureComparison', 'DistillationLoss',
+           'DistillationResult', 'distill']
 
 # %% ../../nbs/compress/02_distill.ipynb #cell-5
 def kd_loss(
@@ -83,8 +85,53 @@ def dist_loss(
     teacher = (teacher_logits / temperature).softmax(1)
     return temperature**2 * (distance(student, teacher) + distance(student.T, teacher.T))
 
+# %% ../../nbs/compress/02_distill.ipynb #58176067
+_FEATURE_WEIGHT = 4.0      # of the features beside the softened probabilities
+_PROJECTION_IMAGES = 512   # training images that the projection is fitted on
+_RIDGE = 1e-2              # of the mean variance of the student's features
+
+class _ClassifierInput:
+    "Keep what a network's classifier took last."
+    value: Tensor | None = None
+
+    def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None: self.value = inputs[0]   # (B, D)
+
+def fit_projection(
+    features: np.ndarray,   # of the student (N, D)
+    wanted: np.ndarray,     # of the teacher (N, E)
+) -> Tensor:                # float32 (D, E)
+    "Map features to others by ridge regression."
+    gram = features.T @ features / len(features)
+    ridge = _RIDGE * max(np.trace(gram) / len(gram), 1e-12) * np.eye(len(gram))
+    found = np.linalg.solve((gram + ridge).astype(float), (features.T @ wanted / len(features)).astype(float))
+    return torch.from_numpy(found.astype(np.float32))
+
+# %% ../../nbs/compress/02_distill.ipynb #e65603c3
+class FeatureComparison:
+    "Compare the features of the last batch; raise `CvnbError` for networks without one classifier."
+    def __init__(self,
+        student: VisionModel,   # gets a hook
+        teacher: VisionModel,   # gets a hook
+        images: np.ndarray,     # training images, uint8 (N, H, W, 3)
+    ):
+        layers = [model.net.get_classifier() for model in (student, teacher)]
+        if not all(isinstance(layer, nn.Linear) for layer in layers):
+            raise CvnbError("compress.loss=features needs networks with one linear classifier", "Use kd, dkd or dist.")
+        sample = images[:_PROJECTION_IMAGES]
+        self.projection = fit_projection(extract_features(student, sample), extract_features(teacher, sample))
+        self.inputs = [_ClassifierInput() for _ in layers]
+        self._hooks = [layer.register_forward_pre_hook(kept) for layer, kept in zip(layers, self.inputs)]
+
+    def __call__(self) -> Tensor:   # scalar
+        own, wanted = (kept.value.float() for kept in self.inputs)
+        difference = own @ self.projection.to(own.device) - wanted.detach()
+        return _FEATURE_WEIGHT * difference.square().mean() / wanted.detach().square().mean().clamp_min(1e-12)
+
+    def close(self) -> None:
+        for hook in self._hooks: hook.remove()
+
 # %% ../../nbs/compress/02_distill.ipynb #cell-16
-DISTILLATION_LOSSES = dict(kd=kd_loss, dkd=dkd_loss, dist=dist_loss)   # by the name in a recipe
+DISTILLATION_LOSSES = dict(kd=kd_loss, dkd=dkd_loss, dist=dist_loss, features=kd_loss)   # by the name in a recipe
 
 # %% ../../nbs/compress/02_distill.ipynb #cell-18
 @dataclass(frozen=True)
@@ -94,6 +141,7 @@ class DistillationLoss:
     loss: str = "kd"                           # one of DISTILLATION_LOSSES
     temperature: float = 4.0                   # softens both outputs, above 0
     teacher_weight: float = 0.9                # share of the teacher in the loss, 0 … 1
+    compare_features: FeatureComparison | None = field(default=None, repr=False)   # `distill` makes it for features
 
     def __post_init__(self) -> None:
         if self.loss not in DISTILLATION_LOSSES:
@@ -113,6 +161,7 @@ class DistillationLoss:
         with torch.no_grad(): teacher_logits = self.teacher.to(images.device)(images)
         compare = DISTILLATION_LOSSES[self.loss]
         from_teacher = compare(logits.float(), teacher_logits.float(), labels, self.temperature)
+        if self.compare_features: from_teacher = from_teacher + self.compare_features()
         return (1 - self.teacher_weight) * F.cross_entropy(logits, labels) + self.teacher_weight * from_teacher
 
 # %% ../../nbs/compress/02_distill.ipynb #a0b23891
@@ -138,6 +187,10 @@ def distill(
 ) -> DistillationResult:           # with two students
     "Train a copy of a pruned model on its teacher's outputs. Classification only."
     student = copy.deepcopy(pruned)
-    history = fit(student, train, val, options, folder, criterion, progress=progress, announce=announce)
+    features = FeatureComparison(student, criterion.teacher, train.images) if criterion.loss == "features" else None
+    criterion = replace(criterion, compare_features=features)
+    try: history = fit(student, train, val, options, folder, criterion, progress=progress, announce=announce)
+    finally:
+        if features: features.close()
     recalibrated = recalibrate_batch_norm(copy.deepcopy(student), train.images, seed=options.seed)
     return DistillationResult(student, recalibrated, history)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cvnb.compress.distill import DISTILLATION_LOSSES, DistillationLoss
+from cvnb.compress.distill import DISTILLATION_LOSSES, DistillationLoss, FeatureComparison
+from cvnb.core.errors import CvnbError
 from cvnb.models.vision_model import VisionModel
 from cvnb.models.weights import create_model
 from cvnb.pipeline.params import read_contracts
@@ -75,3 +76,32 @@ def test_identity_depends_on_teacher_and_every_option() -> None:
 def test_stage_offers_every_loss() -> None:
     params = {p.name: p for p in read_contracts()["compress"].params}
     assert get_args(params["loss"].type) == tuple(DISTILLATION_LOSSES)
+
+
+def test_features_pull_the_student_towards_the_teacher_and_leave_no_hook() -> None:
+    student, teacher = make_model(0), make_model(1)
+    images = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 3), dtype=np.uint8)
+    compare = FeatureComparison(student, teacher, images)
+    batch = torch.from_numpy(images[:16])
+    with torch.no_grad(): teacher(batch)
+    student(batch)
+    near = compare()
+    near.backward()
+    assert sum(p.grad.abs().sum() for p in student.net.layer1.parameters()) > 0, "the student is trained"
+    assert all(p.grad is None for p in teacher.parameters()), "the teacher's are not"
+    compare.inputs[0].value = compare.inputs[0].value + 10   # features far from the teacher's
+    assert float(compare()) > 2 * float(near)
+    criterion = DistillationLoss(teacher, "features", compare_features=compare)
+    logits = student(batch)
+    labels = torch.arange(16) % 4
+    with_features = float(criterion(logits, labels, batch))
+    plain = float(DistillationLoss(teacher, "kd")(logits, labels, batch))
+    assert with_features == pytest.approx(plain + 0.9 * float(compare()), rel=1e-4)
+    compare.close()
+    assert not student.net.get_classifier()._forward_pre_hooks and not teacher.net.get_classifier()._forward_pre_hooks
+
+
+def test_features_need_one_linear_classifier() -> None:
+    two = create_model("deit_tiny_distilled_patch16_224", list("abcd"), 32, "full")
+    with pytest.raises(CvnbError, match="one linear classifier"):
+        FeatureComparison(make_model(), two, np.zeros((4, 8, 8, 3), np.uint8))
