@@ -26,7 +26,7 @@ const points = e => `${e.value >= 0 ? '+' : '−'}${Math.abs(100 * e.value).toFi
 function make(tag, name, ...children) {
   const node = document.createElement(tag);
   if (name) node.className = name;
-  for (const child of children) if (child != null) node.append(child);   // strings become text nodes
+  for (const child of children) if (child != null && child !== false) node.append(child);   // strings become text nodes
   return node;
 }
 

@@ -590,3 +590,40 @@ def test_serve_refuses_unfinished_run(stage: str, message: str, tmp_path: Path) 
     if stage: Stage(stage, tmp_path).finish()
     with pytest.raises(CvnbError, match=message) as caught: serve_dashboard(tmp_path, open_browser=False)
     assert "cvnb run" in caught.value.remedy
+
+
+@pytest.mark.long
+@pytest.mark.browser
+def test_same_notebook_runs_in_jupyterlab(run: Path, table: pd.DataFrame, playwright_page, tmp_path: Path) -> None:
+    notebook = tmp_path/"errors.ipynb"
+    notebook.write_bytes((asset_folder("dashboards")/"errors.ipynb").read_bytes())
+    port = find_free_port()
+    options = [f"--ServerApp.port={port}", "--IdentityProvider.token=token", f"--ServerApp.root_dir={tmp_path}",
+               "--no-browser", "--allow-root", "--ServerApp.port_retries=0"]
+    env = os.environ | dict(CVNB_RUN=str(run), JUPYTER_CONFIG_DIR=str(tmp_path), JUPYTERLAB_SETTINGS_DIR=str(tmp_path))
+    lab = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], env=env, cwd=tmp_path,
+                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    page = playwright_page
+    try:
+        def answers() -> bool:
+            with contextlib.suppress(OSError): return get_status(f"http://127.0.0.1:{port}/api")[0] == 200
+            return False
+
+        wait_until(answers, 120)
+        page.goto(f"http://127.0.0.1:{port}/lab/tree/errors.ipynb?token=token")
+        page.locator(".jp-Notebook .jp-CodeCell .cm-content").first.click(timeout=2 * SECONDS)
+        page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', state="attached", timeout=SECONDS)
+        page.keyboard.press("Shift+Enter")
+        page.wait_for_selector(".cvnb .tile img", timeout=2 * SECONDS)
+        assert "false" not in page.locator(".cvnb").inner_text()
+        assert agrees(page, table[~table.correct])
+        address = page.url
+        page.locator(".cvnb .tile").first.click()
+        page.keyboard.press("ArrowRight")   # moves in the page, not in the notebook
+        wrong = table[~table.correct]
+        page.wait_for_function("path => document.querySelector('.cvnb [role=dialog]')?.ariaLabel == path",
+                               arg=wrong.path.iloc[1])
+        assert page.url == address   # it belongs to the Lab
+    finally:
+        lab.terminate()
+        lab.wait(60)
