@@ -110,6 +110,7 @@ def run_plain(run: Path, job: dict) -> dict:
     right = {"val": predict("val")}   # to know what the predictions at the end will take
     predict_s = (time.process_time() - begin) * (1 + len(rows["test"]) / len(rows["val"]))
     stop = Stop()
+    model.train()   # Lightning leaves a model in the mode that it finds
     loader = DataLoader(Images("train"), 32, shuffle=True, drop_last=len(rows["train"]) > 32)
     pl.Trainer(max_epochs=1000, accelerator="cpu", logger=False, callbacks=[stop], enable_progress_bar=False,
                enable_checkpointing=False, enable_model_summary=False).fit(model, loader)
