@@ -122,7 +122,7 @@ def make_requests(
     head = json.dumps(dict(inputs=[given], outputs=wanted)).encode()
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "PNG")
-    bodies = {"JSON tensor": (text, ""), "PNG to /predict": (stream.getvalue(), ""),
+    bodies = {"JSON tensor": (text, "Content-Type: application/json\r\n"), "PNG to /predict": (stream.getvalue(), ""),
               "binary tensor": (head + pixels.tobytes(), f"Inference-Header-Content-Length: {len(head)}\r\n")}
     found = {}
     for kind, (body, extra) in bodies.items():
@@ -258,10 +258,10 @@ def started_peer(
     with tempfile.TemporaryDirectory() as folder:
         command = peer_command(peer, make_environment(peer, envs), port, Path(folder))
         with started(command, port, **variables) as server:
-            for i in range(60):   # some listen before their model is ready
+            for i in range(20):   # some listen before their model is ready
                 try: measure(server, port, request, CONNECTIONS)
                 except (AssertionError, OSError, asyncio.IncompleteReadError):
-                    if i == 59: raise
+                    if i == 19: raise
                     time.sleep(1)
                 else: break
             yield server, port
