@@ -19,4 +19,4 @@ class Bench(Model):
         return InferResponse(payload.id or "1", "bench", [output])
 
 
-ModelServer(http_port=PORT, enable_grpc=False, access_log_format=None, log_config_file=None).start([Bench()])
+ModelServer(http_port=PORT, enable_grpc=False, enable_latency_logging=False).start([Bench()])

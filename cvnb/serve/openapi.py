@@ -33,6 +33,8 @@ _SCHEMAS = dict(
         probabilities=dict(type=["object", "null"]), values=dict(type=["object", "null"]),
         labels=dict(type=["array", "null"], items=dict(type="string")),
         fallback=dict(type="string", description="what answered in place of a model that failed"))),
+    Swap=dict(type="object", required=["bundle"], properties=dict(
+        bundle=dict(type="string", pattern="^[A-Za-z0-9_][A-Za-z0-9._-]{0,99}$"))),
     Error=dict(type="object", required=["error"], properties=dict(error=dict(type="string"))),
     Any=dict(type="object"))
 
@@ -83,8 +85,10 @@ def openapi_description(
                                          image | {"multipart/form-data": dict(schema=form)})),
         "/model": dict(get=_operation("The bundle that answers, and the one before it")),
         "/metrics": dict(get=_operation("Metrics for Prometheus", kind=text)),
-        "/bundle": dict(put=_operation("Take another bundle", body=_content("Any"))),
+        "/bundle": dict(put=_operation("Take another bundle", body=_content("Swap"))),
         "/bundle/rollback": dict(post=_operation("Take the previous bundle again"))}
+    if has_token:
+        for path in "/v2/health/live", "/v2/health/ready": paths[path]["get"]["security"] = []   # open to all
     security = dict(security=[dict(token=[])]) if has_token else {}
     schemes = dict(securitySchemes=dict(token=dict(type="http", scheme="bearer"))) if has_token else {}
     return dict(openapi="3.1.0", info=dict(title="cvnb", version=version), paths=paths,

@@ -198,7 +198,7 @@ def test_schemathesis_finds_no_answer_outside_of_the_description(
     with serving(tmp_path/"log", *arguments, token=TOKEN) as server:
         (tmp_path/"openapi.json").write_bytes(server.ask("/openapi.json").body)
         # A request may keep to the schema and hold no image, so not all that are valid by it are taken.
-        command = [schemathesis, "run", tmp_path/"openapi.json", "--url", server.address, "--max-examples", "300",
+        command = [schemathesis, "run", tmp_path/"openapi.json", "--url", server.address, "--max-examples", "100",
                    "--seed", "1", "--header", f"Authorization: Bearer {TOKEN}", "--exclude-checks",
                    "positive_data_acceptance", "--no-color"]
         done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=tmp_path)
