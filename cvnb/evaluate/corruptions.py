@@ -122,7 +122,7 @@ def _compress(x: np.ndarray, c: int, rng: np.random.Generator) -> np.ndarray:
     from PIL import Image
     file = io.BytesIO()
     Image.fromarray(_to_levels(x)).save(file, "JPEG", quality=c)
-    return np.asarray(Image.open(file).convert("RGB"), np.float32) / 255
+    return np.asarray(Image.open(file, formats=["JPEG"]).convert("RGB"), np.float32) / 255
 
 def _pixelate(x: np.ndarray, c: float, rng: np.random.Generator) -> np.ndarray:
     "Make an image smaller and large again."

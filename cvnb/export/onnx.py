@@ -117,7 +117,7 @@ def check_onnx(
     import onnx
 
     from cvnb.models.vision_model import task_of
-    remedy = "This is a bug in cvnb.export."
+    remedy = "This is a bug in the export of cvnb."
     try: onnx.checker.check_model(str(path), full_check=True)
     except Exception as e:
         raise CvnbError(f"{path.name} is not valid ONNX ({str(e).strip().splitlines()[0][:200]})", remedy) from None

@@ -112,7 +112,8 @@ def test_marks_reach_table_schema_and_named_files(tmp_path):
 def test_stages_mark_networks_devices_and_files():
     marked = {(stage, p.name): p.mark for stage, c in KNOWN.items() for p in c.params if p.mark}
     assert marked == {("train", "backbone"): "timm model", ("train", "weights"): "file", ("train", "costs"): "file",
-                      ("train", "device"): "device", ("compress", "device"): "device"}
+                      ("train", "device"): "device", ("compress", "device"): "device",
+                      ("compress", "student"): "timm model"}
 
 
 def test_origin_of_each_value_is_recorded(monkeypatch, capsys, tmp_path):
