@@ -175,7 +175,7 @@ def test_second_call_on_a_running_sweep_is_refused(project):
     second = sweep(project, "--set", "train.lr=0.05,0.1", code=1)
     assert f"in use by process {process.pid}" in second.stderr
     process.send_signal(signal.SIGINT)
-    assert process.wait(20) == 1
+    assert process.wait(60) == 1
 
 
 def test_damaged_or_changed_stage_is_not_shared(project):
