@@ -164,18 +164,19 @@ def run_side(job: dict) -> None:
 
 
 def audit(data: str, folder: str, work: Path) -> Path:
-    "Audit a data set, once."
+    "Audit a data set, or find that it has been."
     run, cvnb = work/data, Path(sys.executable).with_name("cvnb")
     subprocess.run([cvnb, "run", "audit", "--data", folder, "--run", str(run)], check=True, stdout=subprocess.DEVNULL)
     return run
 
 
-def measure(data: str, side: str, seed: int, args: argparse.Namespace, work: Path) -> dict:
+def measure(data: str, folder: str, side: str, seed: int, args: argparse.Namespace, work: Path) -> dict:
     "Run a side with a seed, or read what an earlier call measured, and return its row."
     from cvnb.metrics.classification import accuracy
     job = dict(side=side, run=str(work/data), seed=seed, minutes=args.minutes, threads=args.threads)
     kept = work/f"{data}-{side}-{seed}-{args.minutes:g}-{args.threads}.json"
     if not kept.exists():
+        audit(data, folder, work)
         done = subprocess.run([sys.executable, __file__, "--job", json.dumps(job)], check=True,
                               stdout=subprocess.PIPE, text=True)
         kept.write_text(done.stdout.splitlines()[-1])
@@ -219,11 +220,10 @@ def main() -> None:
         work = args.work or Path(folder)
         work.mkdir(parents=True, exist_ok=True)
         given = {name: path or name for name, _, path in (text.partition("=") for text in args.data)}
-        for name, path in given.items(): audit(name, path, work)
         # a seed of all sets, then the next one: what was measured when it is stopped is balanced
         jobs = [(name, side, seed) for seed in range(args.seeds) for name in given for side in SIDES
                 if side != "probe" or not seed]
-        found = [measure(*job, args, work) for job in jobs]
+        found = [measure(name, given[name], side, seed, args, work) for name, side, seed in jobs]
     rows = []
     for name in given:
         of_set = sorted((r for r in found if r["data"] == name), key=lambda r: (SIDES.index(r["side"]), r["seed"]))
