@@ -71,7 +71,7 @@ def make_run(run: Path, backbone: str, side: int, images: list[np.ndarray], file
     small = load_images("/", files, side)
     answers = predict_proba(model, small).argmax(1)   # what INT8 should not change
     quantize_models(fp32, path, QuantizationData(small, small, answers), tolerance=0.05)
-    for name, reason in write_peer_models(run, images, lambda name: run/"benchmark"/name, []).items():
+    for name, reason in write_peer_models(run, lambda: images, lambda name: run/"benchmark"/name, []).items():
         print(f"{name} is left out: {reason}", file=sys.stderr)
     candidates = list_candidates(run)
     own = quantize_by_default(fp32.files["trained"], run/"export/defaults_int8.onnx", images)

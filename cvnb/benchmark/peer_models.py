@@ -57,7 +57,7 @@ def quantize_with_nncf(
 # %% ../../nbs/benchmark/08_peer_models.ipynb #de0e6174
 def write_peer_models(
     run: Path,                     # a run whose export has finished
-    images: list[np.ndarray],      # training images for the calibration, each uint8 (H, W, 3)
+    read_images: Callable[[], list[np.ndarray]],   # decodes training images for the calibration, each uint8 (H, W, 3)
     path: Callable[[str], Path],   # turns the name of a file into its path, such as `stage.path`
     exclude: list[str],            # packages whose runtimes are left out
 ) -> dict[str, str]:               # such as "trained, openvino int8" -> "package nncf is not installed"
@@ -70,7 +70,7 @@ def write_peer_models(
     if reason := fp32.missing_reason(run, "trained"): return {name: reason}
     target = path(peer.file_name("trained"))
     path(Path(peer.file_name("trained")).with_suffix(".bin").name)   # the weights are an output too
-    try: quantize_with_nncf(fp32.model_path(run, "trained"), target, images)
+    try: quantize_with_nncf(fp32.model_path(run, "trained"), target, read_images())
     except Exception as e:   # NNCF raises dozens of classes, and a peer's failure is not the run's
         return {name: f"NNCF cannot quantize it ({(str(e).strip().splitlines() or [type(e).__name__])[0][:160]})"}
     return {}

@@ -18,7 +18,8 @@ import pandas as pd
 from .acceptance import Acceptance, confirm_acceptance
 from .distill import DistillationLoss, distill
 from .prune import ROUND_TO
-from .tradeoff import ChosenModel, PruningResult, choose_model, measure_tradeoff, prune_in_steps
+from .tradeoff import ChosenModel, PruningResult, choose_model, measure_tradeoff
+from .tradeoff import plot_objective, prune_in_steps
 from ..core.errors import CvnbError, UsageError, did_you_mean
 from ..metrics.objective import Objective
 from ..metrics.paired import DEFAULT_LEVEL, noninferiority
@@ -319,20 +320,10 @@ def plot_front(
     words: str = "accuracy",   # name of the objective
 ) -> Figure:                   # a matplotlib figure
     "Plot the objective against latency, with intervals; hollow points are not expected to be accepted."
-    import matplotlib.pyplot as plt
-    figure, ax = plt.subplots(figsize=(6, 3.2))
-    for i, p in enumerate(front.table.itertuples()):
-        ends = [p.objective if np.isnan(end) else end for end in (p.objective_low, p.objective_high)]
-        error = [[max(0, p.objective - ends[0])], [max(0, ends[1] - p.objective)]]
-        hollow = i > 0 and not p.expected
-        ax.errorbar(p.latency_ms, p.objective, error, fmt="o", color=f"C{i}", capsize=3, label=p.candidate,
-                    markerfacecolor="white" if hollow else f"C{i}")
-    ax.set(xlabel="ONNX Runtime FP32, ms of CPU time per image", ylabel=f"validation {words}", xlim=(0, None))
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, .5))
-    figure.tight_layout()
-    plt.close(figure)
-    return figure
+    table = front.table
+    hollow = [i > 0 and not expected for i, expected in enumerate(table.expected)]
+    cost = "ONNX Runtime FP32, ms of CPU time per image"
+    return plot_objective(table, table.latency_ms, table.candidate, cost, words, hollow)
 
 # %% ../../nbs/compress/08_front.ipynb #0b5dd6dc
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['PRUNING_STEPS', 'measure_tradeoff', 'plot_tradeoffs', 'PruningResult', 'prune_in_steps', 'ChosenModel',
-           'choose_model']
+__all__ = ['PRUNING_STEPS', 'measure_tradeoff', 'plot_objective', 'plot_tradeoffs', 'PruningResult', 'prune_in_steps',
+           'ChosenModel', 'choose_model']
 
 # %% ../../nbs/compress/03_tradeoff.ipynb #86db4642
 def measure_tradeoff(
@@ -62,24 +62,37 @@ def _predict_classes(
     return task_of(model.spec).decide(logits)
 
 # %% ../../nbs/compress/03_tradeoff.ipynb #7bbd08d9
-def plot_tradeoffs(
-    points: pd.DataFrame,   # rows of `measure_tradeoff`
+def plot_objective(
+    points: pd.DataFrame,      # objective, objective_low, objective_high (N rows)
+    costs: Sequence[float],    # (N,), place of each point on the horizontal axis
+    names: Sequence[str],      # (N,), for the legend
+    cost: str,                 # what the horizontal axis shows
     words: str = "accuracy",   # name of the objective
-) -> Figure:                # a matplotlib figure
-    "Plot the objective against multiply-accumulates, with intervals."
+    hollow: Sequence[bool] = (),   # (N,), points that are drawn as rings; none: no point is
+) -> Figure:                   # a matplotlib figure
+    "Plot the objective on the validation images against a cost, with intervals."
     import matplotlib.pyplot as plt
     figure, ax = plt.subplots(figsize=(6, 3.2))
-    shift = points.groupby("macs").cumcount() * points.macs.max() / 60   # models of equal cost stand side by side
-    for i, p in enumerate(points.itertuples()):
+    for i, (p, x, name) in enumerate(zip(points.itertuples(), costs, names)):
         ends = [p.objective if np.isnan(end) else end for end in (p.objective_low, p.objective_high)]
         error = [[max(0, p.objective - ends[0])], [max(0, ends[1] - p.objective)]]
-        ax.errorbar((p.macs + shift.iloc[i]) / 1e6, p.objective, error, fmt="o", color=f"C{i}", capsize=3, label=p.step)
-    ax.set(xlabel="million multiply-accumulates per image", ylabel=f"validation {words}", xlim=(0, None))
+        fill = "white" if i < len(hollow) and hollow[i] else f"C{i}"
+        ax.errorbar(x, p.objective, error, fmt="o", color=f"C{i}", capsize=3, label=name, markerfacecolor=fill)
+    ax.set(xlabel=cost, ylabel=f"validation {words}", xlim=(0, None))
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, .5))
     figure.tight_layout()
     plt.close(figure)
     return figure
+
+def plot_tradeoffs(
+    points: pd.DataFrame,      # rows of `measure_tradeoff`
+    words: str = "accuracy",   # name of the objective
+) -> Figure:                   # a matplotlib figure
+    "Plot the objective against multiply-accumulates, with intervals."
+    shift = points.groupby("macs").cumcount() * points.macs.max() / 60   # models of equal cost stand side by side
+    macs = (points.macs + shift) / 1e6
+    return plot_objective(points, macs, points.step, "million multiply-accumulates per image", words)
 
 # %% ../../nbs/compress/03_tradeoff.ipynb #60201f25
 PRUNING_STEPS = 3   # of the way to the wanted fraction
