@@ -164,7 +164,7 @@ def test_nothing_is_chosen_on_test_images() -> None:
     on_test = {role for role, use in IMAGE_ROLES.items() if use.split == "test"}
     assert on_test == {"acceptance", "report"}
     by_training = {role for role, use in IMAGE_ROLES.items() if use.split == "train"}
-    assert by_training == {"weights", "calibration"}
+    assert by_training == {"weights", "calibration", "peer"}
 
 
 ROWS = pd.DataFrame(dict(split=["train", "train"], pixel_sha256=["a", "b"]))
