@@ -74,7 +74,8 @@ def run_front(args: argparse.Namespace) -> None:
     recipe = ROOT/"configs"/f"{RECIPES.get(args.name, 'sign-digits')}.yaml"
     data = ["--data", str(args.data)] if args.data else []
     options: dict[str, object] = {"compress.levels": args.levels, "compress.macs_fraction": args.fraction,
-                                  "compress.minutes": args.minutes, "compress.n_tests": 3}
+                                  "compress.minutes": args.minutes, "compress.n_tests": 3,
+                                  "compress.rounds": args.rounds, "compress.repair": args.repair}
     if args.epochs: options["compress.epochs"] = args.epochs
     if args.name == "cifar10":
         weights = convert_teacher(args.teacher, args.work/"teacher.safetensors")
@@ -189,6 +190,8 @@ def main() -> None:
     parser.add_argument("--levels", type=int, default=3)
     parser.add_argument("--fraction", type=float, default=0.1, help="of the MACs, of the smallest candidate")
     parser.add_argument("--epochs", type=int, default=0, help="of each distillation; 0: the recipe's")
+    parser.add_argument("--rounds", type=int, default=1, help="of each distillation, at most")
+    parser.add_argument("--repair", type=float, default=0.3, help="loss before distilling that ends the front, 0 ... 1")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/compress.md")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)

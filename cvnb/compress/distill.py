@@ -19,17 +19,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .prune import recalibrate_batch_norm
+from .teacher_answers import TeacherAnswers
 from ..core.errors import CvnbError, UsageError, did_you_mean
 from ..core.files import digest
-from ..models.inference import extract_features, weights_sha256
-from ..models.vision_model import VisionModel
+from ..models.devices import torch_device
+from ..models.inference import extract_features, predict_logits, weights_sha256
+from ..models.vision_model import VisionModel, task_of
 from ..training.fit import fit
 from ..training.loaders import LabelledImages
 from ..training.options import FitOptions
 
 # %% auto #0
-__all__ = ['DISTILLATION_LOSSES', 'kd_loss', 'dkd_loss', 'dist_loss', 'fit_projection', 'FeatureComparison', 'DistillationLoss',
-           'DistillationResult', 'distill']
+__all__ = ['DISTILLATION_LOSSES', 'ROUND_GAIN', 'kd_loss', 'dkd_loss', 'dist_loss', 'fit_projection', 'FeatureComparison',
+           'DistillationLoss', 'DistillationResult', 'distill']
 
 # %% ../../nbs/compress/02_distill.ipynb #cell-5
 def kd_loss(
@@ -142,11 +144,19 @@ class DistillationLoss:
     temperature: float = 4.0                   # softens both outputs, above 0
     teacher_weight: float = 0.9                # share of the teacher in the loss, 0 … 1
     compare_features: FeatureComparison | None = field(default=None, repr=False)   # `distill` makes it for features
+    answers: TeacherAnswers | None = field(default=None, repr=False)   # of the teacher; made with the criterion
 
     def __post_init__(self) -> None:
         if self.loss not in DISTILLATION_LOSSES:
             raise UsageError(f"no distillation loss '{self.loss}'", did_you_mean(self.loss, list(DISTILLATION_LOSSES)))
         self.teacher.eval()
+        if self.answers is None: object.__setattr__(self, "answers", TeacherAnswers(self.teacher))
+
+    def _teacher_logits(self,
+        images: Tensor,   # uint8 (B, H, W, 3)
+    ) -> Tensor:          # float32 (B, C)
+        if not self.compare_features: return self.answers(images).to(images.device)
+        with torch.no_grad(): return self.teacher.to(images.device)(images).float()
 
     @property
     def identity(self) -> str:   # 64 hexadecimal digits
@@ -158,9 +168,8 @@ class DistillationLoss:
         labels: Tensor,   # class indices (B,)
         images: Tensor,   # uint8 (B, H, W, 3)
     ) -> Tensor:          # scalar
-        with torch.no_grad(): teacher_logits = self.teacher.to(images.device)(images)
         compare = DISTILLATION_LOSSES[self.loss]
-        from_teacher = compare(logits.float(), teacher_logits.float(), labels, self.temperature)
+        from_teacher = compare(logits.float(), self._teacher_logits(images), labels, self.temperature)
         if self.compare_features: from_teacher = from_teacher + self.compare_features()
         return (1 - self.teacher_weight) * F.cross_entropy(logits, labels) + self.teacher_weight * from_teacher
 
@@ -170,9 +179,52 @@ class DistillationResult:
     "A student after distillation."
     student: VisionModel        # in eval mode
     recalibrated: VisionModel   # its copy, with batch norm statistics that are measured again
-    history: pd.DataFrame       # from `fit`: a row per epoch
+    history: pd.DataFrame       # from `fit`: a row per epoch, and the round that it belongs to
 
     def _repr_html_(self) -> str: return self.history.tail(5)._repr_html_()
+
+# %% ../../nbs/compress/02_distill.ipynb #cca02c9d
+ROUND_GAIN = 0.002   # of the objective on the validation images, 0 … 1; less ends the rounds
+
+def _score(
+    model: VisionModel,    # a classifier
+    val: LabelledImages,   # validation images
+    options: FitOptions,   # has the objective
+) -> float:                # 0 … 1; larger is better
+    "Measure the objective on the validation images."
+    answers = task_of(model.spec).decide(predict_logits(model, val.images, device=torch_device(options.device)))
+    model.to("cpu")
+    if options.objective is None: return float((answers == val.targets).mean())
+    return options.objective.score(val.targets, answers)
+
+
+# %% ../../nbs/compress/02_distill.ipynb #2c04a322
+def _train_round(
+    start: VisionModel,            # starting weights of the student; not changed
+    criterion: DistillationLoss,   # has the teacher
+    train: LabelledImages,         # training images
+    val: LabelledImages,           # validation images
+    options: FitOptions,           # how to train
+    folder: Path | str,            # for checkpoints/ and history.csv
+    progress: Callable[..., None] | None,   # of this round
+    announce: Callable[[str], Any],         # called before training with why it does not resume
+) -> tuple[VisionModel, pd.DataFrame]:      # the student in eval mode, and a row per epoch
+    "Train a student for one cycle of the learning rate."
+    student = copy.deepcopy(start)
+    features = FeatureComparison(student, criterion.teacher, train.images) if criterion.loss == "features" else None
+    criterion = replace(criterion, compare_features=features)
+    try: return student, fit(student, train, val, options, folder, criterion, progress=progress, announce=announce)
+    finally:
+        if features: features.close()
+
+def _part_of(
+    progress: Callable[..., None] | None,   # of all rounds
+    i: int,                                 # the round, from 0
+    rounds: int,                            # at most
+) -> Callable[..., None] | None:            # of this round
+    "Give a round its share of the progress."
+    if progress is None: return None
+    return lambda done, text="", **curves: progress((i + done) / rounds, text, **curves)
 
 # %% ../../nbs/compress/02_distill.ipynb #1561881f
 def distill(
@@ -184,13 +236,27 @@ def distill(
     folder: Path | str,            # for checkpoints/ and history.csv
     progress: Callable[..., None] | None = None,   # called with the fraction that is done, a text, and the curves
     announce: Callable[[str], Any] = warnings.warn,   # called before training with why it does not resume
+    rounds: int = 1,               # trainings, at most, each from the one before
+    is_late: Callable[[], bool] = lambda: False,   # whether no further round may begin
 ) -> DistillationResult:           # with two students
-    "Train a copy of a pruned model on its teacher's outputs. Classification only."
-    student = copy.deepcopy(pruned)
-    features = FeatureComparison(student, criterion.teacher, train.images) if criterion.loss == "features" else None
-    criterion = replace(criterion, compare_features=features)
-    try: history = fit(student, train, val, options, folder, criterion, progress=progress, announce=announce)
-    finally:
-        if features: features.close()
+    "Train a copy of a pruned model on its teacher's outputs, in rounds while it gains. Classification only."
+    student = pruned
+    histories: list[pd.DataFrame] = []
+    before = _score(pruned, val, options) if rounds > 1 else 0.0
+    for i in range(rounds):
+        part = _part_of(progress, i, rounds)
+        place = Path(folder)/"rounds"/str(i + 1) if i else folder
+        now, history = _train_round(student, criterion, train, val, replace(options, seed=options.seed + i), place,
+                                    part, announce)
+        histories.append(history.assign(epoch=history.epoch + sum(map(len, histories)), round=i + 1))
+        if rounds == 1:
+            student = now
+            break
+        reached = _score(now, val, options)
+        if reached >= before or not i: student = now
+        if reached < before + ROUND_GAIN or is_late(): break
+        before = reached
+    history = pd.concat(histories, ignore_index=True)
+    history.attrs["notes"] = [note for part in histories for note in part.attrs.get("notes", [])]
     recalibrated = recalibrate_batch_norm(copy.deepcopy(student), train.images, seed=options.seed)
     return DistillationResult(student, recalibrated, history)

@@ -5,6 +5,7 @@
 # %% ../../nbs/compress/08_front.ipynb #2b7f9a27
 from __future__ import annotations
 
+import shutil
 import time
 import warnings
 from collections.abc import Callable
@@ -39,8 +40,8 @@ if TYPE_CHECKING:
     from cvnb.metrics.estimates import Estimate
 
 # %% auto #0
-__all__ = ['FrontPlan', 'Front', 'build_front', 'few_images_notes', 'measure_front', 'candidates_to_test', 'plot_front',
-           'FrontTest', 'accept_fastest', 'save_front', 'find_candidate']
+__all__ = ['FrontPlan', 'Int8Point', 'Front', 'build_front', 'few_images_notes', 'measure_front', 'candidates_to_test',
+           'plot_front', 'FrontTest', 'accept_fastest', 'save_front', 'find_candidate']
 
 # %% ../../nbs/compress/08_front.ipynb #176b819f
 @dataclass(frozen=True)
@@ -53,12 +54,23 @@ class FrontPlan:
     margin: float = 1.0          # acceptable loss of the objective, 0 … 1
     repair: float = 1.0          # loss beyond the margin at which pruning stops, 0 … 1; 1: never
     importance: str = "hessian"  # one of `IMPORTANCE`
+    rounds: int = 1              # of each distillation, at most, while it gains
     round_to: int = ROUND_TO     # layers keep multiples of it where they are wide enough
 
     @property
     def fractions(self) -> list[float]:   # of the trained model's MACs, the largest first
         "Divide the way to the smallest candidate into levels of equal ratio."
         return [self.macs_fraction ** (i / self.levels) for i in range(1, self.levels + 1)]
+
+# %% ../../nbs/compress/08_front.ipynb #e6dfd28d
+@dataclass(frozen=True)
+class Int8Point:
+    "A candidate in INT8, on the validation images."
+    latency: Estimate | None   # milliseconds; None: no layer can be in INT8 without losing too much
+    difference: float          # of the objective, from the same candidate in FP32
+    low: float                 # of its 95 % interval
+    high: float                # of its 95 % interval
+    kept_fp32: int             # layers that stay in FP32
 
 # %% ../../nbs/compress/08_front.ipynb #5a57cc5c
 @dataclass(frozen=True)
@@ -76,6 +88,7 @@ class Front:
     objective: Objective | None = None               # that is measured; None: accuracy
     latency: dict[str, Estimate] = field(default_factory=dict)   # candidate, and "trained" -> milliseconds
     expected: dict[str, bool] = field(default_factory=dict)   # candidate -> whether the test should accept it
+    int8: dict[str, Int8Point] = field(default_factory=dict)  # candidate, and "trained" -> in INT8; empty: not measured
 
     @property
     def table(self) -> pd.DataFrame:   # one row per candidate, and one for the trained model
@@ -88,7 +101,20 @@ class Front:
         rows = rows.assign(latency_ms=[e.value for e in found], latency_low=[e.low for e in found],
                            latency_high=[e.high for e in found])
         expected = [None, *(self.expected.get(name) for name in self.steps)]
-        return rows.assign(speed=rows.latency_ms[0] / rows.latency_ms, expected=expected)
+        rows = rows.assign(speed=rows.latency_ms[0] / rows.latency_ms, expected=expected)
+        if not self.int8: return rows
+        points = [self.int8[name] for name in rows.candidate]
+        return rows.assign(int8_latency_ms=[p.latency.value if p.latency else None for p in points],
+                           int8_difference=[p.difference for p in points], int8_low=[p.low for p in points],
+                           int8_high=[p.high for p in points], int8_kept_fp32=[p.kept_fp32 for p in points])
+
+    def best_latency(self,
+        name: str,   # of a candidate, or "trained"
+    ) -> float:      # milliseconds, in INT8 where that is faster
+        "Find the latency with which a candidate would ship."
+        point = self.int8.get(name)
+        fp32 = self.latency[name].value
+        return min(fp32, point.latency.value) if point and point.latency else fp32
 
     @property
     def speed(self) -> dict[str, float]:   # candidate -> how many times as fast as the trained model it is
@@ -134,6 +160,9 @@ class _FrontBuilder:
         self.points: list[pd.DataFrame] = []   # rows of `measure_tradeoff`, of each level
         self.histories: list[pd.DataFrame] = []
         self.notes: list[str] = []
+        self.begin = time.monotonic()
+
+    def is_late(self) -> bool: return bool(self.plan.minutes) and time.monotonic() - self.begin > 60 * self.plan.minutes
 
     def name_candidate(self,
         model: VisionModel,   # pruned
@@ -150,7 +179,7 @@ class _FrontBuilder:
     ) -> None:
         "Distil a candidate and choose its weights on the validation images."
         result = distill(pruning.model, self.criterion, self.train, self.val, self.options, self.folder/"front"/name,
-                         progress, announce)
+                         progress, announce, self.plan.rounds, self.is_late)
         label = "" if not self.choices and self.plan.levels == 1 else name
         self.choices[name] = choose_model(pruning, result, self.val, self.options.device, label)
         self.points.append(self.choices[name].tradeoffs.drop(columns="chosen"))
@@ -226,17 +255,16 @@ def build_front(
     _check_split_sizes(train, val)
     builder = _FrontBuilder(criterion, train, val, options, Path(folder), plan, decide)
     builder.notes += few_images_notes(len(val.images))
-    begin = time.monotonic()
-    late = lambda: plan.minutes and time.monotonic() - begin > 60 * plan.minutes
     n = plan.levels + bool(plan.student)
     part = lambda i: lambda done, text="", **curves: progress((i + done) / n, text, **curves)
     for i, fraction in enumerate(plan.fractions):
-        if i and late():
+        if i and builder.is_late():
             builder.notes.append(f"the front ends before {fraction:.0%} of the MACs: compress.minutes={plan.minutes:g} "
                                  "are over")
             break
         if not _add_level(builder, fraction, i == 0, part(i), announce): break
-    if plan.student and late(): builder.notes.append(f"{plan.student} was not distilled: compress.minutes are over")
+    if plan.student and builder.is_late():
+        builder.notes.append(f"{plan.student} was not distilled: compress.minutes are over")
     elif plan.student: _add_student(builder, part(n - 1), announce)
     return _finish_front(builder)
 
@@ -295,11 +323,14 @@ def measure_front(
     trained: VisionModel,   # that the candidates may replace
     margin: float,   # acceptable loss of the objective, 0 … 1
     n_test: int,     # test images
-) -> Front:          # with `latency` and `expected`
+    measure_int8: Callable[[dict[str, VisionModel]], dict[str, Int8Point]] | None = None,   # None: FP32 alone
+) -> Front:          # with `latency`, `expected` and `int8`
     "Measure the latency of the candidates and the trained model, and predict the test."
-    times = measure(dict(trained=trained) | front.models)
-    latency = {name: times.latency(name) for name in ("trained", *front.models)}
-    return replace(front, latency=latency, expected={
+    everything = dict(trained=trained) | front.models
+    times = measure(everything)
+    latency = {name: times.latency(name) for name in everything}
+    int8 = measure_int8(everything) if measure_int8 else {}
+    return replace(front, latency=latency, int8=int8, expected={
         name: _expect_acceptance(front, name, margin, n_test) for name in front.models})
 
 # %% ../../nbs/compress/08_front.ipynb #3ecd6d33
@@ -312,7 +343,7 @@ def candidates_to_test(
     if not hopeful:
         measured = front.tradeoffs.set_index("step").objective
         return [max(front.models, key=lambda name: measured[front.steps[name]])]
-    return sorted(hopeful, key=lambda name: front.latency[name].value)[:n]
+    return sorted(hopeful, key=front.best_latency)[:n]
 
 # %% ../../nbs/compress/08_front.ipynb #36c4f7de
 def plot_front(
@@ -320,10 +351,19 @@ def plot_front(
     words: str = "accuracy",   # name of the objective
 ) -> Figure:                   # a matplotlib figure
     "Plot the objective against latency, with intervals; hollow points are not expected to be accepted."
-    table = front.table
-    hollow = [i > 0 and not expected for i, expected in enumerate(table.expected)]
-    cost = "ONNX Runtime FP32, ms of CPU time per image"
-    return plot_objective(table, table.latency_ms, table.candidate, cost, words, hollow)
+    table = front.table.assign(expected=lambda t: [i == 0 or bool(e) for i, e in enumerate(t.expected)])
+    if front.int8: table = pd.concat([table, _int8_rows(table)], ignore_index=True)
+    cost = "ONNX Runtime, ms of CPU time per image"
+    return plot_objective(table, table.latency_ms, table.candidate, cost, words, (~table.expected).tolist())
+
+def _int8_rows(
+    table: pd.DataFrame,   # of a front, with its points in INT8
+) -> pd.DataFrame:         # rows of its kind, one per file in INT8
+    "Turn the points in INT8 into rows; their intervals are those of the difference from FP32."
+    rows = table[table.int8_latency_ms.notna()]
+    return rows.assign(candidate=rows.candidate + ", INT8", latency_ms=rows.int8_latency_ms.astype(float),
+                       objective=rows.objective + rows.int8_difference,
+                       objective_low=rows.objective + rows.int8_low, objective_high=rows.objective + rows.int8_high)
 
 # %% ../../nbs/compress/08_front.ipynb #0b5dd6dc
 @dataclass(frozen=True)
@@ -377,6 +417,7 @@ def save_front(
     front.history.to_csv(stage.path("history.csv"), index=False)
     for name, model in front.models.items():
         clear_checkpoints(stage.dir/"front"/name)
+        shutil.rmtree(stage.dir/"front"/name/"rounds", ignore_errors=True)
         for file in "model.safetensors", "model.json": stage.path(f"front/{name}/{file}")
         save_model(model, stage.dir/"front"/name)
 

@@ -16,12 +16,12 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 from ..core.errors import CvnbError
-from ..models.vision_model import VisionModel
+from ..models.vision_model import VisionModel, task_of
 
 # %% auto #0
 __all__ = ['PRUNABLE_LAYERS', 'prunable_attentions', 'output_positions', 'total_macs', 'NetworkGraph', 'refuse_pruning',
            'trace_network', 'LayerShare', 'CoupledChannels', 'AttentionHeads', 'prunable_parts', 'check_rebuilt',
-           'check_prunable']
+           'check_prunable', 'pruning_notes']
 
 # %% ../../nbs/compress/06_prunable.ipynb #85c90fb4
 PRUNABLE_LAYERS = (nn.Conv2d, nn.BatchNorm2d, nn.Linear)   # layers whose channels can be removed and rebuilt
@@ -329,3 +329,13 @@ def check_prunable(
     for part in parts:
         if part.n_units > 1: part.remove(torch.tensor([0]))
     check_rebuilt(trial)
+
+# %% ../../nbs/compress/06_prunable.ipynb #047ae4c9
+def pruning_notes(
+    model: VisionModel,   # to be trained; not changed
+) -> list[str]:           # at most one sentence
+    "Say that the compress stage will refuse a network."
+    if task_of(model.spec).name != "classification": return []   # compression refuses the task itself
+    try: check_prunable(model)
+    except CvnbError as e: return [f"the compress stage will refuse this network: {e.what}. {e.remedy}"]
+    return []

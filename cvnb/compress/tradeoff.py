@@ -139,15 +139,18 @@ def prune_in_steps(
     models = prune_progressively(start or trained, [min(1, f * share) for f in fractions], train.images, seed=seed,
                                  progress=progress, importance=importance, labels=train.targets, round_to=round_to)
     for fraction, model in zip(fractions, models):
-        old = copy.deepcopy(model)   # with the statistics of the trained model
-        recalibrate_batch_norm(model, train.images, seed=seed)
-        points.append(measure(f"pruned to {fraction:.0%}", model, reference=answers))
+        renewed = recalibrate_batch_norm(copy.deepcopy(model), train.images, seed=seed)
+        name = f"pruned to {fraction:.0%}"
+        tries = [(measure(name, renewed, reference=answers), renewed, "old"),
+                 (measure(f"{name}, old statistics", model, reference=answers), model, "new")]
+        (best, model, left), (other, *_) = sorted(tries, key=lambda found: -found[0]["objective"])   # new in a tie
+        points.append(best)
         if points[-1]["difference_high"] < -(margin + repair):
             notes = [_stop_note(points[-1], step, margin, repair, objective.words if objective else "accuracy")]
             break
         kept = model
         step = points[-1]["step"]
-    if not start: points.insert(1, measure("pruned, old statistics", old, reference=answers))
+    if not start: points.insert(1, other | dict(step=f"pruned, {left} statistics"))
     return PruningResult(kept, pd.DataFrame(points), step, answers, notes, objective)
 
 def _stop_note(

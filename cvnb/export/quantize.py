@@ -21,6 +21,7 @@ import numpy as np
 from ..core.errors import UsageError, did_you_mean
 from ..core.files import atomic_path, check_targets
 from ..data.images import DEFAULT_DECODING, Decoding
+from .bias_correction import correct_biases, has_depthwise_layers, input_means
 from .int8_graph import NORMALIZATION, prepare_for_int8, quantize_gates
 from .runtimes import RUNTIMES, OnnxModel, predict_batches
 from ..metrics.decision import DecisionRule
@@ -189,6 +190,7 @@ class QuantizationResult:
     tries: pd.DataFrame    # one row per try: layers kept in FP32, difference of the objective, low, high, n
     words: str = "accuracy"   # the objective
     calibration: str = "minmax"   # one of `CALIBRATION_METHODS`
+    bias_corrected: bool = False  # whether the biases take back what rounding the weights shifts
 
     @property
     def fell_back(self) -> bool: return len(self.kept_fp32) == len(self.layers)   # nothing is in INT8
@@ -225,6 +227,19 @@ def _trial_row(
 # %% ../../nbs/export/03_quantize.ipynb #9a188509
 SENSITIVITY_IMAGES = 100   # validation images that rank the layers
 
+# %% ../../nbs/export/03_quantize.ipynb #b4f3c7a2
+def _save_corrected(
+    prepared: Path,      # the FP32 model
+    means: dict[str, np.ndarray],   # from `input_means`
+    nodes: list[str],    # names of the nodes to quantize
+    weight_bits: int,    # 7 or 8
+) -> Path:               # of the corrected model, beside it
+    "Write a copy of a model whose biases take back what rounding the weights of some nodes shifts."
+    import onnx
+    path = prepared.with_name("corrected.onnx")
+    onnx.save(correct_biases(onnx.load(prepared), means, nodes, weight_bits), path)
+    return path
+
 # %% ../../nbs/export/03_quantize.ipynb #3ff4f3ff
 def quantize(
     source: Path,               # the FP32 model
@@ -258,25 +273,32 @@ def quantize(
         prepared = Path(temp)/"prepared.onnx"
         onnx.save(model, prepared)
 
-        def attempt(kept: list[str], ranges: Path) -> dict:
+        def attempt(kept: list[str], ranges: Path, means: dict[str, np.ndarray] | None = None) -> dict:
             nodes = [n for n in quantizable_nodes(model) if n not in kept]
-            quantize_nodes(prepared, target, ranges, nodes, weight_bits)
-            return _trial_row(objective, labels, expected, answer(target), len(kept)) | dict(calibration=ranges.stem)
+            start = _save_corrected(prepared, means, nodes, weight_bits) if means else prepared
+            quantize_nodes(start, target, ranges, nodes, weight_bits)
+            row = _trial_row(objective, labels, expected, answer(target), len(kept))
+            return row | dict(calibration=ranges.stem, bias_corrected=bool(means))
 
         for name in CALIBRATION_METHODS if method == "auto" else [method]:
             tries.append(attempt([], calibrate_ranges(prepared, Path(temp)/f"{name}.json", calibration, name)))
             if tries[-1]["difference"] >= 0: break   # nothing is lost
         best = max(tries, key=lambda row: row["difference"])   # the first one in a tie
         ranges = Path(temp)/f"{best['calibration']}.json"
+        means = input_means(model, calibration) if best["difference"] < 0 and has_depthwise_layers(model) else None
+        if means:
+            tries.append(attempt([], ranges, means))
+            if tries[-1]["difference"] <= best["difference"]: means = None
+            else: best = tries[-1]
         rank = lambda: list(layer_sensitivity(prepared, ranges, images[:SENSITIVITY_IMAGES], weight_bits))
         for kept in _growing_prefixes(rank):
             if len(kept) == len(layers):   # the FP32 model, which is no INT8 file
                 Path(target).unlink()
                 tries.append(_trial_row(objective, labels, expected, expected, len(kept)))
                 break
-            if kept or tries[-1] is not best: tries.append(attempt(kept, ranges))
+            if kept or tries[-1] is not best: tries.append(attempt(kept, ranges, means))
             if tries[-1]["difference"] >= -tolerance: break
-    return QuantizationResult(layers, kept, pd.DataFrame(tries), objective.words, ranges.stem)
+    return QuantizationResult(layers, kept, pd.DataFrame(tries), objective.words, ranges.stem, bool(means))
 
 # %% ../../nbs/export/03_quantize.ipynb #26af6a39
 @dataclass(frozen=True)
@@ -350,7 +372,8 @@ class QuantizedModels:
     def to_json(self) -> dict[str, dict]:   # model -> layers, kept_fp32 and tries
         "Convert the results to JSON types."
         return {name: dict(layers=r.layers, kept_fp32=r.kept_fp32, tries=r.tries.to_dict("records"),
-                           calibration=r.calibration, fell_back=r.fell_back) for name, r in self.results.items()}
+                           calibration=r.calibration, bias_corrected=r.bias_corrected, fell_back=r.fell_back)
+                for name, r in self.results.items()}
 
 # %% ../../nbs/export/03_quantize.ipynb #4685a853
 def quantize_models(

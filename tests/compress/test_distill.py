@@ -1,18 +1,23 @@
 """Distillation losses against the formulas of their papers, and the criterion that mixes them with the labels."""
 from __future__ import annotations
 
+import dataclasses
 from typing import get_args
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch.nn import functional as F
 
+from cvnb.compress import distill as module
 from cvnb.compress.distill import DISTILLATION_LOSSES, DistillationLoss, FeatureComparison
 from cvnb.core.errors import CvnbError
 from cvnb.models.vision_model import VisionModel
 from cvnb.models.weights import create_model
 from cvnb.pipeline.params import read_contracts
+from cvnb.training.loaders import LabelledImages
+from cvnb.training.options import FitOptions
 
 
 def make_model(seed: int = 0) -> VisionModel:
@@ -105,3 +110,39 @@ def test_features_need_one_linear_classifier() -> None:
     two = create_model("deit_tiny_distilled_patch16_224", list("abcd"), 32, "full")
     with pytest.raises(CvnbError, match="one linear classifier"):
         FeatureComparison(make_model(), two, np.zeros((4, 8, 8, 3), np.uint8))
+
+
+@pytest.mark.parametrize("scores, late, n_rounds, ends_with", [
+    ([0.5, 0.7, 0.8, 0.801, 0.9], False, 3, 3),   # the third round gains a tenth of a point
+    ([0.5, 0.7, 0.6, 0.9], False, 2, 1),          # the second one loses, and is dropped
+    ([0.5, 0.7, 0.8, 0.9, 0.95], False, 4, 4),    # four at most
+    ([0.5, 0.7, 0.8, 0.9, 0.95], True, 1, 1)])    # there is no time for a second one
+def test_rounds_end_when_one_gains_too_little(scores, late, n_rounds, ends_with, monkeypatch, tmp_path) -> None:
+    seeds, found = [], iter(scores)
+
+    def train_round(start, criterion, train, val, options, folder, progress, announce):
+        seeds.append(options.seed)
+        student = make_model()
+        student.reached = len(seeds)
+        return student, pd.DataFrame(dict(epoch=[1, 2]))
+    monkeypatch.setattr(module, "_train_round", train_round)
+    monkeypatch.setattr(module, "_score", lambda *_: next(found))
+    monkeypatch.setattr(module, "recalibrate_batch_norm", lambda model, *_, **__: model)
+    images = LabelledImages(np.zeros((2, 8, 8, 3), np.uint8), np.zeros(2, int))
+    result = module.distill(make_model(), DistillationLoss(make_model()), images, images, FitOptions(seed=5), tmp_path,
+                            rounds=4, is_late=lambda: late)
+    assert seeds == list(range(5, 5 + n_rounds)) and result.student.reached == ends_with
+    assert result.history.epoch.tolist() == list(range(1, 2 * n_rounds + 1))
+
+
+def test_a_view_that_was_seen_costs_the_teacher_nothing() -> None:
+    teacher = make_model()
+    criterion = DistillationLoss(teacher)
+    views = torch.randint(0, 256, (5, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    first = criterion.answers(views)
+    with torch.no_grad(): assert torch.allclose(first, teacher(views), atol=1e-5)
+    again = dataclasses.replace(criterion, compare_features=None)   # as for another candidate
+    assert torch.equal(again.answers(views), first) and again.answers.n_computed == 5
+    views[2, 4, 4, 1] ^= 1
+    again.answers(views)
+    assert again.answers.n_computed == 6, "a view that differs in one bit is another view"

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from cvnb.compress.importance import IMPORTANCE, channel_scores
-from cvnb.compress.prunable import CoupledChannels, check_prunable, prunable_parts, trace_network
+from cvnb.compress.prunable import CoupledChannels, check_prunable, prunable_parts, pruning_notes, trace_network
 from cvnb.compress.prune import prune
 from cvnb.core.errors import CvnbError, UsageError
 from cvnb.export.onnx import export_onnx
@@ -143,3 +143,12 @@ def test_network_that_cannot_be_traced_is_refused_with_the_reason() -> None:
 
     model.net.layer1.forward = forward
     with pytest.raises(CvnbError, match="it cannot be traced [(]no such path[)]"): trace_network(model)
+
+
+def test_networks_that_will_be_refused_are_named_before_they_are_trained():
+    torch.manual_seed(0)
+    classes = ["a", "b"]
+    assert pruning_notes(create_model("resnet10t", classes, 32)) == []
+    [note] = pruning_notes(create_model("convnextv2_atto", classes, 32))
+    assert "the compress stage will refuse this network" in note and "compress.macs_fraction=1" in note
+    assert pruning_notes(create_model("resnet10t", ["length"], 32, task="regression")) == [], "it refuses the task itself"

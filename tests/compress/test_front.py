@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count
 from types import SimpleNamespace
 
@@ -11,12 +12,14 @@ import pandas as pd
 import pytest
 import torch
 
+from cvnb.benchmark.int8_trial import measure_int8, sample_calibration
 from cvnb.compress import front as module
 from cvnb.compress.distill import DistillationLoss, DistillationResult
 from cvnb.compress.error_budget import read_tests
 from cvnb.compress.front import (
     Front,
     FrontPlan,
+    Int8Point,
     accept_fastest,
     build_front,
     candidates_to_test,
@@ -220,3 +223,29 @@ def test_gpu_that_is_absent_is_refused_before_pruning(sure, tmp_path, monkeypatc
     monkeypatch.setattr(module, "prune_in_steps", lambda *args: pytest.fail("pruning began"))
     with pytest.raises(CvnbError, match="torch finds no GPU"):
         build_front(DistillationLoss(sure[0]), sure[1], sure[1], FitOptions(device="gpu"), tmp_path)
+
+
+def int8_point(milliseconds: float | None) -> Int8Point:
+    "A candidate in INT8 that loses nothing."
+    return Int8Point(milliseconds and Estimate(milliseconds, 0, 9, 1), 0.0, 0.0, 0.0, 0)
+
+
+def test_order_of_the_tests_goes_by_int8_where_that_is_faster():
+    front = planted(larger=0, smaller=0)
+    assert candidates_to_test(front, 2) == ["smaller", "larger"]
+    points = dict(trained=int8_point(None), larger=int8_point(1.0), smaller=int8_point(8.0))
+    front = replace(front, int8=points)
+    assert candidates_to_test(front, 2) == ["larger", "smaller"]
+    assert front.best_latency("smaller") == 4.0, "INT8 is slower, so FP32 would ship"
+    table = front.table.set_index("candidate")
+    assert np.isnan(table.int8_latency_ms["trained"]) and table.int8_latency_ms["larger"] == 1.0
+
+
+def test_int8_of_a_real_candidate_is_measured(sure):
+    model, images = sure
+    data, chosen = sample_calibration(images, images)
+    assert len(chosen) == len(data.calibration) == 100
+    point = measure_int8(dict(trained=model), data, tolerance=1.0)["trained"]
+    assert point.latency.value > 0 and point.kept_fp32 == 0
+    none = measure_int8(dict(trained=model), data, tolerance=-2.0)["trained"]
+    assert none.latency is None, "a loss that no try can keep to leaves every layer in FP32"

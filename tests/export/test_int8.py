@@ -71,6 +71,7 @@ def test_rewritten_graph_computes_the_same(mobilenet, tmp_path):
 
 def test_calibration_is_chosen_on_the_validation_images(mobilenet, tmp_path, monkeypatch):
     source, expected = mobilenet
+    monkeypatch.setattr("cvnb.export.quantize.has_depthwise_layers", lambda model: False)   # no fourth try
     losses = dict(minmax=-0.3, entropy=-0.1, percentile=-0.2)
     monkeypatch.setattr("cvnb.export.quantize._trial_row", lambda objective, labels, fp32, int8, kept: dict(
         kept_fp32=kept, difference=losses[order.pop(0)], low=0, high=0, n=1))
@@ -166,3 +167,51 @@ def test_int8_without_images_is_refused(mobilenet, tmp_path):
     for calibration, images in (PIXELS[:0], PIXELS), (PIXELS, PIXELS[:0]):
         with pytest.raises(UsageError, match="INT8 needs images"):
             quantize(mobilenet[0], tmp_path/"int8.onnx", calibration, images, np.zeros(len(images), int))
+
+
+def depthwise_graph(path: Path, rounded: float) -> Path:
+    "Write a classifier of brightness: a depthwise layer whose small weights are all rounded in one direction."
+    torch.manual_seed(0)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(3, 8, 1)
+            self.depthwise = nn.Conv2d(8, 8, 5, padding=2, groups=8)
+            self.last = nn.Conv2d(8, 2, 1)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            x = self.first(images.permute(0, 3, 1, 2).float() / 255).relu()
+            return self.last(self.depthwise(x).relu()).mean((2, 3)).softmax(1)
+    net = Net()
+    with torch.no_grad():
+        net.first.weight.fill_(1 / 3)
+        net.first.bias.zero_()
+        net.depthwise.weight.fill_((5 + rounded) / 127)
+        net.depthwise.weight[:, :, 0, 0] = 1
+        net.depthwise.bias.fill_(0.01)
+        net.last.weight[0] = 50.0
+        net.last.weight[1] = 0.0
+        x = torch.full((1, 32, 32, 3), 128, dtype=torch.uint8)
+        net.last.bias[:] = torch.tensor([0.0, 0.0])
+        probe = net.first(x.permute(0, 3, 1, 2).float() / 255).relu()
+        net.last.bias[1] = float(net.last(net.depthwise(probe).relu()).mean((2, 3))[0, 0])
+    torch.onnx.export(net, (x,), path, dynamo=False, input_names=["images"], output_names=["probabilities"],
+                      dynamic_axes=dict(images={0: "n", 1: "h", 2: "w"}, probabilities={0: "n"}))
+    return path
+
+
+@pytest.mark.parametrize("rounded, corrected", [(0.45, True), (0.0, False)])
+def test_biases_take_back_what_rounded_weights_shift(rounded, corrected, tmp_path):
+    source = depthwise_graph(tmp_path/"model.onnx", rounded)
+    levels = np.arange(96, 160, dtype=np.uint8)   # around the threshold of 128
+    images = np.broadcast_to(levels[:, None, None, None], (64, 32, 32, 3)).copy()
+    labels = OnnxModel(source, 1)(images).argmax(1)
+    assert 20 < labels.sum() < 44
+    result = quantize(source, tmp_path/"int8.onnx", images, images, labels, tolerance=1.0)
+    assert result.bias_corrected == corrected
+    if corrected:
+        before, after = result.tries.difference[:2]
+        assert before < -0.02 and after > before
+        found = OnnxModel(tmp_path/"int8.onnx", 1)(images).argmax(1)
+        assert (found != labels).mean() == pytest.approx(-after), "the corrected file is the one that is kept"
