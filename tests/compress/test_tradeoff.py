@@ -8,11 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from torch import nn
 
 from cvnb.compress import tradeoff
 from cvnb.compress.acceptance import check_acceptance, compression_advice
 from cvnb.compress.distill import DistillationResult
+from cvnb.compress.prune import recalibrate_batch_norm
 from cvnb.compress.tradeoff import choose_model, prune_in_steps
 from cvnb.models.inference import predict_logits
 from cvnb.models.vision_model import VisionModel
@@ -25,8 +25,10 @@ def sure() -> tuple[VisionModel, LabelledImages]:
     "A network, and images whose labels are its own answers: it is always right, and pruning costs accuracy at once."
     torch.manual_seed(0)
     model = create_model("resnet10t", list("abcdefghij"), 16).eval()
-    nn.init.normal_(model.net.fc.weight, std=3.0)   # answers that differ from image to image
-    images = np.random.default_rng(0).integers(0, 256, (200, 16, 16, 3), dtype=np.uint8)
+    light = np.linspace(0.2, 1, 200)[:, None, None, None]
+    images = (np.random.default_rng(0).integers(0, 256, (200, 16, 16, 3)) * light).astype(np.uint8)
+    recalibrate_batch_norm(model, images)
+    model.net.fc.bias.data -= torch.from_numpy(predict_logits(model, images).mean(0))   # no class is preferred
     return model, LabelledImages(images, predict_logits(model, images).argmax(1))
 
 
