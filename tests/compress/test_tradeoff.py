@@ -24,7 +24,7 @@ from cvnb.training.loaders import LabelledImages
 def sure() -> tuple[VisionModel, LabelledImages]:
     "A network, and images whose labels are its own answers: it is always right, and pruning costs accuracy at once."
     torch.manual_seed(0)
-    model = create_model("resnet10t", list("abcdefghij"), 16).eval()
+    model = create_model("resnet10t", list("abcdefghij"), 16, "full").eval()
     light = np.linspace(0.2, 1, 200)[:, None, None, None]
     images = (np.random.default_rng(0).integers(0, 256, (200, 16, 16, 3)) * light).astype(np.uint8)
     recalibrate_batch_norm(model, images)
