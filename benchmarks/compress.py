@@ -14,8 +14,8 @@ the labels for as many epochs as a candidate was distilled, and predicts the sam
 of what is finished.
 
 CIFAR-10: `--teacher` is the ResNet-18 of PyPI's pyautoattack, which has seen all 50,000 training images. `--data` is a
-folder of PNG files by class with the 10,000 test images; half of them choose and half report, by the digest of the
-file's name.
+folder with train/CLASS/*.png and test/CLASS/*.png. Of the training images `--train-images` teach the students; of the
+10,000 test images half choose and half report, by the digest of the file's name.
 """
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ import pandas as pd
 from table import show
 
 ROOT = Path(__file__).resolve().parent.parent
+CIFAR_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 RECIPES = dict(mnist5k="mnist5k", cifar10="cifar10")   # the others: sign-digits
 NEAR = 0.25   # of the MACs, where stock pruning is compared
 
@@ -42,29 +43,29 @@ def smallest_provable(run: Path) -> float:
     return float(np.ceil(1000 * smallest_margin(sum(counts.values()), DEFAULT_LEVEL)) / 1000)
 
 
-def convert_teacher(source: Path, target: Path) -> Path:
-    "Rename the layers of the usual CIFAR ResNet-18 as timm names them."
-    from safetensors.torch import save_file
-
-    from cvnb.models.weights import read_weights
+def convert_teacher(source: Path, folder: Path) -> Path:
+    "Write the usual CIFAR ResNet-18, whose input is 0 ... 1 and not normalised, as a model of cvnb."
+    from cvnb.models.vision_model import ModelSpec, build_model
+    from cvnb.models.weights import read_weights, save_model
+    model = build_model(ModelSpec("resnet18", CIFAR_CLASSES, 32, [0.0] * 3, [1.0] * 3, stem="small"))
     state = {}
     for name, tensor in read_weights(source).items():
-        name = name.removeprefix("module.").replace("shortcut.", "downsample.").replace("linear.", "fc.")
-        state[name] = tensor.contiguous()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    save_file(state, target)
-    return target
+        state[name.removeprefix("module.").replace("shortcut.", "downsample.").replace("linear.", "fc.")] = tensor
+    model.net.load_state_dict(state)
+    return save_model(model, folder)
 
 
-def split_cifar(folder: Path, target: Path) -> Path:
-    "Write a table in which half of the test images choose (train and val) and half report."
+def split_cifar(folder: Path, target: Path, n_train: int) -> Path:
+    "Write a table: some training images teach, half of the test images choose, and the other half report."
     import hashlib
     rows = []
-    for path in sorted(folder.glob("*/*.png")):
+    for path in sorted(folder.glob("*/*/*.png")):
         digest = int(hashlib.sha256(path.name.encode()).hexdigest(), 16)
-        split = "test" if digest % 2 else ("val" if digest % 10 < 2 else "train")
-        rows.append(dict(path=str(path), label=path.parent.name, split=split))
-    pd.DataFrame(rows).to_csv(target, index=False)
+        split = "train" if path.parent.parent.name == "train" else "test" if digest % 2 else "val"
+        rows.append(dict(path=str(path), label=path.parent.name, split=split, order=digest))
+    table = pd.DataFrame(rows).sort_values("order", key=lambda column: column.map(str))
+    kept = table[table.split != "train"], table[table.split == "train"].head(n_train)
+    pd.concat(kept).drop(columns="order").to_csv(target, index=False)
     return target
 
 
@@ -78,10 +79,10 @@ def run_front(args: argparse.Namespace) -> None:
                                   "compress.rounds": args.rounds, "compress.repair": args.repair}
     if args.epochs: options["compress.epochs"] = args.epochs
     if args.name == "cifar10":
-        weights = convert_teacher(args.teacher, args.work/"teacher.safetensors")
-        data = ["--data", str(split_cifar(args.data, args.work/"cifar10.csv"))]
+        weights = convert_teacher(args.teacher, args.work/"teacher")
+        data = ["--data", str(split_cifar(args.data, args.work/"cifar10.csv", args.train_images))]
         options |= {"train.weights": weights, "train.backbone": "resnet18", "train.stem": "small", "train.epochs": 1,
-                    "train.lr": 1e-7, "train.keep": "last"}
+                    "train.image_size": 32, "train.lr": 1e-7, "train.tune": "full", "train.resolution": 1}
 
     def call(*stages: str) -> None:
         sets = [part for name, value in options.items() for part in ("--set", f"{name}={value}")]
@@ -186,12 +187,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for runs and results")
     parser.add_argument("--data", type=Path, help="the data set; not for mnist5k")
     parser.add_argument("--teacher", type=Path, help="weights of CIFAR-10's teacher")
+    parser.add_argument("--train-images", type=int, default=8000, help="of CIFAR-10")
     parser.add_argument("--minutes", type=float, default=30, help="after which no further candidate is begun")
     parser.add_argument("--levels", type=int, default=3)
     parser.add_argument("--fraction", type=float, default=0.1, help="of the MACs, of the smallest candidate")
     parser.add_argument("--epochs", type=int, default=0, help="of each distillation; 0: the recipe's")
     parser.add_argument("--rounds", type=int, default=1, help="of each distillation, at most")
-    parser.add_argument("--repair", type=float, default=0.3, help="loss before distilling that ends the front, 0 ... 1")
+    parser.add_argument("--repair", type=float, default=0.5, help="loss before distilling that ends the front, 0 ... 1")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/compress.md")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
