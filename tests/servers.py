@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 from cvnb.export.bundle import write_bundle
+from cvnb.export.features import add_features
 from cvnb.models.vision_model import ModelSpec
 
 TOKEN = "a-token-of-24-characters"
@@ -38,6 +39,7 @@ def write_served_bundle(
     run: str = "pets",
     thresholds: dict[str, float] | None = None,
     costs: dict[str, dict[str, float]] | None = None,
+    features: bool = False,          # whether the files return what the classifier gets: the mean colours
 ) -> Path:                           # the bundle
     "Write a bundle whose model looks at mean colours."
     matrix = np.linspace(-weight, weight, 9, dtype=np.float32).reshape(3, 3)
@@ -47,6 +49,7 @@ def write_served_bundle(
         bundles.write_graph(folder/"export"/name, end, weights=dict(other=matrix), labels=labels)
     spec = ModelSpec("mean_colour", labels, 6, [0.5] * 3, [0.5] * 3, thresholds=thresholds, costs=costs)
     details = dict(run=run, shipped=dict(model="trained"), metrics={}) | (dict(verdict=verdict) if verdict else {})
+    if features: details["features"] = [add_features(path) for path in sorted((folder/"export").glob("*.onnx"))][0]
     return write_bundle(folder/"bundle", folder, "trained", spec, bundles.IMAGES, details)
 
 

@@ -372,11 +372,14 @@ def _predict_to_file(
     bundle: Any,         # a `Bundle`
     images: list[str],   # files, folders and tables
     out: Path,           # .csv, .jsonl or .parquet
-    jobs: int,           # threads that decode; 0: one per core
+    jobs: int,           # threads that decode, or workers of a cluster; 0: one per core
+    cluster: str = "",   # address of a Ray cluster; empty: this machine
+    max_megapixels: float = 0,   # largest image that is decoded
 ) -> None:
     "Write an answer for each image; raise `CvnbError` at the end if some could not be read."
     from cvnb.core.system import n_cores
     from cvnb.export.prediction_file import PredictionFile
+    from cvnb.export.ray_predictions import iter_ray_predictions
     paths = _list_many(images)
     if not paths: raise UsageError("there is no image to classify", "Give image files, folders or tables.")
     file = PredictionFile(out, bundle.labels, bundle.description)
@@ -388,10 +391,12 @@ def _predict_to_file(
         if n < len(paths): lines.note(f"{len(paths) - n:,} paths are given more than once and have one row")
         if n > len(left): lines.note(f"{n - len(left):,} of {n:,} images have an answer in {file.journal}")
         lines(name, "start", 0, "predicting")
-        answers = bundle.iter_predictions(left, skip=file.add_error, jobs=jobs or n_cores())
+        answers = (iter_ray_predictions(bundle.folder, left, cluster, jobs, max_megapixels) if cluster else
+                   bundle.iter_predictions(left, skip=file.add_error, jobs=jobs or n_cores()))
         try:
             for i, prediction in enumerate(answers):
-                file.add(prediction)
+                if "error" in prediction: file.add_error(prediction["path"], CvnbError(prediction["error"]))
+                else: file.add(prediction)
                 if i % 16 == 0: lines(name, "progress", 1 - (len(left) - i) / n, f"{n - len(left) + i:,}/{n:,} images")
         except KeyboardInterrupt:
             raise CvnbError("interrupted", f"{file.journal} keeps the answers; the same call goes on.") from None
@@ -415,7 +420,11 @@ def predict_command(
         help="File for the answers: .csv, .jsonl or .parquet. Folders and tables with a column path are taken; "
              "the same call goes on after a kill.")] = None,
     jobs: Annotated[int, typer.Option(
-        help="Threads that decode images ahead, with --out. Default: one per core.", min=0)] = 0,
+        help="Threads that decode images ahead, or workers of the cluster, with --out. Default: one per core.",
+        min=0)] = 0,
+    engine: Annotated[str, typer.Option(
+        help="Where --out is computed: threads or ray. Default: threads, or with --address ray.")] = "",
+    address: Annotated[str, typer.Option(help="Address of the Ray cluster: HOST:PORT, or auto.")] = "",
 ) -> None:
     "Classify images with a run's bundle; needs neither torch nor the training packages."
     from cvnb.export.bundle import Bundle
@@ -423,7 +432,10 @@ def predict_command(
         if as_json or "-" in images:
             other = "--json prints" if as_json else "standard input is read for"
             raise UsageError(f"{other} single answers, and --out writes a file", "Leave one of them out.")
-        return _predict_to_file(Bundle.load(model, max_megapixels=max_megapixels), images, out.expanduser(), jobs)
+        bundle = Bundle.load(model, max_megapixels=max_megapixels)
+        cluster = _choose_cluster(engine, address)
+        return _predict_to_file(bundle, images, out.expanduser(), jobs, cluster, max_megapixels)
+    if engine or address: raise UsageError("--engine and --address need --out", "Add --out FILE.")
     paths = _list_paths([image for image in images if image != "-"], recursive)
     batches = dict(batch_size=1) if "-" in images else {}   # an answer does not wait for the next path
     given = itertools.chain(paths, _read_paths(recursive)) if "-" in images else paths
@@ -450,6 +462,19 @@ def predict_command(
     if unreadable and n > 1:
         raise CvnbError(f"{len(unreadable)} of {n} images could not be read", "The lines above name them.")
     if unreadable: raise typer.Exit(1)
+
+# %% ../../nbs/cli/03_runs.ipynb #48326fb3
+def _choose_cluster(
+    engine: str,    # "threads", "ray" or ""
+    address: str,   # of a Ray cluster, or ""
+) -> str:           # address of the cluster; empty: this machine
+    "Read the two options that say where images are classified."
+    engine = engine or ("ray" if address else "threads")
+    known = ["threads", "ray"]
+    if engine not in known: raise UsageError(f"no engine '{engine}'", did_you_mean(engine, known))
+    if address and engine == "threads":
+        raise UsageError(f"--address {address} is that of a Ray cluster", "Drop it, or add --engine ray.")
+    return (address or "auto") if engine == "ray" else ""
 
 # %% ../../nbs/cli/03_runs.ipynb #699e0587
 def verify_command(

@@ -9,7 +9,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -171,13 +171,21 @@ class LimitedModel(OnnxModel):
         seconds: float = 0,   # for the whole call; 0: `max_seconds` for each image
         output: str = "",     # name of another output than the first, such as "features"
     ) -> np.ndarray:          # float32 (N, …)
+        return self.run(images, seconds, [output or self._output])[0]
+
+    def run(self,
+        images: np.ndarray,   # uint8 (N, H, W, 3)
+        seconds: float = 0,   # for the whole call; 0: `max_seconds` for each image
+        outputs: Sequence[str] = (),   # names; empty: all
+    ) -> list[np.ndarray]:    # each float32 (N, …)
+        "Compute several outputs in one call."
         import onnxruntime as ort
         options = ort.RunOptions()
         options.log_severity_level = 4   # the error below says it
         seconds = seconds or self.max_seconds * max(1, len(images))
         try:
             with _WATCHDOG.limit(seconds, lambda: setattr(options, "terminate", True)):
-                return self.session.run([output or self._output], {self._input: images}, options)[0]
+                return self.session.run(list(outputs) or None, {self._input: images}, options)
         except Exception as e:   # ONNX Runtime raises a class per error code, with no base but Exception
             reason = str(e).splitlines()[0].rpartition("Status Message: ")[2]
             remedy = "Take smaller images or another bundle."

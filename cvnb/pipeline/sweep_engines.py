@@ -27,7 +27,8 @@ from .params import Contract, check_parameters, read_contracts
 from .runner import Progress, RunParameters, run_pipeline, run_stage
 
 # %% auto #0
-__all__ = ['ENGINES', 'reuse_stage', 'run_trial', 'trial_error', 'serve_trials', 'ProcessEngine', 'check_reachable', 'RayEngine']
+__all__ = ['ENGINES', 'reuse_stage', 'run_trial', 'trial_error', 'serve_trials', 'ProcessEngine', 'check_reachable',
+           'connect_to_ray', 'RayEngine']
 
 # %% ../../nbs/pipeline/09_sweep_engines.ipynb #8df32108
 def _link_or_copy(
@@ -195,6 +196,22 @@ def check_reachable(
         raise OSError(f"it listens on {host} alone, and Ray uses {own}; RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 "
                       "makes Ray stay on 127.0.0.1") from None
 
+# %% ../../nbs/pipeline/09_sweep_engines.ipynb #c3842a07
+def connect_to_ray(
+    address: str = "auto",   # of the cluster: HOST:PORT, ray://HOST:PORT, or auto
+) -> Any:                    # the module `ray`
+    "Connect this process to a Ray cluster; raise `UsageError` without Ray, and if no cluster answers."
+    try: import ray
+    except ModuleNotFoundError: raise UsageError("Ray is not installed", "pip install 'cvnb[ray]'") from None
+    try:
+        check_reachable(address, ray.util.get_node_ip_address())
+        ray.init(address, log_to_driver=False, logging_level="ERROR", namespace="cvnb", configure_logging=False)
+    except (ValueError, RuntimeError, OSError, OverflowError) as e:
+        what = f"no Ray cluster answers at {address} ({shorten(str(e).splitlines()[0], 160)})"
+        remedy = "Start one with `ray start --head --disable-usage-stats`, or give its --address HOST:PORT."
+        raise UsageError(what, remedy) from None
+    return ray
+
 # %% ../../nbs/pipeline/09_sweep_engines.ipynb #ef18b290
 class RayEngine:
     "Run trials as tasks of a Ray cluster."
@@ -204,16 +221,8 @@ class RayEngine:
         jobs: int = 0,           # trials at a time; by default one per processor of the cluster
         address: str = "auto",   # of the cluster: HOST:PORT, ray://HOST:PORT, or auto
     ):
-        try: import ray
-        except ModuleNotFoundError: raise UsageError("Ray is not installed", "pip install 'cvnb[ray]'") from None
+        ray = connect_to_ray(address)
         self.ray = ray
-        try:
-            check_reachable(address, ray.util.get_node_ip_address())
-            ray.init(address, log_to_driver=False, logging_level="ERROR", namespace="cvnb", configure_logging=False)
-        except (ValueError, RuntimeError, OSError, OverflowError) as e:
-            what = f"no Ray cluster answers at {address} ({shorten(str(e).splitlines()[0], 160)})"
-            remedy = "Start one with `ray start --head --disable-usage-stats`, or give its --address HOST:PORT."
-            raise UsageError(what, remedy) from None
         total = ray.cluster_resources()
         self.jobs = jobs or max(1, int(total.get("CPU", 1)))
         self.task = ray.remote(num_cpus=1, num_gpus=1 if total.get("GPU") else 0, max_retries=5)(trial_error)

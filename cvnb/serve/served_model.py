@@ -98,6 +98,8 @@ class ServedModel:
         self.labels = bundle.labels
         self.output: str = bundle.description["output"]["name"]
         self.loaded = timestamp()
+        declared = bundle.description.get("features") if isinstance(bundle.model, LimitedModel) else None
+        self.features: str = declared["name"] if declared else ""   # name of the output; empty: there is none
 
     @property
     def key(self) -> tuple[str, str]:   # name and version
@@ -131,7 +133,23 @@ class ServedModel:
         deadline: float,            # of `time.monotonic`
     ) -> np.ndarray:                # float32 (N, number of labels)
         "Run the model; raise `RequestError` if it takes too long, needs too much memory or fails."
-        try: return predict_mixed_sizes(lambda batch: self._call(batch, deadline), images)
+        return self._run(images, lambda batch: self._call(batch, deadline), deadline)
+
+    def predict_with_features(self,
+        images: list[np.ndarray],   # each uint8 (H, W, 3)
+        deadline: float,            # of `time.monotonic`
+    ) -> tuple[np.ndarray, np.ndarray | None]:   # as of `predict`; features float32 (N, D), None without them
+        "Run the model once for predictions and features, as the request log has them."
+        if not self.features: return self.predict(images, deadline), None
+        found = self._run(images, lambda batch: self._call_for_both(batch, deadline), deadline)
+        return found[:, :len(self.labels)], found[:, len(self.labels):]
+
+    def _run(self,
+        images: list[np.ndarray],   # each uint8 (H, W, 3)
+        call: Callable[[np.ndarray], np.ndarray],   # runs the model on a batch
+        deadline: float,            # of `time.monotonic`
+    ) -> np.ndarray:                # float32 (N, …)
+        try: return predict_mixed_sizes(call, images)
         except (CvnbError, MemoryError) as e:
             if isinstance(e, RequestError): raise
             if time.monotonic() >= deadline: raise _late(self.options.seconds) from None
@@ -140,11 +158,21 @@ class ServedModel:
             raise RequestError(500, "model", "the model failed; the server's log has the reason") from e
 
     def _call(self, batch: np.ndarray, deadline: float) -> np.ndarray:
-        left = deadline - time.monotonic()
-        if left <= 0: raise _late(self.options.seconds)
+        left = self._seconds_left(deadline)
         model = self.bundle.model
         found = model(batch, left) if isinstance(model, LimitedModel) else model(batch)
         return check_predictions(self.task, found, len(batch), len(self.labels), self.bundle.folder)
+
+    def _call_for_both(self, batch: np.ndarray, deadline: float) -> np.ndarray:   # predictions and features
+        names = [self.output, self.features]
+        found, features = self.bundle.model.run(batch, self._seconds_left(deadline), names)
+        checked = check_predictions(self.task, found, len(batch), len(self.labels), self.bundle.folder)
+        return np.concatenate([checked, features], 1)
+
+    def _seconds_left(self, deadline: float) -> float:
+        left = deadline - time.monotonic()
+        if left <= 0: raise _late(self.options.seconds)
+        return left
 
 # %% ../../nbs/serve/06_served_model.ipynb #72c73766
 def _late(

@@ -74,6 +74,7 @@ class Call:
     queued: float           # of `time.perf_counter`
     pinned: bool = False    # whether the client wants this version and no other
     fallback: str = ""      # of `FALLBACKS`; what answered in place of the model, if it failed
+    features: np.ndarray | None = None   # float32 (N, D), for the log, where the bundle gives them
 
     @property
     def note(self) -> dict[str, str]:   # empty where the model itself answered
@@ -377,6 +378,7 @@ def _log(self: Service,
     prediction = answer.get("label", answer.get("labels"))
     probabilities = [round(v, 6) for v in values.tolist()] if call.fallback != NO_ANSWER else None
     extra = call.note | (dict(clipped=answer["clipped"]) if "clipped" in answer else {})
+    if call.features is not None: extra |= dict(features=[round(v, 4) for v in call.features[index].tolist()])
     self.log.add(dict(time=time.time(), id=call.id, index=index, model=call.model.name, version=call.model.version,
                       prediction=prediction, probabilities=probabilities, image=measure_image(pixels)) | extra, image)
 
@@ -408,7 +410,8 @@ def _predict_once(self: Service,
     "Decode the images, and run the model of a request."
     pixels, clipped = self._decode(call, images)
     begin = time.perf_counter()
-    found = call.model.predict(pixels, call.deadline)
+    if self.log: found, call.features = call.model.predict_with_features(pixels, call.deadline)
+    else: found = call.model.predict(pixels, call.deadline)
     self.metrics.count_step("model", time.perf_counter() - begin, call.model.key)
     return pixels, clipped, found
 
@@ -424,6 +427,7 @@ def _run_model(self: Service,
     if call.fallback != NO_ANSWER: found = self._predict_once(call, images)
     else:
         pixels, clipped = self._decode(call, images)
+        call.features = None
         found = pixels, clipped, np.full((len(pixels), len(call.model.labels)), np.nan, np.float32)
     self.metrics.fallbacks.labels(call.fallback).inc()
     return found

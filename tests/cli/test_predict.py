@@ -270,3 +270,53 @@ def test_wrong_files_are_refused_in_one_line(call, photos, tmp_path, monkeypatch
     code, _, error = call(given, "--out", *args)
     assert code == 2 and message in error[-1] and (tmp_path/"old.csv").read_text() == "mine"
     assert not (tmp_path/"out.csv").exists()
+
+
+def test_options_of_a_cluster_are_refused_where_they_do_nothing(call, photos, tmp_path):
+    for args, message in [
+        ((photos[0], "--engine", "ray"), "--engine and --address need --out. Add --out FILE."),
+        ((photos[0], "--out", tmp_path/"a.csv", "--engine", "rey"), "no engine 'rey'. Did you mean 'ray'?"),
+        ((photos[0], "--out", tmp_path/"a.csv", "--engine", "threads", "--address", "1.2.3.4:5"),
+         "--address 1.2.3.4:5 is that of a Ray cluster. Drop it, or add --engine ray.")]:
+        code, out, error = call(*args)
+        assert code == 2 and error[-1] == f"cvnb: {message}" and not (tmp_path/"a.csv").exists()
+    code, _, error = call(photos[0], "--out", tmp_path/"a.csv", "--address", "127.0.0.1:1")
+    assert code == 2 and "no Ray cluster answers at 127.0.0.1:1" in error[-1] and len(error[-1]) < 400
+
+
+@pytest.fixture
+def ray_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+    "Two nodes with one processor each."
+    monkeypatch.setenv("RAY_USAGE_STATS_REPORT_URL", "http://127.0.0.1:9")   # else the head reports that it does not
+    from ray.cluster_utils import Cluster
+    cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=False))
+    cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_cluster_that_loses_a_node_gives_the_answers_of_one_machine(bundle, call, tmp_path, ray_cluster):
+    folder = tmp_path/"many"
+    folder.mkdir()
+    for i in range(6000): Image.new("RGB", (4, 4), (i % 256, i // 256, 90)).save(folder/f"{i:04}.png")
+    (folder/"0123.png").write_text("words")
+    args = [Path(sys.executable).with_name("cvnb"), "predict", str(bundle), str(folder), "--out"]
+    with open(tmp_path/"log", "w") as log:
+        process = subprocess.Popen([*args, tmp_path/"ray.jsonl", "--address", ray_cluster.address], stderr=log)
+    journal = tmp_path/"ray.jsonl.part"
+    deadline = time.monotonic() + 300
+    while not journal.exists() or journal.read_bytes().count(b"\n") < 300:
+        assert process.poll() is None and time.monotonic() < deadline, (tmp_path/"log").read_text()
+        time.sleep(0.05)
+    answered = journal.read_bytes().count(b"\n")
+    ray_cluster.remove_node(next(iter(ray_cluster.worker_nodes)), allow_graceful=False)
+    assert process.wait(400) == 1, "one file is no image"
+    assert answered < 5000, "the node was lost while there was work"
+    code, _, error = call(folder, "--out", tmp_path/"threads.jsonl")
+    assert code == 1 and error[-1] == "cvnb: 1 of 6,000 images could not be read. The column error says why."
+    assert (tmp_path/"log").read_text().splitlines()[-1] == error[-1]
+    rows = [sorted((tmp_path/f"{name}.jsonl").read_text().splitlines()) for name in ("ray", "threads")]
+    assert len(rows[0]) == 6000 and rows[0] == rows[1]

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from servers import cvnb, encode, serving
+from servers import cvnb, encode, serving, write_served_bundle
 
 from cvnb.serve.request_log import RequestLog, read_request_log
 
@@ -41,6 +41,22 @@ def test_log_holds_what_was_answered(served_bundle: Path, photo: np.ndarray, tmp
     assert file.name == f"requests-{first['time'][:13]}.jsonl.gz" and stat.S_IMODE(file.stat().st_mode) == 0o600
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert len(gzip.decompress(file.read_bytes()).splitlines()) == 3
+
+
+def test_log_holds_features_where_the_bundle_gives_them(photo: np.ndarray, tmp_path: Path) -> None:
+    bundle = write_served_bundle(tmp_path/"run", features=True)
+    with serving(tmp_path/"log", bundle, "--log", tmp_path/"requests") as server:
+        raw = np.zeros((2, 20, 30, 3), int)
+        raw[1] = (10, 20, 30)
+        answer = server.ask("/predict", encode(photo)).json
+        tensor = dict(name="images", datatype="UINT8", shape=[2, 20, 30, 3], data=raw.ravel().tolist())
+        server.infer(dict(inputs=[tensor]))
+        assert server.stop() == 0
+    first, second, third = read_request_log(tmp_path/"requests")
+    assert first["features"] == pytest.approx(photo.mean((0, 1)), abs=0.02), "the mean colours"
+    assert first["prediction"] == answer["label"] and "features" not in answer
+    assert (second["features"], third["features"]) == ([0.0] * 3, pytest.approx([10, 20, 30], abs=1e-3))
+    assert first["probabilities"] == pytest.approx([*answer["probabilities"].values()], abs=1e-6)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
