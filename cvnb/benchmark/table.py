@@ -18,7 +18,7 @@ from .timing import Measurements, Timings, measure_candidates, median_latency, r
 from .timing import speed_ratio, tail_latency
 from .workers import Candidate
 from ..data.images import DEFAULT_DECODING, Decoding
-from ..export.runtimes import MODELS, RUNTIMES, read_pixels
+from ..export.runtimes import MODELS, RUNTIMES, model_size_mb, read_pixels
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['BASELINE', 'PEER', 'OTHER_ANSWERS', 'list_candidates', 'list_left_out', 'sample_files', 'sample_images',
-           'model_size_mb', 'benchmark_rows', 'headline_columns', 'benchmark_table', 'Benchmark', 'benchmark_notes',
+           'benchmark_rows', 'headline_columns', 'format_interval', 'benchmark_table', 'Benchmark', 'benchmark_notes',
            'run_benchmark']
 
 # %% ../../nbs/benchmark/03_table.ipynb #30c8bc51
@@ -86,15 +86,6 @@ def sample_images(
 BASELINE = ("trained", "torch eager")   # of `speedup`
 PEER = ("trained", "openvino int8")     # of `vs_peer`
 OTHER_ANSWERS = " (other answers)"      # behind the runtime of a row whose answers differ from torch's
-
-# %% ../../nbs/benchmark/03_table.ipynb #5a684196
-def model_size_mb(
-    path: str,   # a model file, or a folder with model.safetensors
-) -> float:      # megabytes
-    "Return how large a model is on disk, with the file of weights beside an .xml file."
-    file = Path(path)/"model.safetensors" if Path(path).is_dir() else Path(path)
-    weights = [file.with_suffix(".bin")] if file.suffix == ".xml" and file.with_suffix(".bin").exists() else []
-    return sum(part.stat().st_size for part in (file, *weights)) / 1e6
 
 # %% ../../nbs/benchmark/03_table.ipynb #b4b5fb51
 def _interval_columns(
@@ -181,7 +172,7 @@ def headline_columns(
     return _HEADLINES.get(clock) or {f"{title} (void)": column for title, column in _HEADLINES["wall"].items()}
 
 # %% ../../nbs/benchmark/03_table.ipynb #c8c7d49b
-def _format_interval(
+def format_interval(
     row: dict[str, Any],   # from `benchmark_rows`
     name: str,             # of a column
     digits: int,           # after the point
@@ -215,13 +206,13 @@ def benchmark_table(
     every_core = [key for key in ("images_per_s_batch_all_threads",) if has(key)]
     shown = lambda r: {
         "model": r["model"], "runtime": r["runtime"] + OTHER_ANSWERS * (r.get("agrees") is False),
-        **{title: _format_interval(r, column, 4) for title, column in optimised.items()},
-        "accuracy": f"{_format_interval(r, 'accuracy', 4)} (n={r['n']})",
-        **{title: _format_interval(r, column, digits[column]) for title, column in columns.items()},
-        **{f"{title}{void[clock]}": _format_interval(r, column, 2)
+        **{title: format_interval(r, column, 4) for title, column in optimised.items()},
+        "accuracy": f"{format_interval(r, 'accuracy', 4)} (n={r['n']})",
+        **{title: format_interval(r, column, digits[column]) for title, column in columns.items()},
+        **{f"{title}{void[clock]}": format_interval(r, column, 2)
            for title, column, clock in _MORE_TITLES if has(column)},
-        f"p90 ms{wall}": _format_interval(r, "p90_ms", 3),
-        f"p99 ms{wall}": _format_interval(r, "p99_ms", 3),
+        f"p90 ms{wall}": format_interval(r, "p90_ms", 3),
+        f"p99 ms{wall}": format_interval(r, "p99_ms", 3),
         f"images/s{wall}": f"{r['images_per_s']:.0f}",
         f"images/s, batch {r['batch_size']}{wall}": f"{r['images_per_s_batch']:.0f}",
         **{f"images/s, batch {r['batch_size']}, every core{wall}": f"{r[key] or 0:.0f}" for key in every_core},

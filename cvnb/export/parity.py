@@ -17,7 +17,7 @@ import numpy as np
 from ..core.errors import CvnbError
 from ..data.images import DEFAULT_DECODING, Decoding
 from .decoding_parity import DecodingParity, compare_decodings
-from .runtimes import MODELS, RUNTIMES, Runtime, predict_files
+from .runtimes import MODELS, RUNTIMES, Runtime, model_size_mb, predict_files
 from ..metrics.decision import DecisionRule
 
 if TYPE_CHECKING:
@@ -144,6 +144,7 @@ class ParityReport:
     left_out: dict[str, str]                       # "model, runtime" -> why it was not compared
     decodings: DecodingParity                      # pixels compared, and on which inputs
     answers: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)   # model -> runtime -> int (N,), classes
+    size_mb: dict[str, dict[str, float]] = field(default_factory=dict)   # model -> runtime -> megabytes of its files
 
     @property
     def notes(self) -> list[str]:   # one line per runtime that was left out, and one for inputs without a comparison
@@ -193,9 +194,20 @@ class ParityReport:
     def to_json(self) -> list[dict[str, Any]]:   # one record per model and runtime
         "Convert the comparisons to JSON types."
         pairs = [(model, result) for model, results in self.results.items() for result in results.values()]
-        return [dict(model=model, **asdict(result)) for model, result in pairs]
+        size_mb = lambda model, runtime: self.size_mb.get(model, {}).get(runtime)
+        return [dict(model=model, **asdict(result), size_mb=size_mb(model, result.runtime)) for model, result in pairs]
 
 # %% ../../nbs/export/04_parity.ipynb #b09285da
+def _file_sizes(
+    run: Path,       # the run directory, which has the exported files
+    model: str,      # its name in `MODELS`
+    runtimes: Iterable[str],   # names
+) -> dict[str, float]:         # runtime -> megabytes; none for a model that is in memory only
+    "Read how large the files of a model are."
+    paths = {name: RUNTIMES[name].model_path(run, model) for name in runtimes}
+    written = {name: path for name, path in paths.items() if path.is_file() or (path/"model.safetensors").is_file()}
+    return {name: model_size_mb(path) for name, path in written.items()}
+
 def check_parity(
     models: dict[str, VisionModel],   # by their names in `MODELS`
     run: Path,                        # the run directory, which has the exported files
@@ -213,6 +225,7 @@ def check_parity(
     correct = {}
     answers = {}
     left_out = {}
+    size_mb = {}
     for name, model in models.items():
         task = task_of(model.spec)
         labels = task.encode(test.label, classes, test.path)
@@ -220,10 +233,11 @@ def check_parity(
         results[name] = compare_runtimes(predictions, labels, test.path, image_groups(test), task.rule, objective)
         answers[name] = {runtime: task.rule.decide(found) for runtime, found in predictions.items()}
         correct[name] = {runtime: found == labels for runtime, found in answers[name].items()}
+        size_mb[name] = _file_sizes(run, name, predictions)
         reasons = {f"{name}, {runtime.name}": runtime.missing_reason(run, name) for runtime in _compared_runtimes()}
         left_out |= {candidate: reason for candidate, reason in reasons.items() if reason}
     decodings = compare_decodings(root, test.path, decoding, train)
-    return ParityReport(results, correct, left_out, decodings, answers)
+    return ParityReport(results, correct, left_out, decodings, answers, size_mb)
 
 # %% ../../nbs/export/04_parity.ipynb #5ed5f849
 def choose_shipped_model(

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['Predict', 'MEMORY_SHARE', 'MAX_SECONDS', 'MODELS', 'RUNTIMES', 'BATCH_SIZE', 'BATCH_BYTES', 'has_exact_int8',
-           'open_session', 'OnnxModel', 'LimitedModel', 'load_torch', 'load_openvino', 'Runtime', 'count_outputs',
-           'predict_batches', 'predict_mixed_sizes', 'batch_by_memory', 'read_pixels', 'read_and_count',
-           'predict_files']
+           'open_session', 'OnnxModel', 'LimitedModel', 'load_torch', 'load_openvino', 'Runtime', 'model_size_mb',
+           'count_outputs', 'predict_batches', 'predict_mixed_sizes', 'batch_by_memory', 'read_pixels',
+           'read_and_count', 'predict_files']
 
 # %% ../../nbs/export/01_runtimes.ipynb #94d47179
 Predict = Callable[[np.ndarray], np.ndarray]   # uint8 (N, H, W, 3) to predictions of the task (N, …)
@@ -251,6 +251,11 @@ class Runtime:
     reference_tolerance: float = 1e-3   # difference of a probability between machines that `Bundle.verify` accepts
 
     @property
+    def engine(self) -> str:   # such as "onnx"
+        "Name what runs the model, without the precision."
+        return self.name.removesuffix(f" {self.precision}")
+
+    @property
     def installed(self) -> bool:   # whether it can be loaded here
         "Look for its package without importing it."
         return find_spec(self.package) is not None
@@ -292,6 +297,15 @@ _ENTRIES = [
             metric_suffix="openvino_int8", marker="v", is_peer=True, stage="benchmark"),   # OpenVINO's own quantization
 ]
 RUNTIMES: dict[str, Runtime] = {runtime.name: runtime for runtime in _ENTRIES}
+
+# %% ../../nbs/export/01_runtimes.ipynb #ef4eb3a1
+def model_size_mb(
+    path: Path | str,   # a model file, or a folder with model.safetensors
+) -> float:             # megabytes
+    "Return how large a model is on disk, with the file of weights beside an .xml file."
+    file = Path(path)/"model.safetensors" if Path(path).is_dir() else Path(path)
+    weights = [file.with_suffix(".bin")] if file.suffix == ".xml" and file.with_suffix(".bin").exists() else []
+    return sum(part.stat().st_size for part in (file, *weights)) / 1e6
 
 # %% ../../nbs/export/01_runtimes.ipynb #f757520d
 def count_outputs(
