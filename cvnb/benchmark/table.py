@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,7 @@ __all__ = ['BASELINE', 'PEER', 'OTHER_ANSWERS', 'list_candidates', 'list_left_ou
 def _candidate_reasons(
     run: Path,                  # a run directory
     exclude: Collection[str],   # packages whose runtimes are left out
+    refused: Mapping[str, str],   # "model, runtime" -> why the export stage could not run it
 ) -> dict[Candidate, str]:      # candidate -> why it cannot be measured; "" where it can
     "List every candidate with the reason for leaving it out."
     pairs = [(model, r) for model in MODELS for r in RUNTIMES.values() if not r.is_peer]
@@ -43,24 +44,28 @@ def _candidate_reasons(
     reasons = {}
     for model, r in pairs:
         excluded = f"package {r.package} is excluded" if r.package in exclude else ""
-        reasons[Candidate(model, r, str(r.model_path(run, model)))] = excluded or r.missing_reason(run, model)
+        candidate = Candidate(model, r, str(r.model_path(run, model)))
+        reasons[candidate] = excluded or refused.get(candidate.name) or r.missing_reason(run, model)
     return reasons
 
 # %% ../../nbs/benchmark/03_table.ipynb #a814450e
 def list_candidates(
     run: Path,                      # a run whose export has finished
     exclude: Collection[str] = (),  # packages whose runtimes are left out
+    refused: Mapping[str, str] | None = None,   # of export.json: "model, runtime" -> why it could not run its file
 ) -> list[Candidate]:
     "List what a run's benchmark compares."
-    return [candidate for candidate, reason in _candidate_reasons(run, exclude).items() if not reason]
+    return [candidate for candidate, reason in _candidate_reasons(run, exclude, refused or {}).items() if not reason]
 
 # %% ../../nbs/benchmark/03_table.ipynb #01459d3e
 def list_left_out(
     run: Path,                      # a run whose export has finished
     exclude: Collection[str] = (),  # packages whose runtimes are left out
+    refused: Mapping[str, str] | None = None,   # of export.json: "model, runtime" -> why it could not run its file
 ) -> dict[str, str]:                # such as "trained, openvino int8" -> "package openvino is not installed"
     "List what a run's benchmark leaves out, and why."
-    return {candidate.name: reason for candidate, reason in _candidate_reasons(run, exclude).items() if reason}
+    reasons = _candidate_reasons(run, exclude, refused or {})
+    return {candidate.name: reason for candidate, reason in reasons.items() if reason}
 
 # %% ../../nbs/benchmark/03_table.ipynb #49e28887
 def sample_files(

@@ -403,6 +403,19 @@ def _predict_to_file(
     if file.n_errors:
         raise CvnbError(f"{file.n_errors:,} of {n:,} images could not be read", "The column error says why.")
 
+def _load_bundle(
+    model: Path,             # run directory or bundle
+    max_megapixels: float,   # largest image that is decoded; 0: as in the audit
+) -> Any:                    # a `Bundle`
+    "Load a bundle, and print its warnings as a line each."
+    import warnings
+
+    from cvnb.export.bundle import Bundle
+    with warnings.catch_warnings(record=True, action="always") as found:
+        bundle = Bundle.load(model, max_megapixels=max_megapixels)
+    for warning in found: print(f"! {printable(str(warning.message), 500)}", file=sys.stderr)
+    return bundle
+
 def predict_command(
     model: Annotated[Path, typer.Argument(help="Run directory or bundle.")],
     images: Annotated[list[str], typer.Argument(
@@ -418,16 +431,15 @@ def predict_command(
         help="Threads that decode images ahead, with --out. Default: one per core.", min=0)] = 0,
 ) -> None:
     "Classify images with a run's bundle; needs neither torch nor the training packages."
-    from cvnb.export.bundle import Bundle
     if out:
         if as_json or "-" in images:
             other = "--json prints" if as_json else "standard input is read for"
             raise UsageError(f"{other} single answers, and --out writes a file", "Leave one of them out.")
-        return _predict_to_file(Bundle.load(model, max_megapixels=max_megapixels), images, out.expanduser(), jobs)
+        return _predict_to_file(_load_bundle(model, max_megapixels), images, out.expanduser(), jobs)
     paths = _list_paths([image for image in images if image != "-"], recursive)
     batches = dict(batch_size=1) if "-" in images else {}   # an answer does not wait for the next path
     given = itertools.chain(paths, _read_paths(recursive)) if "-" in images else paths
-    bundle = Bundle.load(model, max_megapixels=max_megapixels)
+    bundle = _load_bundle(model, max_megapixels)
     if bundle.decision_note: print(f"- {printable(bundle.decision_note, 500)}", file=sys.stderr)
     unreadable: list[Any] = []
     n_answers = 0

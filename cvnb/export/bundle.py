@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 import zipfile
 import zlib
 from collections import deque
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['bundle_runtimes', 'bundle_files', 'described_runtimes', 'write_bundle', 'reference_rows', 'find_bundle', 'Bundle',
-           'check_files', 'to_image_array', 'verify_bundle', 'bundle_digest']
+           'check_files', 'OtherVersion', 'to_image_array', 'verify_bundle', 'bundle_digest']
 
 # %% ../../nbs/export/05_bundle.ipynb #e8b9a841
 def bundle_runtimes() -> dict[str, Runtime]:   # by name, in the order of `RUNTIMES`
@@ -65,6 +66,12 @@ _INPUT = dict(name="images", dtype="uint8", shape=["batch", "height", "width", 3
               values="0 … 255, as decoded", preprocessing="resize and normalisation are in the graph")
 
 # %% ../../nbs/export/05_bundle.ipynb #93bc0242
+def _runtime_versions(
+    description: dict[str, Any],   # bundle.json, or what it is made from
+) -> dict[str, str]:               # package -> version
+    "Read the versions of the packages that run a bundle's files."
+    return {runtime.package: runtime.version for runtime in described_runtimes(description).values()}
+
 def _describe_bundle(
     folder: Path,              # has `bundle_files`
     spec: ModelSpec,           # what the model is
@@ -83,7 +90,8 @@ def _describe_bundle(
     return dict(task=spec.task, labels=spec.classes,
                 input=_INPUT | dict(resized_to=spec.image_size) | unusual, output=output,
                 temperature=spec.temperature, thresholds=spec.thresholds, costs=spec.costs,
-                backbone=spec.backbone, **details, files=files, cvnb=cvnb.__version__)
+                backbone=spec.backbone, **details, files=files, checked_with=_runtime_versions(details),
+                cvnb=cvnb.__version__)
 
 # %% ../../nbs/export/05_bundle.ipynb #0ec5e800
 def _reference_key(
@@ -265,6 +273,22 @@ def _check_session(
         raise CvnbError(f"{file} has the inputs and outputs {printable(found)}, and bundle.json declares "
                         f"{printable(declared)}", _REMEDY)
 
+# %% ../../nbs/export/05_bundle.ipynb #e73d58f5
+class OtherVersion(UserWarning):
+    "A bundle runs in another version of a runtime than the one that it was checked with."
+
+def _version_note(
+    folder: Path,                  # the bundle
+    description: dict[str, Any],   # bundle.json
+    runtime: Runtime,              # whose package is imported
+) -> str:                          # a sentence; empty for the same version, or where none is known
+    "Compare the version of a runtime with the one that a bundle was checked with."
+    package = runtime.package
+    known = description.get("checked_with", {}).get(package)
+    if known in (None, runtime.version): return ""
+    return (f"{folder} was checked with {package} {known}, and here is {package} {runtime.version}: "
+            f"`cvnb verify {folder}` checks it again")
+
 # %% ../../nbs/export/05_bundle.ipynb #2d0c6c23
 @patch(cls_method=True)
 def load(cls: Bundle,
@@ -287,6 +311,9 @@ def load(cls: Bundle,
     check_files(folder, description, [file.name, "labels.txt"])
     _check_labels(folder, description)
     if runtime.package == "onnxruntime": _check_metadata(file, description)
+    if not runtime.installed:
+        raise CvnbError(f"{file} needs the package {runtime.package}, and it is not installed",
+                        f"Install {runtime.package}.")
     limited = runtime.load is OnnxModel
     model = LimitedModel(file, threads, max_seconds, spinning) if limited else runtime.load(file, threads)
     if limited: _check_session(model, file, description)
@@ -294,6 +321,7 @@ def load(cls: Bundle,
         raise CvnbError(f"{folder/'bundle.json'} does not belong to {file.name}", _REMEDY)
     bundle = cls(folder, description, model, runtime)
     if max_megapixels: bundle.decoding = replace(bundle.decoding, max_megapixels=max_megapixels)
+    if note := _version_note(folder, description, runtime): warnings.warn(note, OtherVersion, stacklevel=2)
     return bundle
 
 # %% ../../nbs/export/05_bundle.ipynb #145a083a
@@ -449,9 +477,13 @@ def verify_bundle(
     for name, runtime in described_runtimes(description).items():
         file = runtime.file_name("model")
         if not runtime.installed: raise CvnbError(f"{file} needs the package {runtime.package}", "Install it.")
-        bundle = Bundle.load(folder, name, threads=1)
+        with warnings.catch_warnings(action="ignore", category=OtherVersion):   # the row below says it
+            bundle = Bundle.load(folder, name, threads=1)
         found = bundle.verify()
-        rows += [row("labels", file, f"{len(bundle.labels)} labels as in labels.txt and bundle.json"),
+        known = description.get("checked_with", {}).get(runtime.package, "an unknown version")
+        same = "as when it was exported" if known == runtime.version else f"it was exported with {known}"
+        rows += [row("runtime", file, f"{runtime.package} {runtime.version}, {same}"),
+                 row("labels", file, f"{len(bundle.labels)} labels as in labels.txt and bundle.json"),
                  row("inputs and outputs", file, "as bundle.json declares them"),
                  row("reference images", file, f"{found['images']} images, probabilities differ by up to "
                                                f"{found['max_difference']:.2g} ({name})")]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.errors import CvnbError
+from ..core.records import printable
 from ..data.images import DEFAULT_DECODING, Decoding
 from .decoding_parity import DecodingParity, compare_decodings
 from .runtimes import MODELS, RUNTIMES, Runtime, model_size_mb, predict_files
@@ -44,6 +45,19 @@ def _compared_runtimes() -> list[Runtime]:   # in the order of `RUNTIMES`
     return [runtime for runtime in RUNTIMES.values() if runtime.in_parity and runtime.name != REFERENCE_RUNTIME]
 
 # %% ../../nbs/export/04_parity.ipynb #ecf755f0
+def _predict_files(
+    runtime: Runtime,      # not torch
+    path: Path,            # what it loads
+    files: list[Path],     # images
+    decoding: Decoding,    # of the data set
+) -> np.ndarray:           # probabilities (N, C)
+    "Predict with a runtime; raise `CvnbError` in one line, such as for an operator that it lacks."
+    try: return predict_files(runtime.load(path, 0), files, decoding)
+    except CvnbError: raise
+    except Exception as e:   # each runtime raises classes of its own
+        reason = printable((str(e).strip().splitlines() or [type(e).__name__])[0], 160)
+        raise CvnbError(f"{runtime.name} cannot run {path.name} ({reason})", f"Update {runtime.package}.") from None
+
 def predict_with_runtimes(
     model: VisionModel,      # the model in torch
     name: str,               # its name in `MODELS`
@@ -51,6 +65,7 @@ def predict_with_runtimes(
     root: Path | str,        # the data folder
     paths: Iterable[str],    # N test images, relative to the data folder
     decoding: Decoding = DEFAULT_DECODING,   # of the data set
+    refused: dict[str, str] | None = None,   # gets the runtimes that failed, and why; None: a failure is raised
 ) -> dict[str, np.ndarray]:  # runtime -> probabilities (N, C)
     "Predict the same images in torch and in every runtime with `in_parity` that can run, each with its own decoding."
     from cvnb.data.images import load_images
@@ -61,7 +76,10 @@ def predict_with_runtimes(
     found = {REFERENCE_RUNTIME: predict_proba(model, images)}
     for runtime in _compared_runtimes():
         if runtime.missing_reason(run, name): continue
-        found[runtime.name] = predict_files(runtime.load(runtime.model_path(run, name), 0), files, decoding)
+        try: found[runtime.name] = _predict_files(runtime, runtime.model_path(run, name), files, decoding)
+        except CvnbError as e:
+            if runtime.in_bundle or refused is None: raise
+            refused[runtime.name] = e.what
     return found
 
 # %% ../../nbs/export/04_parity.ipynb #641f699b
@@ -145,6 +163,7 @@ class ParityReport:
     decodings: DecodingParity                      # pixels compared, and on which inputs
     answers: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)   # model -> runtime -> int (N,), classes
     size_mb: dict[str, dict[str, float]] = field(default_factory=dict)   # model -> runtime -> megabytes of its files
+    refused: dict[str, str] = field(default_factory=dict)   # "model, runtime" -> why it could not run its file
 
     @property
     def notes(self) -> list[str]:   # one line per runtime that was left out, and one for inputs without a comparison
@@ -225,11 +244,14 @@ def check_parity(
     correct = {}
     answers = {}
     left_out = {}
+    refused = {}
     size_mb = {}
     for name, model in models.items():
         task = task_of(model.spec)
         labels = task.encode(test.label, classes, test.path)
-        predictions = predict_with_runtimes(model, name, run, root, test.path, decoding)
+        failed: dict[str, str] = {}
+        predictions = predict_with_runtimes(model, name, run, root, test.path, decoding, failed)
+        refused |= {f"{name}, {runtime}": reason for runtime, reason in failed.items()}
         results[name] = compare_runtimes(predictions, labels, test.path, image_groups(test), task.rule, objective)
         answers[name] = {runtime: task.rule.decide(found) for runtime, found in predictions.items()}
         correct[name] = {runtime: found == labels for runtime, found in answers[name].items()}
@@ -237,7 +259,7 @@ def check_parity(
         reasons = {f"{name}, {runtime.name}": runtime.missing_reason(run, name) for runtime in _compared_runtimes()}
         left_out |= {candidate: reason for candidate, reason in reasons.items() if reason}
     decodings = compare_decodings(root, test.path, decoding, train)
-    return ParityReport(results, correct, left_out, decodings, answers, size_mb)
+    return ParityReport(results, correct, left_out | refused, decodings, answers, size_mb, refused)
 
 # %% ../../nbs/export/04_parity.ipynb #5ed5f849
 def choose_shipped_model(

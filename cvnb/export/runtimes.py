@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -259,6 +260,12 @@ class Runtime:
     def installed(self) -> bool:   # whether it can be loaded here
         "Look for its package without importing it."
         return find_spec(self.package) is not None
+
+    @property
+    def version(self) -> str:   # such as "1.32.0"
+        "Read the version of its package; raise `CvnbError` if it is not installed."
+        if not self.installed: raise CvnbError(f"package {self.package} is not installed", f"Install {self.package}.")
+        return str(import_module(self.package).__version__)
 
     def file_name(self,
         model: str,   # a key of `MODELS`; "model" in a bundle
