@@ -11,7 +11,7 @@ import warnings
 import zipfile
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -77,6 +77,7 @@ def _describe_bundle(
     spec: ModelSpec,           # what the model is
     details: dict[str, Any],   # run, shipped, metrics: what only the stage knows
     decoding: Decoding,        # of the data set
+    further: Iterable[str],    # names of files of other formats
 ) -> dict[str, Any]:           # bundle.json
     "Describe a bundle."
     from cvnb.models.vision_model import task_of
@@ -84,7 +85,7 @@ def _describe_bundle(
     task = task_of(spec)
     output = dict(name=task.output_name, dtype="float32", shape=task.output_shape(spec.classes))
     if isinstance(task, Classification): output["meaning"] = "one per label, sum 1"
-    files = {name: file_record(folder/name) for name in bundle_files(details)}
+    files = {name: file_record(folder/name) for name in [*bundle_files(details), *further]}
     usual = DEFAULT_DECODING.to_json()
     unusual = {name: value for name, value in decoding.to_json().items() if value != usual[name]}
     return dict(task=spec.task, labels=spec.classes,
@@ -120,6 +121,7 @@ def write_bundle(
     images: list[np.ndarray],   # a few raw images for the self-test, each uint8 (H, W, 3)
     details: dict[str, Any],    # run, shipped, metrics, int8 (`ships`): what only the stage knows
     decoding: Decoding = DEFAULT_DECODING,   # of the data set
+    further: Mapping[str, Path] | None = None,   # name in the bundle -> file of another format
 ) -> Path:                      # the folder
     """Write a bundle beside its place, then move it there as a whole.
 
@@ -143,7 +145,8 @@ def write_bundle(
         (temp/"labels.txt").write_text("".join(f"{name}\n" for name in spec.classes), encoding="utf-8")
         raw = {f"image_{i}": image for i, image in enumerate(images)}
         np.savez_compressed(temp/"reference.npz", **predictions, **raw)
-        description = _describe_bundle(temp, spec, details, decoding)
+        for name, file in (further or {}).items(): shutil.copyfile(file, temp/name)
+        description = _describe_bundle(temp, spec, details, decoding, further or {})
         write_record(temp/"bundle.json", check_description(to_plain(description), folder), BundleDescription)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temp, folder)

@@ -75,7 +75,7 @@ def predict_with_runtimes(
     images = load_images(root, paths, model.spec.image_size, decoding=decoding)
     found = {REFERENCE_RUNTIME: predict_proba(model, images)}
     for runtime in _compared_runtimes():
-        if runtime.missing_reason(run, name): continue
+        if not runtime.is_offered(run, name) or runtime.missing_reason(run, name): continue
         try: found[runtime.name] = _predict_files(runtime, runtime.model_path(run, name), files, decoding)
         except CvnbError as e:
             if runtime.in_bundle or refused is None: raise
@@ -256,7 +256,8 @@ def check_parity(
         answers[name] = {runtime: task.rule.decide(found) for runtime, found in predictions.items()}
         correct[name] = {runtime: found == labels for runtime, found in answers[name].items()}
         size_mb[name] = _file_sizes(run, name, predictions)
-        reasons = {f"{name}, {runtime.name}": runtime.missing_reason(run, name) for runtime in _compared_runtimes()}
+        reasons = {f"{name}, {runtime.name}": runtime.missing_reason(run, name) for runtime in _compared_runtimes()
+                   if runtime.is_offered(run, name)}
         left_out |= {candidate: reason for candidate, reason in reasons.items() if reason}
     decodings = compare_decodings(root, test.path, decoding, train)
     return ParityReport(results, correct, left_out | refused, decodings, answers, size_mb, refused)

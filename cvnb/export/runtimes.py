@@ -24,6 +24,7 @@ from ..core.errors import CvnbError, UsageError
 from ..core.records import printable
 from ..core.system import machine_info, memory_bytes, n_cores
 from ..data.images import DEFAULT_DECODING, Decoding, UnreadableImage
+from .litert import LITERT_PACKAGE, litert_ready, load_litert
 from .pixels import decode_pixels
 
 if TYPE_CHECKING:
@@ -249,6 +250,8 @@ class Runtime:
     is_peer: bool = False     # whether it runs the trained model only, as the alternative to cvnb's compression
     own_graph: bool = False   # whether the export stage chooses its graph by trial, with `write_runtime_graphs`
     stage: str = "export"     # that writes its file
+    on_request: bool = False   # whether its file is written only where a user asks for it
+    elsewhere: Callable[[], bool] = lambda: False   # whether it can run in another environment than this one
     reference_tolerance: float = 1e-3   # difference of a probability between machines that `Bundle.verify` accepts
 
     @property
@@ -258,13 +261,25 @@ class Runtime:
 
     @property
     def installed(self) -> bool:   # whether it can be loaded here
+        "Look for its package without importing it, and for another environment that has it."
+        return self.is_here or self.elsewhere()
+
+    @property
+    def is_here(self) -> bool:   # whether it runs in this environment, so that its time can be measured
         "Look for its package without importing it."
         return find_spec(self.package) is not None
+
+    def is_offered(self,
+        run: Path,    # a run directory
+        model: str,   # a key of `MODELS`
+    ) -> bool:        # False: it is not named where it cannot run
+        "Tell whether a user expects it: one with a file on request is offered where the file is."
+        return not self.on_request or self.model_path(run, model).exists()
 
     @property
     def version(self) -> str:   # such as "1.32.0"
         "Read the version of its package; raise `CvnbError` if it is not installed."
-        if not self.installed: raise CvnbError(f"package {self.package} is not installed", f"Install {self.package}.")
+        if not self.is_here: raise CvnbError(f"package {self.package} is not installed", f"Install {self.package}.")
         return str(import_module(self.package).__version__)
 
     def file_name(self,
@@ -302,6 +317,8 @@ _ENTRIES = [
             metric_suffix="openvino_fp32", marker="^", in_parity=True, own_graph=True),
     Runtime("openvino int8", load_openvino, "{model}_openvino_int8.xml", "openvino", "int8",
             metric_suffix="openvino_int8", marker="v", is_peer=True, stage="benchmark"),   # OpenVINO's own quantization
+    Runtime("litert fp32", load_litert, "{model}.tflite", LITERT_PACKAGE, "fp32", metric_suffix="litert_fp32",
+            marker="X", in_parity=True, on_request=True, elsewhere=litert_ready),
 ]
 RUNTIMES: dict[str, Runtime] = {runtime.name: runtime for runtime in _ENTRIES}
 

@@ -10,13 +10,10 @@ import onnx
 import pandas as pd
 import pytest
 import torch
-from deep_files import png
+from hard_images import CLASSES, DECODING, FILES, READER_FAULTS, SIDE, TOLERANCE, write_images
 from onnx import helper, numpy_helper
-from PIL import Image, ImageFilter
 
 from cvnb.core.errors import CvnbError
-from cvnb.data.depth import scale_of_bits
-from cvnb.data.images import Decoding
 from cvnb.export import pixels
 from cvnb.export.onnx import export_models
 from cvnb.export.parity import REFERENCE_RUNTIME, ParityReport, check_parity
@@ -25,31 +22,8 @@ from cvnb.export.runtimes import RUNTIMES, read_pixels
 from cvnb.models.vision_model import VisionModel
 from cvnb.models.weights import create_model, save_model
 
-SIDE = 32            # pixels of the network's input
-TOLERANCE = 0.01     # the export stage's default
-CLASSES = ["cat", "dog", "eel"]
-DECODING = Decoding(scale_of_bits(12))
-SIZES = {"large.png": (1000, 700), "tall.png": (96, 250), "fits.png": (32, 32), "small.png": (20, 15)}
-FILES = [*SIZES, "turned.jpg", "deep.png"]
 ONNX_FILES = {name: r for name, r in RUNTIMES.items()
               if r.in_parity and r.precision == "fp32" and r.file.endswith(".onnx") and r.device == "cpu"}
-
-
-def write_images(folder: Path) -> None:
-    "Write images with fine stripes, three colours that differ, a turned photograph and one of 12 bits."
-    rng = np.random.default_rng(0)
-    for name, (width, height) in SIZES.items():
-        rows, columns = np.mgrid[:height, :width]
-        stripes = 128 + 100 * np.sin(0.9 * rows + 0.4 * columns)[..., None] * [1, 0.2, 0.6]
-        values = (stripes * [1, 0.5, 0.8] + rng.normal(0, 15, (height, width, 3))).clip(0, 255)
-        Image.fromarray(values.astype(np.uint8)).save(folder/name)
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    ramp = np.linspace(0, 255, 90 * 60).reshape(60, 90)
-    turned = np.stack([ramp, ramp.T.reshape(60, 90), 255 - ramp], 2).astype(np.uint8)
-    Image.fromarray(turned).filter(ImageFilter.BoxBlur(1)).save(folder/"turned.jpg", exif=exif)
-    deep = rng.integers(500, 4096, (48, 64, 3), dtype=np.uint16)
-    (folder/"deep.png").write_bytes(png(deep, 2))
 
 
 @pytest.fixture(scope="module")
@@ -121,9 +95,6 @@ def read_as_channels_first(graph: onnx.GraphProto) -> None:
 GRAPH_FAULTS: dict[str, Callable[[onnx.GraphProto], None]] = {
     "BGR": swap_red_and_blue, "mean": change_the_mean, "resize": resize_without_antialiasing,
     "layout": read_as_channels_first}
-READER_FAULTS = {   # function of the bundle's reader -> what it does instead
-    "EXIF": ("_read_orientation", lambda image: 1),
-    "depth": ("_scale_levels", lambda values, scale: ((values >> 8).astype(np.uint8), 0.0))}
 
 
 @pytest.mark.parametrize("runtime", ONNX_FILES)
