@@ -301,6 +301,7 @@ def load(cls: Bundle,
     max_megapixels: float = 0,   # largest image that is decoded, in millions of pixels; 0: as in the audit
     max_seconds: float = MAX_SECONDS,   # that opening the model, or its answer for one image, may take
     spinning: bool = True,    # whether a thread of ONNX Runtime that waits keeps its core busy
+    device: str = "cpu",      # of ONNX Runtime: "cpu", "cuda" or "tensorrt"
 ) -> Bundle:                  # ready to predict
     "Load a bundle; raise `UsageError` if there is none and `CvnbError` if it is damaged or not what it says."
     from cvnb.export.bundle_format import read_description
@@ -318,7 +319,7 @@ def load(cls: Bundle,
         raise CvnbError(f"{file} needs the package {runtime.package}, and it is not installed",
                         f"Install {runtime.package}.")
     limited = runtime.load is OnnxModel
-    model = LimitedModel(file, threads, max_seconds, spinning) if limited else runtime.load(file, threads)
+    model = LimitedModel(file, threads, max_seconds, spinning, device) if limited else runtime.load(file, threads)
     if limited: _check_session(model, file, description)
     elif count_outputs(model) != len(description["labels"]):
         raise CvnbError(f"{folder/'bundle.json'} does not belong to {file.name}", _REMEDY)
