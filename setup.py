@@ -16,7 +16,7 @@ extras["dev"], extras["ray"] = extras["all"] + ray + dev, ray
 
 # An installed cvnb has no project around it: it runs these. In an editable install they are where they are.
 PROJECT = {"stages": "nbs/stages/*.ipynb", "configs": "configs/*.*", "rules": "configs/rules/*.yaml",
-           "serving": "configs/serving/*", "dashboards": "dashboards/*.*"}
+           "serving": "configs/serving/*", "converters": "configs/converters/*", "dashboards": "dashboards/*.*"}
 
 
 class BuildWithProject(build_py):

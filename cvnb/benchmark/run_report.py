@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .matrix import runtime_matrix
 from ..core.files import atomic_path
 from ..core.html import html_page
 from ..core.stage import format_metric
@@ -156,15 +157,29 @@ def _stage_section(
             f"{unread}{''.join(parts)}")
 
 # %% ../../nbs/benchmark/09_run_report.ipynb #351173b3
+def _matrix_section(
+    files: RunFiles,
+) -> str:   # HTML; empty before export has finished
+    "Show every runtime and precision in one table."
+    exported = files.contents.get("export/export.json")
+    if not exported: return ""
+    measured = files.contents.get("benchmark/benchmark.json")
+    about = ("Answers over the test set and sizes are the export stage's, latencies the benchmark's." if measured else
+             "Answers over the test set and sizes are the export stage's. The benchmark has not finished.")
+    table = runtime_matrix(exported["parity"], measured)._repr_html_()
+    return f'<h2 id="matrix">Runtimes and precisions</h2><p class=note>{about}</p>{table}'
+
 def run_report_html(
     run: Path,   # run directory
 ) -> str:        # a whole page
     "Write the page of a run, from the audit's figures to the benchmark's."
     files = read_run_files(run)
-    links = "".join(f'<a href="#{html.escape(s)}">{html.escape(s)}</a>' for s in files.stages)
+    matrix = _matrix_section(files)
+    links = "".join(f'<a href="#{html.escape(s)}">{html.escape(s)}</a>'
+                    for s in [*["matrix"] * bool(matrix), *files.stages])
     faults = "".join(f"<p class=missing>{html.escape(fault)}</p>" for fault in files.faults)
     sections = "".join(_stage_section(files, stage) for stage in files.stages)
-    body = f"{_STYLE}{judge_run(run).to_html()}{faults}<nav>{links}</nav>{sections}"
+    body = f"{_STYLE}{judge_run(run).to_html()}{faults}<nav>{links}</nav>{matrix}{sections}"
     sources = "Figures come from each stage's stage.json, tables and plots from its executed notebook."
     return html_page(f"{files.run.name}: report", f"{body}<p class=note>{sources} Intervals are 95 %.</p>")
 

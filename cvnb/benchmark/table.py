@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from .timing import Measurements, Timings, measure_candidates, median_latency, r
 from .timing import speed_ratio, tail_latency
 from .workers import Candidate
 from ..data.images import DEFAULT_DECODING, Decoding
-from ..export.runtimes import MODELS, RUNTIMES, read_pixels
+from ..export.runtimes import MODELS, RUNTIMES, model_size_mb, read_pixels
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,13 +29,14 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['BASELINE', 'PEER', 'OTHER_ANSWERS', 'list_candidates', 'list_left_out', 'sample_files', 'sample_images',
-           'model_size_mb', 'benchmark_rows', 'headline_columns', 'benchmark_table', 'Benchmark', 'benchmark_notes',
+           'benchmark_rows', 'headline_columns', 'format_interval', 'benchmark_table', 'Benchmark', 'benchmark_notes',
            'run_benchmark']
 
 # %% ../../nbs/benchmark/03_table.ipynb #30c8bc51
 def _candidate_reasons(
     run: Path,                  # a run directory
     exclude: Collection[str],   # packages whose runtimes are left out
+    refused: Mapping[str, str],   # "model, runtime" -> why the export stage could not run it
 ) -> dict[Candidate, str]:      # candidate -> why it cannot be measured; "" where it can
     "List every candidate with the reason for leaving it out."
     pairs = [(model, r) for model in MODELS for r in RUNTIMES.values() if not r.is_peer]
@@ -43,24 +44,31 @@ def _candidate_reasons(
     reasons = {}
     for model, r in pairs:
         excluded = f"package {r.package} is excluded" if r.package in exclude else ""
-        reasons[Candidate(model, r, str(r.model_path(run, model)))] = excluded or r.missing_reason(run, model)
+        if not r.is_offered(run, model): continue
+        candidate = Candidate(model, r, str(r.model_path(run, model)))
+        if not r.is_here and not excluded and r.installed:
+            excluded = f"package {r.package} is not in this environment, and another one's time cannot be compared"
+        reasons[candidate] = excluded or refused.get(candidate.name) or r.missing_reason(run, model)
     return reasons
 
 # %% ../../nbs/benchmark/03_table.ipynb #a814450e
 def list_candidates(
     run: Path,                      # a run whose export has finished
     exclude: Collection[str] = (),  # packages whose runtimes are left out
+    refused: Mapping[str, str] | None = None,   # of export.json: "model, runtime" -> why it could not run its file
 ) -> list[Candidate]:
     "List what a run's benchmark compares."
-    return [candidate for candidate, reason in _candidate_reasons(run, exclude).items() if not reason]
+    return [candidate for candidate, reason in _candidate_reasons(run, exclude, refused or {}).items() if not reason]
 
 # %% ../../nbs/benchmark/03_table.ipynb #01459d3e
 def list_left_out(
     run: Path,                      # a run whose export has finished
     exclude: Collection[str] = (),  # packages whose runtimes are left out
+    refused: Mapping[str, str] | None = None,   # of export.json: "model, runtime" -> why it could not run its file
 ) -> dict[str, str]:                # such as "trained, openvino int8" -> "package openvino is not installed"
     "List what a run's benchmark leaves out, and why."
-    return {candidate.name: reason for candidate, reason in _candidate_reasons(run, exclude).items() if reason}
+    reasons = _candidate_reasons(run, exclude, refused or {})
+    return {candidate.name: reason for candidate, reason in reasons.items() if reason}
 
 # %% ../../nbs/benchmark/03_table.ipynb #49e28887
 def sample_files(
@@ -86,15 +94,6 @@ def sample_images(
 BASELINE = ("trained", "torch eager")   # of `speedup`
 PEER = ("trained", "openvino int8")     # of `vs_peer`
 OTHER_ANSWERS = " (other answers)"      # behind the runtime of a row whose answers differ from torch's
-
-# %% ../../nbs/benchmark/03_table.ipynb #5a684196
-def model_size_mb(
-    path: str,   # a model file, or a folder with model.safetensors
-) -> float:      # megabytes
-    "Return how large a model is on disk, with the file of weights beside an .xml file."
-    file = Path(path)/"model.safetensors" if Path(path).is_dir() else Path(path)
-    weights = [file.with_suffix(".bin")] if file.suffix == ".xml" and file.with_suffix(".bin").exists() else []
-    return sum(part.stat().st_size for part in (file, *weights)) / 1e6
 
 # %% ../../nbs/benchmark/03_table.ipynb #b4b5fb51
 def _interval_columns(
@@ -181,7 +180,7 @@ def headline_columns(
     return _HEADLINES.get(clock) or {f"{title} (void)": column for title, column in _HEADLINES["wall"].items()}
 
 # %% ../../nbs/benchmark/03_table.ipynb #c8c7d49b
-def _format_interval(
+def format_interval(
     row: dict[str, Any],   # from `benchmark_rows`
     name: str,             # of a column
     digits: int,           # after the point
@@ -215,13 +214,13 @@ def benchmark_table(
     every_core = [key for key in ("images_per_s_batch_all_threads",) if has(key)]
     shown = lambda r: {
         "model": r["model"], "runtime": r["runtime"] + OTHER_ANSWERS * (r.get("agrees") is False),
-        **{title: _format_interval(r, column, 4) for title, column in optimised.items()},
-        "accuracy": f"{_format_interval(r, 'accuracy', 4)} (n={r['n']})",
-        **{title: _format_interval(r, column, digits[column]) for title, column in columns.items()},
-        **{f"{title}{void[clock]}": _format_interval(r, column, 2)
+        **{title: format_interval(r, column, 4) for title, column in optimised.items()},
+        "accuracy": f"{format_interval(r, 'accuracy', 4)} (n={r['n']})",
+        **{title: format_interval(r, column, digits[column]) for title, column in columns.items()},
+        **{f"{title}{void[clock]}": format_interval(r, column, 2)
            for title, column, clock in _MORE_TITLES if has(column)},
-        f"p90 ms{wall}": _format_interval(r, "p90_ms", 3),
-        f"p99 ms{wall}": _format_interval(r, "p99_ms", 3),
+        f"p90 ms{wall}": format_interval(r, "p90_ms", 3),
+        f"p99 ms{wall}": format_interval(r, "p99_ms", 3),
         f"images/s{wall}": f"{r['images_per_s']:.0f}",
         f"images/s, batch {r['batch_size']}{wall}": f"{r['images_per_s_batch']:.0f}",
         **{f"images/s, batch {r['batch_size']}, every core{wall}": f"{r[key] or 0:.0f}" for key in every_core},

@@ -62,10 +62,11 @@ def _check_runtimes() -> list[dict]:   # per runtime: part, ok, found, remedy
     rows = []
     for name, runtime in RUNTIMES.items():
         state = "installed" if runtime.installed else "not installed"
+        lacking = f": {reason}" if runtime.installed and (reason := runtime.lacks()) else ""
         hint = install_hint(runtime.package) or f"pip install {runtime.package}"
-        rows.append(dict(part=f"runtime {name}", ok=runtime.installed,
-                         found=f"package {runtime.package} {state}, device {runtime.device}",
-                         remedy="" if runtime.installed else f"optional: {hint}"))
+        rows.append(dict(part=f"runtime {name}", ok=runtime.installed and not lacking,
+                         found=f"package {runtime.package} {state}, device {runtime.device}{lacking}",
+                         remedy="optional" if lacking else "" if runtime.installed else f"optional: {hint}"))
     return rows
 
 # %% ../../nbs/cli/07_doctor.ipynb #105fcc5f

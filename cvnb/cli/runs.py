@@ -408,6 +408,19 @@ def _predict_to_file(
     if file.n_errors:
         raise CvnbError(f"{file.n_errors:,} of {n:,} images could not be read", "The column error says why.")
 
+def _load_bundle(
+    model: Path,             # run directory or bundle
+    max_megapixels: float,   # largest image that is decoded; 0: as in the audit
+) -> Any:                    # a `Bundle`
+    "Load a bundle, and print its warnings as a line each."
+    import warnings
+
+    from cvnb.export.bundle import Bundle
+    with warnings.catch_warnings(record=True, action="always") as found:
+        bundle = Bundle.load(model, max_megapixels=max_megapixels)
+    for warning in found: print(f"! {printable(str(warning.message), 500)}", file=sys.stderr)
+    return bundle
+
 def predict_command(
     model: Annotated[Path, typer.Argument(help="Run directory or bundle.")],
     images: Annotated[list[str], typer.Argument(
@@ -427,19 +440,18 @@ def predict_command(
     address: Annotated[str, typer.Option(help="Address of the Ray cluster: HOST:PORT, or auto.")] = "",
 ) -> None:
     "Classify images with a run's bundle; needs neither torch nor the training packages."
-    from cvnb.export.bundle import Bundle
     if out:
         if as_json or "-" in images:
             other = "--json prints" if as_json else "standard input is read for"
             raise UsageError(f"{other} single answers, and --out writes a file", "Leave one of them out.")
-        bundle = Bundle.load(model, max_megapixels=max_megapixels)
+        bundle = _load_bundle(model, max_megapixels)
         cluster = _choose_cluster(engine, address)
         return _predict_to_file(bundle, images, out.expanduser(), jobs, cluster, max_megapixels)
     if engine or address: raise UsageError("--engine and --address need --out", "Add --out FILE.")
     paths = _list_paths([image for image in images if image != "-"], recursive)
     batches = dict(batch_size=1) if "-" in images else {}   # an answer does not wait for the next path
     given = itertools.chain(paths, _read_paths(recursive)) if "-" in images else paths
-    bundle = Bundle.load(model, max_megapixels=max_megapixels)
+    bundle = _load_bundle(model, max_megapixels)
     if bundle.decision_note: print(f"- {printable(bundle.decision_note, 500)}", file=sys.stderr)
     unreadable: list[Any] = []
     n_answers = 0

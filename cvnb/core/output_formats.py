@@ -193,6 +193,7 @@ class ExportRecord(OutputRecord):
     shipped: dict[str, Any]
     bundle: dict[str, str] | str
     parity: list[dict[str, Any]]
+    refused: dict[str, str] = Field({}, description="model and runtime -> why the runtime could not run its file")
     decodings: DecodingParityRecord | None = Field(None, description="null: an earlier version wrote the file")
     graphs: dict[str, dict[str, Any]] = Field({}, description="model -> runtime -> graph that it got by trial")
     int8: dict[str, dict[str, Any]]

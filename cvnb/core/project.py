@@ -29,12 +29,13 @@ def project_root(
 
 # %% ../../nbs/core/03_project.ipynb #cell-25
 def asset_folder(
-    kind: str,                 # "stages", "configs", "rules", "serving" or "dashboards"
+    kind: str,                 # "stages", "configs", "rules", "serving", "converters" or "dashboards"
     root: Path | None = None,  # project folder; by default the one around the working directory
 ) -> Path:                     # the folder that holds them
     "Find a folder of the project, or else of the package; raise `CvnbError` if neither has it."
     root = root or project_root()
-    inside = dict(stages="nbs/stages", rules="configs/rules", serving="configs/serving").get(kind, kind)
+    inside = dict(stages="nbs/stages", rules="configs/rules", serving="configs/serving",
+                  converters="configs/converters").get(kind, kind)
     for place in root/inside, _PACKAGE_FOLDER/"_project"/kind, _PACKAGE_FOLDER.parent/inside:
         if place.is_dir(): return place
     raise CvnbError(f"no folder of {kind} in {root} or in the package", "Reinstall cvnb.")

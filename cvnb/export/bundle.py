@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 import zipfile
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['bundle_runtimes', 'bundle_files', 'described_runtimes', 'write_bundle', 'reference_rows', 'find_bundle', 'Bundle',
-           'check_files', 'to_image_array', 'verify_bundle', 'bundle_digest']
+           'check_files', 'OtherVersion', 'to_image_array', 'verify_bundle', 'bundle_digest']
 
 # %% ../../nbs/export/05_bundle.ipynb #e8b9a841
 def bundle_runtimes() -> dict[str, Runtime]:   # by name, in the order of `RUNTIMES`
@@ -65,11 +66,18 @@ _INPUT = dict(name="images", dtype="uint8", shape=["batch", "height", "width", 3
               values="0 … 255, as decoded", preprocessing="resize and normalisation are in the graph")
 
 # %% ../../nbs/export/05_bundle.ipynb #93bc0242
+def _runtime_versions(
+    description: dict[str, Any],   # bundle.json, or what it is made from
+) -> dict[str, str]:               # package -> version
+    "Read the versions of the packages that run a bundle's files."
+    return {runtime.package: runtime.version for runtime in described_runtimes(description).values()}
+
 def _describe_bundle(
     folder: Path,              # has `bundle_files`
     spec: ModelSpec,           # what the model is
     details: dict[str, Any],   # run, shipped, metrics: what only the stage knows
     decoding: Decoding,        # of the data set
+    further: Iterable[str],    # names of files of other formats
 ) -> dict[str, Any]:           # bundle.json
     "Describe a bundle."
     from cvnb.models.vision_model import task_of
@@ -77,13 +85,14 @@ def _describe_bundle(
     task = task_of(spec)
     output = dict(name=task.output_name, dtype="float32", shape=task.output_shape(spec.classes))
     if isinstance(task, Classification): output["meaning"] = "one per label, sum 1"
-    files = {name: file_record(folder/name) for name in bundle_files(details)}
+    files = {name: file_record(folder/name) for name in [*bundle_files(details), *further]}
     usual = DEFAULT_DECODING.to_json()
     unusual = {name: value for name, value in decoding.to_json().items() if value != usual[name]}
     return dict(task=spec.task, labels=spec.classes,
                 input=_INPUT | dict(resized_to=spec.image_size) | unusual, output=output,
                 temperature=spec.temperature, thresholds=spec.thresholds, costs=spec.costs,
-                backbone=spec.backbone, **details, files=files, cvnb=cvnb.__version__)
+                backbone=spec.backbone, **details, files=files, checked_with=_runtime_versions(details),
+                cvnb=cvnb.__version__)
 
 # %% ../../nbs/export/05_bundle.ipynb #0ec5e800
 def _reference_key(
@@ -112,6 +121,7 @@ def write_bundle(
     images: list[np.ndarray],   # a few raw images for the self-test, each uint8 (H, W, 3)
     details: dict[str, Any],    # run, shipped, metrics, int8 (`ships`): what only the stage knows
     decoding: Decoding = DEFAULT_DECODING,   # of the data set
+    further: Mapping[str, Path] | None = None,   # name in the bundle -> file of another format
 ) -> Path:                      # the folder
     """Write a bundle beside its place, then move it there as a whole.
 
@@ -135,7 +145,8 @@ def write_bundle(
         (temp/"labels.txt").write_text("".join(f"{name}\n" for name in spec.classes), encoding="utf-8")
         raw = {f"image_{i}": image for i, image in enumerate(images)}
         np.savez_compressed(temp/"reference.npz", **predictions, **raw)
-        description = _describe_bundle(temp, spec, details, decoding)
+        for name, file in (further or {}).items(): shutil.copyfile(file, temp/name)
+        description = _describe_bundle(temp, spec, details, decoding, further or {})
         write_record(temp/"bundle.json", check_description(to_plain(description), folder), BundleDescription)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temp, folder)
@@ -265,6 +276,22 @@ def _check_session(
         raise CvnbError(f"{file} has the inputs and outputs {printable(found)}, and bundle.json declares "
                         f"{printable(declared)}", _REMEDY)
 
+# %% ../../nbs/export/05_bundle.ipynb #e73d58f5
+class OtherVersion(UserWarning):
+    "A bundle runs in another version of a runtime than the one that it was checked with."
+
+def _version_note(
+    folder: Path,                  # the bundle
+    description: dict[str, Any],   # bundle.json
+    runtime: Runtime,              # whose package is imported
+) -> str:                          # a sentence; empty for the same version, or where none is known
+    "Compare the version of a runtime with the one that a bundle was checked with."
+    package = runtime.package
+    known = description.get("checked_with", {}).get(package)
+    if known in (None, runtime.version): return ""
+    return (f"{folder} was checked with {package} {known}, and here is {package} {runtime.version}: "
+            f"`cvnb verify {folder}` checks it again")
+
 # %% ../../nbs/export/05_bundle.ipynb #2d0c6c23
 @patch(cls_method=True)
 def load(cls: Bundle,
@@ -274,6 +301,7 @@ def load(cls: Bundle,
     max_megapixels: float = 0,   # largest image that is decoded, in millions of pixels; 0: as in the audit
     max_seconds: float = MAX_SECONDS,   # that opening the model, or its answer for one image, may take
     spinning: bool = True,    # whether a thread of ONNX Runtime that waits keeps its core busy
+    device: str = "cpu",      # of ONNX Runtime: "cpu", "cuda" or "tensorrt"
 ) -> Bundle:                  # ready to predict
     "Load a bundle; raise `UsageError` if there is none and `CvnbError` if it is damaged or not what it says."
     from cvnb.export.bundle_format import read_description
@@ -287,13 +315,17 @@ def load(cls: Bundle,
     check_files(folder, description, [file.name, "labels.txt"])
     _check_labels(folder, description)
     if runtime.package == "onnxruntime": _check_metadata(file, description)
+    if not runtime.installed:
+        raise CvnbError(f"{file} needs the package {runtime.package}, and it is not installed",
+                        f"Install {runtime.package}.")
     limited = runtime.load is OnnxModel
-    model = LimitedModel(file, threads, max_seconds, spinning) if limited else runtime.load(file, threads)
+    model = LimitedModel(file, threads, max_seconds, spinning, device) if limited else runtime.load(file, threads)
     if limited: _check_session(model, file, description)
     elif count_outputs(model) != len(description["labels"]):
         raise CvnbError(f"{folder/'bundle.json'} does not belong to {file.name}", _REMEDY)
     bundle = cls(folder, description, model, runtime)
     if max_megapixels: bundle.decoding = replace(bundle.decoding, max_megapixels=max_megapixels)
+    if note := _version_note(folder, description, runtime): warnings.warn(note, OtherVersion, stacklevel=2)
     return bundle
 
 # %% ../../nbs/export/05_bundle.ipynb #145a083a
@@ -449,9 +481,13 @@ def verify_bundle(
     for name, runtime in described_runtimes(description).items():
         file = runtime.file_name("model")
         if not runtime.installed: raise CvnbError(f"{file} needs the package {runtime.package}", "Install it.")
-        bundle = Bundle.load(folder, name, threads=1)
+        with warnings.catch_warnings(action="ignore", category=OtherVersion):   # the row below says it
+            bundle = Bundle.load(folder, name, threads=1)
         found = bundle.verify()
-        rows += [row("labels", file, f"{len(bundle.labels)} labels as in labels.txt and bundle.json"),
+        known = description.get("checked_with", {}).get(runtime.package, "an unknown version")
+        same = "as when it was exported" if known == runtime.version else f"it was exported with {known}"
+        rows += [row("runtime", file, f"{runtime.package} {runtime.version}, {same}"),
+                 row("labels", file, f"{len(bundle.labels)} labels as in labels.txt and bundle.json"),
                  row("inputs and outputs", file, "as bundle.json declares them"),
                  row("reference images", file, f"{found['images']} images, probabilities differ by up to "
                                                f"{found['max_difference']:.2g} ({name})")]

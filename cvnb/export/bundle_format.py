@@ -79,6 +79,8 @@ class BundleDescription(SealedRecord):
     shipped: dict[str, Any] = Field({}, description="which of the run's models this is, and why")
     metrics: dict[str, Any] = Field({}, description="estimates as value, low, high, n")
     int8: dict[str, Any] = {}
+    formats: dict[str, dict[str, Any]] = Field({}, description="further format -> its file, and what that takes")
+    checked_with: dict[str, str] = Field({}, description="package -> version that predicted the reference images")
     files: dict[RelativePath, FileRecord] = Field(min_length=1, description="all files but bundle.json")
     cvnb: str = Field("", description="version that wrote the file")
 

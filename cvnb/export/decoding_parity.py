@@ -40,9 +40,10 @@ def read_form(
 ) -> ImageForm:
     "Read the form of an image from its header."
     with open_header(path) as image:
+        deep = is_deep(image)   # before Pillow loads a PNG to find its EXIF metadata
         try: orientation = int(image.getexif().get(_ORIENTATION, 1))
         except Exception: orientation = 1   # malformed metadata raise many types
-        return ImageForm(image.format, image.mode, is_deep(image), orientation)
+        return ImageForm(image.format, image.mode, deep, orientation)
 
 # %% ../../nbs/export/09_decoding_parity.ipynb #e25fa91b
 @dataclass(frozen=True)

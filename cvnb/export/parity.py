@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.errors import CvnbError
+from ..core.records import printable
 from ..data.images import DEFAULT_DECODING, Decoding
 from .decoding_parity import DecodingParity, compare_decodings
-from .runtimes import MODELS, RUNTIMES, Runtime, predict_files
+from .runtimes import MODELS, RUNTIMES, Runtime, model_size_mb, predict_files
 from ..metrics.decision import DecisionRule
 
 if TYPE_CHECKING:
@@ -44,6 +45,19 @@ def _compared_runtimes() -> list[Runtime]:   # in the order of `RUNTIMES`
     return [runtime for runtime in RUNTIMES.values() if runtime.in_parity and runtime.name != REFERENCE_RUNTIME]
 
 # %% ../../nbs/export/04_parity.ipynb #ecf755f0
+def _predict_files(
+    runtime: Runtime,      # not torch
+    path: Path,            # what it loads
+    files: list[Path],     # images
+    decoding: Decoding,    # of the data set
+) -> np.ndarray:           # probabilities (N, C)
+    "Predict with a runtime; raise `CvnbError` in one line, such as for an operator that it lacks."
+    try: return predict_files(runtime.load(path, 0), files, decoding)
+    except CvnbError: raise
+    except Exception as e:   # each runtime raises classes of its own
+        reason = printable((str(e).strip().splitlines() or [type(e).__name__])[0], 160)
+        raise CvnbError(f"{runtime.name} cannot run {path.name} ({reason})", f"Update {runtime.package}.") from None
+
 def predict_with_runtimes(
     model: VisionModel,      # the model in torch
     name: str,               # its name in `MODELS`
@@ -51,6 +65,7 @@ def predict_with_runtimes(
     root: Path | str,        # the data folder
     paths: Iterable[str],    # N test images, relative to the data folder
     decoding: Decoding = DEFAULT_DECODING,   # of the data set
+    refused: dict[str, str] | None = None,   # gets the runtimes that failed, and why; None: a failure is raised
 ) -> dict[str, np.ndarray]:  # runtime -> probabilities (N, C)
     "Predict the same images in torch and in every runtime with `in_parity` that can run, each with its own decoding."
     from cvnb.data.images import load_images
@@ -60,8 +75,11 @@ def predict_with_runtimes(
     images = load_images(root, paths, model.spec.image_size, decoding=decoding)
     found = {REFERENCE_RUNTIME: predict_proba(model, images)}
     for runtime in _compared_runtimes():
-        if runtime.missing_reason(run, name): continue
-        found[runtime.name] = predict_files(runtime.load(runtime.model_path(run, name), 0), files, decoding)
+        if not runtime.is_offered(run, name) or runtime.missing_reason(run, name): continue
+        try: found[runtime.name] = _predict_files(runtime, runtime.model_path(run, name), files, decoding)
+        except CvnbError as e:
+            if runtime.in_bundle or refused is None: raise
+            refused[runtime.name] = e.what
     return found
 
 # %% ../../nbs/export/04_parity.ipynb #641f699b
@@ -144,6 +162,8 @@ class ParityReport:
     left_out: dict[str, str]                       # "model, runtime" -> why it was not compared
     decodings: DecodingParity                      # pixels compared, and on which inputs
     answers: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)   # model -> runtime -> int (N,), classes
+    size_mb: dict[str, dict[str, float]] = field(default_factory=dict)   # model -> runtime -> megabytes of its files
+    refused: dict[str, str] = field(default_factory=dict)   # "model, runtime" -> why it could not run its file
 
     @property
     def notes(self) -> list[str]:   # one line per runtime that was left out, and one for inputs without a comparison
@@ -193,9 +213,20 @@ class ParityReport:
     def to_json(self) -> list[dict[str, Any]]:   # one record per model and runtime
         "Convert the comparisons to JSON types."
         pairs = [(model, result) for model, results in self.results.items() for result in results.values()]
-        return [dict(model=model, **asdict(result)) for model, result in pairs]
+        size_mb = lambda model, runtime: self.size_mb.get(model, {}).get(runtime)
+        return [dict(model=model, **asdict(result), size_mb=size_mb(model, result.runtime)) for model, result in pairs]
 
 # %% ../../nbs/export/04_parity.ipynb #b09285da
+def _file_sizes(
+    run: Path,       # the run directory, which has the exported files
+    model: str,      # its name in `MODELS`
+    runtimes: Iterable[str],   # names
+) -> dict[str, float]:         # runtime -> megabytes; none for a model that is in memory only
+    "Read how large the files of a model are."
+    paths = {name: RUNTIMES[name].model_path(run, model) for name in runtimes}
+    written = {name: path for name, path in paths.items() if path.is_file() or (path/"model.safetensors").is_file()}
+    return {name: model_size_mb(path) for name, path in written.items()}
+
 def check_parity(
     models: dict[str, VisionModel],   # by their names in `MODELS`
     run: Path,                        # the run directory, which has the exported files
@@ -213,17 +244,23 @@ def check_parity(
     correct = {}
     answers = {}
     left_out = {}
+    refused = {}
+    size_mb = {}
     for name, model in models.items():
         task = task_of(model.spec)
         labels = task.encode(test.label, classes, test.path)
-        predictions = predict_with_runtimes(model, name, run, root, test.path, decoding)
+        failed: dict[str, str] = {}
+        predictions = predict_with_runtimes(model, name, run, root, test.path, decoding, failed)
+        refused |= {f"{name}, {runtime}": reason for runtime, reason in failed.items()}
         results[name] = compare_runtimes(predictions, labels, test.path, image_groups(test), task.rule, objective)
         answers[name] = {runtime: task.rule.decide(found) for runtime, found in predictions.items()}
         correct[name] = {runtime: found == labels for runtime, found in answers[name].items()}
-        reasons = {f"{name}, {runtime.name}": runtime.missing_reason(run, name) for runtime in _compared_runtimes()}
+        size_mb[name] = _file_sizes(run, name, predictions)
+        reasons = {f"{name}, {runtime.name}": runtime.missing_reason(run, name) for runtime in _compared_runtimes()
+                   if runtime.is_offered(run, name)}
         left_out |= {candidate: reason for candidate, reason in reasons.items() if reason}
     decodings = compare_decodings(root, test.path, decoding, train)
-    return ParityReport(results, correct, left_out, decodings, answers)
+    return ParityReport(results, correct, left_out | refused, decodings, answers, size_mb, refused)
 
 # %% ../../nbs/export/04_parity.ipynb #5ed5f849
 def choose_shipped_model(

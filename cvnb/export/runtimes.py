@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,14 +25,16 @@ from ..core.errors import CvnbError, UsageError
 from ..core.records import printable
 from ..core.system import machine_info, memory_bytes, n_cores
 from ..data.images import DEFAULT_DECODING, Decoding, UnreadableImage
+from .litert import LITERT_PACKAGE, litert_ready, load_litert
 from .pixels import decode_pixels
 
 if TYPE_CHECKING:
     import onnxruntime as ort
 
 # %% auto #0
-__all__ = ['Predict', 'MEMORY_SHARE', 'MAX_SECONDS', 'MODELS', 'RUNTIMES', 'BATCH_SIZE', 'BATCH_BYTES', 'has_exact_int8',
-           'open_session', 'OnnxModel', 'LimitedModel', 'load_torch', 'load_openvino', 'Runtime', 'count_outputs',
+__all__ = ['Predict', 'MEMORY_SHARE', 'PROVIDERS', 'MAX_SECONDS', 'MODELS', 'RUNTIMES', 'BATCH_SIZE', 'BATCH_BYTES',
+           'has_exact_int8', 'lacks_gpu', 'lacks_provider', 'select_providers', 'open_session', 'OnnxModel',
+           'LimitedModel', 'load_torch', 'lacks_bf16', 'load_openvino', 'Runtime', 'model_size_mb', 'count_outputs',
            'predict_batches', 'predict_mixed_sizes', 'batch_by_memory', 'read_pixels', 'read_and_count',
            'predict_files']
 
@@ -102,14 +106,47 @@ def has_exact_int8() -> bool:
     return bool({"avx512_vnni", "avx_vnni", "amx_int8"} & set(machine_info()["cpu"]["flags"]))
 
 # %% ../../nbs/export/01_runtimes.ipynb #b6aa6ae0
+PROVIDERS = dict(cpu="CPUExecutionProvider", cuda="CUDAExecutionProvider", tensorrt="TensorrtExecutionProvider")
+
+def lacks_gpu() -> str:   # a sentence without its full stop; empty where there is one
+    "Look for an NVIDIA GPU, without asking its driver."
+    seen = shutil.which("nvidia-smi") or any(Path("/dev").glob("nvidia[0-9]*"))
+    return "" if seen else "no NVIDIA GPU is visible here"
+
+def lacks_provider(
+    device: str,   # a key of `PROVIDERS`
+) -> str:          # a sentence without its full stop; empty where ONNX Runtime can compute there
+    "Say why ONNX Runtime cannot compute on a device."
+    if device == "cpu": return ""
+    if reason := lacks_gpu(): return reason
+    import onnxruntime as ort
+    if PROVIDERS[device] in ort.get_available_providers(): return ""
+    return f"the installed ONNX Runtime has no {PROVIDERS[device]}; onnxruntime-gpu has it"
+
+def select_providers(
+    device: str,   # "cpu", "cuda" or "tensorrt"
+) -> list[tuple[str, dict[str, str]]]:   # providers in the order of preference, with their options
+    "Choose ONNX Runtime's providers; raise `UsageError` for an unknown device and `CvnbError` for one that is missing."
+    if device not in PROVIDERS:
+        raise UsageError(f"device '{device}' does not exist", f"Use {' or '.join(PROVIDERS)}.")
+    if reason := lacks_provider(device):
+        raise CvnbError(f"ONNX Runtime cannot compute on {device}: {reason}",
+                        "Use the device cpu, or install onnxruntime-gpu in place of onnxruntime where a GPU is.")
+    exact = dict(cuda={"use_tf32": "0"})   # TF32 would round FP32 to 10 bits
+    wanted = dict(cpu=["cpu"], cuda=["cuda", "cpu"], tensorrt=["tensorrt", "cuda", "cpu"])[device]
+    return [(PROVIDERS[name], exact.get(name, {})) for name in wanted]
+
+# %% ../../nbs/export/01_runtimes.ipynb #68b1aa17
 def open_session(
     path: Path | str,   # an ONNX file
     threads: int = 0,   # 0 uses every core
     max_seconds: float = 0,   # that opening may take; then the memory is limited too; 0: no limits
     spinning: bool = True,    # whether a thread that waits for its part of a call keeps its core busy
+    device: str = "cpu",      # a key of `PROVIDERS`
 ) -> ort.InferenceSession:
-    "Open an ONNX file with ONNX Runtime on the CPU; raise `CvnbError` if ONNX Runtime refuses it."
+    "Open an ONNX file with ONNX Runtime; raise `CvnbError` if ONNX Runtime refuses it, or the device."
     import onnxruntime as ort
+    providers = select_providers(device)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
@@ -119,7 +156,7 @@ def open_session(
     if max_seconds: _limit_memory(options)
     try:
         with _WATCHDOG.limit(max_seconds if cancel else 0, lambda: cancel(True)):
-            return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            session = ort.InferenceSession(str(path), options, providers=providers)
     except Exception as e:   # ONNX Runtime raises a class per error code, with no base but Exception
         reason = printable(str(e).splitlines()[0], 160)
         remedy = "Run the export stage again."
@@ -127,6 +164,9 @@ def open_session(
             reason = f"it takes more than {max_seconds:g} s"
             remedy = "Give max_seconds to Bundle.load."
         raise CvnbError(f"{path} cannot be opened ({reason})", remedy) from None
+    if (found := session.get_providers()[0]) == PROVIDERS[device]: return session
+    raise CvnbError(f"ONNX Runtime cannot start {PROVIDERS[device]}, and would use {found}",
+                    "Check the driver, CUDA and cuDNN, or use the device cpu.")
 
 # %% ../../nbs/export/01_runtimes.ipynb #84baede9
 class OnnxModel:
@@ -134,8 +174,9 @@ class OnnxModel:
     def __init__(self,
         path: Path | str,   # an ONNX file
         threads: int = 0,   # 0 uses every core
+        device: str = "cpu",   # a key of `PROVIDERS`
     ):
-        self.session = open_session(path, threads)
+        self.session = open_session(path, threads, device=device)
         self._input = self.session.get_inputs()[0].name
         self._output = self.session.get_outputs()[0].name
 
@@ -159,10 +200,11 @@ class LimitedModel(OnnxModel):
         threads: int = 0,   # 0 uses every core
         max_seconds: float = MAX_SECONDS,   # for opening it, and for each image of a call
         spinning: bool = True,   # whether a thread that waits for its part of a call keeps its core busy
+        device: str = "cpu",   # a key of `PROVIDERS`
     ):
         self.path = path
         self.max_seconds = max_seconds
-        self.session = open_session(path, threads, max_seconds, spinning)
+        self.session = open_session(path, threads, max_seconds, spinning, device)
         self._input = self.session.get_inputs()[0].name
         self._output = self.session.get_outputs()[0].name
 
@@ -216,16 +258,23 @@ def load_torch(
 # %% ../../nbs/export/01_runtimes.ipynb #90e8d71e
 _MAX_STATIC_SHAPES = 16   # shapes that OpenVINO compiles for; images of any further shape run in the dynamic model
 
+# %% ../../nbs/export/01_runtimes.ipynb #53dec2aa
+def lacks_bf16() -> str:   # a sentence without its full stop; empty where the processor has BF16
+    "Say that a processor has no instructions for BF16; OpenVINO would compute in FP32 there."
+    has = {"avx512_bf16", "amx_bf16"} & set(machine_info()["cpu"]["flags"])
+    return "" if has else "this processor has no instructions for BF16"
+
 # %% ../../nbs/export/01_runtimes.ipynb #073b9274
 def load_openvino(
     path: Path | str,   # an ONNX file, or the .xml file of OpenVINO's own format
     threads: int = 0,   # 0 lets OpenVINO choose
+    precision: str = "f32",   # "f32", or "bf16" where the processor has it
 ) -> Predict:
     "Open a model file with OpenVINO on the CPU."
     import openvino
     core = openvino.Core()
     requests = {}   # by shape
-    config = dict(INFERENCE_PRECISION_HINT="f32", INFERENCE_NUM_THREADS=threads, PERFORMANCE_HINT="LATENCY")
+    config = dict(INFERENCE_PRECISION_HINT=precision, INFERENCE_NUM_THREADS=threads, PERFORMANCE_HINT="LATENCY")
 
     def predict(images: np.ndarray) -> np.ndarray:
         shape = images.shape if images.shape in requests or len(requests) < _MAX_STATIC_SHAPES else (-1, -1, -1, 3)
@@ -256,12 +305,39 @@ class Runtime:
     is_peer: bool = False     # whether it runs the trained model only, as the alternative to cvnb's compression
     own_graph: bool = False   # whether the export stage chooses its graph by trial, with `write_runtime_graphs`
     stage: str = "export"     # that writes its file
+    on_request: bool = False   # whether its file is written only where a user asks for it
+    lacks: Callable[[], str] = lambda: ""   # says what this machine lacks for it
+    elsewhere: Callable[[], bool] = lambda: False   # whether it can run in another environment than this one
     reference_tolerance: float = 1e-3   # difference of a probability between machines that `Bundle.verify` accepts
 
     @property
+    def engine(self) -> str:   # such as "onnx"
+        "Name what runs the model, without the precision."
+        return self.name.removesuffix(f" {self.precision}")
+
+    @property
     def installed(self) -> bool:   # whether it can be loaded here
+        "Look for its package without importing it, and for another environment that has it."
+        return self.is_here or self.elsewhere()
+
+    @property
+    def is_here(self) -> bool:   # whether it runs in this environment, so that its time can be measured
         "Look for its package without importing it."
         return find_spec(self.package) is not None
+
+    def is_offered(self,
+        run: Path,    # a run directory
+        model: str,   # a key of `MODELS`
+    ) -> bool:        # False: it is not named where it cannot run
+        "Tell whether a user expects it: one with a file on request where the file is, one of a GPU where a GPU is."
+        if self.device in ("cuda", "tensorrt"): return not lacks_gpu()
+        return not self.on_request or self.model_path(run, model).exists()
+
+    @property
+    def version(self) -> str:   # such as "1.32.0"
+        "Read the version of its package; raise `CvnbError` if it is not installed."
+        if not self.is_here: raise CvnbError(f"package {self.package} is not installed", f"Install {self.package}.")
+        return str(import_module(self.package).__version__)
 
     def file_name(self,
         model: str,   # a key of `MODELS`; "model" in a bundle
@@ -284,6 +360,7 @@ class Runtime:
     ) -> str:         # such as "package openvino is not installed"; "" where it can run the model
         "Say why it cannot run a model of a run here."
         if not self.installed: return f"package {self.package} is not installed"
+        if reason := self.lacks(): return reason
         path = self.model_path(run, model)
         return "" if path.exists() else f"{path.relative_to(run)} does not exist"
 
@@ -296,10 +373,29 @@ _ENTRIES = [
             in_parity=True, in_bundle=True, reference_tolerance=0.1),   # INT8 kernels differ between processors
     Runtime("openvino fp32", load_openvino, "{model}_openvino.onnx", "openvino", "fp32",
             metric_suffix="openvino_fp32", marker="^", in_parity=True, own_graph=True),
+    Runtime("openvino bf16", partial(load_openvino, precision="bf16"), "{model}_openvino.onnx", "openvino", "bf16",
+            metric_suffix="openvino_bf16", marker="<", in_parity=True, lacks=lacks_bf16),
+    Runtime("onnx cuda fp32", partial(OnnxModel, device="cuda"), "{model}.onnx", "onnxruntime", "fp32",
+            metric_suffix="cuda_fp32", marker="P", device="cuda", in_parity=True,
+            lacks=partial(lacks_provider, "cuda")),
+    Runtime("onnx tensorrt fp32", partial(OnnxModel, device="tensorrt"), "{model}.onnx", "onnxruntime", "fp32",
+            metric_suffix="tensorrt_fp32", marker="*", device="tensorrt", in_parity=True,
+            lacks=partial(lacks_provider, "tensorrt")),
     Runtime("openvino int8", load_openvino, "{model}_openvino_int8.xml", "openvino", "int8",
             metric_suffix="openvino_int8", marker="v", is_peer=True, stage="benchmark"),   # OpenVINO's own quantization
+    Runtime("litert fp32", load_litert, "{model}.tflite", LITERT_PACKAGE, "fp32", metric_suffix="litert_fp32",
+            marker="X", in_parity=True, on_request=True, elsewhere=litert_ready),
 ]
 RUNTIMES: dict[str, Runtime] = {runtime.name: runtime for runtime in _ENTRIES}
+
+# %% ../../nbs/export/01_runtimes.ipynb #ef4eb3a1
+def model_size_mb(
+    path: Path | str,   # a model file, or a folder with model.safetensors
+) -> float:             # megabytes
+    "Return how large a model is on disk, with the file of weights beside an .xml file."
+    file = Path(path)/"model.safetensors" if Path(path).is_dir() else Path(path)
+    weights = [file.with_suffix(".bin")] if file.suffix == ".xml" and file.with_suffix(".bin").exists() else []
+    return sum(part.stat().st_size for part in (file, *weights)) / 1e6
 
 # %% ../../nbs/export/01_runtimes.ipynb #f757520d
 def count_outputs(

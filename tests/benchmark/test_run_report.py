@@ -42,6 +42,16 @@ def test_every_source_is_a_cell_on_the_page(page: str) -> None:
     assert {s for s in sources if f'id="{s}"' not in page} == set()
 
 
+def test_matrix_of_runtimes_and_precisions_is_on_the_page(page: str, smoke_run: Path) -> None:
+    matrix = page.partition('id="matrix"')[2].partition("</table>")[0]
+    parity = json.loads((smoke_run/"export/export.json").read_text())["parity"]
+    measured = json.loads((smoke_run/"benchmark/benchmark.json").read_text())["rows"]
+    names = {(r["model"], r["runtime"]) for r in [*parity, *measured]}
+    assert matrix.count("<tr>") == 1 + len(names)
+    assert all(r["size_mb"] and r["max_difference"] is not None for r in parity)
+    assert "<th>equal answers</th><th>max |Δp|</th><th>MB</th><th>" in matrix
+
+
 def test_page_needs_nothing_else_and_runs_nothing(page: str) -> None:
     assert not re.search(r"<script|<iframe|https?://(?!www\.w3\.org)[^<]*\.(js|css)|url\(", page)
     assert "data:image/png;base64," in page or "<svg" in page
