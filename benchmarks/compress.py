@@ -31,7 +31,7 @@ from table import show
 
 ROOT = Path(__file__).resolve().parent.parent
 CIFAR_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
-RECIPES = dict(mnist5k="mnist5k", cifar10="cifar10")   # the others: sign-digits
+RECIPES = {"mnist5k": "mnist5k", "cifar10": "cifar10", "sign-digits": "sign-digits", "groceries": "default"}
 NEAR = 0.25   # of the MACs, where stock pruning is compared
 
 
@@ -72,11 +72,12 @@ def split_cifar(folder: Path, target: Path, n_train: int) -> Path:
 def run_front(args: argparse.Namespace) -> None:
     "Run all stages of cvnb; the margin is known after the audit."
     run = args.work/args.name
-    recipe = ROOT/"configs"/f"{RECIPES.get(args.name, 'sign-digits')}.yaml"
+    recipe = ROOT/"configs"/f"{RECIPES[args.name]}.yaml"
     data = ["--data", str(args.data)] if args.data else []
     options: dict[str, object] = {"compress.levels": args.levels, "compress.macs_fraction": args.fraction,
                                   "compress.minutes": args.minutes, "compress.n_tests": 3,
                                   "compress.rounds": args.rounds, "compress.repair": args.repair}
+    if args.name == "groceries": options["train.image_size"] = 160
     if args.epochs: options["compress.epochs"] = args.epochs
     if args.name == "cifar10":
         weights = convert_teacher(args.teacher, args.work/"teacher")
@@ -183,7 +184,7 @@ def report(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["run", "stock", "report"])
-    parser.add_argument("name", nargs="?", help="mnist5k, sign-digits, groceries or cifar10")
+    parser.add_argument("name", nargs="?", choices=[*RECIPES])
     parser.add_argument("--work", type=Path, required=True, help="folder for runs and results")
     parser.add_argument("--data", type=Path, help="the data set; not for mnist5k")
     parser.add_argument("--teacher", type=Path, help="weights of CIFAR-10's teacher")
