@@ -334,7 +334,8 @@ def _list_folder(
     "List the images below a folder, and report what is left out of it."
     from cvnb.data.listing import list_files
     listing = list_files(folder)
-    left_out = [f"{len(listing.tables):,} tables are left out"] if listing.tables else []
+    n = len(listing.tables)
+    left_out = [f"left out: {n:,} {'tables' if n > 1 else 'table'}"] if n else []
     for note in listing.notes() + left_out: print(f"! {printable(folder)}: {printable(note)}", file=sys.stderr)
     return [os.path.join(folder, path) for path in listing.images]
 

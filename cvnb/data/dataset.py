@@ -151,7 +151,7 @@ def _read_folder(
         labels, joined = clean_labels([label for _, label, _ in images], f"data folder {folder}")
         images = [(path, label, split) for (path, _, split), label in zip(images, labels)]
     other = [t for t in listing.tables if t not in layout.files]
-    more = [f"{len(other)} tables are not read: {shorten(', '.join(other), 80)}"] if other else []
+    more = [f"not read: {'tables' if other[1:] else 'the table'} {shorten(', '.join(other), 80)}"] if other else []
     return images, layout, layout.notes + joined + _folder_notes(listing, layout) + listing.notes() + more
 
 # %% ../../nbs/data/10_dataset.ipynb #b8c0ffee
