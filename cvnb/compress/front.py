@@ -18,6 +18,7 @@ import pandas as pd
 
 from .acceptance import Acceptance, confirm_acceptance
 from .distill import DistillationLoss, distill
+from .int8_point import Int8Point
 from .prune import ROUND_TO
 from .tradeoff import ChosenModel, PruningResult, choose_model, measure_tradeoff
 from .tradeoff import plot_objective, prune_in_steps
@@ -40,8 +41,8 @@ if TYPE_CHECKING:
     from cvnb.metrics.estimates import Estimate
 
 # %% auto #0
-__all__ = ['FrontPlan', 'Int8Point', 'Front', 'build_front', 'few_images_notes', 'measure_front', 'candidates_to_test',
-           'plot_front', 'FrontTest', 'accept_fastest', 'save_front', 'find_candidate']
+__all__ = ['FrontPlan', 'Front', 'build_front', 'few_images_notes', 'measure_front', 'candidates_to_test', 'plot_front',
+           'FrontTest', 'accept_fastest', 'save_front', 'find_candidate']
 
 # %% ../../nbs/compress/08_front.ipynb #176b819f
 @dataclass(frozen=True)
@@ -61,16 +62,6 @@ class FrontPlan:
     def fractions(self) -> list[float]:   # of the trained model's MACs, the largest first
         "Divide the way to the smallest candidate into levels of equal ratio."
         return [self.macs_fraction ** (i / self.levels) for i in range(1, self.levels + 1)]
-
-# %% ../../nbs/compress/08_front.ipynb #e6dfd28d
-@dataclass(frozen=True)
-class Int8Point:
-    "A candidate in INT8, on the validation images."
-    latency: Estimate | None   # milliseconds; None: no layer can be in INT8 without losing too much
-    difference: float          # of the objective, from the same candidate in FP32
-    low: float                 # of its 95 % interval
-    high: float                # of its 95 % interval
-    kept_fp32: int             # layers that stay in FP32
 
 # %% ../../nbs/compress/08_front.ipynb #5a57cc5c
 @dataclass(frozen=True)
@@ -104,9 +95,9 @@ class Front:
         rows = rows.assign(speed=rows.latency_ms[0] / rows.latency_ms, expected=expected)
         if not self.int8: return rows
         points = [self.int8[name] for name in rows.candidate]
-        return rows.assign(int8_latency_ms=[p.latency.value if p.latency else None for p in points],
+        return rows.assign(int8_latency_ms=[p.latency.value for p in points],
                            int8_difference=[p.difference for p in points], int8_low=[p.low for p in points],
-                           int8_high=[p.high for p in points], int8_kept_fp32=[p.kept_fp32 for p in points])
+                           int8_high=[p.high for p in points], int8_within=[p.within for p in points])
 
     def best_latency(self,
         name: str,   # of a candidate, or "trained"
@@ -114,7 +105,7 @@ class Front:
         "Find the latency with which a candidate would ship."
         point = self.int8.get(name)
         fp32 = self.latency[name].value
-        return min(fp32, point.latency.value) if point and point.latency else fp32
+        return min(fp32, point.latency.value) if point and point.within else fp32
 
     @property
     def speed(self) -> dict[str, float]:   # candidate -> how many times as fast as the trained model it is
@@ -360,10 +351,10 @@ def _int8_rows(
     table: pd.DataFrame,   # of a front, with its points in INT8
 ) -> pd.DataFrame:         # rows of its kind, one per file in INT8
     "Turn the points in INT8 into rows; their intervals are those of the difference from FP32."
-    rows = table[table.int8_latency_ms.notna()]
-    return rows.assign(candidate=rows.candidate + ", INT8", latency_ms=rows.int8_latency_ms.astype(float),
-                       objective=rows.objective + rows.int8_difference,
-                       objective_low=rows.objective + rows.int8_low, objective_high=rows.objective + rows.int8_high)
+    return table.assign(candidate=table.candidate + ", INT8", latency_ms=table.int8_latency_ms,
+                        objective=table.objective + table.int8_difference, expected=table.expected & table.int8_within,
+                        objective_low=table.objective + table.int8_low,
+                        objective_high=table.objective + table.int8_high)
 
 # %% ../../nbs/compress/08_front.ipynb #0b5dd6dc
 @dataclass(frozen=True)

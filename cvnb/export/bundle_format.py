@@ -5,6 +5,7 @@
 # %% ../../nbs/export/07_bundle_format.ipynb #85d38777
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -122,9 +123,9 @@ def check_predictions(
     fault = ""
     if found.shape != (n_images, n_outputs) or found.dtype.kind != "f":
         fault = f"{found.dtype} {found.shape} for {n_images} images and {n_outputs} labels"
-    elif not np.isfinite(found).all(): fault = "values that are no finite numbers"
-    elif task != "regression" and (found.min(initial=0) < -1e-6 or found.max(initial=0) > 1 + 1e-6):
-        fault = "probabilities outside of 0 … 1"
+    elif not (math.isfinite(low := found.min(initial=0)) and math.isfinite(high := found.max(initial=0))):
+        fault = "values that are no finite numbers"   # a NaN is both the least and the largest value
+    elif task != "regression" and (low < -1e-6 or high > 1 + 1e-6): fault = "probabilities outside of 0 … 1"
     elif task == "classification" and np.abs(found.sum(axis=1, dtype=np.float64) - 1).max(initial=0) > SUM_TOLERANCE:
         fault = "probabilities that do not sum to one"
     if fault: raise CvnbError(f"{name} returned {fault}", BUNDLE_REMEDY)

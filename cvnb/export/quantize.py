@@ -252,6 +252,7 @@ def quantize(
     objective: Objective | None = None,   # what the tolerance is of; None: accuracy
     rule: DecisionRule | None = None,     # how answers are chosen; None: by the largest probability
     method: str = "minmax",               # one of `CALIBRATION_METHODS`, or "auto": chosen on the validation images
+    search: bool = True,                  # whether layers go back to FP32 where the loss exceeds the tolerance
 ) -> QuantizationResult:
     "Write an INT8 classifier, keeping as many layers in FP32 as the tolerance requires; if all, no file is written."
     import onnx
@@ -297,7 +298,7 @@ def quantize(
                 tries.append(_trial_row(objective, labels, expected, expected, len(kept)))
                 break
             if kept or tries[-1] is not best: tries.append(attempt(kept, ranges, means))
-            if tries[-1]["difference"] >= -tolerance: break
+            if not search or tries[-1]["difference"] >= -tolerance: break
     return QuantizationResult(layers, kept, pd.DataFrame(tries), objective.words, ranges.stem, bool(means))
 
 # %% ../../nbs/export/03_quantize.ipynb #26af6a39

@@ -427,6 +427,7 @@ def predict_mixed_sizes(
     "Compute the predictions for images of mixed sizes."
     by_shape: dict[tuple, list[int]] = {}
     for i, image in enumerate(images): by_shape.setdefault(image.shape, []).append(i)
+    if len(by_shape) == 1: return predict_batches(predict, np.stack(images) if images[1:] else images[0][None])
     order = [i for rows in by_shape.values() for i in rows]
     parts = [predict_batches(predict, np.stack([images[i] for i in rows])) for rows in by_shape.values()]
     return np.concatenate(parts)[np.argsort(order)]

@@ -19,7 +19,6 @@ from cvnb.compress.error_budget import read_tests
 from cvnb.compress.front import (
     Front,
     FrontPlan,
-    Int8Point,
     accept_fastest,
     build_front,
     candidates_to_test,
@@ -28,6 +27,7 @@ from cvnb.compress.front import (
     measure_front,
     save_front,
 )
+from cvnb.compress.int8_point import Int8Point
 from cvnb.core.errors import CvnbError, UsageError
 from cvnb.core.stage import Stage
 from cvnb.export.parity import ParityReport, choose_shipped_model, confirm_candidate
@@ -225,20 +225,21 @@ def test_gpu_that_is_absent_is_refused_before_pruning(sure, tmp_path, monkeypatc
         build_front(DistillationLoss(sure[0]), sure[1], sure[1], FitOptions(device="gpu"), tmp_path)
 
 
-def int8_point(milliseconds: float | None) -> Int8Point:
-    "A candidate in INT8 that loses nothing."
-    return Int8Point(milliseconds and Estimate(milliseconds, 0, 9, 1), 0.0, 0.0, 0.0, 0)
+def int8_point(milliseconds: float, within: bool = True) -> Int8Point:
+    "A candidate in INT8."
+    return Int8Point(Estimate(milliseconds, 0, 9, 1), 0.0, 0.0, 0.0, within)
 
 
 def test_order_of_the_tests_goes_by_int8_where_that_is_faster():
     front = planted(larger=0, smaller=0)
     assert candidates_to_test(front, 2) == ["smaller", "larger"]
-    points = dict(trained=int8_point(None), larger=int8_point(1.0), smaller=int8_point(8.0))
+    points = dict(trained=int8_point(0.5, within=False), larger=int8_point(1.0), smaller=int8_point(8.0))
     front = replace(front, int8=points)
     assert candidates_to_test(front, 2) == ["larger", "smaller"]
     assert front.best_latency("smaller") == 4.0, "INT8 is slower, so FP32 would ship"
     table = front.table.set_index("candidate")
-    assert np.isnan(table.int8_latency_ms["trained"]) and table.int8_latency_ms["larger"] == 1.0
+    assert table.int8_latency_ms["larger"] == 1.0 and table.int8_within.tolist() == [False, True, True]
+    assert front.best_latency("trained") == 9.0, "INT8 loses more than export accepts"
 
 
 def test_int8_of_a_real_candidate_is_measured(sure):
@@ -246,6 +247,5 @@ def test_int8_of_a_real_candidate_is_measured(sure):
     data, chosen = sample_calibration(images, images)
     assert len(chosen) == len(data.calibration) == 100
     point = measure_int8(dict(trained=model), data, tolerance=1.0)["trained"]
-    assert point.latency.value > 0 and point.kept_fp32 == 0
-    none = measure_int8(dict(trained=model), data, tolerance=-2.0)["trained"]
-    assert none.latency is None, "a loss that no try can keep to leaves every layer in FP32"
+    assert point.latency.value > 0 and point.within and point.low <= point.difference <= point.high
+    assert not measure_int8(dict(trained=model), data, tolerance=-2.0)["trained"].within
