@@ -259,7 +259,7 @@ def _check_metadata(
         raise CvnbError(f"{file} was exported for another task than {description['task']}", _REMEDY)
 
 # %% ../../nbs/export/05_bundle.ipynb #f8fdf11a
-_TYPES = dict(uint8="tensor(uint8)", float32="tensor(float)")   # of bundle.json -> of ONNX Runtime
+_TYPES = dict(uint8="tensor(uint8)", float32="tensor(float)", int64="tensor(int64)")   # to ONNX Runtime's
 
 def _check_session(
     model: LimitedModel,           # opened
@@ -267,7 +267,7 @@ def _check_session(
     description: dict[str, Any],   # bundle.json
 ) -> None:
     "Compare a session's input and outputs with bundle.json; raise `CvnbError` on a difference."
-    outputs = [description["output"], *filter(None, [description.get("features")])]
+    outputs = [description["output"], *filter(None, map(description.get, ("features", "decision")))]
     declared = [[(v["name"], _TYPES[v["dtype"]], v["shape"]) for v in values]
                 for values in ([description["input"]], outputs)]
     session = model.session
@@ -453,12 +453,24 @@ def _read_reference(
 
 # %% ../../nbs/export/05_bundle.ipynb #34ccc48f
 @patch
+def _decide(self: Bundle,
+    images: list[np.ndarray],   # N times uint8 (H, W, 3)
+) -> np.ndarray:                # int64 (N,), numbers of labels
+    "Let the file choose the labels."
+    name = self.description["decision"]["name"]
+    return predict_mixed_sizes(lambda batch: self.model(batch, output=name), images)
+
+@patch
 def verify(self: Bundle) -> dict[str, Any]:   # {"files", "images", "max_difference"}
     "Check the files' digests and the predictions for the reference images; raise `CvnbError` on a difference."
     files = self.description["files"]
     check_files(self.folder, self.description, sorted({*files, *bundle_files(self.description)}))
     expected, images = _read_reference(self.folder/"reference.npz", _reference_key(self.runtime), len(self.labels))
-    difference = float(np.abs(self._predict_arrays(images) - expected).max())
+    found = self._predict_arrays(images)
+    difference = float(np.abs(found - expected).max())
+    if (self.description.get("decision") and isinstance(self.model, LimitedModel)
+            and not np.array_equal(self._decide(images), self.rule.decide(found))):
+        raise CvnbError(f"{self.folder} chooses other labels in its file than by bundle.json", _REMEDY)
     if not difference <= self.runtime.reference_tolerance:
         raise CvnbError(f"{self.folder} predicts differently here: a probability is off by {difference:.4f}",
                         f"Update {self.runtime.package}.")
