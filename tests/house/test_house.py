@@ -74,9 +74,10 @@ def test_difference_from_notebooks_is_found(project: Path) -> None:
 
 def test_init_holds_the_version_and_applies_the_switches() -> None:
     "No notebook generates the file."
-    version, *rest = map(ast.unparse, ast.parse((ROOT/"cvnb/__init__.py").read_text()).body)
+    version, *rest, last = map(ast.unparse, ast.parse((ROOT/"cvnb/__init__.py").read_text()).body)
     assert re.fullmatch(r"__version__ = '[\d.]+'", version)
     assert rest == ["from .core.telemetry import disable_telemetry as _disable_telemetry", "_disable_telemetry()"]
+    assert last.startswith("def __getattr__(name: str)") and "from .export.bundle import Bundle" in last
 
 
 def test_readme_matches_index() -> None:
