@@ -61,15 +61,15 @@ class FrontRows:
 def write_front_rows(
     stage: Stage,              # the benchmark stage; gets the inputs and the files
     names: str,                # of candidates, with commas between them; empty: none
+    find: Callable[[Path, str], Path],             # takes a run and a name; returns the folder of the candidate's model
     read_images: Callable[[], list[np.ndarray]],   # decodes a few images, each uint8 (H, W, 3)
     exclude: list[str],        # packages whose runtimes are left out
 ) -> FrontRows:
     "Write the files of candidates of the front; raise `UsageError` for an unknown one, and name the nearest."
-    from cvnb.compress.front import find_candidate
     from cvnb.export.onnx import export_models
     from cvnb.export.portable_graph import write_runtime_graphs
     from cvnb.models.weights import load_classifier
-    folders = {name: find_candidate(stage.run, name) for name in split_names(names)}
+    folders = {name: find(stage.run, name) for name in split_names(names)}
     if not folders: return FrontRows()
     for name in folders:
         for file in "model.safetensors", "model.json": stage.input("compress", f"front/{name}/{file}")

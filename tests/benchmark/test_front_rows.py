@@ -11,6 +11,7 @@ from PIL import Image
 from cvnb.benchmark.answers import compare_answers
 from cvnb.benchmark.front_rows import FrontRows, split_names, write_front_rows
 from cvnb.benchmark.report import plot_benchmark
+from cvnb.compress.front import find_candidate
 from cvnb.core.errors import UsageError
 from cvnb.export.runtimes import RUNTIMES, predict_files
 from cvnb.models.weights import create_model, save_model
@@ -44,7 +45,7 @@ def images() -> list[np.ndarray]:
 
 
 def test_candidate_has_a_row_in_each_runtime_and_answers_as_torch_does(bench: Bench) -> None:
-    rows = write_front_rows(bench, "macs-25", images, [])
+    rows = write_front_rows(bench, "macs-25", find_candidate, images, [])
     names = {c.runtime.name for c in rows.candidates}
     assert {"torch eager", "onnx fp32"} <= names and {c.model for c in rows.candidates} == {"macs-25"}
     assert ("openvino fp32" in names) == RUNTIMES["openvino fp32"].installed and not any("int8" in n for n in names)
@@ -61,7 +62,7 @@ def test_candidate_has_a_row_in_each_runtime_and_answers_as_torch_does(bench: Be
 
 
 def test_excluded_package_and_missing_int8_are_named(bench: Bench) -> None:
-    rows = write_front_rows(bench, "macs-50, macs-25", images, ["openvino"])
+    rows = write_front_rows(bench, "macs-50, macs-25", find_candidate, images, ["openvino"])
     assert rows.left_out["macs-25, onnx int8"].endswith("export.candidate=macs-25 quantizes this one")
     assert rows.left_out["macs-50, openvino fp32"] == "package openvino is excluded"
     assert {c.model for c in rows.candidates} == {"macs-50", "macs-25"}
@@ -70,15 +71,15 @@ def test_excluded_package_and_missing_int8_are_named(bench: Bench) -> None:
 @pytest.mark.parametrize("text", ["macs-05", "trained", "../../train"])
 def test_unknown_candidate_is_refused_with_the_nearest(bench: Bench, text: str) -> None:
     with pytest.raises(UsageError, match="no candidate '.*' in the front of") as e:
-        write_front_rows(bench, f"macs-50,{text}", images, [])
+        write_front_rows(bench, f"macs-50,{text}", find_candidate, images, [])
     assert "\n" not in str(e.value) and not [*bench.dir.iterdir()]
 
 
 def test_run_without_a_front_says_so(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     with pytest.raises(UsageError, match="has no front to choose 'macs-50' from. Run the compress stage"):
-        write_front_rows(bench, "macs-50", images, [])
-    assert write_front_rows(bench, " , ", images, []) == FrontRows()
+        write_front_rows(bench, "macs-50", find_candidate, images, [])
+    assert write_front_rows(bench, " , ", find_candidate, images, []) == FrontRows()
     assert split_names(" , ") == []
 
 
