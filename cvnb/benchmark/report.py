@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import io
 from collections import Counter
+from collections.abc import Iterable
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,11 @@ __all__ = ['BASELINE_NAMES', 'plot_benchmark', 'benchmark_summary', 'describe_ba
 
 # %% ../../nbs/benchmark/04_report.ipynb #2f391c93
 _PALETTE = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860")   # used again after the last
-_COLORS = dict(zip(MODELS, cycle(_PALETTE)))   # by model
+def _model_colors(
+    models: Iterable[str],   # names, of which some may be candidates of the front
+) -> dict[str, str]:         # by model
+    "Give each model a colour; the run's two models keep theirs."
+    return dict(zip(dict.fromkeys([*MODELS, *models]), cycle(_PALETTE)))
 
 # %% ../../nbs/benchmark/04_report.ipynb #f5afd59d
 def plot_benchmark(
@@ -44,12 +49,13 @@ def plot_benchmark(
     from matplotlib import pyplot as plt
     from matplotlib.ticker import LogLocator, NullLocator
     title, latency = next(iter(headline_columns(control).items()))
+    colors = _model_colors(r["model"] for r in rows)
     figure, axes = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
     for r in rows:
         ends = [r["accuracy"] if e is None or e != e else e for e in (r["accuracy_low"], r["accuracy_high"])]
         bars = [[max(0, r["accuracy"] - ends[0])], [max(0, ends[1] - r["accuracy"])]]
         axes.errorbar(r[latency], r["accuracy"], yerr=bars, fmt=RUNTIMES[r["runtime"]].marker, markersize=7,
-                      color=_COLORS[r["model"]], capsize=3, label=f"{r['model']}, {r['runtime']}")
+                      color=colors[r["model"]], capsize=3, label=f"{r['model']}, {r['runtime']}")
     axes.set(xscale="log", xlabel=f"{title}, median at batch 1, one thread", ylabel="test accuracy")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")

@@ -5,8 +5,10 @@
 # %% ../../nbs/export/05_bundle.ipynb #8d54daa3
 from __future__ import annotations
 
+import io
 import os
 import shutil
+import sys
 import warnings
 import zipfile
 import zlib
@@ -26,9 +28,10 @@ from ..core.errors import CvnbError, UsageError
 from ..core.files import check_targets, digest, file_record, load_json, sha256_file, to_plain
 from ..core.project import resolve_run
 from ..core.records import printable, write_record
-from ..data.images import DEFAULT_DECODING, Decoding
+from ..data.images import DEFAULT_DECODING, Decoding, UnreadableImage
 from ..metrics.decision import DecisionRule, read_rule
 from .onnx_graph import check_graph
+from .pixels import convert_image, decode_pixels
 from .runtimes import BATCH_SIZE, MAX_SECONDS, RUNTIMES, LimitedModel, OnnxModel, Predict, Runtime
 from .runtimes import batch_by_memory, count_outputs, predict_mixed_sizes, read_and_count
 
@@ -259,7 +262,7 @@ def _check_metadata(
         raise CvnbError(f"{file} was exported for another task than {description['task']}", _REMEDY)
 
 # %% ../../nbs/export/05_bundle.ipynb #f8fdf11a
-_TYPES = dict(uint8="tensor(uint8)", float32="tensor(float)")   # of bundle.json -> of ONNX Runtime
+_TYPES = dict(uint8="tensor(uint8)", float32="tensor(float)", int64="tensor(int64)")   # to ONNX Runtime's
 
 def _check_session(
     model: LimitedModel,           # opened
@@ -267,7 +270,7 @@ def _check_session(
     description: dict[str, Any],   # bundle.json
 ) -> None:
     "Compare a session's input and outputs with bundle.json; raise `CvnbError` on a difference."
-    outputs = [description["output"], *filter(None, [description.get("features")])]
+    outputs = [description["output"], *filter(None, map(description.get, ("features", "decision")))]
     declared = [[(v["name"], _TYPES[v["dtype"]], v["shape"]) for v in values]
                 for values in ([description["input"]], outputs)]
     session = model.session
@@ -329,17 +332,42 @@ def load(cls: Bundle,
     return bundle
 
 # %% ../../nbs/export/05_bundle.ipynb #145a083a
+def _is_pillow(
+    image: Any,
+) -> bool:
+    "Recognise a Pillow image without importing Pillow."
+    pillow = sys.modules.get("PIL.Image")
+    return pillow is not None and isinstance(image, pillow.Image)
+
+def _decode_given(
+    image: Any,           # a file's bytes, or a Pillow image
+    decoding: Decoding,   # of image files
+) -> tuple[np.ndarray, float]:   # uint8 (H, W, 3); share of its values outside of the scale, 0 … 1
+    "Decode what is in memory; raise `UsageError` for what is no image."
+    try: return convert_image(image, decoding) if _is_pillow(image) else decode_pixels(io.BytesIO(image), decoding)
+    except UnreadableImage as e:
+        what = "a Pillow image" if _is_pillow(image) else f"a file of {len(image):,} bytes"
+        raise UsageError(f"{what} cannot be read ({e.reason})", "Give a whole PNG, JPEG or WebP image.") from None
+
+def _is_single(
+    images: Any,   # as `Bundle.predict` takes it
+) -> bool:         # whether it is one image
+    "Tell an image from several."
+    return isinstance(images, (str, Path, bytes)) or _is_pillow(images) or getattr(images, "ndim", 0) == 3
+
 def to_image_array(
-    image: Any,     # a path, or uint8 (H, W, 3)
+    image: Any,     # a path, uint8 (H, W, 3), a file's bytes or a Pillow image
     decoding: Decoding = DEFAULT_DECODING,   # of image files
 ) -> tuple[np.ndarray, float]:    # uint8 (H, W, 3); share of a file's values outside of the scale, 0 … 1
     "Read an image, or check that an array is one; raise `UsageError` for anything else."
     if isinstance(image, (str, Path)): return read_and_count(image, decoding)
+    if isinstance(image, bytes) or _is_pillow(image): return _decode_given(image, decoding)
     is_array = isinstance(image, np.ndarray)
     fits = is_array and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size
     if fits: return image, 0.0
     got = f"{image.dtype} {image.shape}" if is_array else type(image).__name__
-    message = f"an image has to be a path or a uint8 array (height, width, 3), and this is {got}"
+    message = f"an image has to be a path, a file's bytes, a Pillow image or a uint8 array (height, width, 3), " \
+              f"and this is {got}"
     scaled = "bundle.decoding.scale.to_levels maps the values of a file to levels." if decoding.scale else ""
     raise UsageError(message, f"Convert it first. {scaled}".strip())
 
@@ -377,7 +405,7 @@ def _decode_ahead(
 
 @patch
 def iter_predictions(self: Bundle,
-    images: Iterable[Any],          # paths, or uint8 arrays (H, W, 3)
+    images: Iterable[Any],          # each of what `to_image_array` takes
     batch_size: int = BATCH_SIZE,   # images in memory at a time
     skip: Callable[[Any, CvnbError], None] | None = None,   # takes an image that cannot be read, and why
     jobs: int = 1,                  # threads that decode images ahead; 1 decodes an image when it is needed
@@ -399,20 +427,19 @@ def iter_predictions(self: Bundle,
         predicted = self._predict_arrays(batch)
         for p, c in zip(predicted, self.rule.decide(predicted).tolist()):
             image, clipped = read.popleft()
-            found = dict(path=None if isinstance(image, np.ndarray) else str(image), label=self.labels[c],
+            found = dict(path=str(image) if isinstance(image, (str, Path)) else None, label=self.labels[c],
                          confidence=float(p[c]), probabilities=dict(zip(self.labels, p.tolist())))
             yield found | dict(clipped=clipped) if self.decoding.scale else found
 
 # %% ../../nbs/export/05_bundle.ipynb #e3d8da90
 @patch
 def predict(self: Bundle,
-    images: Any,                    # a path or array, or several: paths, or uint8 arrays (H, W, 3) of any sizes
+    images: Any,                    # one of what `to_image_array` takes, or several, of any sizes
     batch_size: int = BATCH_SIZE,   # images in memory at a time
-) -> list[dict[str, Any]]:          # per image: path (None for an array), label, confidence 0 … 1, probabilities,
+) -> list[dict[str, Any]]:          # per image: path (None without one), label, confidence 0 … 1, probabilities,
                                     # and for a bundle with a scale `clipped`: share of values outside of it, 0 … 1
     "Classify images (classification only); raise `UsageError` that names an image that is missing or cannot be read."
-    single = isinstance(images, (str, Path)) or (isinstance(images, np.ndarray) and images.ndim == 3)
-    return [*self.iter_predictions([images] if single else images, batch_size)]
+    return [*self.iter_predictions([images] if _is_single(images) else images, batch_size)]
 
 # %% ../../nbs/export/05_bundle.ipynb #e1d4e5e6
 @patch
@@ -423,8 +450,7 @@ def embed(self: Bundle,
     declared = self.description.get("features")
     if not declared or not isinstance(self.model, LimitedModel):
         raise UsageError(f"{self.folder} returns no features", "Export it with --set export.features=true.")
-    single = isinstance(images, (str, Path)) or (isinstance(images, np.ndarray) and images.ndim == 3)
-    pixels = (to_image_array(image, self.decoding)[0] for image in ([images] if single else images))
+    pixels = (to_image_array(image, self.decoding)[0] for image in ([images] if _is_single(images) else images))
     model = self.model
     run = lambda batch: model(batch, output=declared["name"])
     found = [predict_mixed_sizes(run, batch) for batch in batch_by_memory(pixels)]
@@ -453,12 +479,24 @@ def _read_reference(
 
 # %% ../../nbs/export/05_bundle.ipynb #34ccc48f
 @patch
+def _decide(self: Bundle,
+    images: list[np.ndarray],   # N times uint8 (H, W, 3)
+) -> np.ndarray:                # int64 (N,), numbers of labels
+    "Let the file choose the labels."
+    name = self.description["decision"]["name"]
+    return predict_mixed_sizes(lambda batch: self.model(batch, output=name), images)
+
+@patch
 def verify(self: Bundle) -> dict[str, Any]:   # {"files", "images", "max_difference"}
     "Check the files' digests and the predictions for the reference images; raise `CvnbError` on a difference."
     files = self.description["files"]
     check_files(self.folder, self.description, sorted({*files, *bundle_files(self.description)}))
     expected, images = _read_reference(self.folder/"reference.npz", _reference_key(self.runtime), len(self.labels))
-    difference = float(np.abs(self._predict_arrays(images) - expected).max())
+    found = self._predict_arrays(images)
+    difference = float(np.abs(found - expected).max())
+    if (self.description.get("decision") and isinstance(self.model, LimitedModel)
+            and not np.array_equal(self._decide(images), self.rule.decide(found))):
+        raise CvnbError(f"{self.folder} chooses other labels in its file than by bundle.json", _REMEDY)
     if not difference <= self.runtime.reference_tolerance:
         raise CvnbError(f"{self.folder} predicts differently here: a probability is off by {difference:.4f}",
                         f"Update {self.runtime.package}.")

@@ -18,7 +18,7 @@ from ..core.formats import Count, DataVersion, Number, Record, RelativePath, Sea
 from ..core.records import check_record, read_record
 
 # %% auto #0
-__all__ = ['Label', 'BUNDLE_REMEDY', 'SUM_TOLERANCE', 'FileRecord', 'PixelDepth', 'BundleInput', 'BundleOutput',
+__all__ = ['Label', 'BUNDLE_REMEDY', 'SUM_TOLERANCE', 'FileRecord', 'PixelDepth', 'BundleInput', 'BundleOutput', 'BundleDecision',
            'BundleDescription', 'read_description', 'check_description', 'check_predictions']
 
 # %% ../../nbs/export/07_bundle_format.ipynb #4c5ad479
@@ -56,6 +56,14 @@ class BundleOutput(Record):
     shape: list[int | str] = Field(description="a name stands for a free dimension")
     meaning: str = ""
 
+# %% ../../nbs/export/07_bundle_format.ipynb #635a2e6c
+class BundleDecision(Record):
+    "The output with the number of the label that thresholds or costs choose."
+    name: str = Field(min_length=1)
+    dtype: Literal["int64"]
+    shape: list[int | str] = Field(description="a name stands for a free dimension")
+    meaning: str = ""
+
 # %% ../../nbs/export/07_bundle_format.ipynb #7d43243d
 class BundleDescription(SealedRecord):
     "bundle.json: what the model takes and returns, how good it is, and where it comes from."
@@ -66,6 +74,7 @@ class BundleDescription(SealedRecord):
     input: BundleInput
     output: BundleOutput = Field(description="probabilities, or values of a regression")
     features: BundleOutput | None = Field(None, description="the embedding of an image, where the graph returns it")
+    decision: BundleDecision | None = Field(None, description="number of the chosen label, where the graph returns it")
     temperature: Annotated[float, Field(gt=0)] | None = Field(None, description="by which the logits were divided")
     thresholds: dict[str, Share] | None = Field(
         None, description="label -> threshold: the answer has the largest ratio of probability and threshold; "

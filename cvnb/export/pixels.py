@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 # %% auto #0
-__all__ = ['decode_pixels']
+__all__ = ['decode_pixels', 'convert_image']
 
 # %% ../../nbs/export/08_pixels.ipynb #6e3a973e
 _ORIENTATION = 0x0112   # tag of EXIF
@@ -126,3 +126,21 @@ def decode_pixels(
         image.load()
         check_pixels(image, decoding.max_megapixels)   # the size of an icon is known only now
         return np.ascontiguousarray(_turn_upright(_to_rgb(image), _read_orientation(image))), 0.0
+
+# %% ../../nbs/export/08_pixels.ipynb #0ca8e40f
+def convert_image(
+    image: Image.Image,   # opened by a caller
+    decoding: Decoding = DEFAULT_DECODING,   # of the data set
+) -> tuple[np.ndarray, float]:   # uint8 (H, W, 3), upright RGB; share of the values outside of the scale, 0 … 1
+    "Turn a Pillow image into pixels as its file would be; raise `UnreadableImage` where Pillow has lost values."
+    check_pixels(image, decoding.max_megapixels)
+    if not (decoding.scale and is_deep(image)):
+        return np.ascontiguousarray(_turn_upright(_to_rgb(image), _read_orientation(image))), 0.0
+    inverted = getattr(image, "tag_v2", {}).get(262) == 0   # a TIFF whose 0 is white, which Pillow does not turn
+    if (image.mode == "F" or image.mode.startswith("I")) and not inverted:
+        from PIL import Image as pillow
+        levels, outside = _scale_levels(np.asarray(image), decoding.scale)
+        turned = _turn_upright(_rgb_array(pillow.fromarray(levels)), _read_orientation(image))
+        return np.ascontiguousarray(turned), outside
+    reason = f"Pillow does not keep the values of {image.mode} here"
+    raise UnreadableImage("unsupported", reason, "give the path or the bytes")

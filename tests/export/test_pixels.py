@@ -13,12 +13,12 @@ from bundles import make_bundle
 from deep_files import png, tiff
 from PIL import Image, ImageCms
 
-from cvnb.core.errors import CvnbError
+from cvnb.core.errors import CvnbError, UsageError
 from cvnb.data import images
 from cvnb.data.depth import scale_of_bits
 from cvnb.data.images import DEFAULT_DECODING, Decoding, UnreadableImage, open_image
 from cvnb.export import pixels
-from cvnb.export.bundle import Bundle
+from cvnb.export.bundle import Bundle, to_image_array
 from cvnb.export.decoding_parity import compare_decodings
 from cvnb.export.onnx import export_onnx
 from cvnb.export.parity import check_parity
@@ -89,6 +89,38 @@ def test_bundle_decodes_as_training_does(name: str, tmp_path: Path) -> None:
         found, share = decode_pixels(tmp_path/name, decoding)
         assert np.array_equal(found, np.asarray(expected)), decoding
         assert share == pytest.approx(clipped.get("clipped", 0), abs=1e-9)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_bytes_and_pillow_images_become_the_pixels_of_their_file(name: str, tmp_path: Path) -> None:
+    KINDS[name](tmp_path/name)
+    for decoding in DECODINGS:
+        expected, share = decode_pixels(tmp_path/name, decoding)
+        content = to_image_array((tmp_path/name).read_bytes(), decoding)
+        assert np.array_equal(content[0], expected) and content[1] == share
+        with Image.open(tmp_path/name) as image:
+            try: found, clipped = to_image_array(image, decoding)
+            except UsageError as e:   # Pillow keeps 8 of 16 bits of colours, and does not invert deep TIFF files
+                assert "a Pillow image cannot be read (Pillow does not keep" in str(e) and decoding.scale
+                assert name.startswith(("deep", "white", "multiplied"))
+                continue
+        assert np.array_equal(found, expected) and clipped == pytest.approx(share, abs=1e-9), decoding
+
+
+def test_bytes_that_are_no_image_are_refused_in_one_line(bundle_of_bytes: Bundle) -> None:
+    for content in b"", b"no image", b"\x89PNG\r\n\x1a\n" + bytes(40):
+        with pytest.raises(UsageError, match=r"a file of \d+ bytes cannot be read \(.*Give a whole PNG") as e:
+            bundle_of_bytes.predict(content)
+        assert "\n" not in str(e.value)
+    answers = bundle_of_bytes.predict([PHOTO, np.asarray(PHOTO)])
+    assert answers[0] == answers[1] and answers[0]["path"] is None
+    assert bundle_of_bytes.predict(PHOTO) == answers[:1]
+
+
+@pytest.fixture
+def bundle_of_bytes(tmp_path: Path) -> Bundle:
+    "A bundle."
+    return Bundle.load(make_bundle(tmp_path))
 
 
 def test_colour_profile_of_the_corpus_changes_pixels(tmp_path: Path) -> None:

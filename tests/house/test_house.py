@@ -74,9 +74,10 @@ def test_difference_from_notebooks_is_found(project: Path) -> None:
 
 def test_init_holds_the_version_and_applies_the_switches() -> None:
     "No notebook generates the file."
-    version, *rest = map(ast.unparse, ast.parse((ROOT/"cvnb/__init__.py").read_text()).body)
+    version, *rest, last = map(ast.unparse, ast.parse((ROOT/"cvnb/__init__.py").read_text()).body)
     assert re.fullmatch(r"__version__ = '[\d.]+'", version)
     assert rest == ["from .core.telemetry import disable_telemetry as _disable_telemetry", "_disable_telemetry()"]
+    assert last.startswith("def __getattr__(name: str)") and "from .export.bundle import Bundle" in last
 
 
 def test_readme_matches_index() -> None:
@@ -322,7 +323,7 @@ def test_doctor_knows_every_imported_package() -> None:
     # These come with dependencies.
     known |= {"pymongo", "hypercorn", "starlette", "threadpoolctl", "IPython", "zmq", "jupyter_client", "click"}
     known |= {"huggingface_hub", "jupyter_server", "tornado"}
-    known |= {"cvnb", "openvino", "nncf"} | set(sys.stdlib_module_names)   # OpenVINO is measured where it is installed
+    known |= {"cvnb", "openvino", "nncf", "ai_edge_litert"} | set(sys.stdlib_module_names)   # used where installed
     for module, source in SOURCES.items():
         unknown = {found.split(".")[0] for found in house.imports(source, around=module.rpartition(".")[0])} - known
         assert not unknown, f"cvnb.{module}: `cvnb doctor` does not know {unknown}, nor which extra brings it"
@@ -402,14 +403,15 @@ def contents(wheel: Path) -> zipfile.ZipFile:
 def test_wheel_holds_stages_recipes_rules_templates_and_dashboards(contents: zipfile.ZipFile) -> None:
     brought = {n.removeprefix("cvnb/_project/") for n in contents.namelist() if n.startswith("cvnb/_project/")}
     globs = dict(stages="nbs/stages/*.ipynb", configs="configs/*.*", rules="configs/rules/*.yaml",
-                 serving="configs/serving/*", dashboards="dashboards/*.*")
+                 serving="configs/serving/*", converters="configs/converters/*", dashboards="dashboards/*.*")
     wanted = {f"{kind}/{p.name}" for kind, glob in globs.items() for p in ROOT.glob(glob)}
     assert {f"stages/{p.name}" for p in STAGES} | {"configs/recipe.schema.json"} <= brought == wanted
     assert {"configs/mnist5k.yaml", "rules/verdict.yaml", "dashboards/errors.ipynb", "dashboards/errors.js"} <= brought
 
 
 def test_wheel_holds_package_only(contents: zipfile.ZipFile) -> None:
-    modules = {n for n in contents.namelist() if n.endswith(".py") and not n.startswith("cvnb/_project/serving/")}
+    brought = ("cvnb/_project/serving/", "cvnb/_project/converters/")
+    modules = {n for n in contents.namelist() if n.endswith(".py") and not n.startswith(brought)}
     assert modules == {f"cvnb/{p.relative_to(ROOT/'cvnb').as_posix()}" for p in (ROOT/"cvnb").rglob("*.py")}
     assert "cvnb/audit/duplicates.py" in modules
 
