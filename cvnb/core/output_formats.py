@@ -143,6 +143,8 @@ class ErrorsRecord(OutputRecord):
     calibration: list[dict[str, Any]] = []
     mixed_up: list[dict[str, Any]] = []
     slices: Count = 0
+    found_slices: list[dict[str, Any]] = Field([], description="weak slices that were found, with their rules")
+    found_words: str = Field("", description="what was found, in a sentence")
     below: list[dict[str, Any]] = []
     mistakes: list[MistakeRecord]
 
