@@ -144,6 +144,8 @@ class ErrorsRecord(OutputRecord):
     mixed_up: list[dict[str, Any]] = []
     slices: Count = 0
     found_slices: list[dict[str, Any]] = Field([], description="weak slices that were found, with their rules")
+    kept_slices: list[dict[str, Any]] = Field([], description="slices of slices.json on the images of this run")
+    kept_words: str = Field("", description="which of them fell, in a sentence")
     found_words: str = Field("", description="what was found, in a sentence")
     below: list[dict[str, Any]] = []
     mistakes: list[MistakeRecord]
