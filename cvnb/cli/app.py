@@ -16,6 +16,7 @@ import cvnb
 from .audit import audit_app, browse_command
 from .data import data_app
 from .doctor import doctor_command, install_hint
+from .errors import errors_app
 from .runs import card_command, compare_command, dashboard_command, gate_command, init_command
 from .runs import params_command, predict_command, report_command
 from .runs import run_command, status_command, verify_command
@@ -48,6 +49,7 @@ app.command("sign")(sign_command)
 app.command("doctor")(doctor_command)
 app.add_typer(audit_app, name="audit")
 app.add_typer(data_app, name="data")
+app.add_typer(errors_app, name="errors")
 
 # %% ../../nbs/cli/08_app.ipynb #cf6d5af3
 def _print_version(

@@ -143,6 +143,11 @@ class ErrorsRecord(OutputRecord):
     calibration: list[dict[str, Any]] = []
     mixed_up: list[dict[str, Any]] = []
     slices: Count = 0
+    found_slices: list[dict[str, Any]] = Field([], description="weak slices that were found, with their rules")
+    kept_slices: list[dict[str, Any]] = Field([], description="slices of slices.json on the images of this run")
+    kept_words: str = Field("", description="which of them fell, in a sentence")
+    flips: dict[str, Any] | None = Field(None, description="answers that change under small shifts: words, share, rows")
+    found_words: str = Field("", description="what was found, in a sentence")
     below: list[dict[str, Any]] = []
     mistakes: list[MistakeRecord]
 

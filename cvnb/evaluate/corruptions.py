@@ -158,6 +158,98 @@ def _flatten(x: np.ndarray, c: float, rng: np.random.Generator) -> np.ndarray:
     mean = x.mean((0, 1), keepdims=True)
     return (x - mean) * c + mean
 
+def _plasma(
+    side: int,      # pixels
+    decay: float,   # by which the roughness shrinks from scale to scale
+    rng: np.random.Generator,
+) -> np.ndarray:    # float (side, side), 0 … 1
+    "Draw a cloud by halving distances (diamond-square, periodic)."
+    size = 1 << max(1, int(np.ceil(np.log2(side))))
+    cloud = np.zeros((size, size))
+    step = size
+    rough = 100.0   # its square is the spread, as in those sets
+    while step >= 2:
+        half = step // 2
+        noise = lambda like, spread=rough**2: rng.uniform(-spread, spread, like.shape)
+        corners = cloud[::step, ::step]
+        right = np.roll(corners, -1, 1)
+        centre = (corners + right + np.roll(corners, -1, 0) + np.roll(right, -1, 0)) / 4
+        cloud[half::step, half::step] = centre + noise(centre)
+        middle = cloud[half::step, half::step]
+        across = (corners + right + middle + np.roll(middle, 1, 0)) / 4
+        cloud[::step, half::step] = across + noise(across)
+        down = (corners + np.roll(corners, -1, 0) + middle + np.roll(middle, 1, 1)) / 4
+        cloud[half::step, ::step] = down + noise(down)
+        step = half
+        rough /= decay
+    cloud -= cloud.min()
+    return (cloud / cloud.max())[:side, :side]
+
+def _fog(x: np.ndarray, c: tuple, rng: np.random.Generator) -> np.ndarray:
+    "Put a cloud before an image."
+    height, width = x.shape[:2]
+    cloud = _plasma(max(height, width), c[1], rng)[:height, :width, None]
+    return (x + c[0] * cloud) * x.max() / (x.max() + c[0])
+
+def _frost(x: np.ndarray, c: tuple, rng: np.random.Generator) -> np.ndarray:
+    "Lay ice needles, which are drawn, over a darker image."
+    from scipy.ndimage import gaussian_filter
+    height, width = x.shape[:2]
+    side = max(height, width)
+    ice = np.zeros((side, side))
+    for angle in rng.uniform(0, 180, 6):
+        seeds = (rng.random((side, side)) < 0.02) * rng.uniform(0.5, 1.0, (side, side))
+        length = max(2, side // 10)
+        ice += np.clip(_convolve(seeds, _streak(length, length / 2, angle)) * length, 0, 1)
+    cover = gaussian_filter(rng.normal(size=(side, side)), side / 6, mode="wrap")
+    cover = np.clip(0.5 + cover / (2 * max(float(cover.std()), 1e-9)), 0.15, 1)
+    pale = np.clip(0.25 + 0.55 * np.clip(ice, 0, 1), 0, 1) * cover
+    tint = np.array([0.86, 0.95, 1.0])   # ice is a little blue
+    return c[0] * x + c[1] * pale[:height, :width, None] * tint
+
+def _spatter(x: np.ndarray, c: tuple, rng: np.random.Generator) -> np.ndarray:
+    "Throw drops of water or mud."
+    from scipy.ndimage import gaussian_filter
+    mean, spread, sigma, threshold, strength, mud = c
+    drops = gaussian_filter(rng.normal(mean, spread, x.shape[:2]), sigma)
+    if mud:
+        mask = gaussian_filter((drops > threshold).astype(float), strength)
+        mask = np.where(mask < 0.8, 0, mask)[..., None]
+        return x * (1 - mask) + np.array([63, 42, 20]) / 255 * mask
+    drops = np.where(drops < threshold, 0, drops)
+    mask = gaussian_filter((drops > 0).astype(float), 0.6) * drops
+    mask = np.clip(mask / max(float(mask.max()), 1e-9), 0, 1)[..., None] * strength
+    return x + np.array([175, 238, 238]) / 255 * mask
+
+def _bend(x: np.ndarray, c: tuple, rng: np.random.Generator) -> np.ndarray:
+    "Shift pixels by a smooth random field, after a small affine change; the border is mirrored."
+    from scipy.ndimage import gaussian_filter, map_coordinates
+    height, width = x.shape[:2]
+    side = min(height, width)
+    alpha, sigma, affine = (v * side for v in c)
+    rows, columns = np.mgrid[:height, :width].astype(float)
+    corner = rng.uniform(-affine, affine, (3, 2))   # of three points around the middle
+    u = (columns - width / 2) / (side / 3)
+    v = (rows - height / 2) / (side / 3)
+    shift = [(corner[0, k] + corner[1, k] * u + corner[2, k] * v) / 1.5 for k in (0, 1)]
+    field = [gaussian_filter(rng.uniform(-1, 1, (height, width)), sigma, mode="reflect", truncate=3) * alpha
+             for _ in range(2)]
+    at = [rows + field[0] + shift[0], columns + field[1] + shift[1]]
+    return np.stack([map_coordinates(x[..., k], at, order=1, mode="reflect") for k in range(x.shape[2])], -1)
+
+def _zoom(x: np.ndarray, c: tuple, rng: np.random.Generator) -> np.ndarray:
+    "Average an image with enlarged copies of itself."
+    from scipy.ndimage import map_coordinates
+    height, width = x.shape[:2]
+    last, step = c
+    factors = np.arange(1, last, step)
+    rows, columns = np.mgrid[:height, :width].astype(float)
+    total = x.astype(float).copy()
+    for factor in factors:
+        at = [(place - (side - 1) / 2) / factor + (side - 1) / 2 for place, side in ((rows, height), (columns, width))]
+        total += np.stack([map_coordinates(x[..., k], at, order=1) for k in range(x.shape[2])], -1)
+    return total / (len(factors) + 1)
+
 _Change = Callable[[np.ndarray, Any, np.random.Generator], np.ndarray]
 
 CHANGES: dict[str, tuple[_Change, list, list]] = {   # name -> function, five strengths for small images, for large ones
@@ -175,6 +267,18 @@ CHANGES: dict[str, tuple[_Change, list, list]] = {   # name -> function, five st
               (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85), (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8)],
              [(0.1, 0.3, 3, 0.5, 10, 4, 0.8), (0.2, 0.3, 2, 0.5, 12, 4, 0.7), (0.55, 0.3, 4, 0.9, 12, 8, 0.7),
               (0.55, 0.3, 4.5, 0.85, 12, 8, 0.65), (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55)]),
+    "fog": (_fog, [(0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)],
+            [(1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)]),
+    "frost": (_frost, [(1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45)],
+              [(1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75)]),
+    "spatter": (_spatter, [(0.62, 0.1, 0.7, 0.7, 0.5, 0), (0.65, 0.1, 0.8, 0.7, 0.5, 0), (0.65, 0.3, 1, 0.69, 0.5, 0),
+                           (0.65, 0.1, 0.7, 0.69, 0.6, 1), (0.65, 0.1, 0.5, 0.68, 0.6, 1)],
+                [(0.65, 0.3, 4, 0.69, 0.6, 0), (0.65, 0.3, 3, 0.68, 0.6, 0), (0.65, 0.3, 2, 0.68, 0.5, 0),
+                 (0.65, 0.3, 1, 0.65, 1.5, 1), (0.67, 0.4, 1, 0.65, 1.5, 1)]),
+    "elastic": (_bend, [(0, 0.2, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)],
+                [(2, 0.7, 0.1), (2, 0.08, 0.2), (0.05, 0.01, 0.02), (0.07, 0.01, 0.02), (0.12, 0.01, 0.02)]),
+    "zoom blur": (_zoom, [(1.06, 0.01), (1.11, 0.01), (1.16, 0.01), (1.21, 0.01), (1.26, 0.01)],
+                  [(1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03)]),
     "brightness": (_brighten, [0.05, 0.1, 0.15, 0.2, 0.3], [0.1, 0.2, 0.3, 0.4, 0.5]),
     "contrast": (_flatten, [0.75, 0.5, 0.4, 0.3, 0.15], [0.4, 0.3, 0.2, 0.1, 0.05]),
     "JPEG": (_compress, [80, 65, 58, 50, 40], [25, 18, 15, 10, 7]),

@@ -47,6 +47,7 @@ class DashboardData:
     errors: dict[str, Any] = field(default_factory=dict)      # errors.json; empty without a finished errors stage
     notes: tuple[str, ...] = ()   # sentences about what is missing
     manifest: pd.DataFrame = field(default_factory=pd.DataFrame)   # of the audit
+    found: pd.DataFrame = field(default_factory=pd.DataFrame)   # of slices.parquet: slices that were found
 
     @property
     def costs(self) -> tuple[tuple[float, ...], ...]:   # of a true class (row) and a predicted one (column); or empty
@@ -65,6 +66,18 @@ def _saliency_files(
     if explained != read_stage_manifest(run, "train")["outputs"].get(weights, {}).get("sha256"): return {}
     return {row["path"]: run/"errors"/"saliency"/Path(row["saliency"]).name
             for row in errors["mistakes"] if row.get("saliency")}
+
+# %% ../../nbs/evaluate/07_dashboard_data.ipynb #80e236e8
+def _found_slices(
+    run: Path,      # a run directory
+    errors: dict,   # errors.json, or {}
+) -> pd.DataFrame:  # name, accuracy, low, high, n, below, split, members (paths); the strongest last
+    "Read the slices that the errors stage found; empty for an earlier version."
+    if not errors.get("found_slices"): return pd.DataFrame()
+    kinds = dict(slice="text", name="text", accuracy="number", n="number")
+    table = read_output_table(find_output(run, "errors", "slices.parquet"), kinds)
+    columns = ["slice", "name", "accuracy", "low", "high", "n", "p", "below", "members"]
+    return table[table.slice == "found"][columns].assign(split=errors["split"])[::-1]
 
 # %% ../../nbs/evaluate/07_dashboard_data.ipynb #f9c42b26
 def _check_images(
@@ -113,7 +126,7 @@ def read_dashboard_data(
     return DashboardData(run.name, Path(audit["root"]), classes, table, model.get("backbone", ""),
                          _saliency_files(run, errors), Decoding.from_audit(audit),
                          read_objective(metrics.get("objective"), classes), run, errors,
-                         () if errors else (missing,), manifest)
+                         () if errors else (missing,), manifest, _found_slices(run, errors))
 
 # %% ../../nbs/evaluate/07_dashboard_data.ipynb #4e1ea813
 def newest_run(
@@ -224,6 +237,11 @@ def _slice_rows(
                 at["offset"] = offset
                 offset += len(bits[-1])
             found.append(row | at | dict(kind=row["slice"], split=split, key=f"{split}/{row['slice']}/{row['name']}"))
+    for row in data.found.to_dict("records"):
+        mask = data.table.path.isin(row.pop("members")) & (data.table.split == row["split"])
+        bits.append(np.packbits(mask.to_numpy(), bitorder="little"))
+        found.insert(0, row | dict(kind="found", label=-1, offset=offset, key=f"{row['split']}/found/{row['name']}"))
+        offset += len(bits[-1])
     return found, np.concatenate(bits) if bits else np.zeros(0, np.uint8)
 
 # %% ../../nbs/evaluate/07_dashboard_data.ipynb #3c6b0ee1

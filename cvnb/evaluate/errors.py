@@ -36,7 +36,8 @@ __all__ = ['MIN_SLICE_IMAGES', 'FALSE_DISCOVERIES', 'LARGE_GAP', 'prediction_tab
            'plot_slices', 'plot_reliability', 'plot_ranking', 'ErrorAnalysis', 'analyze_errors', 'error_summary']
 
 # %% ../../nbs/evaluate/01_errors.ipynb #cell-5
-_AUDIT_COLUMNS = ["path", "brightness", "contrast", "width", "height", "tags", "label_score", "pixel_sha256"]
+_AUDIT_COLUMNS = ["path", "brightness", "contrast", "width", "height", "tags", "label_score", "pixel_sha256", "blurry",
+                  "size_bytes", "format", "mode", "camera"]
 
 # %% ../../nbs/evaluate/01_errors.ipynb #cell-6
 def prediction_table(
@@ -460,6 +461,9 @@ def error_summary(
     saliency_files: Sequence[str] = (),   # one per row of `analysis.worst`, or none
     review: Any = None,                   # from `review_threshold.measure_review_threshold`, or none
     robustness: Any = None,               # from `robustness.robustness_of_model`, or none
+    found: Any = None,                    # from `slices.find_slices`, or none
+    kept: Any = None,                     # from `kept_slices.measure_kept_slices`, or none
+    flips: Any = None,                    # from `flips.flips_of_model`, or none
 ) -> dict[str, Any]:                      # content of errors.json
     "Turn an error analysis into plain values for a JSON file."
     a = analysis
@@ -477,7 +481,9 @@ def error_summary(
         robustness=robustness and dict(words=robustness.words, clean=vars(robustness.clean),
                                        rows=robustness.rows.to_dict("records")),
         objective_words=a.objective_words, decision_words=a.decision_words, calibration_words=a.calibration_words,
-        classes=a.classes,
+        classes=a.classes, found_slices=found.to_json() if found else [], found_words=found.words if found else "",
+        kept_slices=kept.to_json() if kept else [], kept_words=kept.words if kept else "",
+        flips=flips and flips.to_json(),
         confusion=a.confusion.values.tolist(),
         per_class=a.per_class.to_dict("records"), calibration=a.calibration.to_dict("records"),
         mixed_up=a.confused_pairs.to_dict("records"), slices=len(a.slices), below=a.slices_below.to_dict("records"),

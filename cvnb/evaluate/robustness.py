@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,9 +28,12 @@ if TYPE_CHECKING:
     from cvnb.models.vision_model import VisionModel
 
 # %% auto #0
-__all__ = ['WEAK_LOSS', 'Robustness', 'measure_robustness', 'plot_robustness', 'sample_rows', 'robustness_of_model']
+__all__ = ['ATTACK', 'BUDGETS', 'WEAK_LOSS', 'Robustness', 'measure_robustness', 'plot_robustness', 'sample_rows', 'pgd_attack',
+           'robustness_of_model']
 
 # %% ../../nbs/evaluate/11_robustness.ipynb #20d9d754
+ATTACK = "PGD"          # name of the attack among the changes
+BUDGETS = (1, 2, 4)     # levels of 255 by which it may change a value, one per strength
 WEAK_LOSS = 0.05   # of accuracy at the medium strength, from which on a corruption is a weak spot
 
 @dataclass(frozen=True)
@@ -41,17 +45,28 @@ class Robustness:
     @property
     def words(self) -> str:   # a sentence or two
         "Name the weak spots."
-        medium = self.rows[self.rows.strength == _medium(self.rows.strength)].sort_values("loss", ascending=False)
+        of = self.rows[(self.rows.strength == _medium(self.rows.strength)) & (self.rows.change != ATTACK)]
+        medium = of.sort_values("loss", ascending=False)
         weak = medium[medium.weak]
         name = lambda r: (f"{r.change} ({100 * r.value:.0f} % [{100 * r.low:.0f}, {100 * r.high:.0f}], "
                           f"{100 * r.loss:.0f} points lost)")
         n = f"on {self.clean.n:,} images, of which {100 * self.clean.value:.0f} % are right as they are"
         if weak.empty:
             most = medium.iloc[0]
-            return f"no weak spot is proven {n}; at strength {most.strength} the largest loss is by {name(most)}"
+            largest = f"at strength {most.strength} the largest loss is by {name(most)}"
+            return f"no weak spot is proven {n}; {largest}{self._attack_words}"
         named = ", ".join(name(r) for r in weak.head(4).itertuples())
         more = f" and {len(weak) - 4} more" if len(weak) > 4 else ""
-        return f"weak against {named}{more} at strength {weak.strength.iloc[0]}, {n}"
+        return f"weak against {named}{more} at strength {weak.strength.iloc[0]}, {n}{self._attack_words}"
+
+    @property
+    def _attack_words(self) -> str:   # "; an attack that …"
+        "Say what is left under the attack at its medium budget."
+        own = self.rows[(self.rows.change == ATTACK) & (self.rows.strength == _medium(self.rows.strength))]
+        if own.empty: return ""
+        r = own.iloc[0]
+        return (f"; an attack that changes each value by at most {int(r.budget)} of 255 levels leaves "
+                f"{100 * r.value:.0f} % [{100 * r.low:.0f}, {100 * r.high:.0f}] right")
 
 def _medium(
     strengths: pd.Series,
@@ -69,19 +84,24 @@ def measure_robustness(
     changes: Sequence[str] = tuple(CHANGES),       # of `corruptions.CHANGES`
     groups: np.ndarray | None = None,   # group of each image (N,); None where images are independent
     progress: Callable[[float, str], None] | None = None,   # takes the fraction that is done and a text
+    attack: Callable[[np.ndarray, np.ndarray, int], np.ndarray] | None = None,   # images, labels, budget -> images
 ) -> Robustness:
     "Measure the accuracy on images as they are and corrupted."
     labels = np.asarray(labels)
     right = np.asarray(predict(images)) == labels
     rows = []
-    for i, change in enumerate(changes):
-        for strength in strengths:
-            if progress: progress(i / len(changes), f"{change}, strength {strength}")
-            changed = np.asarray(predict(corrupt(images, change, strength))) == labels
+    names = [*changes, *([ATTACK] if attack else [])]
+    for i, change in enumerate(names):
+        for strength, budget in zip(strengths, BUDGETS):
+            if progress: progress(i / len(names), f"{change}, strength {strength}")
+            attacked = attack and change == ATTACK
+            others = attack(images, labels, budget) if attacked else corrupt(images, change, strength)
+            changed = np.asarray(predict(others)) == labels
             found = accuracy(changed, groups)
-            test = noninferiority(right, changed, 1.0, DEFAULT_LEVEL / len(changes), groups=groups)
+            test = noninferiority(right, changed, 1.0, DEFAULT_LEVEL / len(names), groups=groups)
             rows.append(dict(change=change, strength=strength, value=found.value, low=found.low, high=found.high,
-                             n=found.n, loss=-test.difference, loss_low=-test.high, loss_high=-test.low))
+                             n=found.n, loss=-test.difference, loss_low=-test.high, loss_high=-test.low,
+                             budget=budget if attacked else 0))
     table = pd.DataFrame(rows)
     weak = table[(table.strength == _medium(table.strength)) & (table.loss >= WEAK_LOSS) & (table.loss_low > 0)].change
     return Robustness(accuracy(right, groups), table.assign(weak=table.change.isin(weak)))
@@ -103,7 +123,8 @@ def plot_robustness(
     ax.axhline(found.clean.value, color="grey", lw=1, ls="--")
     ax.set_xticks(range(len(names)), names, rotation=40, ha="right")
     ax.set(ylim=(0, 1.02), ylabel="accuracy, 95 % interval")
-    ax.set_title(f"strengths {', '.join(map(str, strengths))} from left to right; dashed: as they are", fontsize=9)
+    ax.set_title(f"strengths {', '.join(map(str, strengths))} from left to right; dashed: as they are; "
+                 f"{ATTACK}: at most {', '.join(map(str, BUDGETS))} of 255 levels", fontsize=9)
     figure.tight_layout()
     plt.close(figure)
     return figure
@@ -117,6 +138,34 @@ def sample_rows(
     if len(table) <= n: return table
     chosen = np.random.default_rng(0).choice(len(table), n, replace=False)
     return table.iloc[np.sort(chosen)].reset_index(drop=True)
+
+# %% ../../nbs/evaluate/11_robustness.ipynb #11e841a5
+_STEPS = 10   # of the attack
+
+def pgd_attack(
+    model: VisionModel,    # trained
+    images: np.ndarray,    # uint8 (N, S, S, 3), of the model's size
+    labels: np.ndarray,    # int (N,), true classes
+    budget: int,           # levels of 255 by which each value may change
+    batch_size: int = 64,  # images at a time
+) -> np.ndarray:           # uint8 (N, S, S, 3)
+    "Change images within a budget so that a model errs (Madry et al., 2018). Classification only."
+    import torch
+    generator = torch.Generator().manual_seed(0)
+    net = model.eval().net
+    mean, std = (getattr(model.preprocess, name) for name in ("mean", "std"))
+    out = np.empty_like(images)
+    for i in range(0, len(images), batch_size):
+        x = torch.from_numpy(images[i:i + batch_size]).permute(0, 3, 1, 2).float()   # (B, 3, S, S)
+        y = torch.from_numpy(np.asarray(labels[i:i + batch_size]))
+        adv = x + budget * (2 * torch.rand(x.shape, generator=generator) - 1)
+        for _ in range(_STEPS):
+            adv = adv.clamp(0, 255).detach().requires_grad_()
+            loss = torch.nn.functional.cross_entropy(net((adv - mean) / std), y)
+            step = torch.autograd.grad(loss, adv)[0].sign() * max(budget / 4, 0.5)
+            adv = torch.maximum(torch.minimum(adv.detach() + step, x + budget), x - budget)
+        out[i:i + batch_size] = adv.clamp(0, 255).round().permute(0, 2, 3, 1).to(torch.uint8).numpy()
+    return out
 
 # %% ../../nbs/evaluate/11_robustness.ipynb #19857100
 def robustness_of_model(
@@ -136,4 +185,4 @@ def robustness_of_model(
     images = load_images(root, rows.path, spec.image_size, decoding=decoding)
     predict = lambda x: rule.decide(predict_proba(model, x))
     return measure_robustness(images, pd.Index(spec.classes).get_indexer(rows.label), predict,
-                              groups=table_groups(rows), progress=progress)
+                              groups=table_groups(rows), progress=progress, attack=partial(pgd_attack, model))

@@ -5,12 +5,16 @@
 # %% ../../nbs/evaluate/02_saliency.ipynb #0c9b602b
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+import torch
+from torch import Tensor
 
 from ..core.errors import UsageError
 from ..data.image_grid import plot_image_grid, truncate
@@ -23,37 +27,80 @@ if TYPE_CHECKING:
     from cvnb.models.vision_model import VisionModel
 
 # %% auto #0
-__all__ = ['saliency_maps', 'overlay_heatmap', 'render_saliency', 'write_saliency', 'plot_saliency']
+__all__ = ['METHODS', 'feature_layer', 'saliency_maps', 'overlay_heatmap', 'SaliencyCheck', 'check_saliency', 'render_saliency',
+           'check_rows', 'write_saliency', 'plot_saliency']
 
 # %% ../../nbs/evaluate/02_saliency.ipynb #b4bc3a1a
-_NOISY_COPIES = 8   # of each image
-_NOISE_STD = 0.15   # in normalised pixels
+METHODS = ("Grad-CAM", "integrated gradients")
+_STEPS = 16   # of integrated gradients
 
 # %% ../../nbs/evaluate/02_saliency.ipynb #cell-39
+def feature_layer(
+    net: torch.nn.Module,   # a timm network
+) -> torch.nn.Module | None:   # None for a network without one
+    "Find the layer whose output Grad-CAM weighs."
+    blocks = getattr(net, "blocks", None)
+    if getattr(net, "output_fmt", "") == "NLC" or hasattr(net, "num_prefix_tokens"):
+        return blocks[-1].norm1 if blocks is not None and hasattr(blocks[-1], "norm1") else None
+    last = (getattr(net, "feature_info", None) or [])[-1:]
+    name = last[0].get("module", "") if last and isinstance(last[0], dict) else ""
+    return dict(net.named_modules()).get(name) if name else None
+
+def _region_map(
+    features: Tensor,   # gradient × activation (N, T, D), (N, H, W, C), or (N, C, H, W)
+    net: torch.nn.Module,   # its network
+    side: int,          # pixels
+) -> Tensor:            # (N, side, side), at least 0
+    "Add up a feature map over its channels, and enlarge it."
+    if features.ndim == 3:
+        features = features[:, getattr(net, "num_prefix_tokens", 0):].sum(2)
+        grid = round(features.shape[1] ** 0.5)
+        heat = features.reshape(len(features), grid, -1)
+    else: heat = features.sum(3 if getattr(net, "output_fmt", "NCHW") == "NHWC" else 1)
+    enlarge = torch.nn.functional.interpolate
+    return enlarge(heat.clamp(min=0)[:, None], (side, side), mode="bilinear", align_corners=False)[:, 0]
+
+def _attribute(
+    method: str,       # of `METHODS`
+    net: torch.nn.Module,
+    x: Tensor,         # (N, 3, S, S), normalised
+    margin: Callable[[Tensor], Tensor],   # (N, 3, S, S) -> (N,)
+) -> Tensor | None:    # (N, S, S); None where the network has no such layer
+    "Attribute a number per image to its pixels."
+    from captum.attr import IntegratedGradients, LayerGradCam, LayerGradientXActivation
+    if method == "integrated gradients":
+        many = lambda images: margin(images)
+        found = IntegratedGradients(many).attribute(x, n_steps=_STEPS, internal_batch_size=len(x))
+        return found.abs().amax(1).float()
+    layer = feature_layer(net)
+    if layer is None: return None
+    plain = getattr(net, "output_fmt", "NCHW") == "NCHW" and not hasattr(net, "num_prefix_tokens")
+    explain = LayerGradCam if plain else LayerGradientXActivation
+    return _region_map(explain(margin, layer).attribute(x).detach().float(), net, x.shape[-1])
+
 def saliency_maps(
     model: VisionModel,      # trained
     images: np.ndarray,      # uint8 (N, H, W, 3)
     predicted: np.ndarray,   # index of the predicted class (N,)
     labels: np.ndarray,      # index of the true class (N,)
-) -> np.ndarray:             # float32 (N, S, S), 0 … 1
-    """Compute SmoothGrad maps of the predicted logit minus the true one. Classification only.
-
-    Smilkov et al., arXiv:1706.03825.
-    """
-    import torch
-    predicted = np.array(predicted)
-    labels = np.array(labels)
-    rows = np.arange(len(images))
+    method: str = "integrated gradients",   # of `METHODS`
+) -> np.ndarray | None:      # float32 (N, S, S), 0 … 1; None where the network has no feature map
+    "Explain the predicted logit, minus the true one where they differ. Classification only."
+    predicted = torch.as_tensor(np.array(predicted))
+    labels = torch.as_tensor(np.array(labels))
     x = model.eval().preprocess(torch.from_numpy(images))                      # (N, 3, S, S)
-    is_error = torch.from_numpy((predicted != labels).astype(np.float32))
-    generator = torch.Generator().manual_seed(0)
-    total = torch.zeros_like(x)
-    for noise in _NOISE_STD * torch.randn(_NOISY_COPIES, *x.shape[1:], generator=generator):
-        noisy = (x + noise).requires_grad_()
-        logits = model.net(noisy)                                              # (N, C)
-        margin = logits[rows, predicted] - is_error * logits[rows, labels]     # (N,)
-        total += torch.autograd.grad(margin.sum(), noisy)[0]
-    heat = total.abs().amax(1).numpy()                                         # (N, S, S)
+
+    def margin(some: Tensor) -> Tensor:   # (M, 3, S, S) -> (M,), M a multiple of N
+        logits = model.net(some)
+        times = len(some) // len(x)
+        own = predicted.repeat(times)
+        true = labels.repeat(times)
+        at = torch.arange(len(some))
+        return logits[at, own] - (own != true).float() * logits[at, true]
+
+    found = _attribute(method, model.net, x, margin)
+    if found is None: return None
+    heat = found.detach().numpy()
     top = np.quantile(heat, 0.99, axis=(1, 2), keepdims=True)
     return np.clip(heat / np.where(top > 0, top, 1), 0, 1).astype(np.float32)
 
@@ -62,19 +109,60 @@ _MIN_SIDE = 160   # pixels; a smaller image is enlarged
 
 def overlay_heatmap(
     image: np.ndarray,   # uint8 (S, S, 3)
-    heat: np.ndarray,    # float32 (S, S), 0 … 1
-) -> Image:              # the image, and beside it the image with its heat map
-    "Draw an image and the same image with a heat map over it."
+    *heats: np.ndarray,  # float32 (S, S), 0 … 1
+) -> Image:              # the image, and beside it the image with each of its heat maps
+    "Draw an image and the same image with heat maps over it."
     from matplotlib import colormaps
     from PIL import Image
     side = max(_MIN_SIDE, len(image))
     enlarge = lambda pixels, how: np.asarray(Image.fromarray(pixels).resize((side, side), how), np.float32)
     large = enlarge(image, Image.Resampling.NEAREST)
-    warm = enlarge(np.round(heat * 255).astype(np.uint8), Image.Resampling.BILINEAR)[..., None] / 255
     grey = large.mean(2, keepdims=True) * 0.6
-    color = 255 * colormaps["inferno"](warm[..., 0])[..., :3]
-    mixed = grey * (1 - 0.85 * warm) + color * 0.85 * warm
-    return Image.fromarray(np.hstack([large, mixed]).round().clip(0, 255).astype(np.uint8))
+    parts = [large]
+    for heat in heats:
+        warm = enlarge(np.round(heat * 255).astype(np.uint8), Image.Resampling.BILINEAR)[..., None] / 255
+        color = 255 * colormaps["inferno"](warm[..., 0])[..., :3]
+        parts.append(grey * (1 - 0.85 * warm) + color * 0.85 * warm)
+    return Image.fromarray(np.hstack(parts).round().clip(0, 255).astype(np.uint8))
+
+# %% ../../nbs/evaluate/02_saliency.ipynb #8b6c6200
+@dataclass(frozen=True)
+class SaliencyCheck:
+    "Whether maps depend on the model."
+    similarity: dict[str, float]   # method -> mean rank correlation with the maps of shuffled weights
+    n: int                         # images
+
+    LIMIT = 0.5   # rank correlation from which on a map says little about the model
+
+    @property
+    def words(self) -> str:   # a sentence
+        "Say whether the maps depend on the model."
+        if not self.n: return "no map was checked"
+        said = ", ".join(f"{method} {value:.2f}" for method, value in self.similarity.items())
+        weak = [method for method, value in self.similarity.items() if value >= self.LIMIT]
+        verdict = f"{' and '.join(weak)} says little about the model" if weak else "the maps depend on the model"
+        return f"rank correlation with maps of shuffled weights: {said} (n={self.n}): {verdict}"
+
+def check_saliency(
+    model: VisionModel,    # trained
+    images: np.ndarray,    # uint8 (N, H, W, 3)
+    predicted: np.ndarray,   # index of the predicted class (N,)
+    labels: np.ndarray,      # index of the true class (N,)
+) -> SaliencyCheck:
+    "Compare maps with those of the same network with shuffled weights."
+    from scipy.stats import spearmanr
+    shuffled = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in shuffled.net.parameters():
+            p.copy_(p.flatten()[torch.randperm(p.numel(), generator=generator)].view_as(p))
+    found = {}
+    for method in METHODS if len(images) else ():
+        maps = [saliency_maps(m, images, predicted, labels, method) for m in (model, shuffled)]
+        if maps[0] is None: continue
+        values = [spearmanr(a.ravel(), b.ravel()).statistic for a, b in zip(*maps) if np.ptp(a) > 0 and np.ptp(b) > 0]
+        if values: found[method] = float(np.mean(values))
+    return SaliencyCheck(found, len(images))
 
 # %% ../../nbs/evaluate/02_saliency.ipynb #cell-45
 def render_saliency(
@@ -85,16 +173,33 @@ def render_saliency(
     batch_size: int = 16,   # images at a time
     decoding: Decoding = DEFAULT_DECODING,   # of the data set
 ) -> list[Image]:           # one picture per row
-    "Draw each image beside its saliency map."
+    "Draw each image beside its saliency maps: Grad-CAM where the network has a feature map, integrated gradients."
     index = {name: i for i, name in enumerate(model.spec.classes)}
     pictures = []
     for i in range(0, len(rows), batch_size):
         batch = rows.iloc[i:i + batch_size]
         images = load_images(root, batch.path, model.spec.image_size, decoding=decoding)
-        heat = saliency_maps(model, images, batch.predicted.map(index).to_numpy(), batch.label.map(index).to_numpy())
-        pictures += map(overlay_heatmap, images, heat)
+        codes = [batch[name].map(index).to_numpy() for name in ("predicted", "label")]
+        heats = [saliency_maps(model, images, *codes, method) for method in METHODS]
+        pictures += map(overlay_heatmap, images, *(heat for heat in heats if heat is not None))
         if progress: progress(len(pictures) / len(rows), f"saliency {len(pictures)}/{len(rows)}")
     return pictures
+
+# %% ../../nbs/evaluate/02_saliency.ipynb #aebf6d5c
+_CHECKED = 8   # images
+
+def check_rows(
+    model: VisionModel,     # trained
+    root: Path | str,       # the data folder
+    rows: pd.DataFrame,     # from `most_confident_errors`
+    decoding: Decoding = DEFAULT_DECODING,   # of the data set
+) -> SaliencyCheck:
+    "Check the maps of some errors."
+    index = {name: i for i, name in enumerate(model.spec.classes)}
+    rows = rows.head(_CHECKED)
+    if rows.empty: return SaliencyCheck({}, 0)
+    images = load_images(root, rows.path, model.spec.image_size, decoding=decoding)
+    return check_saliency(model, images, *(rows[name].map(index).to_numpy() for name in ("predicted", "label")))
 
 # %% ../../nbs/evaluate/02_saliency.ipynb #cell-46
 def write_saliency(
@@ -121,4 +226,4 @@ def plot_saliency(
     if not pictures: return "No errors to explain."
     rows = rows.head(len(pictures))
     titles = [f"{truncate(row.label)} → {truncate(row.predicted)}, {row.confidence:.1%}" for row in rows.itertuples()]
-    return plot_image_grid(pictures, titles, columns=4, cell=(1.8, 1.2))
+    return plot_image_grid(pictures, titles, columns=3, cell=(2.6, 1.2))

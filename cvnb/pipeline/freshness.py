@@ -174,6 +174,8 @@ def _describe_changes(
     for name in _differing_names(old["files"], new["files"]):   # a changed parameter is described above
         if name in old["files"] and name in new["files"]:
             yield f"the file of parameter {name} {'changed' if new['files'][name] else 'is missing'}"
+        elif old["params"].get(name) == new["params"].get(name):
+            yield f"the file of parameter {name} {'is new' if name in new['files'] else 'is missing'}"
     if old["data"] != new["data"]: yield "the data changed"
     if old["lock"] != new["lock"]: yield "the installed packages changed"
 

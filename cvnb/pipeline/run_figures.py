@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['RUN_STAGES', 'FIGURES', 'SHIPPING_STAGES', 'FigureMissing', 'RunFiles', 'read_run_files', 'Figure', 'figure',
            'damaged', 'unfinished', 'incomplete', 'mixed', 'leak', 'drift', 'limits', 'not_proven', 'below_majority',
-           'below_probe', 'overconfident', 'underconfident', 'compression_rejected', 'int8_rejected', 'parity',
-           'control_void', 'int8_slower', 'test_looks', 'tests_repeated']
+           'below_probe', 'overconfident', 'underconfident', 'slices_fell', 'compression_rejected', 'int8_rejected',
+           'parity', 'control_void', 'int8_slower', 'test_looks', 'tests_repeated']
 
 # %% ../../nbs/pipeline/11_run_figures.ipynb #945f9379
 class FigureMissing(CvnbError):
@@ -283,6 +283,17 @@ def underconfident(files: RunFiles) -> Figure:
     "Measure by how much confidence is below accuracy."
     gap, text = _gap_in_words(files)
     return Figure(-gap, text)
+
+# %% ../../nbs/pipeline/11_run_figures.ipynb #9a31bc77
+@figure
+def slices_fell(files: RunFiles) -> Figure:
+    "Count the kept slices that fell; half a slice where one could not be measured."
+    kept = files.content("errors/errors.json").get("kept_slices")
+    if not kept: raise FigureMissing("no slice is kept")
+    fell = sum(bool(row["fell"]) for row in kept)
+    lost = any(row.get("fault") for row in kept)
+    words = files.content("errors/errors.json").get("kept_words", "")
+    return Figure(fell or 0.5 * lost, _count(fell, "kept slice"), words)
 
 # %% ../../nbs/pipeline/11_run_figures.ipynb #63a612c0
 def _require_int8(

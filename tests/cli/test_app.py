@@ -13,6 +13,7 @@ from PIL import Image
 from cvnb.cli import app as cli
 from cvnb.cli.audit import audit_app
 from cvnb.cli.data import data_app, data_split_command
+from cvnb.cli.errors import errors_app
 from cvnb.cli.runs import run_command
 from cvnb.cli.sweeps import sweep_command
 from cvnb.data.named import NAMED_DATASETS
@@ -120,7 +121,7 @@ def test_installed_command_prints_no_traceback():
 
 
 COMMANDS = ["run", "status", "gate", "card", "report", "sweep", "init", "params", "dashboard", "compare", "browse",
-            "audit", "predict", "verify", "serve", "package", "sign", "data", "doctor"]
+            "audit", "errors", "predict", "verify", "serve", "package", "sign", "data", "doctor"]
 
 
 def test_every_command_has_help_and_is_documented(call, root):
@@ -133,7 +134,7 @@ def test_every_command_has_help_and_is_documented(call, root):
         assert code == 0 and "Usage" in out and f"cvnb {command}" in text
 
 
-@pytest.mark.parametrize("group, app", [("audit", audit_app), ("data", data_app)])
+@pytest.mark.parametrize("group, app", [("audit", audit_app), ("data", data_app), ("errors", errors_app)])
 def test_every_sub_command_has_help(call, group, app):
     assert app.registered_commands
     for command in app.registered_commands:

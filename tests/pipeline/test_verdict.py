@@ -44,7 +44,8 @@ def good_run() -> dict:
         train=dict(accuracy_val=0.9, accuracy_val_majority=0.1, accuracy_val_probe=0.8,
                    difference_val_majority=Estimate(0.8, 0.75, 0.85, 600),
                    difference_val_probe=Estimate(0.1, 0.07, 0.13, 600)),
-        errors={"calibration_gap_test": 0.01}, test=test, **{"errors.json": dict(mistakes=[])},
+        errors={"calibration_gap_test": 0.01}, test=test,
+        **{"errors.json": dict(mistakes=[], kept_slices=[dict(name="cats", fell=False, fault="")])},
         export=dict(accepted_int8=1, difference_int8=0.0, max_difference_compressed_fp32=1e-6,
                     max_difference_trained_fp32=1e-6),
         shipped="compressed", rows=rows, control=dict(verdict="x", clock="wall"), looks=5, tests=2)
@@ -132,6 +133,8 @@ FAULTS = {
                     Estimate(-0.07, -0.09, -0.055, 600), "worse than a linear probe on the audit's embeddings"),
     "overconfident": (setter("errors", "calibration_gap_test"), 0.12, 0.3, "overconfident by"),
     "underconfident": (setter("errors", "calibration_gap_test"), -0.12, None, "underconfident by 12 points"),
+    "slices_fell": (setter("errors.json", "kept_slices"), [dict(name="cats", fell=False, fault="no image")],
+                    [dict(name="cats", fell=True, fault="")], "kept slice"),
     "parity": (setter("export", "max_difference_compressed_fp32"), None, 0.96, "differs from torch by 0.96"),
     "compression_rejected": (reject, -0.54, None, "accuracy -54.0 points [-56.0, -52.0]"),
     "int8_rejected": (setter("export", "accepted_int8"), 0, None, "use model.onnx"),
