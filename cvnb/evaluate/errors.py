@@ -464,6 +464,7 @@ def error_summary(
     found: Any = None,                    # from `slices.find_slices`, or none
     kept: Any = None,                     # from `kept_slices.measure_kept_slices`, or none
     flips: Any = None,                    # from `flips.flips_of_model`, or none
+    costs: Any = None,                    # from `costs.analyze_costs`, or none
 ) -> dict[str, Any]:                      # content of errors.json
     "Turn an error analysis into plain values for a JSON file."
     a = analysis
@@ -483,7 +484,7 @@ def error_summary(
         objective_words=a.objective_words, decision_words=a.decision_words, calibration_words=a.calibration_words,
         classes=a.classes, found_slices=found.to_json() if found else [], found_words=found.words if found else "",
         kept_slices=kept.to_json() if kept else [], kept_words=kept.words if kept else "",
-        flips=flips and flips.to_json(),
+        flips=flips and flips.to_json(), costs=costs and costs.to_json(),
         confusion=a.confusion.values.tolist(),
         per_class=a.per_class.to_dict("records"), calibration=a.calibration.to_dict("records"),
         mixed_up=a.confused_pairs.to_dict("records"), slices=len(a.slices), below=a.slices_below.to_dict("records"),

@@ -23,14 +23,14 @@ from .slices import SliceRule
 from ..metrics.classification import accuracy
 
 # %% auto #0
-__all__ = ['KEPT_FILE', 'read_kept', 'keep_slice', 'KeptSlices', 'measure_kept_slices']
+__all__ = ['KEPT_FILE', 'read_kept_slices', 'keep_slice', 'KeptSlices', 'measure_kept_slices']
 
 # %% ../../nbs/evaluate/13_kept_slices.ipynb #e907d130
 KEPT_FILE = "slices.json"   # in the project's folder
 _REMEDY = "Keep the slice again: `cvnb errors keep RUN SLICE`."
 _FIELDS = dict(rule=dict, accuracy=(int, float), n=int, run=str)
 
-def read_kept(
+def read_kept_slices(
     path: Path,   # slices.json
 ) -> dict[str, dict[str, Any]]:   # name -> rule, accuracy, low, high, n, split, run, words; empty without the file
     "Read the kept slices; raise `CvnbError` for a file that is none."
@@ -76,7 +76,7 @@ def keep_slice(
     errors = read_record(find_output(run, "errors", "errors.json"), ErrorsRecord)
     row = _find_slice(errors, wanted, run)
     path = (root or project_root())/KEPT_FILE
-    kept = read_kept(path)
+    kept = read_kept_slices(path)
     name = name or row["name"]
     if name in kept: raise UsageError(f"{path} has a slice '{name}'", "Give another --name, or delete it there.")
     new = {key: row.get(key) for key in ("rule", "accuracy", "low", "high", "n", "words")}
@@ -105,7 +105,7 @@ class KeptSlices:
     def to_json(self) -> list[dict[str, Any]]: return self.rows.to_dict("records")   # of JSON types
 
 def measure_kept_slices(
-    kept: dict[str, dict[str, Any]],   # from `read_kept`
+    kept: dict[str, dict[str, Any]],   # from `read_kept_slices`
     table: pd.DataFrame,          # from `prediction_table`, one split (N,)
     vectors: np.ndarray | None,   # embeddings of its images (N, D)
 ) -> KeptSlices:

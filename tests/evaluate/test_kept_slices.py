@@ -13,7 +13,7 @@ from cvnb.cli.errors import errors_app
 from cvnb.core.errors import CvnbError, UsageError
 from cvnb.core.files import write_json
 from cvnb.core.stage import Stage
-from cvnb.evaluate.kept_slices import KEPT_FILE, keep_slice, measure_kept_slices, read_kept
+from cvnb.evaluate.kept_slices import KEPT_FILE, keep_slice, measure_kept_slices, read_kept_slices
 
 SLICE = dict(name="dog, camera <b>D</b>", n=120, accuracy=0.8, low=0.7, high=0.88, words="",
              rule=dict(label="dog", column="camera", value="<b>D</b>"))
@@ -41,9 +41,9 @@ def draw(n: int, share: float, seed: int = 0) -> pd.DataFrame:
 def test_kept_slice_is_measured_on_other_images(run: Path, tmp_path: Path) -> None:
     file, name, _ = keep_slice(run, "1", root=tmp_path)
     assert name == SLICE["name"] and json.loads(file.read_text())[name]["rule"] == SLICE["rule"]
-    same, worse = (measure_kept_slices(read_kept(file), draw(400, share), None) for share in (0.8, 0.5))
+    same, worse = (measure_kept_slices(read_kept_slices(file), draw(400, share), None) for share in (0.8, 0.5))
     assert not same.rows.fell[0] and worse.rows.fell[0] and worse.rows.n[0] == 200 and "fell from 80.0%" in worse.words
-    other = measure_kept_slices(read_kept(file), draw(400, 0.8).drop(columns="meta_camera"), None)
+    other = measure_kept_slices(read_kept_slices(file), draw(400, 0.8).drop(columns="meta_camera"), None)
     assert "column camera" in other.rows.fault[0] and not other.rows.fell[0]
 
 
@@ -59,7 +59,7 @@ def test_command_keeps_and_refuses(run: Path, tmp_path: Path, monkeypatch: pytes
     done = CliRunner().invoke(errors_app, ["keep", str(run), SLICE["name"], "--name", "dogs", "--json"])
     assert done.exit_code == 0 and json.loads(done.output)["name"] == "dogs"
     assert CliRunner().invoke(errors_app, ["keep", str(run), "class/cat"]).exit_code == 0
-    assert set(read_kept(tmp_path/KEPT_FILE)) == {"dogs", "class/cat"}
+    assert set(read_kept_slices(tmp_path/KEPT_FILE)) == {"dogs", "class/cat"}
     for wanted, text in (("2", "no slice '2'"), ("class/cta", "class/cat"), ("class/never", "no slice")):
         with pytest.raises(UsageError, match=text): keep_slice(run, wanted, root=tmp_path)
     with pytest.raises(UsageError, match="has a slice 'dogs'"): keep_slice(run, "1", "dogs", tmp_path)
@@ -71,4 +71,4 @@ def test_command_keeps_and_refuses(run: Path, tmp_path: Path, monkeypatch: pytes
                                      '{"a": {"rule": {}, "accuracy": 7, "n": 3, "run": ""}}'])
 def test_damaged_file_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path/KEPT_FILE).write_text(content)
-    with pytest.raises(CvnbError, match=KEPT_FILE): read_kept(tmp_path/KEPT_FILE)
+    with pytest.raises(CvnbError, match=KEPT_FILE): read_kept_slices(tmp_path/KEPT_FILE)
