@@ -155,12 +155,13 @@ def gather(run: Path) -> dict[str, object]:
     row["int8_to_fp32"] = speed["value"] if speed else None
     if (run/"benchmark/benchmark.json").exists():
         record = read_json(run/"benchmark/benchmark.json")
-        row["control"] = record["control"]["clock"]
         column = "cpu_" if record["control"]["clock"] != "wall" else ""
-        ours = [r for r in record["rows"] if r["model"] == record["shipped"] and r["runtime"].startswith("onnx")]
+        row["control"] = dict(none="void; CPU times", cpu="CPU times", wall="wall times")[record["control"]["clock"]]
+        files = {"onnx fp32"} | ({"onnx int8"} if (export.get("int8_test") or {}).get("accepted") else set())
+        ours = [r for r in record["rows"] if r["model"] == record["shipped"] and r["runtime"] in files]
         fastest = min(ours, key=lambda r: r["cpu_ms"] if column else r["p50_ms"])
         row |= dict(ships=f"{record['shipped']}, {fastest['runtime']}", vs_torch=fastest[f"{column}speedup"],
-                    vs_openvino_int8=fastest[f"{column}vs_peer"])
+                    vs_openvino_int8=fastest[f"{column}vs_peer"] or "its answers differ from torch's")
     stock = run.parent/f"{run.name}-stock.json"
     if stock.exists():
         found = read_json(stock)
