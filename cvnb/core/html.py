@@ -18,7 +18,8 @@ __all__ = ['html_page', 'html_table']
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1280px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0;font-size:13.5px;font-variant-numeric:tabular-nums;line-height:1.35}
 td,th{padding:.4em .7em;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}svg{max-width:100%;height:auto}
-p.void,tr.over td{background:#fdd}p.void{padding:.6em 1em;border-left:4px solid #c00}.scroll{overflow-x:auto}
+p.void,tr.over td{background:#fdd}p.void,p.care,p.valid{padding:.6em 1em;border-left:4px solid #c00}
+p.care{background:#fff3cd;border-color:#b80}p.valid{background:#e3f5e3;border-color:#393}.scroll{overflow-x:auto}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.2em 1.5em}\
 dt{font-weight:600}dd{margin:0;overflow-wrap:anywhere}
 .tiles{display:flex;flex-wrap:wrap;gap:1em}\

@@ -145,7 +145,7 @@ class RunVerdict:
 
     def to_html(self) -> str:   # a section of a page
         "Write the verdict for the top of a page."
-        kind = "valid" if self.level == SHIP else "void"
+        kind = {SHIP: "valid", CARE: "care"}.get(self.level, "void")   # green, amber, red
         items = "".join(f"<li>{html.escape(r.text)} <small>({html.escape(r.see)})</small></li>"
                         for r in self.reasons[:MAX_REASONS])
         absent = f"<p>Not judged: {html.escape(self.absent)}.</p>" if self.not_judged else ""
