@@ -366,6 +366,8 @@ def _list_many(
     for name in images:
         if os.path.isdir(name): paths += _list_folder(name)
         elif name.lower().endswith(IMAGE_TABLE_SUFFIXES): paths += read_image_table(name)
+        elif not os.path.exists(name):
+            raise UsageError(f"{printable(name, 300)} does not exist", "Give image files, folders or tables.")
         else: paths.append(name)
     return paths
 

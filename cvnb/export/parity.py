@@ -119,11 +119,13 @@ def measure_parity(
 def require_parity(
     result: ParityResult,   # from `measure_parity`
     tolerance: float,       # largest acceptable difference of a probability, 0 … 1
+    model: str = "",        # its name, for the message
 ) -> ParityResult:          # `result`
     "Raise `CvnbError` that names the worst image if a runtime is further from torch than the tolerance."
     if result.max_difference <= tolerance: return result
-    difference = f"{result.max_difference:.4f} on {result.worst}"
-    raise CvnbError(f"{result.runtime} differs from torch by {difference}, and the tolerance is {tolerance:g}",
+    difference = f"{result.max_difference:.2g} on {result.worst}"
+    name = f"{model}, {result.runtime}" if model else result.runtime
+    raise CvnbError(f"{name} differs from torch by {difference}, and the tolerance is {tolerance:g}",
                     "Look at that image; the preprocessing in the graph is the first suspect.")
 
 # %% ../../nbs/export/04_parity.ipynb #435947f2
@@ -189,10 +191,10 @@ class ParityReport:
         for other, results in reversed(self.results.items()):
             for result in [r for name, r in results.items() if RUNTIMES[name].precision == "fp32"]:
                 ships = RUNTIMES[result.runtime].in_bundle
-                if model in ("", other) and (ships or not model): require_parity(result, tolerance)
+                if model in ("", other) and (ships or not model): require_parity(result, tolerance, other)
                 elif not result.max_difference <= tolerance:
                     what = "this runtime's file does not ship" if model == other else "this model does not ship"
-                    notes.append(f"{other}, {result.runtime} differs from torch by {result.max_difference:.4f} on "
+                    notes.append(f"{other}, {result.runtime} differs from torch by {result.max_difference:.2g} on "
                                  f"{result.worst} (tolerance {tolerance:g}); {what}")
         return notes
 

@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import queue
 import sys
 import threading
 import time
-import zlib
 from typing import Any
 
 import numpy as np
@@ -97,4 +97,6 @@ def choose_split(
     share: float,   # of the requests for the second bundle, 0 … 1
 ) -> bool:          # whether the second bundle answers
     "Choose a bundle by the request's id."
-    return share > 0 and zlib.crc32(name.encode()) / 2**32 < share
+    if not share: return False
+    drawn = hashlib.blake2b(name.encode(), digest_size=8).digest()   # a CRC gathers ids that count up
+    return int.from_bytes(drawn, "big") / 2**64 < share

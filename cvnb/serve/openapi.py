@@ -31,6 +31,8 @@ _SCHEMAS = dict(
         id=dict(type="string"), model=dict(type="string"), version=dict(type="string"),
         label=dict(type=["string", "null"]), confidence=dict(type=["number", "null"]),
         probabilities=dict(type=["object", "null"]), values=dict(type=["object", "null"]),
+        chosen_by=dict(enum=["thresholds", "costs"], description="what chose the label in place of the probability"),
+        most_probable=dict(type="string", description="the class with the largest probability, beside `chosen_by`"),
         labels=dict(type=["array", "null"], items=dict(type="string")),
         fallback=dict(type="string", description="what answered in place of a model that failed"))),
     Swap=dict(type="object", required=["bundle"], properties=dict(

@@ -14,7 +14,8 @@ import cvnb
 from ..core.errors import CvnbError, UsageError
 from ..core.project import asset_folder
 from ..core.records import printable
-from ..export.bundle import bundle_digest, find_bundle, verify_bundle
+from ..export.bundle import find_bundle, verify_bundle
+from .served_model import served_digest
 from ..export.bundle_format import read_description
 from .served_model import check_verdict, model_name
 from .signing import check_signature, signature_path
@@ -101,7 +102,7 @@ def package_bundle(
     check_verdict(description, bundle, options.allow_unverified)
     verify_bundle(bundle)
     name = service_name(model_name(description, bundle))
-    version = bundle_digest(bundle)[:12]
+    version = served_digest(bundle)[:12]
     image = options.image or f"{name}:{version}"
     for given, option in (image, "--image"), (options.base, "--base"): _check_image(given, option)
     extra = ["--allow-unverified"] if options.allow_unverified else []

@@ -73,6 +73,8 @@ function show(found, seconds) {
     out.append(make('div', name + ': ' + value.toPrecision(4), 'name'));
   else {
     out.append(make('div', found.label ?? (found.labels.join(', ') || 'none'), 'name'));
+    if (found.chosen_by) out.append(make('p', 'chosen by the bundle\u2019s ' + found.chosen_by +
+      '; most probable: ' + found.most_probable, 'soft'));
     const rows = Object.entries(found.probabilities).sort((a, b) => b[1] - a[1]);
     for (const [name, share] of rows.slice(0, 5)) out.append(bar(name, share));
     if (rows.length > 5) out.append(make('small', 'and ' + (rows.length - 5) + ' more classes'));

@@ -20,6 +20,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..core.errors import CvnbError, UsageError
+from ..core.files import digest, sha256_file
 from ..core.records import printable
 from ..core.system import quota_cores, timestamp
 from ..data.images import Decoding
@@ -29,8 +30,8 @@ from ..export.runtimes import LimitedModel, predict_mixed_sizes
 from .protocol import RequestError
 
 # %% auto #0
-__all__ = ['ModelOptions', 'verdict_level', 'check_verdict', 'model_name', 'ServedModel', 'load_served', 'check_same_classes',
-           'ModelSlot']
+__all__ = ['ModelOptions', 'verdict_level', 'check_verdict', 'model_name', 'ServedModel', 'served_digest', 'load_served',
+           'check_same_classes', 'ModelSlot']
 
 # %% ../../nbs/serve/06_served_model.ipynb #454c7e98
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class ServedModel:
         self.bundle = bundle
         self.name = name
         self.digest = digest
-        self.version = digest[:12]
+        self.version = digest[:12]   # of the files and of bundle.json: other thresholds are another version
         self.options = options
         self.verdict = verdict_level(bundle.description)
         self.task: str = bundle.description["task"]
@@ -191,7 +192,9 @@ def describe(self: ServedModel,
     if self.task == "regression": return dict(values=named)
     if self.task == "classification":
         best = int(self.bundle.rule.decide(values[None])[0])
-        return dict(label=self.labels[best], confidence=float(values[best]), probabilities=named)
+        answer = dict(label=self.labels[best], confidence=float(values[best]), probabilities=named)
+        chosen_by = "costs" if self.bundle.rule.costs else "thresholds" if self.bundle.rule.thresholds else ""
+        return answer | dict(chosen_by=chosen_by, most_probable=max(named, key=named.get)) if chosen_by else answer
     limits = self.bundle.description.get("thresholds") or {}
     return dict(labels=[n for n, p in named.items() if p >= limits.get(n, 0.5)], probabilities=named)
 
@@ -208,6 +211,13 @@ def _trim_memory() -> None:
     gc.collect()
     with contextlib.suppress(OSError, AttributeError): ctypes.CDLL(None).malloc_trim(0)   # of glibc
 
+# %% ../../nbs/serve/06_served_model.ipynb #a9981618
+def served_digest(
+    folder: Path,   # a bundle
+) -> str:           # 64 hexadecimal digits
+    "Digest a bundle's files and its description, which has temperature, thresholds and costs."
+    return digest([bundle_digest(folder), sha256_file(folder/"bundle.json")])
+
 # %% ../../nbs/serve/06_served_model.ipynb #00cba507
 def load_served(
     where: Path | str,        # a bundle, or a run directory
@@ -221,7 +231,7 @@ def load_served(
     bundle = Bundle.load(folder, options.precision, options.threads, options.max_megapixels, spinning=False)
     check_verdict(bundle.description, folder, options.allow_unverified)
     bundle.verify()
-    model = ServedModel(bundle, options.name or model_name(bundle.description, folder), bundle_digest(folder), options)
+    model = ServedModel(bundle, options.name or model_name(bundle.description, folder), served_digest(folder), options)
     side = bundle.description["input"].get("resized_to") or 32
     for _ in range(3): model.predict([np.zeros((side, side, 3), np.uint8)], time.monotonic() + 60)
     _trim_memory()
@@ -267,7 +277,10 @@ class ModelSlot:
             now = self.current
             model = load_served(where, ModelOptions(**vars(now.options) | dict(name=now.name)))
             check_same_classes(model, now)
-            return self._exchange(model)
+            if model.digest != now.digest: return self._exchange(model)
+            self.current = model   # the same bundle once more, as after a retry: rolling back still leads elsewhere
+            self._notify(model)
+            return model
         finally: self._lock.release()
 
     def roll_back(self) -> ServedModel:   # answers from now on

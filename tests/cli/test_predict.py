@@ -320,3 +320,9 @@ def test_cluster_that_loses_a_node_gives_the_answers_of_one_machine(bundle, call
     assert (tmp_path/"log").read_text().splitlines()[-1] == error[-1]
     rows = [sorted((tmp_path/f"{name}.jsonl").read_text().splitlines()) for name in ("ray", "threads")]
     assert len(rows[0]) == 6000 and rows[0] == rows[1]
+
+
+def test_missing_folder_is_refused_before_a_file_is_written(call, tmp_path):
+    code, out, error = call(tmp_path/"fotos", "--out", tmp_path/"a.csv")
+    assert code == 2 and not out and not [*tmp_path.iterdir()]
+    assert error[-1] == f"cvnb: {tmp_path/'fotos'} does not exist. Give image files, folders or tables."

@@ -326,6 +326,25 @@ def test_bundle_is_exchanged_and_taken_back_without_a_gap(places: Path, photo: n
         assert server.metric('cvnb_model_swaps_total{result="done"}') == 2
 
 
+def test_bundle_that_is_taken_twice_can_be_rolled_back(places: Path, photo: np.ndarray, tmp_path: Path) -> None:
+    with serving(tmp_path/"log", places/"one", "--bundles", places, token=TOKEN) as server:
+        versions = {swap(server, "two").json["version"] for _ in range(2)}   # as a client does that asks again
+        assert len(versions) == 1 and server.version not in versions
+        assert server.ask("/bundle/rollback", b"").json["version"] == server.version
+
+
+def test_label_that_thresholds_choose_says_so_and_has_another_version(photo: np.ndarray, tmp_path: Path) -> None:
+    bundle = write_served_bundle(tmp_path/"plain")
+    with serving(tmp_path/"log", bundle) as server: plain = server.ask("/predict", encode(photo)).json
+    best, second, *_ = sorted(LABELS, key=plain["probabilities"].get, reverse=True)
+    odds = plain["probabilities"][second] / plain["probabilities"][best]
+    bundle = write_served_bundle(tmp_path/"decided", thresholds=dict.fromkeys(LABELS, 0.9) | {second: 0.4 * odds})
+    with serving(tmp_path/"log", bundle) as server: decided = server.ask("/predict", encode(photo)).json
+    assert decided["probabilities"] == plain["probabilities"] and "chosen_by" not in plain
+    assert (decided["label"], decided["chosen_by"], decided["most_probable"]) == (second, "thresholds", best)
+    assert decided["version"] != plain["version"], "the model file is the same, the thresholds are not"
+
+
 def test_bundle_that_is_refused_leaves_the_first_one(places: Path, photo: np.ndarray, tmp_path: Path) -> None:
     refused = [("unfit", 422, "do not ship"), ("damaged", 422, "labels.txt"), ("others", 422, "other labels"),
                ("absent", 404, "no bundle"), ("../bundles/two", 400, "NAME"), (".", 400, "NAME"), (7, 400, "NAME")]

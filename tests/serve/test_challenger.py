@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from servers import SHIP, cvnb, encode, serving, write_served_bundle
 
+from cvnb.serve.challenger import choose_split
 from cvnb.serve.request_log import read_request_log
 
 
@@ -80,3 +81,9 @@ def test_second_bundle_that_does_not_fit_is_refused(served_bundle: Path, tmp_pat
         other = write_served_bundle(tmp_path/str(i), **change)
         done = cvnb("serve", served_bundle, "--port", 0, option, other)
         assert done.returncode == code and said in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("form", ["r{}", "user-{:05}", "{:024x}"])
+def test_ids_that_count_up_are_split_evenly(form: str) -> None:
+    share = float(np.mean([choose_split(form.format(i), 0.1) for i in range(3000)]))
+    assert 0.08 < share < 0.12

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from servers import Server, encode
 
-from cvnb.export.bundle import Bundle, bundle_digest
+from cvnb.export.bundle import Bundle
+from cvnb.serve.served_model import served_digest
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def test_health_and_metadata(server: Server, served_bundle: Path) -> None:
     assert server.ask("/v2/health/live").json == {"live": True} and server.ask("/v2/health/ready").json["ready"] is True
     about = server.ask("/v2").json
     assert about["name"] == "cvnb" and about["extensions"] == ["binary_tensor_data"]
-    assert server.model == "pets" and server.version == bundle_digest(served_bundle)[:12]
+    assert server.model == "pets" and server.version == served_digest(served_bundle)[:12]
     for path in "/v2/models/pets", f"/v2/models/pets/versions/{server.version}":
         assert server.ask(f"{path}/ready").json["ready"] is True
         model = server.ask(path).json
