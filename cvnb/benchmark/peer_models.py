@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ..core.errors import reason_of
 from ..core.files import atomic_path
 from ..export.runtimes import RUNTIMES
 
@@ -89,5 +90,5 @@ def write_peer_models(
     path(Path(peer.file_name("trained")).with_suffix(".bin").name)   # the weights are an output too
     try: quantize_with_nncf(fp32.model_path(run, "trained"), target, read_images())
     except Exception as e:   # NNCF raises dozens of classes, and a peer's failure is not the run's
-        return {name: f"NNCF cannot quantize it ({(str(e).strip().splitlines() or [type(e).__name__])[0][:160]})"}
+        return {name: f"NNCF cannot quantize it ({reason_of(e)})"}
     return {}

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['CvnbError', 'UsageError', 'did_you_mean']
+__all__ = ['CvnbError', 'UsageError', 'did_you_mean', 'reason_of']
 
 # %% ../../nbs/core/01_errors.ipynb #cell-5
 class CvnbError(Exception):
@@ -39,3 +39,13 @@ def did_you_mean(
     from difflib import get_close_matches
     close = get_close_matches(name, valid, n=1, cutoff=0.5)
     return f"Did you mean '{close[0]}'?" if close else f"Known: {', '.join(valid)}."
+
+# %% ../../nbs/core/01_errors.ipynb #2fd55dca
+def reason_of(
+    error: BaseException,   # of any library
+    longest: int = 160,     # characters
+) -> str:                   # one line
+    "Pick the line of an error that says what is wrong."
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = [line for line in lines if not line.startswith("Exception from ")] or lines or [type(error).__name__]
+    return said[0][:longest]

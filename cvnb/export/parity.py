@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..core.errors import CvnbError
+from ..core.errors import CvnbError, reason_of
 from ..core.records import printable
 from ..data.images import DEFAULT_DECODING, Decoding
 from .decoding_parity import DecodingParity, compare_decodings
@@ -55,7 +55,7 @@ def _predict_files(
     try: return predict_files(runtime.load(path, 0), files, decoding)
     except CvnbError: raise
     except Exception as e:   # each runtime raises classes of its own
-        reason = printable((str(e).strip().splitlines() or [type(e).__name__])[0], 160)
+        reason = printable(reason_of(e), 160)
         raise CvnbError(f"{runtime.name} cannot run {path.name} ({reason})", f"Update {runtime.package}.") from None
 
 def predict_with_runtimes(

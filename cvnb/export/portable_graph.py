@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..core.errors import CvnbError
+from ..core.errors import CvnbError, reason_of
 from ..core.files import atomic_path, check_targets
 from .runtimes import RUNTIMES, Predict
 
@@ -164,7 +164,7 @@ def choose_graph(
                 predict(image[None])
                 seconds.append(process_time() - begin)
         except Exception as e:   # a runtime raises classes of its own for operators that it lacks
-            reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:160]
+            reason = reason_of(e)
             trials.append(GraphTrial(name, float("nan"), float("nan"), reason))
             continue
         gap = float(np.abs(found - expected).max())   # NaN if any answer is
