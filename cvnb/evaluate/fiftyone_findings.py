@@ -11,12 +11,14 @@ from typing import Any
 import pandas as pd
 
 from ..audit.fiftyone_dataset import load_dataset
+from ..core.errors import CvnbError
+from ..core.stage import Stage
 from ..data.fiftyone_db import database_errors, import_fiftyone
 from .flips import Flips
 from .slices import FoundSlices
 
 # %% auto #0
-__all__ = ['write_findings']
+__all__ = ['note_findings', 'write_findings']
 
 # %% ../../nbs/evaluate/16_fiftyone_findings.ipynb #a7ca9e79
 _FIELDS = ("prediction", "correct", "slices", "flips")
@@ -52,6 +54,20 @@ def _save_views(
     for i, name in enumerate(names, 1):
         dataset.save_view(f"{_PREFIX}{i}", dataset.match(F("slices").contains([name])), description=name)
     if has_flips: dataset.save_view("flips", dataset.match(F("flips") > 0).sort_by("flips", reverse=True))
+
+def note_findings(
+    stage: Stage,          # the errors stage
+    table: pd.DataFrame,   # from `prediction_table`, one split
+    found: FoundSlices,    # of the same table
+    flips: Flips | None,
+    has_dataset: bool,     # whether the audit wrote a dataset
+) -> list[str] | str:      # names of the saved views, or why there are none
+    "Write findings into FiftyOne; a note says why that is not possible, as for a run that was copied."
+    if not has_dataset: return "The audit wrote no dataset."
+    try: return write_findings(stage.run, table, found, flips)
+    except CvnbError as e:
+        stage.note(f"predictions are not in FiftyOne: {e}")
+        return str(e)
 
 def write_findings(
     run: Path | str,       # run directory, whose audit wrote a dataset

@@ -160,7 +160,8 @@ def check_saliency(
     for method in METHODS if len(images) else ():
         maps = [saliency_maps(m, images, predicted, labels, method) for m in (model, shuffled)]
         if maps[0] is None: continue
-        values = [spearmanr(a.ravel(), b.ravel()).statistic for a, b in zip(*maps) if np.ptp(a) > 0 and np.ptp(b) > 0]
+        values = [spearmanr(a.ravel(), b.ravel()).statistic if np.ptp(b) > 0 else 0.0   # nothing is left of the map
+                  for a, b in zip(*maps) if np.ptp(a) > 0]
         if values: found[method] = float(np.mean(values))
     return SaliencyCheck(found, len(images))
 

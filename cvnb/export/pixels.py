@@ -115,6 +115,13 @@ def _scaled_to_rgb(
     image = Image.frombytes({1: "L", 3: "RGB", 4: "CMYK"}[n_channels], levels.shape[1::-1], levels.tobytes())
     return _rgb_array(_to_srgb(image, profile)), outside
 
+# %% ../../nbs/export/08_pixels.ipynb #dddd0431
+def _upright_pixels(
+    image: Image.Image,   # loaded
+) -> np.ndarray:          # uint8 (H, W, 3)
+    "Take the pixels of an image as it is looked at."
+    return np.ascontiguousarray(_turn_upright(_to_rgb(image), _read_orientation(image)))
+
 # %% ../../nbs/export/08_pixels.ipynb #25595f46
 def decode_pixels(
     path: Path | str | io.BytesIO,   # an image file, or its content
@@ -125,7 +132,7 @@ def decode_pixels(
         if decoding.scale and is_deep(image): return _scaled_to_rgb(path, decoding, image.info.get("icc_profile"))
         image.load()
         check_pixels(image, decoding.max_megapixels)   # the size of an icon is known only now
-        return np.ascontiguousarray(_turn_upright(_to_rgb(image), _read_orientation(image))), 0.0
+        return _upright_pixels(image), 0.0
 
 # %% ../../nbs/export/08_pixels.ipynb #0ca8e40f
 def convert_image(
@@ -135,7 +142,7 @@ def convert_image(
     "Turn a Pillow image into pixels as its file would be; raise `UnreadableImage` where Pillow has lost values."
     check_pixels(image, decoding.max_megapixels)
     if not (decoding.scale and is_deep(image)):
-        return np.ascontiguousarray(_turn_upright(_to_rgb(image), _read_orientation(image))), 0.0
+        return _upright_pixels(image), 0.0
     inverted = getattr(image, "tag_v2", {}).get(262) == 0   # a TIFF whose 0 is white, which Pillow does not turn
     if (image.mode == "F" or image.mode.startswith("I")) and not inverted:
         from PIL import Image as pillow

@@ -67,7 +67,8 @@ def run(tmp_path: Path) -> Path:
 def new_runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
     "A runtime that runs torch's folder once more; of the others only the reference is left."
     runtime = Runtime("new fp32", load_torch, "", "torch", "fp32", metric_suffix="new_fp32", marker="*", in_parity=True)
-    for name in RUNTIMES.keys() - {REFERENCE_RUNTIME}: monkeypatch.delitem(RUNTIMES, name)
+    for name in [n for n in reversed(RUNTIMES) if n not in {REFERENCE_RUNTIME}]:
+        monkeypatch.delitem(RUNTIMES, name)
     monkeypatch.setitem(RUNTIMES, runtime.name, runtime)
     return runtime
 
@@ -121,7 +122,8 @@ def test_benchmark_and_report_list_new_runtime(run: Path, new_runtime: Runtime) 
 
 
 def test_runtime_that_cannot_run_is_left_out_and_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in RUNTIMES.keys() - {REFERENCE_RUNTIME}: monkeypatch.delitem(RUNTIMES, name)
+    for name in [n for n in reversed(RUNTIMES) if n not in {REFERENCE_RUNTIME}]:
+        monkeypatch.delitem(RUNTIMES, name)
     absent = Runtime("absent fp32", load_torch, "", "no_such_package", "fp32", metric_suffix="absent", marker="P",
                      device="gpu", in_parity=True)
     unwritten = Runtime("own fp16", load_torch, "{model}.own", "torch", "fp16", metric_suffix="own", marker="X",
@@ -144,7 +146,8 @@ def test_runtime_that_cannot_run_is_left_out_and_named(run: Path, monkeypatch: p
 @pytest.fixture
 def exported(run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     "A run whose trained model has an ONNX file; of the runtimes, torch and ONNX FP32 are left."
-    for name in RUNTIMES.keys() - {REFERENCE_RUNTIME, "onnx fp32"}: monkeypatch.delitem(RUNTIMES, name)
+    for name in [n for n in reversed(RUNTIMES) if n not in {REFERENCE_RUNTIME, "onnx fp32"}]:
+        monkeypatch.delitem(RUNTIMES, name)
     (run/"export").mkdir()
     export_onnx(load_model(run/"train"), run/"export/trained.onnx")
     return run

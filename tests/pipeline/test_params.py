@@ -113,7 +113,7 @@ def test_stages_mark_networks_devices_and_files():
     marked = {(stage, p.name): p.mark for stage, c in KNOWN.items() for p in c.params if p.mark}
     assert marked == {("train", "backbone"): "timm model", ("train", "weights"): "file", ("train", "costs"): "file",
                       ("train", "device"): "device", ("compress", "device"): "device",
-                      ("compress", "student"): "timm model"}
+                      ("compress", "student"): "timm model", ("errors", "kept_slices"): "file"}
 
 
 def test_origin_of_each_value_is_recorded(monkeypatch, capsys, tmp_path):
