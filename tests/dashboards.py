@@ -55,13 +55,15 @@ def make_run(folder: Path, wrong: float = 0.4, weights: bool = False) -> Path:
         Image.fromarray(pixels).save(folder/"data"/label/f"{i:03}.png")
         rows.append(dict(
             path=f"{label}/{i:03}.png", label=label,
-            split="test" if i < 140 else "val", ok=True, error="",
+            split="test" if i < 140 else "val", ok=True, error="", kind="", excluded=False,
             pixel_sha256=f"{i:064x}", width=12, height=12, brightness=float(pixels.mean()),
             contrast=float(pixels.std()),
             tags=["near_duplicate"] if i % 7 == 0 else [], label_score=float(rng.random()),
             meta_camera="old" if i % 3 else "new"))
     audit = Stage("audit", folder/"run")
     write_table(audit.path("manifest.parquet"), pd.DataFrame(rows))
+    vectors = np.random.default_rng(0).normal(size=(len(rows), 8)).astype(np.float32)   # of the images, in their order
+    np.save(audit.path("embeddings.npy"), vectors)
     write_json(audit.path("audit.json"), dict(task="classification", data=str(folder/"data"), root=str(folder/"data"),
                                               classes=CLASSES))
     audit.finish()
