@@ -44,6 +44,7 @@ def test_noise_has_the_published_strength() -> None:
         assert change(images, "gaussian noise", strength) == pytest.approx(published, rel=0.1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_changes_are_of_the_published_size(name: str) -> None:
     images = cifar10()
