@@ -248,6 +248,18 @@ def small_run(shared) -> Path:
     return run
 
 
+@pytest.fixture
+def ray_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+    "A Ray cluster of two nodes with one processor each."
+    monkeypatch.setenv("RAY_USAGE_STATS_REPORT_URL", "http://127.0.0.1:9")   # else the head reports that it does not
+    from ray.cluster_utils import Cluster
+    cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=False))
+    cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    yield cluster
+    cluster.shutdown()
+
+
 @pytest.fixture(scope="session")
 def wheel(shared) -> Path:
     "The wheel, built from a copy of the checkout by way of the source distribution."

@@ -284,18 +284,6 @@ def test_options_of_a_cluster_are_refused_where_they_do_nothing(call, photos, tm
     assert code == 2 and "no Ray cluster answers at 127.0.0.1:1" in error[-1] and len(error[-1]) < 400
 
 
-@pytest.fixture
-def ray_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
-    "Two nodes with one processor each."
-    monkeypatch.setenv("RAY_USAGE_STATS_REPORT_URL", "http://127.0.0.1:9")   # else the head reports that it does not
-    from ray.cluster_utils import Cluster
-    cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=False))
-    cluster.add_node(num_cpus=1)
-    cluster.wait_for_nodes()
-    yield cluster
-    cluster.shutdown()
-
-
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_cluster_that_loses_a_node_gives_the_answers_of_one_machine(bundle, call, tmp_path, ray_cluster):

@@ -358,18 +358,6 @@ def test_sweep_of_real_training_shares_the_audit_and_compares_validation_metrics
         assert trial["curve"][-1] == pytest.approx(estimate["value"], abs=1e-6), "the curve ends with the metric"
 
 
-@pytest.fixture
-def ray_cluster(monkeypatch):
-    "Two nodes with one processor each."
-    monkeypatch.setenv("RAY_USAGE_STATS_REPORT_URL", "http://127.0.0.1:9")   # else the head reports that it does not
-    from ray.cluster_utils import Cluster
-    cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=False))
-    cluster.add_node(num_cpus=1)
-    cluster.wait_for_nodes()
-    yield cluster
-    cluster.shutdown()
-
-
 @pytest.mark.long
 def test_ray_restarts_trials_of_lost_workers_and_nodes(project, ray_cluster):
     args = ("--set", "train.lr=0.02,0.05,0.1,0.2,0.3", "--set", "train.wait=0.5", "--set", "train.epochs=6",
