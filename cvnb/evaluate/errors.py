@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['MIN_SLICE_IMAGES', 'FALSE_DISCOVERIES', 'LARGE_GAP', 'prediction_table', 'table_groups', 'most_confident_errors',
            'plot_predictions', 'plot_confusion', 'confused_pairs', 'tertiles', 'slice_masks', 'slice_accuracy',
-           'plot_slices', 'plot_reliability', 'plot_ranking', 'ErrorAnalysis', 'analyze_errors', 'error_summary']
+           'plot_slices', 'plot_accuracies', 'plot_reliability', 'plot_ranking', 'ErrorAnalysis', 'analyze_errors',
+           'error_summary']
 
 # %% ../../nbs/evaluate/01_errors.ipynb #cell-5
 _AUDIT_COLUMNS = ["path", "brightness", "contrast", "width", "height", "tags", "label_score", "pixel_sha256", "blurry",
@@ -251,15 +252,23 @@ def plot_slices(
     overall: float,         # overall accuracy
 ) -> Figure:                # a matplotlib figure
     "Plot the least accurate slices with intervals that hold together; the marked ones are red."
+    rows = slices.head(_SLICES_PLOTTED)
+    return plot_accuracies(rows, [f"{row.slice} {truncate(row.name, 24)}" for row in rows.itertuples()], overall)
+
+def plot_accuracies(
+    rows: pd.DataFrame,   # accuracy, low, high, n, below (N rows), the first one on top
+    names: list[str],     # of the rows (N,)
+    overall: float,       # overall accuracy
+) -> Figure:              # a matplotlib figure
+    "Plot accuracies with intervals that hold together; the marked ones are red."
     import matplotlib.pyplot as plt
-    rows = slices.head(_SLICES_PLOTTED)[::-1]
     figure, ax = plt.subplots(figsize=(7, 0.8 + 0.22 * len(rows)))
-    for y, row in enumerate(rows.itertuples()):
+    for y, row in enumerate(rows[::-1].itertuples()):
         color = "firebrick" if row.below else "steelblue"
         ax.plot([row.low, row.high], [y, y], color=color, lw=1.5)
         ax.plot(row.accuracy, y, "o", color=color, ms=4)
     ax.axvline(overall, color="grey", lw=1, ls="--")
-    names = [f"{row.slice} {truncate(row.name, 24)} (n={row.n})" for row in rows.itertuples()]
+    names = [f"{name} (n={n})" for name, n in zip(names, rows.n)][::-1]
     ax.set_yticks(range(len(rows)), names, fontsize=8, parse_math=False)
     ax.set_xlabel("accuracy with 95 % interval for all slices at once; dashed: all images")
     figure.tight_layout()

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from ..data.images import DEFAULT_DECODING, Decoding, load_images
+from ..data.images import DEFAULT_DECODING, Decoding
 from .errors import table_groups
-from .robustness import sample_rows
+from .robustness import sample_for_model
 from ..metrics.classification import accuracy
-from ..metrics.decision import read_rule
 from ..metrics.estimates import Estimate
 
 if TYPE_CHECKING:
@@ -107,9 +106,5 @@ def flips_of_model(
 ) -> Flips | None:         # None for no images
     "Count the answers of a run's model that flip, on some of its images. Classification only."
     if not n_images or table.empty: return None
-    from cvnb.models.inference import predict_proba
-    rows = sample_rows(table, n_images)
-    spec = model.spec
-    rule = read_rule(spec.classes, spec.thresholds, spec.costs)
-    images = load_images(root, rows.path, spec.image_size, decoding=decoding)
-    return measure_flips(images, rows, lambda x: rule.decide(predict_proba(model, x)), list(spec.classes))
+    rows, images, predict = sample_for_model(model, root, table, n_images, decoding)
+    return measure_flips(images, rows, predict, list(model.spec.classes))

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['ATTACK', 'BUDGETS', 'WEAK_LOSS', 'Robustness', 'measure_robustness', 'plot_robustness', 'sample_rows', 'pgd_attack',
-           'robustness_of_model']
+           'sample_for_model', 'robustness_of_model']
 
 # %% ../../nbs/evaluate/11_robustness.ipynb #20d9d754
 ATTACK = "PGD"          # name of the attack among the changes
@@ -167,6 +167,23 @@ def pgd_attack(
         out[i:i + batch_size] = adv.clamp(0, 255).round().permute(0, 2, 3, 1).to(torch.uint8).numpy()
     return out
 
+# %% ../../nbs/evaluate/11_robustness.ipynb #a93db128
+def sample_for_model(
+    model: VisionModel,    # trained
+    root: Path | str,      # the data folder
+    table: pd.DataFrame,   # from `prediction_table`, one split
+    n: int,                # at most so many images
+    decoding: Decoding = DEFAULT_DECODING,   # of the data set
+) -> tuple[pd.DataFrame, np.ndarray, Callable[[np.ndarray], np.ndarray]]:
+    # rows of the table (N), their images uint8 (N, S, S, 3), and what gives the answers to such images, int (N,)
+    "Load some images of a table, and the rule by which the model answers. Classification only."
+    from cvnb.models.inference import predict_proba
+    rows = sample_rows(table, n)
+    spec = model.spec
+    rule = read_rule(spec.classes, spec.thresholds, spec.costs)
+    images = load_images(root, rows.path, spec.image_size, decoding=decoding)
+    return rows, images, lambda x: rule.decide(predict_proba(model, x))
+
 # %% ../../nbs/evaluate/11_robustness.ipynb #19857100
 def robustness_of_model(
     model: VisionModel,    # trained
@@ -178,11 +195,6 @@ def robustness_of_model(
 ) -> Robustness | None:    # None for no images
     "Measure the robustness of a run's model on some of its images. Classification only."
     if not n_images or table.empty: return None
-    from cvnb.models.inference import predict_proba
-    rows = sample_rows(table, n_images)
-    spec = model.spec
-    rule = read_rule(spec.classes, spec.thresholds, spec.costs)
-    images = load_images(root, rows.path, spec.image_size, decoding=decoding)
-    predict = lambda x: rule.decide(predict_proba(model, x))
-    return measure_robustness(images, pd.Index(spec.classes).get_indexer(rows.label), predict,
+    rows, images, predict = sample_for_model(model, root, table, n_images, decoding)
+    return measure_robustness(images, pd.Index(model.spec.classes).get_indexer(rows.label), predict,
                               groups=table_groups(rows), progress=progress, attack=partial(pgd_attack, model))

@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..core.errors import CvnbError
 from ..data.image_grid import truncate
-from .errors import table_groups
+from .errors import plot_accuracies, table_groups
 from ..metrics.classification import accuracy
 from ..metrics.estimates import Units, simultaneous_proportions
 
@@ -497,19 +497,8 @@ def plot_found_slices(
 ) -> Figure | str:          # a matplotlib figure, or a sentence where there is nothing to show
     "Plot the accuracy of found slices, with intervals that hold together."
     if found.rows.empty: return found.words
-    import matplotlib.pyplot as plt
-    rows = found.rows[::-1]
-    figure, ax = plt.subplots(figsize=(7, 0.9 + 0.26 * len(rows)))
-    for y, row in enumerate(rows.itertuples()):
-        ax.plot([row.low, row.high], [y, y], color="firebrick", lw=1.5)
-        ax.plot(row.accuracy, y, "o", color="firebrick", ms=4)
-    ax.axvline(overall, color="grey", lw=1, ls="--")
-    names = [f"{truncate(name, 40)} (n={n})" for name, n in zip(rows["name"], rows.n)]
-    ax.set_yticks(range(len(rows)), names, fontsize=8, parse_math=False)
-    ax.set_xlabel("accuracy with 95 % interval for all slices at once; dashed: all images")
-    figure.tight_layout()
-    plt.close(figure)
-    return figure
+    names = [truncate(name, 40) for name in found.rows["name"]]
+    return plot_accuracies(found.rows.assign(below=True), names, overall)
 
 # %% ../../nbs/evaluate/12_slices.ipynb #f77d2ea2
 def slice_table(
