@@ -1,6 +1,6 @@
 """How long the dashboard takes in Chromium on 10,000 predictions: from the address to the first paint, and per filter.
 
-    python benchmarks/dashboard.py [RUN] [--predictions 10000] [--classes 10] [--repeats 15] [--out TABLE.csv]
+    python benchmarks/dashboard.py [RUN] [--predictions 10000] [--classes 10] [--repeats 15] [--write]
 
 Without RUN, a run is written with images of 64 × 64 pixels. Each figure is a median and the slowest of the repeats.
 The first paint ends when headline figures, confusion matrix and the first row of captions stand on the page; `images`
@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from PIL import Image
+from table import show
 
 from cvnb.core.files import write_json
 from cvnb.core.stage import Stage
@@ -148,14 +149,13 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--keep", type=Path, help="write the run here and keep it")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/dashboard.md")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         run = given.run or make_run(given.keep or Path(temporary), given.predictions, given.classes)
         table = measure(run.resolve(), given.repeats)
-    table["load"] = round(os.getloadavg()[0], 1)
-    print(table.to_string(index=False))
-    if given.out: table.to_csv(given.out, index=False)
+    show("dashboard", f"The dashboard in Chromium, {given.predictions:,} predictions", table.to_dict("records"),
+         given.write)
 
 
 if __name__ == "__main__": main()

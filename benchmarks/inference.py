@@ -7,7 +7,7 @@ installed (EfficientNet-Lite0) they are the trained ones, otherwise random ones 
 depend on them. Rows:
 - torch eager: the notebook's model
 - onnx fp32, onnx int8: cvnb's files, in ONNX Runtime
-- onnx int8, ORT's defaults: ONNX Runtime's own static quantization, as its documentation calls it
+- onnx static int8: ONNX Runtime's own static quantization, with its defaults
 - openvino fp32: with the graph that answers as torch does
 - openvino int8: OpenVINO's own quantization, by NNCF
 Every row runs in its own process with one thread, from raw images to probabilities, and from a file's bytes to a label,
@@ -26,22 +26,6 @@ from table import show
 
 NETWORKS = dict(resnet18="", mobilenetv3_large_100="", tf_efficientnet_lite0="imagenet")
 SIDES = (32, 224)
-DEFAULTS = "ORT's defaults"   # the model's name of the row of ONNX Runtime's own quantization
-
-
-def quantize_by_default(source: Path, target: Path, images: list[np.ndarray]) -> Path:
-    "Quantize with ONNX Runtime's defaults; the images are those of cvnb's own calibration."
-    from onnxruntime.quantization import CalibrationDataReader, quantize_static
-
-    class Reader(CalibrationDataReader):
-        def __init__(self) -> None: self.left = iter(images)
-
-        def get_next(self) -> dict | None:
-            image = next(self.left, None)
-            return None if image is None else dict(images=image[None])
-
-    quantize_static(str(source), str(target), Reader())
-    return target
 
 
 def make_run(run: Path, backbone: str, side: int, images: list[np.ndarray], files: list[str]) -> list:
@@ -50,12 +34,10 @@ def make_run(run: Path, backbone: str, side: int, images: list[np.ndarray], file
 
     from cvnb.benchmark.peer_models import write_peer_models
     from cvnb.benchmark.table import list_candidates
-    from cvnb.benchmark.workers import Candidate
     from cvnb.data.images import load_images
     from cvnb.export.onnx import export_models
     from cvnb.export.portable_graph import write_runtime_graphs
     from cvnb.export.quantize import QuantizationData, quantize_models
-    from cvnb.export.runtimes import RUNTIMES
     from cvnb.models.inference import predict_proba
     from cvnb.models.weights import create_model, save_model
     torch.manual_seed(0)
@@ -73,9 +55,7 @@ def make_run(run: Path, backbone: str, side: int, images: list[np.ndarray], file
     quantize_models(fp32, path, QuantizationData(small, small, answers), tolerance=0.05)
     for name, reason in write_peer_models(run, lambda: images, lambda name: run/"benchmark"/name, []).items():
         print(f"{name} is left out: {reason}", file=sys.stderr)
-    candidates = list_candidates(run)
-    own = quantize_by_default(fp32.files["trained"], run/"export/defaults_int8.onnx", images)
-    return [*candidates, Candidate(DEFAULTS, RUNTIMES["onnx int8"], str(own))]
+    return list_candidates(run)
 
 
 def measure(backbone: str, side: int, files: list[str], args: argparse.Namespace, work: Path) -> list[dict]:
@@ -95,8 +75,7 @@ def measure(backbone: str, side: int, files: list[str], args: argparse.Namespace
     for c, t in found.timings.items():
         answers = predict_mixed_sizes(c.runtime.load(c.path, 0), images)
         text = lambda e: f"{e.value:.3g}" + ("" if np.isnan(e.low) else f" [{e.low:.3g}, {e.high:.3g}]")
-        name = f"{c.runtime.name}, {DEFAULTS}" if c.model == DEFAULTS else c.runtime.name
-        row = {"network": backbone, "side": side, "runtime": name, "ms": text(median_latency(t.seconds)),
+        row = {"network": backbone, "side": side, "runtime": c.runtime.name, "ms": text(median_latency(t.seconds)),
                "p90 ms": text(tail_latency(t.seconds, 90)), "p99 ms": text(tail_latency(t.seconds)),
                "CPU ms": text(median_latency(t.cpu_seconds)),
                "× torch, CPU": text(speed_ratio(reference.cpu_seconds, t.cpu_seconds)),

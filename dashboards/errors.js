@@ -445,7 +445,10 @@ class Page {
       panel('Reliability', 'Accuracy by confidence. Dashed: perfect calibration.', part('reliability')),
     );
     if (p.reference) left.prepend(panel(`Against ${p.reference.name}`, '', part('comparison')));
-    if (p.robustness) left.append(panel('Robustness', p.robustness.words, this.robustness()));
+    if (p.robustness) {
+      const said = [p.robustness.words, p.flip_words].filter(Boolean).join('. ');
+      left.append(panel('Robustness', said, this.robustness()));
+    }
     const right = make('div', 'gallery', this.gridBar(part), part('grid'));
     parts.grid.tabIndex = 0;
     parts.grid.setAttribute('aria-label', 'images');
@@ -1048,7 +1051,9 @@ class Page {
 
   showSlices() {
     const p = this.data.page,
-      slices = p.slices.filter((s) => s.split === this.state.split).slice(0, 60);
+      slices = p.slices
+        .filter((s) => s.split === this.state.split && s.kind !== 'robustness') // its panel has these
+        .slice(0, 60);
     if (!slices.length) return this.parts.slices.replaceChildren(make('p', 'hint', 'There are no slices.'));
     const lowest = Math.min(...slices.map((s) => s.low ?? 1)),
       place = (v) => (100 * (v - lowest)) / Math.max(1e-9, 1 - lowest) + '%';
@@ -1130,12 +1135,17 @@ class Page {
           class: row.weak ? 'whisker wrong' : 'whisker',
         }),
       );
-      svg.append(
-        titled(
-          draw('circle', { cx: px, cy: y(row.value), r: 3.5, class: row.weak ? 'dot wrong' : 'dot' }),
-          `${row.change}, strength ${row.strength}: ${percent(row.value)} (${note(row)})`,
-        ),
+      const name = `${row.change}, strength ${row.strength}`,
+        slice = this.data.slices.get(`${r.split}/robustness/${name}`);
+      const dot = titled(
+        draw('circle', { cx: px, cy: y(row.value), r: 3.5, class: row.weak ? 'dot wrong' : 'dot' }),
+        `${name}: ${percent(row.value)} (${note(row)})${slice ? '; a click shows the images that it costs' : ''}`,
       );
+      if (slice) {
+        dot.dataset.slice = slice.key;
+        dot.addEventListener('click', () => this.toggle({ slice: slice.key, show: 'all' }));
+      }
+      svg.append(dot);
     }
     names.forEach((name, i) =>
       svg.append(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,12 +17,17 @@ from ..data.images import DEFAULT_DECODING, Decoding
 from ..export.runtimes import RUNTIMES
 
 if TYPE_CHECKING:
+    import pandas as pd
+
+    from cvnb.core.output_formats import AuditRecord
     from cvnb.core.stage import Stage
+    from cvnb.export.onnx import ExportedModels
     from cvnb.metrics.decision import DecisionRule
+    from cvnb.metrics.objective import Objective
     from cvnb.models.vision_model import VisionModel
 
 # %% auto #0
-__all__ = ['split_names', 'FrontRows', 'write_front_rows']
+__all__ = ['split_names', 'FrontRows', 'quantize_as_exported', 'write_front_rows']
 
 # %% ../../nbs/benchmark/11_front_rows.ipynb #f2b21ffa
 def split_names(
@@ -57,6 +62,28 @@ class FrontRows:
         images = {side: load_images(root, paths, side, decoding=decoding) for side in sides}
         return {name: predict_proba(model, images[model.spec.image_size]) for name, model in self.models.items()}
 
+# %% ../../nbs/benchmark/11_front_rows.ipynb #5f0a11d1
+def quantize_as_exported(
+    stage: Stage,              # the benchmark stage, of a run whose export has finished; records the images
+    exported: ExportedModels,  # candidates in FP32; their INT8 files are written beside them
+    audit: AuditRecord,        # content of audit.json
+    rows: dict[str, pd.DataFrame],        # manifest rows by split
+    objective: Objective | None = None,   # what INT8 may cost is measured by it; None: accuracy
+) -> None:
+    "Quantize candidates by the parameters of the run's export stage."
+    from cvnb.core.stage import read_stage_manifest
+    from cvnb.data.splits import record_images
+    from cvnb.export.quantize import load_quantization_data, quantize_models
+    params = read_stage_manifest(stage.run, "export")["params"]
+    side = next(iter(exported.models.values())).spec.image_size
+    data = load_quantization_data(audit["root"], rows["train"], rows["val"], audit["classes"], side,
+                                  params["n_calibration"], params["n_validation"], params["seed"],
+                                  Decoding.from_audit(audit))
+    record_images(stage, data.calibration_rows, "calibration", images=data.calibration)
+    record_images(stage, data.validation_rows, "layers", images=data.images)
+    quantize_models(exported, stage.path, data, params["int8_tolerance"], params["weight_bits"], objective,
+                    params["calibration"])
+
 # %% ../../nbs/benchmark/11_front_rows.ipynb #cd036402
 def write_front_rows(
     stage: Stage,              # the benchmark stage; gets the inputs and the files
@@ -64,6 +91,7 @@ def write_front_rows(
     find: Callable[[Path, str], Path],             # takes a run and a name; returns the folder of the candidate's model
     read_images: Callable[[], list[np.ndarray]],   # decodes a few images, each uint8 (H, W, 3)
     exclude: list[str],        # packages whose runtimes are left out
+    quantize: Callable[[ExportedModels], Any] = lambda exported: None,   # writes their INT8 files beside those of FP32
 ) -> FrontRows:
     "Write the files of candidates of the front; raise `UsageError` for an unknown one, and name the nearest."
     from cvnb.export.onnx import export_models
@@ -76,23 +104,23 @@ def write_front_rows(
     models = {name: load_classifier(folder, "benchmark") for name, folder in folders.items()}
     exported = export_models(models, stage.path)
     write_runtime_graphs(models, exported.files, read_images(), stage.path)
+    quantize(exported)
     candidates = []
     left_out = {}
     for name in models:
         for runtime in [r for r in RUNTIMES.values() if r.in_parity and not r.on_request and r.device == "cpu"]:
             path = stage.dir/runtime.file_name(name) if runtime.file else folders[name]
-            reason = _why_not(name, path, runtime.precision) or runtime.lacks()
+            reason = _why_not(path, runtime.precision) or runtime.lacks()
             if runtime.package in exclude: reason = f"package {runtime.package} is excluded"
             if reason: left_out[f"{name}, {runtime.name}"] = reason
             else: candidates.append(Candidate(name, runtime, str(path)))
     return FrontRows(candidates, models, left_out)
 
 def _why_not(
-    name: str,        # of the candidate
     path: Path,       # what the runtime loads
     precision: str,   # of the runtime
 ) -> str:             # empty where there is a file
     "Say why a candidate has no file for a runtime."
     if path.exists(): return ""
-    if precision == "int8": return f"candidates are measured in FP32; export.candidate={name} quantizes this one"
+    if precision == "int8": return "all of its layers stay FP32, to keep its accuracy"
     return f"{path.name} was not written"

@@ -359,17 +359,23 @@ def _open_prediction_table(
 # %% ../../nbs/cli/03_runs.ipynb #26c7112c
 def _list_many(
     images: list[str],   # files, folders and tables
-) -> list[str]:          # image files
+) -> tuple[list[str], dict[str, str]]:   # image files; those of tables -> as their table has them
     "List the images of a call that writes a file."
     from cvnb.export.prediction_file import IMAGE_TABLE_SUFFIXES, read_image_table
     paths: list[str] = []
+    names: dict[str, str] = {}
     for name in images:
         if os.path.isdir(name): paths += _list_folder(name)
-        elif name.lower().endswith(IMAGE_TABLE_SUFFIXES): paths += read_image_table(name)
+        elif name.lower().endswith(IMAGE_TABLE_SUFFIXES):
+            table = read_image_table(name)
+            paths += [path for path, _ in table]
+            names |= dict(table)
         elif not os.path.exists(name):
             raise UsageError(f"{printable(name, 300)} does not exist", "Give image files, folders or tables.")
         else: paths.append(name)
-    return paths
+    unique = set(paths)
+    if len({names.get(path, path) for path in unique}) < len(unique): names = {}   # two tables have one name for two
+    return paths, names
 
 def _predict_to_file(
     bundle: Any,         # a `Bundle`
@@ -383,7 +389,7 @@ def _predict_to_file(
     from cvnb.core.system import n_cores
     from cvnb.export.prediction_file import PredictionFile
     from cvnb.export.ray_predictions import iter_ray_predictions
-    paths = _list_many(images)
+    paths, names = _list_many(images)
     if not paths: raise UsageError("there is no image to classify", "Give image files, folders or tables.")
     file = PredictionFile(out, bundle.labels, bundle.description)
     left = [*file.select(paths)]
@@ -406,7 +412,7 @@ def _predict_to_file(
         except OSError as e:
             raise CvnbError(f"{file.journal} cannot be written ({e.strerror})",
                             "Make room; the same call goes on.") from None
-        rows = file.finish()
+        rows = file.finish(paths, names)
         lines(name, "done", 1, f"{rows:,} images in {out}")
     if file.n_errors:
         raise CvnbError(f"{file.n_errors:,} of {n:,} images could not be read", "The column error says why.")

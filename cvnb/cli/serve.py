@@ -41,8 +41,8 @@ def serve_command(
         help="Folder whose bundles `PUT /bundle` may take; needs a token.")] = None,
     shadow: Annotated[Optional[Path], typer.Option(
         help="Bundle that gets the same images and answers nobody; /metrics compares it.")] = None,
-    split: Annotated[Optional[Path], typer.Option(help="Bundle that answers a share of the requests.")] = None,
-    share: Annotated[float, typer.Option(help="Share of --split.", min=0, max=1)] = 0.1,
+    split: Annotated[Optional[tuple[float, Path]], typer.Option(
+        metavar="SHARE BUNDLE", help="A share of the requests, such as 0.1, and the bundle that answers them.")] = None,
     fallback: Annotated[str, typer.Option(
         help="What follows a failure of the model: error (500), previous (the bundle before) or no-answer.")] = "error",
     name: Annotated[str, typer.Option(help="Name of the model for clients. Default: the run of the bundle.")] = "",
@@ -70,7 +70,7 @@ def serve_command(
                     max_connections=max_connections)
     options = ModelOptions(precision, threads, max_megapixels, timeout, allow_unverified, name, require_signature)
     serve_bundle(ServeOptions(model, host, port, grpc_port, token_file, tls_certificate, tls_key, log, log_images,
-                              image_days, log_days, log_mb, bundles, shadow, split, share, known[fallback],
+                              image_days, log_days, log_mb, bundles, shadow, split, known[fallback],
                               model=options, limits=limits))
 
 # %% ../../nbs/cli/09_serve.ipynb #51441da7

@@ -136,7 +136,8 @@ class ErrorsRecord(OutputRecord):
     gap_before: Metric | None = Field(None, description="calibration_gap without the temperature of the train stage")
     review: dict[str, Any] | None = Field(None, description="the confidence below which a person should look")
     review_words: str = Field("", description="that threshold in a sentence")
-    robustness: dict[str, Any] | None = Field(None, description="accuracy on corrupted images: words, clean, rows")
+    robustness: dict[str, Any] | None = Field(
+        None, description="accuracy on corrupted images: words, clean, rows; lost: which of paths each change costs")
     classes: list[str] = []
     confusion: list[list[Count]] = []
     per_class: list[dict[str, Any]] = []

@@ -347,9 +347,10 @@ def format_metric(
 ) -> str:           # "0.9840 [0.9740, 0.9900] (n=750)", "0.98 (no interval, n=4)"
     "Format a recorded metric with its interval and count."
     number = lambda v: "–" if v is None else f"{v:,}" if isinstance(v, int) else f"{v:.4g}"
-    interval = "" if metric["low"] is None else f" [{number(metric['low'])}, {number(metric['high'])}]"
+    known = metric["low"] is not None and metric["low"] == metric["low"]   # a file has null for NaN
+    interval = f" [{number(metric['low'])}, {number(metric['high'])}]" if known else ""
     notes = [f"n={metric['n']:,}"] if metric["n"] else []
-    if metric["n"] and metric["low"] is None: notes.insert(0, "no interval")   # counts have no n
+    if metric["n"] and not known: notes.insert(0, "no interval")   # counts have no n
     if metric.get("n_groups"): notes.append(f"{metric['n_groups']:,} groups")
     return number(metric["value"]) + interval + (f" ({', '.join(notes)})" if notes else "")
 

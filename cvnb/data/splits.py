@@ -194,9 +194,9 @@ IMAGE_ROLES: dict[str, ImageRole] = {
     "epoch": ImageRole("train, compress", "val", "the epoch that is kept, and the end of training"),
     "temperature": ImageRole("train, compress", "val", "temperature and decision thresholds of the probabilities"),
     "candidate": ImageRole("compress", "val", "which pruned or distilled model is tested"),
-    "calibration": ImageRole("compress, export", "train", "the ranges of INT8"),
-    "peer": ImageRole("benchmark", "train", "the ranges of OpenVINO's own INT8"),
-    "layers": ImageRole("compress, export", "val", "the layers that stay in FP32"),
+    "calibration": ImageRole("compress, export, benchmark", "train", "the ranges of INT8"),
+    "peer": ImageRole("benchmark", "train", "the ranges of the peers' own INT8"),
+    "layers": ImageRole("compress, export, benchmark", "val", "the layers that stay in FP32"),
     "acceptance": ImageRole("compress, export", "test", "whether a model may replace the trained one"),
     "report": ImageRole("train, errors, export, benchmark", "test", "the figures that are reported"),
 }

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -237,12 +237,34 @@ def _slice_rows(
                 at["offset"] = offset
                 offset += len(bits[-1])
             found.append(row | at | dict(kind=row["slice"], split=split, key=f"{split}/{row['slice']}/{row['name']}"))
-    for row in data.found.to_dict("records"):
-        mask = data.table.path.isin(row.pop("members")) & (data.table.split == row["split"])
+    def add(kind: str, row: dict, members: Collection[str]) -> dict:
+        nonlocal offset
+        mask = data.table.path.isin(members) & (data.table.split == row["split"])
         bits.append(np.packbits(mask.to_numpy(), bitorder="little"))
-        found.insert(0, row | dict(kind="found", label=-1, offset=offset, key=f"{row['split']}/found/{row['name']}"))
+        place = dict(kind=kind, label=-1, offset=offset, key=f"{row['split']}/{kind}/{row['name']}")
         offset += len(bits[-1])
+        return row | place
+
+    for row in data.found.to_dict("records"): found.insert(0, add("found", row, row.pop("members")))
+    found += [add(kind, row, members) for kind, row, members in _tried_slices(data)]
     return found, np.concatenate(bits) if bits else np.zeros(0, np.uint8)
+
+def _tried_slices(
+    data: DashboardData,   # the run
+) -> Iterator[tuple[str, dict[str, Any], list[str]]]:   # kind, what the page shows, paths of the images
+    "List the images whose answers flip, and for each corruption those that it costs."
+    split = data.errors.get("split")
+    if flips := data.errors.get("flips"):
+        paths = [row["path"] for row in flips["rows"]]
+        own = data.table[data.table.path.isin(paths) & (data.table.split == split)]
+        name = "another answer when moved by at most two pixels"
+        if len(own):
+            right = accuracy(own.correct, table_groups(own))
+            yield "flips", vars(right) | dict(name=name, split=split, accuracy=right.value, below=False), paths
+    tried = data.errors.get("robustness") or {}
+    paths = tried.get("paths", [])   # an earlier version kept none
+    for name, members in tried.get("lost", {}).items():
+        yield "robustness", dict(name=name, split=split), [paths[i] for i in members] if paths else []
 
 # %% ../../nbs/evaluate/07_dashboard_data.ipynb #3c6b0ee1
 _BINS = 10
@@ -299,10 +321,19 @@ def _cost_settings(
         words = "Each error costs 1: the run has no cost matrix (train.costs)."
         return dict(costs=None, review_cost=0.1, cost_words=words)
     costs = np.array(data.costs)
+    found = (data.errors.get("costs") or {}).get("words", "")
+    said = f"On the {data.errors['split']} images {found}." if found else ""
     return dict(costs=data.costs, review_cost=float(np.round(costs[costs > 0].min() / 10, 6)),
-                cost_words="Errors cost what the run's cost matrix says (train.costs).")
+                cost_words=" ".join(["Errors cost what the run's cost matrix says (train.costs).", said]).strip())
 
 # %% ../../nbs/evaluate/07_dashboard_data.ipynb #48cabf82
+def _shown_robustness(
+    errors: dict[str, Any],    # errors.json
+) -> dict[str, Any] | None:    # words, clean, rows, split
+    "Take what the page draws; the images that a change costs are slices."
+    tried = errors.get("robustness")
+    return tried and {name: tried[name] for name in ("words", "clean", "rows")} | dict(split=errors["split"])
+
 def dashboard_page(
     data: DashboardData,   # the run
     more: Mapping[str, np.ndarray] = {},   # columns, such as those of another run
@@ -332,6 +363,7 @@ def dashboard_page(
         summary={split: _summarize(data, split) for split in splits},
         has_errors=bool((~table.correct[table.split == splits[0]]).any()), **_cost_settings(data),
         review_below=(data.errors.get("review") or {}).get("threshold"),
-        review_words=data.errors.get("review_words", ""), robustness=data.errors.get("robustness"),
+        review_words=data.errors.get("review_words", ""), robustness=_shown_robustness(data.errors),
+        flip_words=(data.errors.get("flips") or {}).get("words", ""),
         objective=data.objective.words if data.objective and data.objective.name != "accuracy" else None)
     return to_plain(page), block

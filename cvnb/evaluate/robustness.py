@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -41,6 +41,8 @@ class Robustness:
     "Accuracy on corrupted images."
     clean: Estimate      # on the same images as they are
     rows: pd.DataFrame   # change, strength, value, low, high, n, loss with loss_low and loss_high, weak
+    lost: dict[str, list[int]] = field(default_factory=dict)   # "JPEG, strength 3" -> images that are right without it
+    paths: list[str] = field(default_factory=list)   # of the images; empty where they have none
 
     @property
     def words(self) -> str:   # a sentence or two
@@ -68,6 +70,11 @@ class Robustness:
         return (f"; an attack that changes each value by at most {int(r.budget)} of 255 levels leaves "
                 f"{100 * r.value:.0f} % [{100 * r.low:.0f}, {100 * r.high:.0f}] right")
 
+    def to_json(self) -> dict[str, Any]:   # of JSON types
+        "Write the figures, and which images each change costs."
+        return dict(words=self.words, clean=vars(self.clean), rows=self.rows.to_dict("records"), lost=self.lost,
+                    paths=self.paths)
+
 def _medium(
     strengths: pd.Series,
 ) -> int:
@@ -90,6 +97,7 @@ def measure_robustness(
     labels = np.asarray(labels)
     right = np.asarray(predict(images)) == labels
     rows = []
+    lost = {}
     names = [*changes, *([ATTACK] if attack else [])]
     for i, change in enumerate(names):
         for strength, budget in zip(strengths, BUDGETS):
@@ -98,13 +106,14 @@ def measure_robustness(
             others = attack(images, labels, budget) if attacked else corrupt(images, change, strength)
             changed = np.asarray(predict(others)) == labels
             found = accuracy(changed, groups)
+            lost[f"{change}, strength {strength}"] = np.flatnonzero(right & ~changed).tolist()
             test = noninferiority(right, changed, 1.0, DEFAULT_LEVEL / len(names), groups=groups)
             rows.append(dict(change=change, strength=strength, value=found.value, low=found.low, high=found.high,
                              n=found.n, loss=-test.difference, loss_low=-test.high, loss_high=-test.low,
                              budget=budget if attacked else 0))
     table = pd.DataFrame(rows)
     weak = table[(table.strength == _medium(table.strength)) & (table.loss >= WEAK_LOSS) & (table.loss_low > 0)].change
-    return Robustness(accuracy(right, groups), table.assign(weak=table.change.isin(weak)))
+    return Robustness(accuracy(right, groups), table.assign(weak=table.change.isin(weak)), lost)
 
 # %% ../../nbs/evaluate/11_robustness.ipynb #e233989f
 def plot_robustness(
@@ -196,5 +205,6 @@ def robustness_of_model(
     "Measure the robustness of a run's model on some of its images. Classification only."
     if not n_images or table.empty: return None
     rows, images, predict = sample_for_model(model, root, table, n_images, decoding)
-    return measure_robustness(images, pd.Index(model.spec.classes).get_indexer(rows.label), predict,
-                              groups=table_groups(rows), progress=progress, attack=partial(pgd_attack, model))
+    found = measure_robustness(images, pd.Index(model.spec.classes).get_indexer(rows.label), predict,
+                               groups=table_groups(rows), progress=progress, attack=partial(pgd_attack, model))
+    return replace(found, paths=rows.path.tolist())

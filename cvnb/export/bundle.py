@@ -332,6 +332,8 @@ def load(cls: Bundle,
     return bundle
 
 # %% ../../nbs/export/05_bundle.ipynb #145a083a
+_BYTES = (bytes, bytearray, memoryview)   # of a file
+
 def _is_pillow(
     image: Any,
 ) -> bool:
@@ -352,8 +354,9 @@ def _decode_given(
 def _is_single(
     images: Any,   # as `Bundle.predict` takes it
 ) -> bool:         # whether it is one image
-    "Tell an image from several."
-    return isinstance(images, (str, Path, bytes)) or _is_pillow(images) or getattr(images, "ndim", 0) == 3
+    "Tell an image from several; what cannot be several is refused as one."
+    if isinstance(images, (str, Path, *_BYTES)) or not isinstance(images, Iterable): return True
+    return _is_pillow(images) or getattr(images, "ndim", 0) == 3
 
 def to_image_array(
     image: Any,     # a path, uint8 (H, W, 3), a file's bytes or a Pillow image
@@ -361,7 +364,8 @@ def to_image_array(
 ) -> tuple[np.ndarray, float]:    # uint8 (H, W, 3); share of a file's values outside of the scale, 0 … 1
     "Read an image, or check that an array is one; raise `UsageError` for anything else."
     if isinstance(image, (str, Path)): return read_and_count(image, decoding)
-    if isinstance(image, bytes) or _is_pillow(image): return _decode_given(image, decoding)
+    if isinstance(image, _BYTES): return _decode_given(bytes(image), decoding)
+    if _is_pillow(image): return _decode_given(image, decoding)
     is_array = isinstance(image, np.ndarray)
     fits = is_array and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size
     if fits: return image, 0.0

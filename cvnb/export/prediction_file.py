@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -110,27 +110,41 @@ class PredictionFile:
         self.n_errors += 1
         self._write(self._file, dict(path=str(image), stamp=[], error=printable(error.what, 500)))
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        "Yield the last row of each image, in the order of the journal."
-        last: dict[str, int] = {}
-        for i, record in self._records(): last[record["path"]] = i
-        for i, record in self._records():
-            if last[record["path"]] != i: continue
-            p = record.get("probabilities") or {}
-            clipped = {"clipped": record.get("clipped")} if self.with_clipped else {}
-            yield dict(path=record["path"], label=record.get("label"), confidence=record.get("confidence"), **clipped,
-                       error=record.get("error", ""), **{f"probability_{name}": p.get(name) for name in self.labels})
+    def rows(self,
+        order: Iterable[str] = (),              # paths of images, whose rows come first
+        names: Mapping[str, str] | None = None, # path -> what the row has in its place
+    ) -> Iterator[dict[str, Any]]:
+        "Yield the last row of each image; those that `order` does not name come in the order of the journal."
+        places = self._places()
+        first = [path for path in dict.fromkeys(order) if path in places]
+        with open(self.journal, "rb") as file:
+            for path in dict.fromkeys([*first, *places]):
+                file.seek(places[path])
+                record = json.loads(file.readline())
+                p = record.get("probabilities") or {}
+                clipped = {"clipped": record.get("clipped")} if self.with_clipped else {}
+                yield dict(path=(names or {}).get(path, path), label=record.get("label"),
+                           confidence=record.get("confidence"), **clipped, error=record.get("error", ""),
+                           **{f"probability_{name}": p.get(name) for name in self.labels})
 
-    def _records(self) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _places(self) -> dict[str, int]:   # path of an image -> byte where its last record begins
+        "Find the records."
+        found: dict[str, int] = {}
+        begin = 0
         with open(self.journal, "rb") as file:
             for i, line in enumerate(file):
-                if i: yield i, json.loads(line)
+                if i: found[json.loads(line)["path"]] = begin
+                begin += len(line)
+        return found
 
-    def finish(self) -> int:   # rows
+    def finish(self,
+        order: Iterable[str] = (),              # as of `rows`
+        names: Mapping[str, str] | None = None, # as of `rows`
+    ) -> int:   # rows
         "Turn the journal into the file, and delete it."
         self._file.flush()
         os.fsync(self._file.fileno())
-        with atomic_path(self.path) as temp: n = _WRITERS[self.path.suffix](self.rows(), temp)
+        with atomic_path(self.path) as temp: n = _WRITERS[self.path.suffix](self.rows(order, names), temp)
         self.close()
         self.journal.unlink()
         return n
@@ -226,7 +240,7 @@ IMAGE_TABLE_SUFFIXES = (".csv", ".parquet")
 
 def read_image_table(
     path: Path | str,   # .csv or .parquet with a column `path`
-) -> list[str]:         # paths of images
+) -> list[tuple[str, str]]:   # path of an image, and as the table has it
     "Read the paths in a table; raise `UsageError` for one without the column."
     path = Path(path)
     try:
@@ -248,4 +262,4 @@ def read_image_table(
                          "Rename the column that lists the images.")
     missing = sum(not name for name in found)
     if missing: raise UsageError(f"{missing} rows of {path} have no path", "Fill them, or leave them out.")
-    return [os.path.join(path.parent, name) for name in found]
+    return [(os.path.join(path.parent, name), name) for name in found]

@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['WEIGHT_OPS', 'INTERMEDIATE_OPS', 'CALIBRATION_BATCH', 'CALIBRATION_METHODS', 'FEW_CALIBRATION_IMAGES',
            'HISTOGRAM_IMAGES', 'SENSITIVITY_IMAGES', 'weight_layers', 'quantizable_nodes', 'CalibrationReader',
-           'calibrate_ranges', 'quantize_nodes', 'kl_divergence', 'layer_sensitivity', 'QuantizationResult', 'quantize',
-           'QuantizationData', 'load_quantization_data', 'QuantizedModels', 'quantize_models', 'Int8Decision',
-           'decide_int8']
+           'calibrate_ranges', 'without_advice', 'quantize_nodes', 'kl_divergence', 'layer_sensitivity',
+           'QuantizationResult', 'quantize', 'QuantizationData', 'load_quantization_data', 'QuantizedModels',
+           'quantize_models', 'Int8Decision', 'decide_int8']
 
 # %% ../../nbs/export/03_quantize.ipynb #8b8dddd6
 WEIGHT_OPS = ("Conv", "Gemm", "MatMul")   # layers with weights, which take most of the time
@@ -112,7 +112,7 @@ def calibrate_ranges(
 
 # %% ../../nbs/export/03_quantize.ipynb #a68cdfb3
 @contextlib.contextmanager
-def _without_advice() -> Iterator[None]:
+def without_advice() -> Iterator[None]:
     "Suppress ONNX Runtime's advice to pre-process the model; exported graphs are folded already."
     logging.disable(logging.WARNING)
     try: yield
@@ -144,7 +144,7 @@ def quantize_nodes(
     import onnx
     from onnxruntime.quantization import QuantType, load_tensors_data, quantize_static
     check_targets(target, inputs=[source, ranges])
-    with atomic_path(target) as temp, _without_advice():
+    with atomic_path(target) as temp, without_advice():
         if not nodes: return Path(shutil.copyfile(source, temp)) and target   # to ONNX Runtime an empty list means all
         ops = [*WEIGHT_OPS, *INTERMEDIATE_OPS]
         quantize_static(source, temp, None, op_types_to_quantize=ops, nodes_to_quantize=nodes,

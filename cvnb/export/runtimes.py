@@ -362,7 +362,9 @@ class Runtime:
         if not self.installed: return f"package {self.package} is not installed"
         if reason := self.lacks(): return reason
         path = self.model_path(run, model)
-        return "" if path.exists() else f"{path.relative_to(run)} does not exist"
+        if path.exists(): return ""
+        again = "; `cvnb run export --force` writes it" if self.own_graph else ""   # its package was installed later
+        return f"{path.relative_to(run)} does not exist{again}"
 
 # %% ../../nbs/export/01_runtimes.ipynb #c3a67990
 _ENTRIES = [
@@ -383,6 +385,8 @@ _ENTRIES = [
             lacks=partial(lacks_provider, "tensorrt")),
     Runtime("openvino int8", load_openvino, "{model}_openvino_int8.xml", "openvino", "int8",
             metric_suffix="openvino_int8", marker="v", is_peer=True, stage="benchmark"),   # OpenVINO's own quantization
+    Runtime("onnx static int8", OnnxModel, "{model}_static_int8.onnx", "onnxruntime", "int8",
+            metric_suffix="onnx_static_int8", marker=">", is_peer=True, stage="benchmark"),   # ONNX Runtime's own
     Runtime("litert fp32", load_litert, "{model}.tflite", LITERT_PACKAGE, "fp32", metric_suffix="litert_fp32",
             marker="X", in_parity=True, on_request=True, elsewhere=litert_ready),
 ]

@@ -106,6 +106,7 @@ def check_exposure(
 def take_port(
     host: str,
     port: int,         # 0 picks a free one
+    option: str = "--port",   # that names it, for the message
 ) -> socket.socket:    # bound; it does not listen yet, so nobody waits for a model that is being loaded
     "Take a port; raise `CvnbError` if it is taken or may not be used."
     try:
@@ -117,7 +118,7 @@ def take_port(
     except (OSError, OverflowError) as e:
         reason = printable(getattr(e, "strerror", None) or e, 80)
         message = f"port {port} of {host} cannot be used ({reason})"
-        raise CvnbError(message, "Use `--port 0`, which picks a free one.") from None
+        raise CvnbError(message, f"Use `{option} 0`, which picks a free one.") from None
 
 # %% ../../nbs/serve/07_access.ipynb #3c5665b6
 def open_tls(

@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError
 import cvnb
 from ..core.errors import CvnbError
 from ..core.records import printable
+from .access import take_port
 from .protocol import MAX_DIMENSIONS, MAX_ID, InferRequest, Output, RequestError, Tensor
 from .protocol import model_metadata, server_metadata
 from .service import Call, Service, request_id
@@ -271,6 +272,7 @@ async def start_grpc(
     certificate: tuple[bytes, bytes] | None,     # key and certificate, PEM
 ) -> tuple[grpc.aio.Server, int]:                # the server and its port
     "Serve gRPC from the running event loop; raise `CvnbError` if the port cannot be used."
+    take_port(host, port, "--grpc-port").close()   # gRPC itself would write a trace of C++ lines
     options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", service.limits.max_bytes),
                ("grpc.max_concurrent_streams", service.limits.max_connections)]
     server = grpc.aio.server(options=options)

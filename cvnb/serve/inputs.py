@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -100,8 +101,10 @@ def tensor_images(
 # %% ../../nbs/serve/02_inputs.ipynb #4a6d200c
 _MAX_PARTS = 100
 
+_FILE_NAME = re.compile(rb"filename\*?\s*=\s*(\"[^\"]|[^\";\s])", re.IGNORECASE)   # a field without a file names ""
+
 class _FormReader:
-    "Collects the first file of a form."
+    "Collects the file of a form."
     def __init__(self):
         self.found: bytes | None = None
         self.parts = 0
@@ -127,21 +130,26 @@ class _FormReader:
 
     def _header(self) -> None:
         is_disposition = self._name.lower() == b"content-disposition"
-        if is_disposition and b"filename" in self._value.lower(): self._is_file = True
+        if is_disposition and _FILE_NAME.search(self._value): self._begin_file()
         self._name = b""
         self._value = b""
 
+    def _begin_file(self) -> None:
+        if self.found is not None:
+            raise RequestError(400, "malformed", "the form holds more than one file; send one request for each image")
+        self._is_file = True
+
     def _data(self, data: bytes, start: int, end: int) -> None:
-        if self._is_file and self.found is None: self._chunks.append(data[start:end])
+        if self._is_file: self._chunks.append(data[start:end])
 
     def _end(self) -> None:
-        if self._is_file and self.found is None: self.found = b"".join(self._chunks)
+        if self._is_file: self.found = b"".join(self._chunks)
 
 def read_upload(
     body: bytes,           # of the HTTP request
     content_type: str,     # its header
-) -> bytes:                # content of the first file
-    "Take the image out of a form; raise `RequestError` if there is none."
+) -> bytes:                # content of the file
+    "Take the image out of a form; raise `RequestError` if there is none, or more than one."
     from python_multipart.exceptions import FormParserError
     from python_multipart.multipart import MultipartParser, parse_options_header
     _, options = parse_options_header(content_type)

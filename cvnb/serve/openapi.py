@@ -43,7 +43,8 @@ _SCHEMAS = dict(
 # %% ../../nbs/serve/09_openapi.ipynb #dc55a12c
 _REFUSALS = {"400": "malformed", "401": "no token", "403": "not from this machine", "404": "unknown", "405": "method",
              "408": "too slow", "409": "another bundle is being loaded", "413": "too large", "415": "not supported",
-             "422": "bundle refused", "503": "overloaded; Retry-After says when to ask again"}
+             "422": "bundle refused", "500": "the model failed",
+             "503": "overloaded; Retry-After says when to ask again"}
 
 def _content(
     schema: str,                # a key of `_SCHEMAS`
@@ -74,15 +75,23 @@ def openapi_description(
     binary = dict(schema=dict(type="string", format="binary"))
     image = {kind: binary for kind in ("image/jpeg", "image/png", "image/webp")}
     form = dict(type="object", required=["image"], properties=dict(image=dict(type="string", format="binary")))
-    base = f"/v2/models/{model}"
+    infer = _content("InferRequest") | {"application/octet-stream": binary}
+    models = {}
+    for base in f"/v2/models/{model}", f"/v2/models/{model}/versions/{{version}}":
+        models[base] = dict(get=_operation("The model: inputs, outputs, labels"))
+        models[f"{base}/ready"] = dict(get=_operation("Whether the model answers"))
+        models[f"{base}/infer"] = dict(post=_operation(
+            "Open Inference Protocol; tensors as bytes follow the JSON, whose length is in the header "
+            "Inference-Header-Content-Length", "InferAnswer", infer))
+        if not base.endswith("}"): continue
+        version_part = dict(name="version", required=True, schema=dict(type="string")) | {"in": "path"}
+        for path in base, f"{base}/ready", f"{base}/infer": models[path]["parameters"] = [version_part]
     text = "text/plain"
     paths = {
         "/v2/health/live": dict(get=_operation("Whether the process answers")),
         "/v2/health/ready": dict(get=_operation("Whether requests are taken")),
         "/v2": dict(get=_operation("The server")),
-        base: dict(get=_operation("The model: inputs, outputs, labels")),
-        f"{base}/ready": dict(get=_operation("Whether the model answers")),
-        f"{base}/infer": dict(post=_operation("Open Inference Protocol", "InferAnswer", _content("InferRequest"))),
+        **models,
         "/predict": dict(post=_operation("Classify one image", "Prediction",
                                          image | {"multipart/form-data": dict(schema=form)})),
         "/model": dict(get=_operation("The bundle that answers, and the one before it")),

@@ -24,14 +24,14 @@ import uvicorn
 
 from ..core.errors import CvnbError, UsageError
 from ..core.records import printable
-from .access import AccessRules, check_certificate, check_exposure, days_left
+from .access import TOKEN_VARIABLE, AccessRules, check_certificate, check_exposure, days_left
 from .access import take_port, is_loopback, is_readable_by_others, open_tls, read_token
 from .challenger import Shadow
 from .connections import guarded_protocol, most_connections
 from .metrics import ServeMetrics
 from .request_log import RequestLog
 from .served_model import ModelOptions, ModelSlot, check_same_classes, load_served
-from .service import Limits, Service
+from .service import NAME_PATTERN, Limits, Service
 
 # %% auto #0
 __all__ = ['ServeOptions', 'serve_bundle']
@@ -54,8 +54,7 @@ class ServeOptions:
     log_mb: float | None = None      # that the log may take, the current hour aside; None: any number
     bundles: Path | None = None      # folder whose bundles may be swapped in over HTTP
     shadow: Path | None = None       # bundle that gets the images, too, and answers nobody
-    split: Path | None = None        # bundle that answers a share of the requests
-    share: float = 0.1               # of the requests, for `split`
+    split: tuple[float, Path] | None = None   # a share of the requests, 0 … 1, and the bundle that answers them
     fallback: str = "error"          # of `FALLBACKS`: what follows a failure of the model
     grace_seconds: int = 30          # that requests in flight have to finish
     model: ModelOptions = field(default_factory=ModelOptions)
@@ -163,7 +162,8 @@ def _make_service(
 
     first = load_served(options.bundle, options.model)
     beside = replace(options.model, name=first.name)   # what a client calls the model does not tell the bundles apart
-    second = load_served(options.split, beside) if options.split else None
+    share, challenger = options.split or (0.0, None)
+    second = load_served(challenger, beside) if challenger else None
     shadowing = load_served(options.shadow, beside) if options.shadow else None
     for model, role in (second, "split"), (shadowing, "shadow"):
         if not model: continue
@@ -179,7 +179,7 @@ def _make_service(
         metrics.watch(cvnb_certificate_expiry_timestamp_seconds=("When the certificate expires",
                                                                  lambda: certificate.expires))
     shadow = Shadow(shadowing, metrics, log) if shadowing else None
-    return Service(slot, metrics, access, options.limits, log, options.bundles, shadow, options.share,
+    return Service(slot, metrics, access, options.limits, log, options.bundles, shadow, share,
                    options.fallback)
 
 # %% ../../nbs/serve/14_server.ipynb #5a6a0dab
@@ -217,6 +217,23 @@ def _warn(
     if verdict not in ("ship", "ship with care"): _say(f"! the verdict on this bundle is «{verdict}»")
 
 # %% ../../nbs/serve/14_server.ipynb #965fa076
+def _check_options(
+    options: ServeOptions,
+    token: str,             # "" where there is none
+) -> None:
+    "Raise `UsageError` for options that do not go together."
+    check_exposure(options.host, token)
+    if options.bundles and not options.bundles.is_dir():
+        raise UsageError(f"{options.bundles} is not a folder", "--bundles names the folder that holds bundles.")
+    if options.bundles and not token:
+        raise UsageError("--bundles needs a token", f"Give --token-file FILE or set {TOKEN_VARIABLE}.")
+    name = options.model.name
+    if name and not NAME_PATTERN.fullmatch(name):
+        raise UsageError(f"--name {printable(name, 80)!r} is no name for an address",
+                         "Use up to 100 letters, digits and . _ -, without a . or - at the beginning.")
+    if options.split and not 0 <= options.split[0] <= 1:
+        raise UsageError(f"--split {options.split[0]:g} is no share of the requests", "Give one from 0 to 1.")
+
 def serve_bundle(
     options: ServeOptions,
 ) -> None:
@@ -225,9 +242,7 @@ def serve_bundle(
     import uvloop
     if options.grpc_port is not None: importlib.import_module("grpc")   # names a missing part before all else
     token = read_token(options.token_file)
-    check_exposure(options.host, token)
-    if options.bundles and not options.bundles.is_dir():
-        raise UsageError(f"{options.bundles} is not a folder", "--bundles names the folder that holds bundles.")
+    _check_options(options, token)
     certificate = _Certificate(options)
     with take_port(options.host, options.port) as bound:
         service = _make_service(options, token, certificate)

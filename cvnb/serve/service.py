@@ -44,7 +44,7 @@ from .served_model import ModelSlot, ServedModel
 from .work_queue import WorkQueue
 
 # %% auto #0
-__all__ = ['NO_ANSWER', 'FALLBACKS', 'Limits', 'Call', 'request_id', 'Incoming', 'Service']
+__all__ = ['NO_ANSWER', 'FALLBACKS', 'NAME_PATTERN', 'Limits', 'Call', 'request_id', 'Incoming', 'Service']
 
 # %% ../../nbs/serve/11_service.ipynb #7d3f9276
 @dataclass(frozen=True)
@@ -303,6 +303,26 @@ def _seconds_left(self: Service,
     return max(0.001, request.scope["cvnb_deadline"] - time.monotonic())
 
 @patch
+def _choose_model(self: Service,
+    name: str,           # id of the request
+    version: str = "",   # that the client wants; "" takes any
+) -> ServedModel:
+    "Choose the bundle that answers a request."
+    second = self.slot.second
+    if second and (version == second.version or not version and choose_split(name, self.share)): return second
+    return self.slot.current
+
+@patch
+def _take_id(self: Service,
+    call: Call,
+    name: str,   # `id` of a request of the Open Inference Protocol; "" where the client gave none
+) -> None:
+    "Route and log a request by the id in its body, in place of that of its head."
+    if not name: return
+    if _ID.fullmatch(name): call.id = name
+    if not call.pinned: call.model = self._choose_model(name)
+
+@patch
 async def compute(self: Service,
     name: str,                     # id of the request
     deadline: float,               # of `time.monotonic`
@@ -310,10 +330,7 @@ async def compute(self: Service,
     version: str = "",             # that the client wants; "" takes any
 ) -> Any:                          # its result
     "Run the work of a request in a thread."
-    model = self.slot.current
-    second = self.slot.second
-    if second and (version == second.version or not version and choose_split(name, self.share)): model = second
-    call = Call(name, model, deadline, time.perf_counter(), bool(version))
+    call = Call(name, self._choose_model(name, version), deadline, time.perf_counter(), bool(version))
     late = f"the request was not answered within {self.limits.seconds:g} s"
     return await self.queue.run(partial(work, call), max(0.001, deadline - time.monotonic()), late)
 
@@ -442,6 +459,7 @@ def infer_outputs(self: Service,
     request: InferRequest,
 ) -> tuple[list[Output], dict[str, bool]]:   # outputs, and which of them are wanted as bytes
     "Compute the outputs for a request of the Open Inference Protocol."
+    self._take_id(call, request.id)
     wanted = select_outputs(request, call.model.output_names)
     images = tensor_images(request.inputs, self.limits.max_images, self.limits.max_megapixels)
     found, described = self._answer_images(call, images)
@@ -557,7 +575,7 @@ async def _about(self: Service, request: Request) -> Response:
     return _json(model.about() | dict(labels=len(model.labels)) | others)
 
 # %% ../../nbs/serve/11_service.ipynb #613df90a
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
+NAME_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 
 @patch
 def _check_may_swap(self: Service) -> None:
@@ -584,7 +602,7 @@ async def _swap(self: Service, request: Request) -> Response:
         try: wanted = load_json(body, "the request")
         except CvnbError as e: raise RequestError(400, "malformed", e.what) from None
     name = wanted.get("bundle") if isinstance(wanted, dict) else None
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not NAME_PATTERN.fullmatch(name):
         raise RequestError(400, "malformed", 'the request should be {"bundle": NAME}, the name of a folder')
     folder = self.bundles/name
     if not folder.is_dir(): raise RequestError(404, "not_found", f"there is no bundle {name!r}")

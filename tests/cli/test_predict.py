@@ -222,8 +222,11 @@ def test_a_journal_gives_no_answer_for_a_changed_image_or_another_bundle(bundle,
     again.add(answer(photos[1]) | dict(label="b"))
     with pytest.raises(CvnbError, match="is being written by another call"):
         PredictionFile(out, LABELS, dict(name="one"))
-    assert again.finish() == 3
-    labels = {row["path"]: row["label"] for row in map(json.loads, out.read_text().splitlines())}
+    order = [str(photo) for photo in reversed(photos[:4])]   # the last has no answer
+    assert again.finish(order, {str(photos[0]): "first.png"}) == 3
+    rows = [*map(json.loads, out.read_text().splitlines())]
+    assert [row["path"] for row in rows] == [*order[1:3], "first.png"]
+    labels = {row["path"].replace("first.png", str(photos[0])): row["label"] for row in rows}
     assert labels == {str(photos[0]): "a", str(photos[1]): "b", str(photos[2]): "a"}
 
 
@@ -244,8 +247,26 @@ def test_a_table_lists_images_beside_it(call, photos, tmp_path):
     pq.write_table(pa.table(dict(path=["photos/003.png"])), tmp_path/"table.parquet")
     code, _, error = call(tmp_path/"table.csv", tmp_path/"table.parquet", photos[1], "--out", tmp_path/"out.csv")
     assert any("1 paths are given more than once and have one row" in line for line in error)
+    names = [row["path"] for row in read_csv(tmp_path/"out.csv")]
+    assert code == 0 and names == ["photos/001.png", "photos/002.png", "photos/003.png"]   # as the tables have them
+
+
+def test_two_tables_with_one_name_for_two_images_have_whole_paths(call, photos, tmp_path):
+    for folder in "a", "b":
+        (tmp_path/folder).mkdir()
+        (tmp_path/folder/"x.png").write_bytes(photos[0].read_bytes())
+        (tmp_path/folder/"t.csv").write_text("path\nx.png\n")
+    code, *_ = call(tmp_path/"a/t.csv", tmp_path/"b/t.csv", "--out", tmp_path/"out.csv")
+    paths = [row["path"] for row in read_csv(tmp_path/"out.csv")]
+    assert code == 0 and paths == [str(tmp_path/"a/x.png"), str(tmp_path/"b/x.png")]
+
+
+def test_rows_of_unreadable_images_stand_at_their_places(call, photos, tmp_path):
+    (tmp_path/"many").mkdir()
+    for i in range(40): (tmp_path/f"many/{i:03}.png").write_bytes(photos[0].read_bytes() if i % 7 else b"words")
+    code, *_ = call(tmp_path/"many", "--out", tmp_path/"out.csv", "--jobs", 3)
     names = [Path(row["path"]).name for row in read_csv(tmp_path/"out.csv")]
-    assert code == 0 and names == ["001.png", "002.png", "003.png"]
+    assert code == 1 and names == [f"{i:03}.png" for i in range(40)]
 
 
 WRONG_FILES = {

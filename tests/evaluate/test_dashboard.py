@@ -36,11 +36,24 @@ from cvnb.evaluate.voila_server import _run_voila, find_free_port, serve_dashboa
 from cvnb.metrics.classification import accuracy, confusion_matrix, per_class_metrics
 from dashboards import CLASSES, SECONDS, Served, agrees, captions, choose, make_predictions, make_run, read_table, serve
 
+LOST = [0, 7, 30]   # images that a corruption costs, of those that were tried
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    "A run whose model makes errors."
-    return make_run(tmp_path_factory.mktemp("dashboard"))
+    "A run whose model makes errors; of its errors stage, robustness and flips."
+    made = make_run(tmp_path_factory.mktemp("dashboard"))
+    paths = read_table(made, "test").path.tolist()
+    figure = dict(value=0.5, low=0.4, high=0.6, n=40)
+    tried = dict(change="JPEG", strength=3, loss=0.1, loss_low=0.02, loss_high=0.2, weak=True, budget=0) | figure
+    robustness = dict(words="weak against JPEG", clean=figure, rows=[tried], paths=paths[:40],
+                      lost={"JPEG, strength 3": LOST})
+    flips = dict(words="3 answers flip", share=figure, share_right=figure, rows=[dict(path=p) for p in paths[20:23]])
+    errors = Stage("errors", made)
+    write_json(errors.path("errors.json"), dict(format=1, split="test", mistakes=[], robustness=robustness, flips=flips,
+                                                accuracy=figure | dict(n=140)))
+    errors.finish()
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +202,19 @@ def test_finding_column_and_slice_filters_select_grid_rows(page, run: Path, tabl
     assert agrees(page, table[table.meta_camera == "old"])
     choose(page, "Slice", "test/tag/near_duplicate")
     assert agrees(page, table[table.tags.map(len) > 0])
+
+
+@pytest.mark.browser
+def test_robustness_and_flips_select_their_images(page, table: pd.DataFrame) -> None:
+    choose(page, "Show", "all")
+    page.locator('circle[data-slice="test/robustness/JPEG, strength 3"]').click()
+    assert agrees(page, table.iloc[LOST])
+    page.locator('circle[data-slice="test/robustness/JPEG, strength 3"]').click()
+    assert agrees(page, table[~table.correct])   # as the page begins
+    assert page.locator('.slice[data-slice*="robustness"]').count() == 0   # its own panel has it
+    page.locator('.slice[data-slice^="test/flips/"]').click()
+    assert agrees(page, table.iloc[20:23])
+    assert "3 answers flip" in page.inner_text(".panels")
 
 
 @pytest.mark.browser

@@ -90,6 +90,10 @@ def test_planted_weak_spot_is_found_and_chance_is_none() -> None:
     assert "brightness" in weak and "rotation" not in weak and "weak against" in sure.words
     row = sure.rows[(sure.rows.change == "brightness") & (sure.rows.strength == 3)].iloc[0]
     assert row.loss_low <= row.loss <= row.loss_high and row.loss == pytest.approx(sure.clean.value - row.value)
+    guess = (images.mean((1, 2, 3)) > 120).astype(int)
+    bright = corrupt(images, "brightness", 3).mean((1, 2, 3)) > 120
+    lost = sure.lost["brightness, strength 3"]
+    assert lost == np.flatnonzero((guess == labels) & (bright != labels)).tolist() and len(lost)
     marked = 0
     for seed in range(10):   # wrong at random, whatever the image
         random = np.random.default_rng(seed)

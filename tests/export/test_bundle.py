@@ -350,3 +350,11 @@ def test_graph_is_read_as_onnx_reads_it(model):
     graph, whole = read_graph(model), onnx.load(model)
     assert graph.operators == {node.op_type for node in whole.graph.node}
     assert graph.metadata == {p.key: p.value for p in whole.metadata_props}
+
+
+@pytest.mark.parametrize("given, said", [(None, "NoneType"), (3, "int"), ([None], "NoneType"), ("", "folder"),
+                                         (bytearray(b"words"), "a file of 5 bytes")])
+def test_what_is_no_image_is_refused_in_one_line(whole: Path, given: object, said: str) -> None:
+    bundle = Bundle.load(whole)
+    with pytest.raises(UsageError) as caught: bundle.predict(given)
+    assert said in str(caught.value) and "\n" not in str(caught.value)

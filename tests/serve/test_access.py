@@ -146,3 +146,12 @@ def test_certificate_that_is_not_valid_is_refused(
 def test_certificate_that_expires_soon_is_named(served_bundle: Path, certificates: Path, tmp_path: Path) -> None:
     with serving(tmp_path/"log", served_bundle, *tls(certificates, "another")) as server:
         server.wait_for("expires in 3 days")
+
+
+@pytest.mark.parametrize("given, said", [
+    (("--name", "a b/c"), "--name 'a b/c' is no name for an address"),
+    (("--split", 1.5, "."), "--split 1.5 is no share of the requests"),
+    (("--bundles", "."), "--bundles needs a token")])
+def test_options_that_do_not_fit_are_refused_in_one_line(served_bundle: Path, given: tuple, said: str) -> None:
+    done = cvnb("serve", served_bundle, "--port", 0, *given)
+    assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1

@@ -54,7 +54,7 @@ def test_shadow_is_compared_and_answers_nobody(
 def test_share_of_the_requests_gets_the_second_bundle(
     served_bundle: Path, milder: Path, photo: np.ndarray, tmp_path: Path,
 ) -> None:
-    with serving(tmp_path/"log", served_bundle, "--split", milder, "--share", 0.3) as server:
+    with serving(tmp_path/"log", served_bundle, "--split", 0.3, milder) as server:
         content = encode(photo)
         ask = lambda name: server.ask("/predict", content, X_Request_Id=name).json
         first = {f"r{i}": ask(f"r{i}") for i in range(100)}
@@ -69,17 +69,37 @@ def test_share_of_the_requests_gets_the_second_bundle(
             path = f"/v2/models/pets/versions/{version}/infer"
             answer = server.ask(path, json.dumps(dict(inputs=[raw])).encode())
             assert answer.json["model_version"] == version
+        asked = {}
+        for i in range(40):   # the id of the protocol's request chooses, whatever the head says
+            for head in "a", "b":
+                body = json.dumps(dict(id=f"r{i}", inputs=[raw])).encode()
+                answer = server.ask("/v2/models/pets/infer", body, X_Request_Id=f"{head}{i}").json
+                asked[head, f"r{i}"] = answer["model_version"]
+                assert answer["id"] == f"r{i}"
+        assert all(version == first[name]["version"] for (_, name), version in asked.items())
         counted = [server.metric(f'cvnb_predictions_total{{label="owl",model="pets",version="{v}"}}')
                    for v in (server.version, second)]
-        assert sum(counted) == 122 and min(counted) > 0
+        assert sum(counted) == 202 and min(counted) > 0
+
+
+def test_log_names_requests_by_the_id_in_their_bodies(
+    served_bundle: Path, photo: np.ndarray, tmp_path: Path,
+) -> None:
+    raw = dict(name="images", datatype="UINT8", shape=[1, 20, 30, 3], data=photo.ravel().tolist())
+    with serving(tmp_path/"out", served_bundle, "--log", tmp_path/"log") as server:
+        for name in "mine-1", "no name/":
+            server.ask("/v2/models/pets/infer", json.dumps(dict(id=name, inputs=[raw])).encode(), X_Request_Id="head")
+        assert server.stop() == 0
+    assert [record["id"] for record in read_request_log(tmp_path/"log")] == ["mine-1", "head"]
 
 
 @pytest.mark.parametrize("option", ["--shadow", "--split"])
 def test_second_bundle_that_does_not_fit_is_refused(served_bundle: Path, tmp_path: Path, option: str) -> None:
+    given = [option] if option == "--shadow" else [option, 0.5]
     refused = [(dict(labels=["cat", "dog", "cow"]), 2, "other labels"), (dict(verdict=None), 1, "has no verdict")]
     for i, (change, code, said) in enumerate(refused):
         other = write_served_bundle(tmp_path/str(i), **change)
-        done = cvnb("serve", served_bundle, "--port", 0, option, other)
+        done = cvnb("serve", served_bundle, "--port", 0, *given, other)
         assert done.returncode == code and said in done.stderr and "Traceback" not in done.stderr
 
 

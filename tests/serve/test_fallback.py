@@ -114,7 +114,7 @@ def test_bundle_before_answers_and_is_named(served_bundle: Path, failing: Path, 
 
 
 def test_first_bundle_answers_where_the_second_fails(served_bundle: Path, failing: Path, tmp_path: Path) -> None:
-    arguments = served_bundle, "--split", failing, "--share", 1, "--fallback", "previous"
+    arguments = served_bundle, "--split", 1, failing, "--fallback", "previous"
     with serving(tmp_path/"log", *arguments) as server:
         assert server.ask("/predict", encode(GOOD)).json["version"] != server.version
         bad = server.ask("/predict", encode(BAD)).json

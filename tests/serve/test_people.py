@@ -63,12 +63,29 @@ def test_form_without_an_image_is_refused(server: Server, photo: np.ndarray) -> 
         assert answer.status == 400 and "form" in answer.json["error"], answer.body
 
 
+def test_form_with_several_files_is_refused_and_an_empty_field_is_none(server: Server, photo: np.ndarray) -> None:
+    part = lambda name, content: (b'--x\r\nContent-Disposition: form-data; name="image"; filename="' + name
+                                  + b'"\r\n\r\n' + content + b"\r\n")
+    content = encode(photo)
+    ask = lambda *parts: server.ask("/predict", b"".join(parts) + b"--x--\r\n",
+                                    Content_Type="multipart/form-data; boundary=x")
+    both = ask(part(b"a.png", content), part(b"b.png", content))
+    assert both.status == 400 and "more than one file" in both.json["error"]
+    assert ask(part(b"", b""), part(b"a.png", content)).json["label"]
+    assert "holds no file" in ask(part(b"", b"")).json["error"]
+
+
 def test_openapi_names_every_address(server: Server, photo: np.ndarray) -> None:
     found = server.ask("/openapi.json").json
     assert found["openapi"] == "3.1.0" and found["info"]["title"] == "cvnb"
     for path, methods in found["paths"].items():
-        for method in methods: assert server.ask(path, b"{}" if method in ("post", "put") else None,
-                                                 method.upper()).status not in (404, 405), path
+        path = path.replace("{version}", server.version)
+        for method in methods.keys() & {"get", "post", "put"}:
+            body = b"{}" if method in ("post", "put") else None
+            assert server.ask(path, body, method.upper()).status not in (404, 405), path
+    infer = found["paths"]["/v2/models/pets/versions/{version}/infer"]
+    assert {*infer["post"]["requestBody"]["content"]} == {"application/json", "application/octet-stream"}
+    assert infer["parameters"][0]["name"] == "version" and "500" in infer["post"]["responses"]
     text = json.dumps(found)
     names = {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}
     assert names <= found["components"]["schemas"].keys()
