@@ -457,6 +457,7 @@ def predict_command(
         cluster = _choose_cluster(engine, address)
         return _predict_to_file(bundle, images, out.expanduser(), jobs, cluster, max_megapixels)
     if engine or address: raise UsageError("--engine and --address need --out", "Add --out FILE.")
+    if jobs: raise UsageError("--jobs needs --out", "Add --out FILE.")
     paths = _list_paths([image for image in images if image != "-"], recursive)
     batches = dict(batch_size=1) if "-" in images else {}   # an answer does not wait for the next path
     given = itertools.chain(paths, _read_paths(recursive)) if "-" in images else paths

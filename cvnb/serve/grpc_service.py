@@ -240,7 +240,7 @@ class GrpcCalls:
 
     async def _model(self, request: Any, context: Any) -> Any:
         model = self.service.find_model(request.name, request.version)
-        about = model_metadata(model.name, [model.version], len(model.labels), model.output, {},
+        about = model_metadata(model.name, self.service.versions, len(model.labels), model.output, {},
                                model.task == "classification")
         about.pop("parameters")
         return _CLASSES["ModelMetadataResponse"](**about, properties=dict(task=model.task, verdict=model.verdict))

@@ -43,8 +43,11 @@ _SCHEMAS = dict(
 # %% ../../nbs/serve/09_openapi.ipynb #dc55a12c
 _REFUSALS = {"400": "malformed", "401": "no token", "403": "not from this machine", "404": "unknown", "405": "method",
              "408": "too slow", "409": "another bundle is being loaded", "413": "too large", "415": "not supported",
-             "422": "bundle refused", "500": "the model failed",
+             "422": "bundle refused", "500": "it failed",
              "503": "overloaded; Retry-After says when to ask again"}
+
+_EVERYWHERE = "401", "403", "500"
+_OF_BODIES = "400", "408", "413", "415", "503"
 
 def _content(
     schema: str,                # a key of `_SCHEMAS`
@@ -58,9 +61,11 @@ def _operation(
     schema: str = "Any",        # of the answer
     body: dict[str, Any] | None = None,   # of the request
     kind: str = "application/json",       # of the answer
+    codes: str = "",            # of refusals, besides those of every address
 ) -> dict[str, Any]:
     "Describe what an address does."
-    refusals = {code: dict(description=text, content=_content("Error")) for code, text in _REFUSALS.items()}
+    taken = [*_EVERYWHERE, *codes.split(), *(_OF_BODIES if body else ())]
+    refusals = {code: dict(description=_REFUSALS[code], content=_content("Error")) for code in sorted(taken)}
     answers = {"200": dict(description="the answer", content=_content(schema, kind))} | refusals
     request = dict(requestBody=dict(required=True, content=body)) if body else {}
     return dict(summary=summary, responses=answers) | request
@@ -78,26 +83,26 @@ def openapi_description(
     infer = _content("InferRequest") | {"application/octet-stream": binary}
     models = {}
     for base in f"/v2/models/{model}", f"/v2/models/{model}/versions/{{version}}":
-        models[base] = dict(get=_operation("The model: inputs, outputs, labels"))
-        models[f"{base}/ready"] = dict(get=_operation("Whether the model answers"))
+        models[base] = dict(get=_operation("The model: inputs, outputs, labels", codes="404"))
+        models[f"{base}/ready"] = dict(get=_operation("Whether the model answers", codes="404 503"))
         models[f"{base}/infer"] = dict(post=_operation(
             "Open Inference Protocol; tensors as bytes follow the JSON, whose length is in the header "
-            "Inference-Header-Content-Length", "InferAnswer", infer))
+            "Inference-Header-Content-Length", "InferAnswer", infer, codes="404"))
         if not base.endswith("}"): continue
         version_part = dict(name="version", required=True, schema=dict(type="string")) | {"in": "path"}
         for path in base, f"{base}/ready", f"{base}/infer": models[path]["parameters"] = [version_part]
     text = "text/plain"
     paths = {
         "/v2/health/live": dict(get=_operation("Whether the process answers")),
-        "/v2/health/ready": dict(get=_operation("Whether requests are taken")),
+        "/v2/health/ready": dict(get=_operation("Whether requests are taken", codes="503")),
         "/v2": dict(get=_operation("The server")),
         **models,
         "/predict": dict(post=_operation("Classify one image", "Prediction",
                                          image | {"multipart/form-data": dict(schema=form)})),
         "/model": dict(get=_operation("The bundle that answers, and the one before it")),
         "/metrics": dict(get=_operation("Metrics for Prometheus", kind=text)),
-        "/bundle": dict(put=_operation("Take another bundle", body=_content("Swap"))),
-        "/bundle/rollback": dict(post=_operation("Take the previous bundle again"))}
+        "/bundle": dict(put=_operation("Take another bundle", body=_content("Swap"), codes="404 409 422")),
+        "/bundle/rollback": dict(post=_operation("Take the previous bundle again", codes="409"))}
     if has_token:
         for path in "/v2/health/live", "/v2/health/ready": paths[path]["get"]["security"] = []   # open to all
     security = dict(security=[dict(token=[])]) if has_token else {}

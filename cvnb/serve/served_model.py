@@ -68,8 +68,10 @@ def check_verdict(
     "Raise `CvnbError` for a bundle that should not be served."
     level = verdict_level(description)
     if allow_unverified or level in _ACCEPTED: return level
-    what = "has no verdict" if level == "none" else f"has the verdict «{level}»"
-    raise CvnbError(f"{folder} {what}", "`cvnb gate RUN` says why; --allow-unverified serves it all the same.")
+    anyway = "--allow-unverified takes it all the same."
+    if level == "none":
+        raise CvnbError(f"{folder} has no verdict: no run has judged it", f"Export it by a run; {anyway}")
+    raise CvnbError(f"{folder} has the verdict «{level}»", f"`cvnb gate RUN` says why; {anyway}")
 
 # %% ../../nbs/serve/06_served_model.ipynb #5d0bbe96
 def model_name(

@@ -213,7 +213,11 @@ def _warn(
     if file and is_readable_by_others(file): _say(f"! every user of this machine can read {file}: chmod 600 {file}")
     if not (certificate.context or is_loopback(options.host)):
         _say("! images and the token are not encrypted: give --tls-certificate and --tls-key, or use a proxy")
-    verdict = service.slot.current.verdict
+    current = service.slot.current
+    beside = [("--split", service.slot.second), ("--shadow", service.shadow and service.shadow.model)]
+    for option, model in beside:
+        if model and model.version == current.version: _say(f"! {option} names the bundle that answers: both are equal")
+    verdict = current.verdict
     if verdict not in ("ship", "ship with care"): _say(f"! the verdict on this bundle is «{verdict}»")
 
 # %% ../../nbs/serve/14_server.ipynb #965fa076
@@ -233,6 +237,10 @@ def _check_options(
                          "Use up to 100 letters, digits and . _ -, without a . or - at the beginning.")
     if options.split and not 0 <= options.split[0] <= 1:
         raise UsageError(f"--split {options.split[0]:g} is no share of the requests", "Give one from 0 to 1.")
+    if not options.log and (options.log_images or options.log_days is not None or options.log_mb is not None):
+        raise UsageError("--log-images, --log-days and --log-mb need a log", "Add --log FOLDER.")
+    if options.port and options.port == options.grpc_port:
+        raise UsageError(f"--port and --grpc-port are both {options.port}", "Give two ports.")
 
 def serve_bundle(
     options: ServeOptions,
@@ -258,6 +266,8 @@ def serve_bundle(
                 grpc_servers.append(server)
                 print(f"gRPC: {options.host} port {port}", flush=True)
             address = _address(service.access.scheme, bound)
+            if service.slot.second: print(f"{service.share:.3g} of the requests: version {service.slot.second.version}")
+            if service.shadow: print(f"in the shadow: version {service.shadow.model.version}")
             print(f"{model.name} version {model.version}: {address}\nCtrl-C ends it.", flush=True)
 
         async def ended() -> None:

@@ -319,7 +319,7 @@ def _take_id(self: Service,
 ) -> None:
     "Route and log a request by the id in its body, in place of that of its head."
     if not name: return
-    if _ID.fullmatch(name): call.id = name
+    call.id = name   # as it is: the log's records are JSON
     if not call.pinned: call.model = self._choose_model(name)
 
 @patch
@@ -419,7 +419,8 @@ def _fall_back(self: Service,
     elif not other or call.pinned or other is call.model: return False
     else: call.model = other
     call.fallback = name
-    print(f"! request {call.id}: {printable(error.__cause__, 500)}; fallback: {name}", file=sys.stderr, flush=True)
+    said = f"! request {printable(call.id, 80)}: {printable(error.__cause__, 500)}; fallback: {name}"
+    print(said, file=sys.stderr, flush=True)
     return True
 
 @patch
@@ -496,6 +497,11 @@ def _answer_prediction(self: Service,
     return dict(id=call.id, model=call.model.name, version=call.model.version) | call.note | answer
 
 # %% ../../nbs/serve/11_service.ipynb #8ec85e3d
+@patch(as_prop=True)
+def versions(self: Service) -> list[str]:   # the one that answers first
+    "List the versions that a client can ask for."
+    return [model.version for model in (self.slot.current, self.slot.second) if model]
+
 @patch
 def find_model(self: Service,
     name: str,
@@ -506,7 +512,7 @@ def find_model(self: Service,
     if name == model.name and version in ("", model.version): return model
     if self.slot.second and (name, version) == self.slot.second.key: return self.slot.second
     what = f"model {printable(name, 80)!r}" + (f" in version {printable(version, 40)!r}" if name == model.name else "")
-    known = f"this server has {model.name!r} in version {model.version}"
+    known = f"this server has {model.name!r} in version {' and '.join(self.versions)}"
     raise RequestError(404, "not_found", f"there is no {what}; {known}")
 
 @patch
@@ -538,8 +544,7 @@ async def _ready(self: Service, request: Request) -> Response:
 @patch
 async def _model(self: Service, request: Request) -> Response:
     model = self._check_model(request)
-    versions = [m.version for m in (self.slot.current, self.slot.second) if m]
-    return _json(model_metadata(model.name, versions, len(model.labels), model.output, model.parameters(),
+    return _json(model_metadata(model.name, self.versions, len(model.labels), model.output, model.parameters(),
                                 model.task == "classification"))
 
 @patch

@@ -296,6 +296,7 @@ def test_wrong_files_are_refused_in_one_line(call, photos, tmp_path, monkeypatch
 def test_options_of_a_cluster_are_refused_where_they_do_nothing(call, photos, tmp_path):
     for args, message in [
         ((photos[0], "--engine", "ray"), "--engine and --address need --out. Add --out FILE."),
+        ((photos[0], "--jobs", 2), "--jobs needs --out. Add --out FILE."),
         ((photos[0], "--out", tmp_path/"a.csv", "--engine", "rey"), "no engine 'rey'. Did you mean 'ray'?"),
         ((photos[0], "--out", tmp_path/"a.csv", "--engine", "threads", "--address", "1.2.3.4:5"),
          "--address 1.2.3.4:5 is that of a Ray cluster. Drop it, or add --engine ray.")]:

@@ -151,7 +151,9 @@ def test_certificate_that_expires_soon_is_named(served_bundle: Path, certificate
 @pytest.mark.parametrize("given, said", [
     (("--name", "a b/c"), "--name 'a b/c' is no name for an address"),
     (("--split", 1.5, "."), "--split 1.5 is no share of the requests"),
-    (("--bundles", "."), "--bundles needs a token")])
+    (("--bundles", "."), "--bundles needs a token"), (("--log-images",), "need a log"),
+    (("--log-days", 3), "need a log"),
+    (("--port", 8080, "--grpc-port", 8080), "are both 8080")])
 def test_options_that_do_not_fit_are_refused_in_one_line(served_bundle: Path, given: tuple, said: str) -> None:
-    done = cvnb("serve", served_bundle, "--port", 0, *given)
+    done = cvnb("serve", served_bundle, *given)
     assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1

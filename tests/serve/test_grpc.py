@@ -4,6 +4,7 @@ from __future__ import annotations
 import random
 import re
 import signal
+import socket
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ import grpc
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
-from servers import TOKEN, Server, cvnb, encode, mutate_bytes, serving
+from servers import TOKEN, Server, cvnb, encode, mutate_bytes, serving, write_served_bundle
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from cvnb.export.bundle import Bundle
@@ -166,3 +167,23 @@ def test_port_that_is_taken_and_missing_part_are_named(both: Server, served_bund
     (tmp_path/"grpc.py").write_text("raise ModuleNotFoundError('no grpc', name='grpc')")
     done = cvnb("serve", served_bundle, "--port", 0, "--grpc-port", 0, PYTHONPATH=str(tmp_path))
     assert done.returncode == 1 and "cvnb[grpc]" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_second_version_of_a_split_is_listed_over_both_protocols(served_bundle: Path, tmp_path: Path) -> None:
+    other = write_served_bundle(tmp_path/"other", weight=0.02)
+    with serving(tmp_path/"log", served_bundle, "--split", 0.5, other, "--grpc-port", 0) as server, \
+            triton.InferenceServerClient(f"127.0.0.1:{grpc_port(server)}") as client:
+        versions = server.ask("/v2/models/pets").json["versions"]
+        assert len(versions) == 2 and [*client.get_model_metadata("pets").versions] == versions
+        missing = server.ask("/v2/models/pets/versions/zzz")
+        assert missing.status == 404 and all(version in missing.json["error"] for version in versions)
+
+
+def test_taken_port_is_named_in_one_line(served_bundle: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = cvnb("serve", served_bundle, "--port", 0, "--grpc-port", port)
+    assert done.returncode == 1 and f"port {port} of 127.0.0.1 cannot be used" in done.stderr
+    assert "--grpc-port 0" in done.stderr and len(done.stderr.splitlines()) == 1
