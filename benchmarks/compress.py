@@ -7,11 +7,11 @@
     python benchmarks/compress.py stock NAME --work DIR [--epochs N]
     python benchmarks/compress.py report --work DIR [--write]
 
-`run` is `cvnb run` with the set's recipe and a front of several levels, at the smallest margin that the test images can
-prove (CIFAR-10: one point); a call that was stopped goes on. `stock` prunes the same trained model to the MACs of the
-candidate nearest to a quarter by torch-pruning's own loop (`BasePruner`, L2 magnitude of groups, the same ratio in every layer), trains it on
-the labels for as many epochs as a candidate was distilled, and predicts the same test images. `report` makes the table
-of what is finished.
+`run` is `cvnb run` with the set's recipe and a front of several levels, at the smallest margin that the test images
+can prove (CIFAR-10: one point); a call that was stopped goes on. `stock` prunes the same trained model to the MACs of
+the candidate nearest to a quarter by torch-pruning's own loop (`BasePruner`, L2 magnitude of groups, the same ratio in
+every layer), trains it on the labels for as many epochs as a candidate was distilled, and predicts the same test
+images. `report` makes the table of what is finished.
 
 CIFAR-10: `--teacher` is the ResNet-18 of PyPI's pyautoattack, which has seen all 50,000 training images. `--data` is a
 folder with train/CLASS/*.png and test/CLASS/*.png. Of the training images `--train-images` teach the students; of the
