@@ -104,7 +104,7 @@ class AuditReport:
         found = sum(bool(c.paths) for c in self.checks)
         join = lambda checks: ", ".join(c.name.replace("_", " ") for c in checks)
         names = join(self.exceeded)
-        exceeded = f"{len(self.exceeded)} of {len(self.limits)} limits exceeded: {names}."
+        exceeded = f"{len(self.exceeded)} of {len(self.limits)} limits exceeded{f': {names}' if names else ''}."
         if self.not_proven: exceeded += f" NOT PROVEN: {join(self.not_proven)}."
         ends = self.exceeded or self.not_proven
         consequence = dict(

@@ -44,11 +44,12 @@ class Agreement:
     same: Estimate          # share of the images with torch's class
     max_difference: float   # of a probability; at least so much where only classes are known
     agrees: bool            # whether its answers count as torch's
+    measured: bool = True   # whether probabilities were compared, and not classes alone
 
     def columns(self) -> dict[str, Any]:   # of a row
         "Spread the comparison over columns."
         return dict(same_answer=self.same.value, same_answer_low=self.same.low, same_answer_high=self.same.high,
-                    max_difference=self.max_difference, agrees=self.agrees)
+                    max_difference=self.max_difference, agrees=self.agrees, difference_measured=self.measured)
 
 # %% ../../nbs/benchmark/05_answers.ipynb #69490edd
 def least_difference(
@@ -68,6 +69,7 @@ def compare_answers(
     tolerance: float,                        # acceptable difference of a probability
     groups: np.ndarray | None = None,        # group of each image (N,); None where images are independent
     rules: dict[str, DecisionRule] | None = None,   # model -> how its answers are chosen
+    predictions: dict[Candidate, np.ndarray] | None = None,   # probabilities (N, C) of the candidates in `classes`
 ) -> dict[Candidate, Agreement]:             # of the candidates that can be compared
     "Compare every candidate with torch; classification only."
     from cvnb.metrics.classification import accuracy
@@ -82,11 +84,14 @@ def compare_answers(
             own = np.array(classes[c])
             rule = (rules or {}).get(c.model, DecisionRule())
             same = accuracy(own == rule.decide(expected[c.model]), groups)
-            measured[c] = same, least_difference(expected[c.model], own, rule)
+            known_values = (predictions or {}).get(c)
+            measured[c] = same, least_difference(expected[c.model], own, rule) if known_values is None else \
+                float(np.nan_to_num(np.abs(known_values - expected[c.model]), nan=np.inf).max())
     is_fp32 = lambda c: c.runtime.precision == "fp32"
     apart = {(c.model, c.runtime.package) for c, (_, d) in measured.items() if is_fp32(c) and not d <= tolerance}
+    by_classes = {c for c in classes if (c.model, c.runtime.name) not in known and c not in (predictions or {})}
     return {c: Agreement(same, difference, (c.model, c.runtime.package) not in apart
-                         and (is_fp32(c) or same.value >= MIN_SAME_ANSWERS))
+                         and (is_fp32(c) or same.value >= MIN_SAME_ANSWERS), c not in by_classes)
             for c, (same, difference) in measured.items()}
 
 # %% ../../nbs/benchmark/05_answers.ipynb #24f566bd
@@ -95,5 +100,5 @@ def answer_notes(
 ) -> list[str]:                          # a sentence per candidate that does not agree
     "Name the candidates whose answers differ from torch's."
     return [f"{c.name} answers differently from torch (same class for {a.same}, a probability differs by "
-            f"{a.max_difference:.2g} or more): its row is marked and is nobody's peer"
+            f"{a.max_difference:.2g}{'' if a.measured else ' or more'}): its row is marked and is nobody's peer"
             for c, a in found.items() if not a.agrees]

@@ -194,6 +194,9 @@ def model_card(
              "The model is made for images like those below. It contains its preprocessing: it takes the pixels of an "
              f"image file of any size as they are decoded, RGB, 8 bits{scaled}.", "",
              "```python", "from cvnb import Bundle", 'Bundle.load("bundle").predict("photo.jpg")', "```", ""]
+    for name, about in (description.get("formats") or {}).items():
+        lines += [f"`{_cell(about['file'])}` ({_cell(name)}) takes {_cell(about['input']['dtype'])} "
+                  f"{_cell(about['input']['shape'])}: {_cell(about['preprocessing'])}.", ""]
     if not license: lines += ["No licence was given (`cvnb card --license`).", ""]
     for title, write in _SECTIONS.items():
         lines += [f"## {title}", ""]

@@ -325,6 +325,7 @@ def run_benchmark(
         objectives |= {c: estimate_objective(objective, labels, np.array(classes), groups)
                        for c, classes in measured.classes.items()}
     accuracies |= {c: accuracy(np.array(classes) == labels, groups) for c, classes in measured.classes.items()}
-    answers = compare_answers(candidates, parity, measured.classes, expected or {}, tolerance, groups, rules)
+    answers = compare_answers(candidates, parity, measured.classes, expected or {}, tolerance, groups, rules,
+                              measured.predictions)
     rows = benchmark_rows(measured.timings, accuracies, batch_size, answers, objectives)
     return Benchmark(measured, rows, answers, objective.words if objective else "")

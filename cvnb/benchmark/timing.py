@@ -327,6 +327,7 @@ class Measurements:
     control: dict[str, Any]                   # from `check_control`
     classes: dict[Candidate, list[int]]       # classes of the test images, from the candidates that classified them
     load: tuple[float, ...]                   # load average at the start, its changes between rounds, at the end
+    predictions: dict[Candidate, np.ndarray] = field(default_factory=dict)   # probabilities (N, C) of the same
 
     def __repr__(self) -> str: return f"{self.control['verdict']}\nLoad average {describe_load(self.load)}."
 
@@ -356,12 +357,18 @@ def measure_candidates(
         batch = _time_batches(workers, max(3, rounds // 3), batch_size, progress)
         progress(1, "classifying the test images")
         rule = lambda c: vars((rules or {}).get(c.model, DecisionRule()))
-        classes = {c: workers[c.name].call("classify", paths=paths, decoding=decoding.to_json(), **rule(c))
-                   for c, paths in (classify or {}).items()}
+        classes = {}
+        predictions = {}
+        with TemporaryDirectory() as temp:
+            for c, paths in (classify or {}).items():
+                target = f"{temp}/predictions.npy"
+                classes[c] = workers[c.name].call("classify", paths=paths, decoding=decoding.to_json(), target=target,
+                                                  **rule(c))
+                predictions[c] = np.load(target, allow_pickle=False)
     more = _time_all_threads(candidates, images, -(-n_calls // rounds), batch_size, progress) if all_threads else {}
     timings = {}
     for c in candidates:
         from_files = tuple(_stack_rounds(found.files, c.name)) if files else (None, None)
         timings[c] = Timings(*_stack_rounds(found.short, c.name), _stack_rounds(batch, c.name)[0],
                              found.memory[c.name], *from_files, load_s[c.name], *more.get(c, ()))
-    return Measurements(timings, checked, classes, (load_before, *found.load, load_average()))
+    return Measurements(timings, checked, classes, (load_before, *found.load, load_average()), predictions)

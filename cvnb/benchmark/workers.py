@@ -138,10 +138,13 @@ class RuntimeServer:
         decoding: dict[str, Any] | None = None,   # of `Decoding.to_json`
         thresholds: Sequence[float] = (),         # of `DecisionRule`
         costs: Sequence[Sequence[float]] = (),    # of `DecisionRule`
+        target: str = "",   # .npy file that gets the probabilities (N, C); empty: none
     ) -> list[int]:         # their classes
         "Classify image files; classification only."
         rule = DecisionRule(tuple(thresholds), tuple(map(tuple, costs)))
-        return rule.decide(predict_files(self.predict, paths, Decoding.from_json(decoding or {}))).tolist()
+        predicted = predict_files(self.predict, paths, Decoding.from_json(decoding or {}))
+        if target: np.save(target, predicted, allow_pickle=False)
+        return rule.decide(predicted).tolist()
 
     def measure_memory(self) -> float:   # megabytes
         "Read the peak of the process's memory."

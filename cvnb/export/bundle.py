@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['bundle_runtimes', 'bundle_files', 'described_runtimes', 'write_bundle', 'reference_rows', 'find_bundle', 'Bundle',
-           'check_files', 'OtherVersion', 'to_image_array', 'verify_bundle', 'bundle_digest']
+           'check_files', 'OtherVersion', 'UnacceptedFile', 'to_image_array', 'verify_bundle', 'bundle_digest']
 
 # %% ../../nbs/export/05_bundle.ipynb #e8b9a841
 def bundle_runtimes() -> dict[str, Runtime]:   # by name, in the order of `RUNTIMES`
@@ -220,6 +220,10 @@ def _select_runtime(
     for runtime in runtimes.values():
         if precision in (runtime.precision, runtime.name): return runtime
     known = " or ".join(f"'{p}'" for p in dict.fromkeys(runtime.precision for runtime in runtimes.values()))
+    others = {name for runtime in RUNTIMES.values() for name in (runtime.name, runtime.engine, runtime.precision)}
+    if precision in others - {"torch eager", "torch"}:
+        raise UsageError(f"a bundle's reader runs ONNX Runtime, not {precision}",
+                         f"Use {known}; bundle.json says in `formats` how to use other files.")
     raise UsageError(f"precision '{precision}' does not exist", f"Use {known}.")
 
 # %% ../../nbs/export/05_bundle.ipynb #7a793e22
@@ -283,6 +287,9 @@ def _check_session(
 class OtherVersion(UserWarning):
     "A bundle runs in another version of a runtime than the one that it was checked with."
 
+class UnacceptedFile(UserWarning):
+    "A bundle's INT8 file was measured, and the test images have not shown it to be good enough."
+
 def _version_note(
     folder: Path,                  # the bundle
     description: dict[str, Any],   # bundle.json
@@ -329,6 +336,10 @@ def load(cls: Bundle,
     bundle = cls(folder, description, model, runtime)
     if max_megapixels: bundle.decoding = replace(bundle.decoding, max_megapixels=max_megapixels)
     if note := _version_note(folder, description, runtime): warnings.warn(note, OtherVersion, stacklevel=2)
+    tested = (description.get("int8") or {}).get("test") or {}
+    if runtime.precision == "int8" and tested.get("accepted") is False:
+        warnings.warn(f"{folder}: the test images have not accepted the INT8 file (`int8.test` of bundle.json); "
+                      "precision fp32 is the model that was accepted", UnacceptedFile, stacklevel=2)
     return bundle
 
 # %% ../../nbs/export/05_bundle.ipynb #145a083a
@@ -356,15 +367,17 @@ def _is_single(
 ) -> bool:         # whether it is one image
     "Tell an image from several; what cannot be several is refused as one."
     if isinstance(images, (str, Path, *_BYTES)) or not isinstance(images, Iterable): return True
-    return _is_pillow(images) or getattr(images, "ndim", 0) == 3
+    return _is_pillow(images) or hasattr(images, "read") or getattr(images, "ndim", 0) in (2, 3)
 
 def to_image_array(
-    image: Any,     # a path, uint8 (H, W, 3), a file's bytes or a Pillow image
+    image: Any,     # a path, uint8 (H, W, 3), a file's bytes, an open binary file or a Pillow image
     decoding: Decoding = DEFAULT_DECODING,   # of image files
 ) -> tuple[np.ndarray, float]:    # uint8 (H, W, 3); share of a file's values outside of the scale, 0 … 1
     "Read an image, or check that an array is one; raise `UsageError` for anything else."
     if isinstance(image, (str, Path)): return read_and_count(image, decoding)
+    if isinstance(image, memoryview) and image.ndim > 1: image = np.asarray(image)
     if isinstance(image, _BYTES): return _decode_given(bytes(image), decoding)
+    if hasattr(image, "read"): return _decode_given(image.read(), decoding)   # an open file
     if _is_pillow(image): return _decode_given(image, decoding)
     is_array = isinstance(image, np.ndarray)
     fits = is_array and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size

@@ -471,7 +471,9 @@ def read_and_count(
     decoding: Decoding = DEFAULT_DECODING,   # of the data set
 ) -> tuple[np.ndarray, float]:   # uint8 (H, W, 3); share of the values outside of the scale, 0 … 1
     "Decode an image like `read_pixels`, and say how much of it the scale clips."
-    if Path(path).is_dir(): raise UsageError(f"{path} is a folder, not an image", "Name files, or give --recursive.")
+    if Path(path).is_dir():
+        raise UsageError(f"{path} is a folder, not an image",
+                         "Name files; on the command line, --recursive takes folders.")
     if not Path(path).exists(): raise UsageError(f"image {path} does not exist", "Check the path.")
     if not Path(path).is_file(): raise UsageError(f"{path} is a pipe or a device, not a file", "Save the image first.")
     try: return decode_pixels(path, decoding)

@@ -339,7 +339,8 @@ def control_void(files: RunFiles) -> Figure:
     control = files.content("benchmark/benchmark.json")["control"]
     clock = control.get("clock") or "none"   # an earlier version measured no long call
     words = dict(wall="valid", cpu="void in wall time, valid in CPU time", none="void")
-    ratio = lambda r: f"{r['value']:.2f}" + ("" if r["low"] is None else f" [{r['low']:.2f}, {r['high']:.2f}]")
+    known = lambda r: r["low"] is not None and r["low"] == r["low"]   # NaN before it was written to a file
+    ratio = lambda r: f"{r['value']:.2f}" + (f" [{r['low']:.2f}, {r['high']:.2f}]" if known(r) else " (no interval)")
     wall = control.get("wall")
     detail = "an earlier version measured no long call"
     if wall: detail = f"one runtime against itself {ratio(wall['short'])}, with a batch {ratio(wall['long'])}"

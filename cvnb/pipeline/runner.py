@@ -428,17 +428,28 @@ def run_pipeline(
                 shutil.rmtree(run/f".{s}.before", ignore_errors=True)   # left by a killed run
                 with _emptied_folder(run/s) if forced else contextlib.nullcontext():
                     record = execute(known[s], params[s], parts, root, progress) if why else read_stage_manifest(run, s)
-            except UsageError:   # run.json keeps no refused value, but still those of the stages before
+            except UsageError as e:   # run.json keeps no refused value, but still those of the stages before
                 kept = parameters.revert_set_options(s, before)
                 if new and not results: (run/"run.json").unlink()
                 else: write_run(run, root, kept, params | {s: kept.for_stage(known[s], run)})
-                raise
+                raise _name_reverted(e, parameters, kept, s) from None
             if why: write_run(run, root, parameters, params, time.perf_counter() - start)
             results.append(StageResult(s, "done" if why else "fresh", why, time.perf_counter() - start, record))
             progress(s, "done" if why else "skipped", 1, _result_lines(run, record, MAX_NOTES if why else 2))
     return results
 
 # %% ../../nbs/pipeline/05_runner.ipynb #e1f41c99
+def _name_reverted(
+    refused: UsageError,    # of a stage
+    given: RunParameters,   # with the refused value
+    kept: RunParameters,    # that run.json has
+    stage: str,
+) -> UsageError:            # with all values of the stage that have to be given again, where there are several
+    "Say which values of a refused call are not kept."
+    lost = [name for name, value in given.given.get(stage, {}).items() if kept.given.get(stage, {}).get(name) != value]
+    if len(lost) < 2: return refused
+    return UsageError(refused.what, f"{refused.remedy} Give all of {stage} again: {', '.join(lost)}.".strip())
+
 def preload_packages(
     stages: list[Contract],   # that may run
 ) -> None:

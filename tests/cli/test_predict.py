@@ -118,7 +118,8 @@ def test_folder_is_taken_with_recursive_only(call, photos):
     assert error == [f"cvnb: {folder} is a folder. Give --recursive to take the images in it."]
     code, out, error = call(folder, photos[0], "--json")
     assert code == 1 and [json.loads(line)["path"] for line in out] == [str(photos[0])]
-    assert error[0] == f"cvnb: {folder} is a folder, not an image. Name files, or give --recursive."
+    remedy = "Name files; on the command line, --recursive takes folders."
+    assert error[0] == f"cvnb: {folder} is a folder, not an image. {remedy}"
     (folder/"b").mkdir()
     for path in photos[5:]: path.unlink()
     photos[0].rename(folder/"b/0.png")

@@ -1,9 +1,11 @@
 """Bundles from strangers and damaged ones: each fault is one line, and no answer changes without a word."""
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,12 +14,13 @@ import onnx
 import pytest
 from bundles import IMAGES, LABELS, make_bundle, write_graph
 from onnx import TensorProto, helper
+from PIL import Image
 
 from cvnb.cli.app import main
 from cvnb.core.errors import CvnbError, UsageError
 from cvnb.core.files import file_record, write_json
 from cvnb.core.records import record_digest
-from cvnb.export.bundle import Bundle, verify_bundle, write_bundle
+from cvnb.export.bundle import Bundle, UnacceptedFile, verify_bundle, write_bundle
 from cvnb.export.bundle_format import BundleDescription
 from cvnb.export.onnx_graph import read_graph
 from cvnb.export.quantize import calibrate_ranges, quantize, quantize_nodes
@@ -358,3 +361,28 @@ def test_what_is_no_image_is_refused_in_one_line(whole: Path, given: object, sai
     bundle = Bundle.load(whole)
     with pytest.raises(UsageError) as caught: bundle.predict(given)
     assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_open_file_and_unfitting_array_are_one_image(whole: Path) -> None:
+    bundle = Bundle.load(whole)
+    file = io.BytesIO()
+    Image.fromarray(IMAGES[0]).save(file, "PNG")
+    expected = bundle.predict(IMAGES[0])
+    assert bundle.predict(io.BytesIO(file.getvalue()))[0]["probabilities"] == expected[0]["probabilities"]
+    with pytest.raises(UsageError, match=r"uint8 \(8, 9\)"): bundle.predict(np.zeros((8, 9), np.uint8))
+
+
+@pytest.mark.parametrize("precision, said", [
+    ("openvino fp32", "runs ONNX Runtime, not openvino fp32"), ("litert", "not litert"), ("int4", "does not exist")])
+def test_file_of_another_runtime_is_refused_with_what_to_use(whole: Path, precision: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said) as caught: Bundle.load(whole, precision)
+    assert "'fp32' or 'int8'" in str(caught.value)
+
+
+@pytest.mark.parametrize("accepted, warned", [(False, 1), (True, 0)])
+def test_int8_that_the_test_images_refuse_is_warned_about(bundle: Path, accepted: bool, warned: int) -> None:
+    reseal(bundle, int8=dict(ships=True, test=dict(accepted=accepted)))
+    with warnings.catch_warnings(record=True, action="always") as found: Bundle.load(bundle, "int8")
+    assert sum(issubclass(w.category, UnacceptedFile) for w in found) == warned
+    with warnings.catch_warnings(record=True, action="always") as found: Bundle.load(bundle)
+    assert not [w for w in found if issubclass(w.category, UnacceptedFile)]
