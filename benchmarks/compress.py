@@ -161,6 +161,10 @@ def gather(run: Path) -> dict[str, object]:
         files = {"onnx fp32"} | ({"onnx int8"} if (export.get("int8_test") or {}).get("accepted") else set())
         ours = [r for r in record["rows"] if r["model"] == record["shipped"] and r["runtime"] in files]
         fastest = min(ours, key=lambda r: r["cpu_ms"] if column else r["p50_ms"])
+        tested = [r for r in record["rows"] if r["model"] == "compressed" and r["runtime"].startswith("onnx")]
+        best = min(tested, key=lambda r: r["cpu_ms"] if column else r["p50_ms"])
+        row |= dict(tested=f"{verdict['candidate']}, {best['runtime']}", tested_vs_torch=best[f"{column}speedup"],
+                    tested_vs_openvino_int8=best[f"{column}vs_peer"] or "its answers differ from torch's")
         row |= dict(ships=f"{record['shipped']}, {fastest['runtime']}", vs_torch=fastest[f"{column}speedup"],
                     vs_openvino_int8=fastest[f"{column}vs_peer"] or "its answers differ from torch's")
     stock = run.parent/f"{run.name}-stock.json"
@@ -179,7 +183,8 @@ def report(args: argparse.Namespace) -> None:
     rows = [gather(path.parent.parent) for path in sorted(args.work.glob("*/compress/front.parquet"))]
     if not rows: raise SystemExit(f"no front in {args.work}: run a set first")
     names = list(dict.fromkeys(name for row in rows for name in row if name != "set"))
-    show("compress", "Compression side by side: cvnb, stock torch-pruning, OpenVINO INT8 of the unpruned model",
+    show("compress" if rows[1:] else f"compress_{rows[0]['set']}",
+         "Compression side by side: cvnb, stock torch-pruning, OpenVINO INT8 of the unpruned model",
          [dict(figure=name) | {row["set"]: row.get(name, "") for row in rows} for name in names], args.write)
 
 
@@ -197,7 +202,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=0, help="of each distillation; 0: the recipe's")
     parser.add_argument("--rounds", type=int, default=1, help="of each distillation, at most")
     parser.add_argument("--repair", type=float, default=0.5, help="loss before distilling that ends the front, 0 ... 1")
-    parser.add_argument("--write", action="store_true", help="write benchmarks/results/compress.md")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/compress.md, or compress_SET.md")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     if args.part != "report" and not args.name: parser.error(f"{args.part} needs the name of a set")
