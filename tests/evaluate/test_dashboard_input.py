@@ -13,7 +13,7 @@ from cvnb.core.errors import CvnbError
 from cvnb.core.files import read_json, write_json
 from cvnb.core.stage import Stage
 from cvnb.evaluate.comparison import compare_predictions, comparison_page
-from cvnb.evaluate.dashboard import ErrorPage, build_dashboard
+from cvnb.evaluate.dashboard import ErrorPage, build_dashboard, image_of_row
 from cvnb.evaluate.dashboard_data import DashboardData, dashboard_page, read_dashboard_data
 from dashboards import CLASSES, make_run
 
@@ -129,3 +129,9 @@ def test_comparison_of_runs_without_a_common_split_is_refused() -> None:
     data = made(30, 2)
     other = replace(data, table=data.table.assign(split="val"))
     with pytest.raises(CvnbError, match="no image of the test split in common"): compare_predictions(data, other)
+
+
+def test_images_of_a_table_with_absolute_paths_are_shown(tmp_path: Path) -> None:
+    data = read_dashboard_data(make_run(tmp_path))
+    absolute = replace(data, root=tmp_path, table=data.table.assign(path=[str(data.root/p) for p in data.table.path]))
+    assert image_of_row(absolute, 3) == image_of_row(data, 3) != (b"", "")
