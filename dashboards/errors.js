@@ -151,6 +151,25 @@ class Data {
   }
 }
 
+const WEAK_LOSS = 0.05; // of accuracy, of cvnb.evaluate.robustness
+
+// A range of numbers as "low … high", of which one may be missing; null where the text is none.
+function readRange(text) {
+  const number = '[-+]?(?:\\d+\\.?\\d*|\\.\\d+)(?:e[-+]?\\d+)?';
+  const found = new RegExp(`^\\s*(${number})?\\s*(?:…|\\.{2,3}|to|–|-)\\s*(${number})?\\s*$`, 'i').exec(text);
+  if (!text.trim()) return '';
+  return found && (found[1] || found[2]) ? `${found[1] ?? ''} … ${found[2] ?? ''}`.trim() : null;
+}
+
+// Frames of a notebook contain what is fixed, so it would not lie in the window: the top layer does.
+function setOnTop(node, shown, again = false) {
+  if (!node.showPopover || !node.isConnected) return;
+  node.popover = 'manual';
+  const open = node.matches(':popover-open');
+  if (open && (!shown || again)) node.hidePopover();
+  if (shown && (!open || again)) node.showPopover(); // again: above what was shown after it
+}
+
 class Page {
   constructor(model, el) {
     this.model = model;
@@ -218,6 +237,7 @@ class Page {
     state.slice = this.data.slices.has(state.slice) ? state.slice : NONE;
     state.finding = known(state.finding, p.findings);
     state.column = this.data.columns.has(state.column) ? state.column : NONE;
+    if (state.column && !this.data.columns.get(state.column).values) state.value = readRange(state.value) ?? NONE;
     state.mode = known(state.mode, p.classes);
     state.change = known(state.change, Object.keys(CHANGES));
     state.open = this.data.index.has(state.open) ? state.open : NONE;
@@ -316,7 +336,10 @@ class Page {
 
   update() {
     const began = performance.now();
-    this.found = this.select();
+    const found = this.select();
+    if (found.length !== this.found?.length || found.some((i, at) => i !== this.found[at])) this.found = found;
+    const opened = this.state.open ? this.found.indexOf(this.data.index.get(this.state.open)) : -1;
+    if (opened >= 0) this.focus = opened;
     this.focus = clamp(this.focus, 0, Math.max(0, this.found.length - 1));
     this.showControls();
     this.showCards();
@@ -392,6 +415,7 @@ class Page {
   say(text) {
     this.parts.said.textContent = text;
     this.parts.said.hidden = !text;
+    setOnTop(this.parts.said, Boolean(text), true);
   }
 
   // The parts of the page
@@ -463,7 +487,10 @@ class Page {
     );
     this.el.replaceChildren(root);
     this.resize?.disconnect();
-    this.resize = new ResizeObserver(() => this.showTiles());
+    this.resize = new ResizeObserver(() => {
+      this.fitFrame();
+      this.showTiles();
+    });
     this.resize.observe(parts.grid);
     this.histogramDrag();
   }
@@ -512,7 +539,11 @@ class Page {
       c.between = make('input');
       c.between.placeholder = 'from … to';
       c.between.setAttribute('aria-label', 'range of the column');
-      c.between.addEventListener('change', () => this.set({ value: c.between.value.replace('...', '…') }));
+      c.between.addEventListener('change', () => {
+        const value = readRange(c.between.value);
+        if (value === null) this.say(`“${c.between.value}” is no range. Write 20 to 40, or 20 to, or to 40.`);
+        else this.set({ value });
+      });
       label.append(c.value, c.between);
       bar.append(label);
     }
@@ -541,7 +572,7 @@ class Page {
       if (column && !column.values) c.between.title = `${column.low} … ${column.high}`;
     }
     this.root.dataset.theme = s.theme;
-    if (this.data.page.in_address) document.body.style.background = getComputedStyle(this.root).backgroundColor;
+    this.fitFrame();
     this.control.sort.value = s.sort;
   }
 
@@ -1125,20 +1156,15 @@ class Page {
       );
     svg.append(draw('line', { x1: 36, x2: 36 + w, y1: y(r.clean.value), y2: y(r.clean.value), class: 'dashed' }));
     for (const row of r.rows) {
+      const weak = row.loss >= WEAK_LOSS && row.loss_low > 0;
       const px = x(names.indexOf(row.change)) + (strengths.indexOf(row.strength) - (strengths.length - 1) / 2) * 8;
       svg.append(
-        draw('line', {
-          x1: px,
-          x2: px,
-          y1: y(row.low),
-          y2: y(row.high),
-          class: row.weak ? 'whisker wrong' : 'whisker',
-        }),
+        draw('line', { x1: px, x2: px, y1: y(row.low), y2: y(row.high), class: weak ? 'whisker wrong' : 'whisker' }),
       );
       const name = `${row.change}, strength ${row.strength}`,
         slice = this.data.slices.get(`${r.split}/robustness/${name}`);
       const dot = titled(
-        draw('circle', { cx: px, cy: y(row.value), r: 3.5, class: row.weak ? 'dot wrong' : 'dot' }),
+        draw('circle', { cx: px, cy: y(row.value), r: 3.5, class: weak ? 'dot wrong' : 'dot' }),
         `${name}: ${percent(row.value)} (${note(row)})${slice ? '; a click shows the images that it costs' : ''}`,
       );
       if (slice) {
@@ -1193,11 +1219,13 @@ class Page {
     const title = make('h2', '', make('span', 'count', count(n)), ' ' + what, make('span', 'soft', chosen));
     this.parts.title.replaceChildren(title);
     const grid = this.parts.grid;
-    if (!keep && this.gridOf !== this.found) grid.scrollTop = 0;
+    const top = keep || this.gridOf === this.found ? grid.scrollTop : 0;
     this.gridOf = this.found;
     this.tiles = new Map();
     this.sheet = make('div', 'sheet');
     grid.replaceChildren(n ? this.sheet : make('p', 'empty', 'No image fits these filters.'));
+    if (n && this.across) this.sheet.style.height = Math.ceil(n / this.across) * TILE.height + 'px';
+    grid.scrollTop = top;
     this.showTiles();
   }
 
@@ -1326,6 +1354,7 @@ class Page {
       i = d.index.get(this.state.open);
     box.hidden = i == null;
     if (i == null) {
+      setOnTop(box, false);
       box.replaceChildren();
       this.detailOf = null;
       return;
@@ -1403,6 +1432,7 @@ class Page {
     box.onclick = (event) => {
       if (event.target === box) this.set({ open: NONE });
     };
+    setOnTop(box, true);
     if (this.pictures) this.showPictures(...this.pictures);
   }
 
@@ -1486,15 +1516,17 @@ class Page {
   }
 
   markSelected() {
+    if (this.state.open) return this.parts.detail.querySelector('.marker select, .marker button')?.focus();
     const rows = this.marked.size ? [...this.marked] : this.found.length ? [this.found[this.focus]] : [];
     if (!rows.length) return;
+    const what = rows.length > 1 ? `${count(rows.length)} selected` : this.data.page.paths[rows[0]];
     const box = this.parts.marking,
       close = button('✕', 'close', () => box.replaceChildren(), 'icon');
     box.replaceChildren(
       make(
         'div',
         'sheet-card small',
-        make('div', 'head', make('strong', '', `${count(rows.length)} selected`), make('span', 'space'), close),
+        make('div', 'head', make('strong', '', what), make('span', 'space'), close),
         this.marker(rows),
       ),
     );
@@ -1548,7 +1580,7 @@ class Page {
   // Keys and the rest
 
   key(event) {
-    const typing = event.target.closest?.('input:not([type=checkbox]), select, textarea');
+    const typing = event.target.closest?.('input:not([type=checkbox], [type=range]), select, textarea');
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     if (event.key === 'Escape') return this.escape(event);
     if (typing) return;
@@ -1565,8 +1597,9 @@ class Page {
       w: () => this.set({ show: 'wrong' }),
     };
     const onButton = event.target.closest?.('button, summary, a');
+    if (event.key in steps && event.target.type === 'range') return; // they move the slider
     if (event.key in steps) this.move(steps[event.key]);
-    else if (event.key in acts && !(onButton && 'Enter '.includes(event.key))) acts[event.key]();
+    else if (event.key in acts && !(onButton && ['Enter', ' '].includes(event.key))) acts[event.key]();
     else return;
     event.preventDefault();
     event.stopPropagation();
@@ -1604,6 +1637,22 @@ class Page {
       ),
     );
     this.root.append(this.helpBox);
+    setOnTop(this.helpBox, true);
+  }
+
+  // Voila's frames clip and have a colour of their own: what is sticky would not stay
+
+  fitFrame() {
+    if (!this.data.page.in_address || !this.root.isConnected) return; // JupyterLab
+    document.body.style.background = getComputedStyle(this.root).backgroundColor;
+    for (let node = this.root.parentElement; node && node !== document.body; node = node.parentElement) {
+      const style = getComputedStyle(node);
+      if (/auto|scroll/.test(style.overflowY) && node.scrollHeight > node.clientHeight + 1) {
+        node.style.background = document.body.style.background;
+        break;
+      }
+      if (style.overflow !== 'visible') node.style.overflow = 'visible';
+    }
   }
 
   turnTheme() {
@@ -1614,7 +1663,7 @@ class Page {
   async copyLink() {
     try {
       await navigator.clipboard.writeText(location.href);
-      this.say('The address is copied.');
+      this.say('The address is copied. A browser on this machine opens it after a login with the token.');
     } catch {
       this.say(location.href);
     }

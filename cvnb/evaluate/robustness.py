@@ -119,14 +119,14 @@ def measure_robustness(
 def plot_robustness(
     found: Robustness,
 ) -> Figure:   # a matplotlib figure
-    "Plot the accuracy by corruption and strength; weak spots are red."
+    "Plot the accuracy by corruption and strength; losses that are proven are red."
     import matplotlib.pyplot as plt
     figure, ax = plt.subplots(figsize=(8, 3.2))
     names = list(dict.fromkeys(found.rows.change))
     strengths = sorted(found.rows.strength.unique())
     for row in found.rows.itertuples():
         x = names.index(row.change) + 0.22 * (strengths.index(row.strength) - (len(strengths) - 1) / 2)
-        color = "firebrick" if row.weak else "steelblue"
+        color = "firebrick" if row.loss >= WEAK_LOSS and row.loss_low > 0 else "steelblue"
         ax.plot([x, x], [row.low, row.high], color=color, lw=1)
         ax.plot(x, row.value, "o", ms=4, color=color)
     ax.axhline(found.clean.value, color="grey", lw=1, ls="--")

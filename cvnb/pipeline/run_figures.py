@@ -289,7 +289,7 @@ def underconfident(files: RunFiles) -> Figure:
 def slices_fell(files: RunFiles) -> Figure:
     "Count the kept slices that fell; half a slice where one could not be measured."
     kept = files.content("errors/errors.json").get("kept_slices")
-    if not kept: raise FigureMissing("no slice is kept")
+    if not kept: raise FigureMissing("no slice was kept when the errors stage ran")
     fell = sum(bool(row["fell"]) for row in kept)
     lost = any(row.get("fault") for row in kept)
     words = files.content("errors/errors.json").get("kept_words", "")

@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import numpy as np
 import pandas as pd
@@ -36,6 +36,7 @@ from cvnb.evaluate.voila_server import _run_voila, find_free_port, serve_dashboa
 from cvnb.metrics.classification import accuracy, confusion_matrix, per_class_metrics
 from dashboards import CLASSES, SECONDS, Served, agrees, captions, choose, make_predictions, make_run, read_table, serve
 
+CSS_TEXT = lambda text: text.replace('"', '\\"')
 LOST = [0, 7, 30]   # images that a corruption costs, of those that were tried
 
 
@@ -215,6 +216,75 @@ def test_robustness_and_flips_select_their_images(page, table: pd.DataFrame) -> 
     page.locator('.slice[data-slice^="test/flips/"]').click()
     assert agrees(page, table.iloc[20:23])
     assert "3 answers flip" in page.inner_text(".panels")
+
+
+IN_VIEW = """selector => { const box = document.querySelector(selector).getBoundingClientRect();
+  return box.top < innerHeight / 2 && box.bottom > innerHeight / 2 }"""
+
+
+@pytest.mark.browser
+def test_gallery_and_dialogs_are_in_view_beside_the_last_panel(page, table: pd.DataFrame) -> None:
+    page.set_viewport_size(dict(width=1300, height=500))
+    page.locator('circle[data-slice="test/robustness/JPEG, strength 3"]').click()
+    assert agrees(page, table.iloc[LOST])
+    assert page.evaluate("document.querySelector('.panels').getBoundingClientRect().top") < -500   # far down
+    assert page.evaluate(IN_VIEW, ".gallery") and page.locator(".grid .tile").first.is_visible()
+    page.locator(".grid").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".detail .sheet-card", timeout=SECONDS)
+    box = page.locator(".detail .sheet-card").first.bounding_box()
+    assert 0 <= box["y"] and box["y"] + box["height"] <= 500 and page.evaluate(IN_VIEW, ".detail")
+    page.keyboard.press("Escape")
+    page.keyboard.press("?")
+    assert page.evaluate(IN_VIEW, ".detail.help .sheet-card")
+
+
+@pytest.mark.browser
+def test_image_of_the_address_is_the_one_that_keys_act_on(page, served: Served, table: pd.DataFrame) -> None:
+    choose(page, "Show", "all")
+    third, fourth = table.path.iloc[2], table.path.iloc[3]
+    page.evaluate("hash => { location.hash = hash }", f"#show=all&open={quote(third)}")
+    page.wait_for_selector(f'.detail [aria-label="{CSS_TEXT(third)}"]', timeout=SECONDS)
+    page.keyboard.press("ArrowRight")
+    page.wait_for_selector(f'.detail [aria-label="{CSS_TEXT(fourth)}"]', timeout=SECONDS)
+    page.keyboard.press("m")
+    assert page.locator(".marking .sheet-card").count() == 0   # the dialog has what marks its own image
+    page.keyboard.press("Escape")
+    page.keyboard.press("m")
+    assert fourth in page.inner_text(".marking .sheet-card")
+
+
+@pytest.mark.browser
+def test_opened_image_leaves_the_grid_where_it_is(page, table: pd.DataFrame) -> None:
+    choose(page, "Show", "all")
+    page.set_viewport_size(dict(width=1300, height=600))
+    page.evaluate("document.querySelector('.grid').scrollTop = 600")
+    page.wait_for_timeout(200)
+    page.evaluate("""() => { const top = document.querySelector('.grid').getBoundingClientRect().top;
+      const seen = [...document.querySelectorAll('.grid .tile')].find(t => t.getBoundingClientRect().top > top);
+      seen.querySelector('.picture').click() }""")
+    page.wait_for_selector(".detail .sheet-card", timeout=SECONDS)
+    page.keyboard.press("Escape")
+    assert page.evaluate("document.querySelector('.grid').scrollTop") == 600
+
+
+@pytest.mark.browser
+def test_keys_work_after_a_click_on_a_button_and_odd_ranges_are_named(page, table: pd.DataFrame) -> None:
+    choose(page, "Show", "all")
+    page.locator(".classes tbody button, .classes tbody a").first.click()
+    page.keyboard.press("r")
+    assert agrees(page, table[~table.correct])
+    choose(page, "Show", "all")
+    choose(page, "Column", "brightness")
+    field = page.get_by_label("range of the column")
+    for text in "20-40", "20 to 40":
+        field.fill(text)
+        page.keyboard.press("Enter")
+        assert agrees(page, table[table.brightness.between(20, 40)])
+    field.fill("bright")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".said:has-text('is no range')", timeout=SECONDS)
+    assert agrees(page, table[table.brightness.between(20, 40)])
 
 
 @pytest.mark.browser
