@@ -456,7 +456,13 @@ class Page {
       panel('Confidence', 'Click a bar, or drag over several.', part('histogram')),
       panel(
         'Threshold and cost',
-        [p.cost_words, p.review_words && `By validation images, ${p.review_words}.`].filter(Boolean).join(' '),
+        [
+          p.cost_words,
+          p.review_words && `By validation images, ${p.review_words}.`,
+          'A click on the plot moves the threshold and shows the images below it.',
+        ]
+          .filter(Boolean)
+          .join(' '),
         this.thresholdControls(part),
         part('threshold'),
       ),
@@ -934,16 +940,18 @@ class Page {
       cost = (v) => +(v / n).toPrecision(3);
     c.mode.value = s.mode;
     c.slider.value = s.at;
-    c.readout.textContent = percent(s.at, 0);
+    c.readout.textContent = percent(s.at, Math.abs(100 * s.at - t) > 0.01 ? 1 : 0);
     c.review.value = this.reviewCost;
     c.reviewLabel.hidden = !!s.mode;
     let cheapest = 0;
     f.cost.forEach((v, i) => {
       if (v < f.cost[cheapest] - 1e-9) cheapest = i;
     });
+    const alone = s.mode ? [] : this.rows.filter((i) => this.data.confidence[i] >= s.at),
+      left = alone.filter((i) => !this.data.correct[i]).length;
     const words = s.mode
       ? `${count(f.answered[t])} images are answered ${s.mode}: precision ${percent(f.hits[t] / f.answered[t])}, recall ${percent(f.hits[t] / f.own)}.`
-      : `The model answers ${percent(f.answered[t] / n)} of ${count(f.n)} images and a person ${count(f.n - f.answered[t])}; ${count(f.errors[t])} errors are left.`;
+      : `The model answers ${percent(alone.length / n)} of ${count(f.n)} images and a person ${count(f.n - alone.length)}; ${count(left)} errors are left.`;
     const line = `Cost of an image ${cost(f.cost[t])}; the least, ${cost(f.cost[cheapest])}, at ${cheapest} % (chosen on these images, so it flatters).`;
     const go = button('go there', 'set the cheapest threshold', () => this.setThreshold(cheapest / 100), 'link');
     const w = 560,
@@ -982,7 +990,8 @@ class Page {
     svg.addEventListener('click', (event) => {
       const box = svg.getBoundingClientRect(),
         v = (((event.clientX - box.left) / box.width) * (w + 40) - 36) / (w - 8);
-      this.setThreshold(clamp(Math.round(100 * v) / 100, 0, 1));
+      const at = clamp(Math.round(100 * v) / 100, 0, 1);
+      this.set(s.mode ? { at } : { at, low: 0, high: at, show: 'all' }); // the images that a person looks at
     });
     const names = s.mode ? ['precision', 'recall'] : ['share answered', 'errors among the answered'];
     const legend = make(

@@ -407,6 +407,16 @@ def test_threshold_counts_errors_and_costs(page, table: pd.DataFrame) -> None:
 
 
 @pytest.mark.browser
+def test_click_on_the_cost_plot_shows_the_images_below_the_threshold(page, table: pd.DataFrame) -> None:
+    plot = page.locator(".threshold svg")
+    plot.click(position=dict(x=(36 + 0.7 * 552) / 600 * plot.bounding_box()["width"], y=30))
+    assert agrees(page, table[table.confidence <= 0.7])
+    left = table[table.confidence >= 0.7]
+    text = page.inner_text(".threshold")
+    assert f"a person {len(table) - len(left)}; {int((~left.correct).sum())} errors are left" in text
+
+
+@pytest.mark.browser
 def test_address_holds_the_state(page, served: Served, table: pd.DataFrame) -> None:
     choose(page, "True class", CLASSES[0])
     page.get_by_label("lowest confidence").fill("50")
