@@ -32,7 +32,7 @@ from table import show
 ROOT = Path(__file__).resolve().parent.parent
 CIFAR_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 RECIPES = {"mnist5k": "mnist5k", "cifar10": "cifar10", "sign-digits": "sign-digits", "groceries": "default"}
-MARGINS = {"cifar10": 0.01}   # where the aim names one; elsewhere the smallest that the test images can prove
+MARGINS = {"cifar10": 0.01}   # acceptable loss of accuracy; of the others the smallest that their test images can prove
 NEAR = 0.25   # of the MACs, where stock pruning is compared
 
 

@@ -151,8 +151,6 @@ class Data {
   }
 }
 
-const WEAK_LOSS = 0.05; // of accuracy, of cvnb.evaluate.robustness
-
 // A range of numbers as "low … high", of which one may be missing; null where the text is none.
 function readRange(text) {
   const number = '[-+]?(?:\\d+\\.?\\d*|\\.\\d+)(?:e[-+]?\\d+)?';
@@ -951,7 +949,8 @@ class Page {
       left = alone.filter((i) => !this.data.correct[i]).length;
     const words = s.mode
       ? `${count(f.answered[t])} images are answered ${s.mode}: precision ${percent(f.hits[t] / f.answered[t])}, recall ${percent(f.hits[t] / f.own)}.`
-      : `The model answers ${percent(alone.length / n)} of ${count(f.n)} images and a person ${count(f.n - alone.length)}; ${count(left)} errors are left.`;
+      : `The model answers ${percent(alone.length / n)} of ${count(f.n)} images ` +
+        `and a person ${count(f.n - alone.length)}; ${count(left)} errors are left.`;
     const line = `Cost of an image ${cost(f.cost[t])}; the least, ${cost(f.cost[cheapest])}, at ${cheapest} % (chosen on these images, so it flatters).`;
     const go = button('go there', 'set the cheapest threshold', () => this.setThreshold(cheapest / 100), 'link');
     const w = 560,
@@ -1165,7 +1164,7 @@ class Page {
       );
     svg.append(draw('line', { x1: 36, x2: 36 + w, y1: y(r.clean.value), y2: y(r.clean.value), class: 'dashed' }));
     for (const row of r.rows) {
-      const weak = row.loss >= WEAK_LOSS && row.loss_low > 0;
+      const weak = row.proven ?? row.weak; // an earlier version judged the medium strength alone
       const px = x(names.indexOf(row.change)) + (strengths.indexOf(row.strength) - (strengths.length - 1) / 2) * 8;
       svg.append(
         draw('line', { x1: px, x2: px, y1: y(row.low), y2: y(row.high), class: weak ? 'whisker wrong' : 'whisker' }),

@@ -78,21 +78,23 @@ def compare_answers(
     measured = {}
     for c in candidates:
         if found := known.get((c.model, c.runtime.name)):
-            difference = found["max_difference"]
-            measured[c] = Estimate(**found["same"]), float("inf") if difference is None else difference   # null: NaN
+            difference = float("inf") if found["max_difference"] is None else found["max_difference"]   # null: NaN
+            measured[c] = Estimate(**found["same"]), difference, True
         elif c in classes and c.model in expected:
             own = np.array(classes[c])
             rule = (rules or {}).get(c.model, DecisionRule())
             same = accuracy(own == rule.decide(expected[c.model]), groups)
-            known_values = (predictions or {}).get(c)
-            measured[c] = same, least_difference(expected[c.model], own, rule) if known_values is None else \
-                float(np.nan_to_num(np.abs(known_values - expected[c.model]), nan=np.inf).max())
+            values = (predictions or {}).get(c)
+            if values is None: measured[c] = same, least_difference(expected[c.model], own, rule), False
+            else:
+                gaps = np.abs(values - expected[c.model])
+                measured[c] = same, float(np.nan_to_num(gaps, nan=np.inf).max()), True
     is_fp32 = lambda c: c.runtime.precision == "fp32"
-    apart = {(c.model, c.runtime.package) for c, (_, d) in measured.items() if is_fp32(c) and not d <= tolerance}
-    by_classes = {c for c in classes if (c.model, c.runtime.name) not in known and c not in (predictions or {})}
-    return {c: Agreement(same, difference, (c.model, c.runtime.package) not in apart
-                         and (is_fp32(c) or same.value >= MIN_SAME_ANSWERS), c not in by_classes)
-            for c, (same, difference) in measured.items()}
+    apart = {(c.model, c.runtime.package) for c, (_, d, _) in measured.items() if is_fp32(c) and not d <= tolerance}
+    agrees = lambda c, same: (c.model, c.runtime.package) not in apart and (
+        is_fp32(c) or same.value >= MIN_SAME_ANSWERS)
+    return {c: Agreement(same, difference, agrees(c, same), compared)
+            for c, (same, difference, compared) in measured.items()}
 
 # %% ../../nbs/benchmark/05_answers.ipynb #24f566bd
 def answer_notes(

@@ -373,8 +373,6 @@ def _list_many(
         elif not os.path.exists(name):
             raise UsageError(f"{printable(name, 300)} does not exist", "Give image files, folders or tables.")
         else: paths.append(name)
-    unique = set(paths)
-    if len({names.get(path, path) for path in unique}) < len(unique): names = {}   # two tables have one name for two
     return paths, names
 
 def _predict_to_file(
@@ -390,6 +388,8 @@ def _predict_to_file(
     from cvnb.export.prediction_file import PredictionFile
     from cvnb.export.ray_predictions import iter_ray_predictions
     paths, names = _list_many(images)
+    ambiguous = len({names.get(path, path) for path in paths}) < len(set(paths))
+    if ambiguous: names = {}
     if not paths: raise UsageError("there is no image to classify", "Give image files, folders or tables.")
     file = PredictionFile(out, bundle.labels, bundle.description)
     left = [*file.select(paths)]
@@ -397,6 +397,7 @@ def _predict_to_file(
     name = out.name
     if bundle.decision_note: print(f"- {printable(bundle.decision_note, 500)}", file=sys.stderr)
     with ProgressLines(sys.stderr) as lines:
+        if ambiguous: lines.note("the tables have one path for different images, so the rows have the folders too")
         if n < len(paths): lines.note(f"{len(paths) - n:,} paths are given more than once and have one row")
         if n > len(left): lines.note(f"{n - len(left):,} of {n:,} images have an answer in {file.journal}")
         lines(name, "start", 0, "predicting")

@@ -222,7 +222,16 @@ def _slice_rows(
     "Measure the slices of each split."
     found = []
     bits = []
-    offset = 0
+
+    def place(mask: np.ndarray) -> int:   # bool (N,); returns where its bits begin
+        bits.append(np.packbits(mask, bitorder="little"))
+        return sum(map(len, bits[:-1]))
+
+    def add(kind: str, row: dict[str, Any], members: Collection[str]) -> dict[str, Any]:
+        mask = data.table.path.isin(members) & (data.table.split == row["split"])
+        key = f"{row['split']}/{kind}/{row['name']}"
+        return row | dict(kind=kind, label=-1, offset=place(mask.to_numpy()), key=key)
+
     for split in data.table.split.unique():
         own = (data.table.split == split).to_numpy()
         table = data.table[own].reset_index(drop=True)
@@ -233,18 +242,8 @@ def _slice_rows(
             if row["slice"] != "class":
                 everywhere = np.zeros(len(own), bool)
                 everywhere[own] = masks[row["slice"], row["name"]]
-                bits.append(np.packbits(everywhere, bitorder="little"))
-                at["offset"] = offset
-                offset += len(bits[-1])
+                at["offset"] = place(everywhere)
             found.append(row | at | dict(kind=row["slice"], split=split, key=f"{split}/{row['slice']}/{row['name']}"))
-    def add(kind: str, row: dict, members: Collection[str]) -> dict:
-        nonlocal offset
-        mask = data.table.path.isin(members) & (data.table.split == row["split"])
-        bits.append(np.packbits(mask.to_numpy(), bitorder="little"))
-        place = dict(kind=kind, label=-1, offset=offset, key=f"{row['split']}/{kind}/{row['name']}")
-        offset += len(bits[-1])
-        return row | place
-
     for row in data.found.to_dict("records"): found.insert(0, add("found", row, row.pop("members")))
     found += [add(kind, row, members) for kind, row, members in _tried_slices(data)]
     return found, np.concatenate(bits) if bits else np.zeros(0, np.uint8)

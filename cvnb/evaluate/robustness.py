@@ -34,13 +34,13 @@ __all__ = ['ATTACK', 'BUDGETS', 'WEAK_LOSS', 'Robustness', 'measure_robustness',
 # %% ../../nbs/evaluate/11_robustness.ipynb #20d9d754
 ATTACK = "PGD"          # name of the attack among the changes
 BUDGETS = (1, 2, 4)     # levels of 255 by which it may change a value, one per strength
-WEAK_LOSS = 0.05   # of accuracy at the medium strength, from which on a corruption is a weak spot
+WEAK_LOSS = 0.05   # of accuracy, from which on a proven loss counts; at the medium strength it is a weak spot
 
 @dataclass(frozen=True)
 class Robustness:
     "Accuracy on corrupted images."
     clean: Estimate      # on the same images as they are
-    rows: pd.DataFrame   # change, strength, value, low, high, n, loss with loss_low and loss_high, weak
+    rows: pd.DataFrame   # change, strength, value, low, high, n, loss with loss_low and loss_high, proven, weak
     lost: dict[str, list[int]] = field(default_factory=dict)   # "JPEG, strength 3" -> images that are right without it
     paths: list[str] = field(default_factory=list)   # of the images; empty where they have none
 
@@ -112,7 +112,8 @@ def measure_robustness(
                              n=found.n, loss=-test.difference, loss_low=-test.high, loss_high=-test.low,
                              budget=budget if attacked else 0))
     table = pd.DataFrame(rows)
-    weak = table[(table.strength == _medium(table.strength)) & (table.loss >= WEAK_LOSS) & (table.loss_low > 0)].change
+    table["proven"] = (table.loss >= WEAK_LOSS) & (table.loss_low > 0)
+    weak = table[table.proven & (table.strength == _medium(table.strength))].change
     return Robustness(accuracy(right, groups), table.assign(weak=table.change.isin(weak)), lost)
 
 # %% ../../nbs/evaluate/11_robustness.ipynb #e233989f
@@ -126,7 +127,7 @@ def plot_robustness(
     strengths = sorted(found.rows.strength.unique())
     for row in found.rows.itertuples():
         x = names.index(row.change) + 0.22 * (strengths.index(row.strength) - (len(strengths) - 1) / 2)
-        color = "firebrick" if row.loss >= WEAK_LOSS and row.loss_low > 0 else "steelblue"
+        color = "firebrick" if row.proven else "steelblue"
         ax.plot([x, x], [row.low, row.high], color=color, lw=1)
         ax.plot(x, row.value, "o", ms=4, color=color)
     ax.axhline(found.clean.value, color="grey", lw=1, ls="--")

@@ -220,8 +220,8 @@ def _select_runtime(
     for runtime in runtimes.values():
         if precision in (runtime.precision, runtime.name): return runtime
     known = " or ".join(f"'{p}'" for p in dict.fromkeys(runtime.precision for runtime in runtimes.values()))
-    others = {name for runtime in RUNTIMES.values() for name in (runtime.name, runtime.engine, runtime.precision)}
-    if precision in others - {"torch eager", "torch"}:
+    others = [runtime for runtime in RUNTIMES.values() if runtime.package != "onnxruntime"]
+    if any(precision in (runtime.name, runtime.engine, runtime.precision) for runtime in others):
         raise UsageError(f"a bundle's reader runs ONNX Runtime, not {precision}",
                          f"Use {known}; bundle.json says in `formats` how to use other files.")
     raise UsageError(f"precision '{precision}' does not exist", f"Use {known}.")
@@ -339,7 +339,7 @@ def load(cls: Bundle,
     tested = (description.get("int8") or {}).get("test") or {}
     if runtime.precision == "int8" and tested.get("accepted") is False:
         warnings.warn(f"{folder}: the test images have not accepted the INT8 file (`int8.test` of bundle.json); "
-                      "precision fp32 is the model that was accepted", UnacceptedFile, stacklevel=2)
+                      "use precision fp32 where that matters", UnacceptedFile, stacklevel=2)
     return bundle
 
 # %% ../../nbs/export/05_bundle.ipynb #145a083a
@@ -377,7 +377,10 @@ def to_image_array(
     if isinstance(image, (str, Path)): return read_and_count(image, decoding)
     if isinstance(image, memoryview) and image.ndim > 1: image = np.asarray(image)
     if isinstance(image, _BYTES): return _decode_given(bytes(image), decoding)
-    if hasattr(image, "read"): return _decode_given(image.read(), decoding)   # an open file
+    if hasattr(image, "read"):   # an open file
+        content = image.read()
+        if isinstance(content, bytes): return _decode_given(content, decoding)
+        raise UsageError("a file that is open as text is no image", "Open it with the mode 'rb'.")
     if _is_pillow(image): return _decode_given(image, decoding)
     is_array = isinstance(image, np.ndarray)
     fits = is_array and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size

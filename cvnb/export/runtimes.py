@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..core.errors import CvnbError, UsageError
+from ..core.project import shell_path
 from ..core.records import printable
 from ..core.system import machine_info, memory_bytes, n_cores
 from ..data.images import DEFAULT_DECODING, Decoding, UnreadableImage
@@ -363,8 +364,8 @@ class Runtime:
         if reason := self.lacks(): return reason
         path = self.model_path(run, model)
         if path.exists(): return ""
-        again = "; `cvnb run export --force` writes it" if self.own_graph else ""   # its package was installed later
-        return f"{path.relative_to(run)} does not exist{again}"
+        again = f"; if {self.package} was installed after the export, `cvnb run export --run {shell_path(run)} --force`"
+        return f"{path.relative_to(run)} does not exist{again if self.own_graph else ''}"
 
 # %% ../../nbs/export/01_runtimes.ipynb #c3a67990
 _ENTRIES = [

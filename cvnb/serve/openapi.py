@@ -41,9 +41,9 @@ _SCHEMAS = dict(
     Any=dict(type="object"))
 
 # %% ../../nbs/serve/09_openapi.ipynb #dc55a12c
-_REFUSALS = {"400": "malformed", "401": "no token", "403": "not from this machine", "404": "unknown", "405": "method",
+_REFUSALS = {"400": "malformed", "401": "no token", "403": "not from this machine", "404": "unknown",
              "408": "too slow", "409": "another bundle is being loaded", "413": "too large", "415": "not supported",
-             "422": "bundle refused", "500": "it failed",
+             "422": "bundle refused", "500": "the server or the model failed",
              "503": "overloaded; Retry-After says when to ask again"}
 
 _EVERYWHERE = "401", "403", "500"

@@ -248,6 +248,7 @@ def serve_bundle(
     "Serve a bundle until a signal ends it; raise `CvnbError` for what cannot be used."
     if os.name != "posix": raise UsageError("`cvnb serve` needs Linux or macOS", "Use a container, or WSL.")
     import uvloop
+    warnings.showwarning = lambda message, *more, **options: _say(f"! {printable(message, 500)}")   # of a bundle
     if options.grpc_port is not None: importlib.import_module("grpc")   # names a missing part before all else
     token = read_token(options.token_file)
     _check_options(options, token)

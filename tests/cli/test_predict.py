@@ -257,7 +257,8 @@ def test_two_tables_with_one_name_for_two_images_have_whole_paths(call, photos, 
         (tmp_path/folder).mkdir()
         (tmp_path/folder/"x.png").write_bytes(photos[0].read_bytes())
         (tmp_path/folder/"t.csv").write_text("path\nx.png\n")
-    code, *_ = call(tmp_path/"a/t.csv", tmp_path/"b/t.csv", "--out", tmp_path/"out.csv")
+    code, _, error = call(tmp_path/"a/t.csv", tmp_path/"b/t.csv", "--out", tmp_path/"out.csv")
+    assert any("one path for different images" in line for line in error)
     paths = [row["path"] for row in read_csv(tmp_path/"out.csv")]
     assert code == 0 and paths == [str(tmp_path/"a/x.png"), str(tmp_path/"b/x.png")]
 

@@ -36,7 +36,6 @@ from cvnb.evaluate.voila_server import _run_voila, find_free_port, serve_dashboa
 from cvnb.metrics.classification import accuracy, confusion_matrix, per_class_metrics
 from dashboards import CLASSES, SECONDS, Served, agrees, captions, choose, make_predictions, make_run, read_table, serve
 
-CSS_TEXT = lambda text: text.replace('"', '\\"')
 LOST = [0, 7, 30]   # images that a corruption costs, of those that were tried
 
 
@@ -46,7 +45,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = make_run(tmp_path_factory.mktemp("dashboard"))
     paths = read_table(made, "test").path.tolist()
     figure = dict(value=0.5, low=0.4, high=0.6, n=40)
-    tried = dict(change="JPEG", strength=3, loss=0.1, loss_low=0.02, loss_high=0.2, weak=True, budget=0) | figure
+    tried = figure | dict(change="JPEG", strength=3, loss=0.1, loss_low=0.02, loss_high=0.2, proven=True, weak=True,
+                          budget=0)
     robustness = dict(words="weak against JPEG", clean=figure, rows=[tried], paths=paths[:40],
                       lost={"JPEG, strength 3": LOST})
     flips = dict(words="3 answers flip", share=figure, share_right=figure, rows=[dict(path=p) for p in paths[20:23]])
@@ -244,9 +244,9 @@ def test_image_of_the_address_is_the_one_that_keys_act_on(page, served: Served, 
     choose(page, "Show", "all")
     third, fourth = table.path.iloc[2], table.path.iloc[3]
     page.evaluate("hash => { location.hash = hash }", f"#show=all&open={quote(third)}")
-    page.wait_for_selector(f'.detail [aria-label="{CSS_TEXT(third)}"]', timeout=SECONDS)
+    page.wait_for_selector(f'.detail [aria-label="{third}"]', timeout=SECONDS)
     page.keyboard.press("ArrowRight")
-    page.wait_for_selector(f'.detail [aria-label="{CSS_TEXT(fourth)}"]', timeout=SECONDS)
+    page.wait_for_selector(f'.detail [aria-label="{fourth}"]', timeout=SECONDS)
     page.keyboard.press("m")
     assert page.locator(".marking .sheet-card").count() == 0   # the dialog has what marks its own image
     page.keyboard.press("Escape")

@@ -356,7 +356,8 @@ def test_graph_is_read_as_onnx_reads_it(model):
 
 
 @pytest.mark.parametrize("given, said", [(None, "NoneType"), (3, "int"), ([None], "NoneType"), ("", "folder"),
-                                         (bytearray(b"words"), "a file of 5 bytes")])
+                                         (bytearray(b"words"), "a file of 5 bytes"),
+                                         (io.StringIO("words"), "open as text")])
 def test_what_is_no_image_is_refused_in_one_line(whole: Path, given: object, said: str) -> None:
     bundle = Bundle.load(whole)
     with pytest.raises(UsageError) as caught: bundle.predict(given)

@@ -83,6 +83,15 @@ def test_damaged_bundle_is_refused(served_bundle: Path, tmp_path: Path) -> None:
         shutil.rmtree(bundle)
 
 
+def test_warning_of_a_bundle_is_one_line(tmp_path: Path) -> None:
+    bundle = write_served_bundle(tmp_path/"run")
+    described = read_json(bundle/"bundle.json")
+    write_record(bundle/"bundle.json", described | dict(checked_with=dict(onnxruntime="1.0")), BundleDescription)
+    with serving(tmp_path/"log", bundle) as server:
+        (line,) = [line for line in server.text.splitlines() if "was checked with onnxruntime 1.0" in line]
+        assert line.startswith("! ") and ".py" not in line
+
+
 def test_other_predictions_than_the_reference_are_refused(served_bundle: Path, tmp_path: Path) -> None:
     bundle = write_served_bundle(tmp_path/"run", weight=-0.3)
     shutil.copy(served_bundle/"reference.npz", bundle)
