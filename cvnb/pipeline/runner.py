@@ -448,7 +448,9 @@ def _name_reverted(
     "Say which values of a refused call are not kept."
     lost = [name for name, value in given.given.get(stage, {}).items() if kept.given.get(stage, {}).get(name) != value]
     if len(lost) < 2: return refused
-    return UsageError(refused.what, f"{refused.remedy} Give all of {stage} again: {', '.join(lost)}.".strip())
+    text = str(refused)   # a stage's own refusal comes from its kernel as one text, and has no remedy apart
+    end = "" if text.endswith((".", "?", "!")) else "."
+    return UsageError(f"{text}{end} Give all of {stage} again: {', '.join(lost)}.")
 
 def preload_packages(
     stages: list[Contract],   # that may run
