@@ -1,21 +1,29 @@
 """Minutes of paced load on `cvnb serve`: latency at a share of what it can take, errors, lost records and memory.
 
-    python benchmarks/serve_load.py [--bundle RUN|BUNDLE] [--minutes 10] [--share 0.8] [--write]
+    python benchmarks/serve_load.py [--bundle RUN|BUNDLE] [--minutes 10] [--share 0.8] [--any-core] [--write]
 
-First the service gets requests as fast as eight connections can send them, for ten seconds: that is what it can take.
+First a server gets requests as fast as eight connections can send them, for ten seconds: that is what it can take.
 Then requests are due at fixed times, at a share of that rate. A latency counts from when a request was due, not from
 when it was sent, so a service that stalls does not slow its measurement down. At the end the request log has to hold
 as many records as there were answers. The requests are binary tensors (Open Inference Protocol).
+
+The servers have one core, and the client another: on shared cores the client's own time would be part of what the
+service can take, and requests would wait for the client. The bare application of serve.py, which checks and logs
+nothing, takes turns with the service, each at the same share of what it can take itself. What its latencies do is due
+to the client, the load and the machine.
 """
 from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -59,47 +67,96 @@ async def send_paced(
 
 
 @contextmanager
-def serving(
-    bundle: Path,
-    log: Path,    # folder of the request log
-) -> Iterator[tuple[psutil.Process, int, float]]:   # the server, its port, seconds from its start to ready
-    "Run `cvnb serve` until the block ends."
-    from cvnb.evaluate.voila_server import find_free_port
-    port = find_free_port()
-    command = [CVNB, "serve", str(bundle), "--allow-unverified", "--name", "bench", "--port", str(port), "--log",
-               str(log)]
-    begin = time.monotonic()
-    with started(command, port) as server: yield server, port, time.monotonic() - begin
+def on_cores(
+    cores: list[int],
+) -> Iterator[None]:
+    "Keep this process, and what it starts, to some cores until the block ends."
+    client = psutil.Process()
+    before = client.cpu_affinity()
+    client.cpu_affinity(cores)
+    try: yield
+    finally: client.cpu_affinity(before)
+
+
+def most_a_second(
+    port: int,
+    request: bytes,
+) -> tuple[int, float]:   # requests, and how many of them a second
+    "Send requests as fast as eight connections can."
+    begin = time.perf_counter()
+    n = 0
+    while time.perf_counter() < begin + WARM_SECONDS: n += len(asyncio.run(send_many(port, request, 800)))
+    return n, n / (time.perf_counter() - begin)
+
+
+@dataclass
+class Load:
+    "A server under load, and what was measured of it."
+    port: int
+    process: psutil.Process
+    ready: float       # seconds
+    n_warm: int        # requests before the paced ones
+    most: float        # requests a second
+    memory: float      # MB before the load
+    cpu: float = 0     # seconds
+    failed: int = 0    # answers other than 200
+    times: list[np.ndarray] = field(default_factory=list)   # ms, of each part
+
+    def run(self, request: bytes, share: float, seconds: float) -> None:
+        "Add a part of paced requests."
+        before = cpu_seconds(self.process)
+        times, failed = asyncio.run(send_paced(self.port, request, share * self.most, seconds))
+        self.cpu += cpu_seconds(self.process) - before
+        self.failed += failed
+        self.times.append(times)
+
+    def figures(self) -> dict[str, float]:
+        "Summarise the parts."
+        times = np.concatenate(self.times)
+        p50, p99, p999 = np.quantile(times, [0.5, 0.99, 0.999])
+        parts = [np.quantile(t, 0.99) / np.quantile(t, 0.5) for t in self.times]
+        return {"ready s": self.ready, "most / s": self.most, "requests": len(times), "other than 200": self.failed,
+                "p50 ms": p50, "p99 ms": p99, "p99 / p50": p99 / p50,
+                "p99 / p50, median of the parts": float(np.median(parts)), "p99.9 ms": p999,
+                "CPU ms": 1000 * self.cpu / len(times), "memory MB": self.memory,
+                "growth MB": self.process.memory_info().rss / 1e6 - self.memory}
 
 
 def measure(
     bundle: Path,
-    minutes: float,
-    share: float,   # of what the service can take
-) -> list[dict]:    # one row
-    "Measure a service under load."
+    minutes: float,     # under load, of cvnb
+    share: float,       # of what a server can take
+    cores: tuple[list[int], list[int]],   # of the servers, of the client
+) -> list[dict]:    # one row per figure
+    "Measure the service under load beside the bare application: 50 seconds of the one, 10 of the other."
+    from cvnb.evaluate.voila_server import find_free_port
     from cvnb.export.bundle import Bundle
     from cvnb.serve.request_log import read_request_log
-    side = Bundle.load(bundle).description["input"].get("resized_to") or 32
-    request = make_requests("bench", side)[KIND]
+    opened = Bundle.load(bundle)
+    request = make_requests("bench", opened.description["input"].get("resized_to") or 32)[KIND]
+    ports = find_free_port(), find_free_port()
+    bare = [sys.executable, str(Path(__file__).with_name("serve.py")), "--bare", str(opened.folder/"model.onnx"),
+            "--port", str(ports[1])]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder)/"requests"
-        with serving(bundle, log) as (server, port, ready):
-            begin = time.perf_counter()
-            n_warm = 0
-            while time.perf_counter() < begin + WARM_SECONDS: n_warm += len(asyncio.run(send_many(port, request, 800)))
-            most = n_warm / (time.perf_counter() - begin)
-            memory = server.memory_info().rss / 1e6
-            cpu = cpu_seconds(server)
-            times, failed = asyncio.run(send_paced(port, request, share * most, 60 * minutes))
-            cpu = cpu_seconds(server) - cpu
-            growth = server.memory_info().rss / 1e6 - memory
-        records = sum(1 for _ in read_request_log(log))
-    p50, p99, p999 = np.quantile(times, [0.5, 0.99, 0.999])
-    return [{"minutes": minutes, "ready s": ready, "most / s": round(most), "sent / s": round(share * most),
-             "requests": len(times), "other than 200": failed, "lost records": n_warm + len(times) - records,
-             "p50 ms": p50, "p99 ms": p99, "p99 / p50": p99 / p50, "p99.9 ms": p999, "CPU ms": 1000 * cpu / len(times),
-             "memory MB": memory, "growth MB": growth}]
+        ours = [CVNB, "serve", str(bundle), "--allow-unverified", "--name", "bench", "--port", str(ports[0]), "--log",
+                str(log)]
+        with ExitStack() as stack:
+            stack.enter_context(on_cores(cores[1]))
+            loads = []
+            for command, port in zip((ours, bare), ports):
+                begin = time.monotonic()
+                with on_cores(cores[0]): server = stack.enter_context(started(command, port))
+                ready = time.monotonic() - begin
+                loads.append(Load(port, server, ready, *most_a_second(port, request), server.memory_info().rss / 1e6))
+            for i in range(ceil(60 * minutes / 50)):
+                loads[0].run(request, share, min(50, 60 * minutes - 50 * i))
+                loads[1].run(request, share, 10)
+            figures = [load.figures() for load in loads]
+        lost = loads[0].n_warm + figures[0]["requests"] - sum(1 for _ in read_request_log(log))
+    rows = [{"figure": name, "cvnb serve": value, "bare ASGI": figures[1][name],
+             "ratio": value / figures[1][name] if figures[1][name] else ""} for name, value in figures[0].items()]
+    return [*rows, {"figure": "lost records", "cvnb serve": lost, "bare ASGI": "", "ratio": ""}]
 
 
 def main() -> None:
@@ -108,12 +165,16 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, help="run or bundle; by default a small model is made")
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--share", type=float, default=0.8, help="of what the service can take")
+    parser.add_argument("--any-core", action="store_true", help="let servers and client share all cores")
     parser.add_argument("--write", action="store_true", help="write the table to benchmarks/results/")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        rows = measure(args.bundle or make_bundle(Path(folder)), args.minutes, args.share)
-    table = [dict(figure=name, value=value) for name, value in rows[0].items()]
-    show("serve_load", f"`cvnb serve` under {args.share:.0%} of what it can take", table, args.write)
+        everything = list(range(os.cpu_count() or 1))
+        cores = (everything, everything) if args.any_core else ([0], [1])
+        rows = measure(args.bundle or make_bundle(Path(folder)), args.minutes, args.share, cores)
+    place = "servers and client share all cores" if args.any_core else "servers and client have a core each"
+    title = f"`cvnb serve` under {args.share:.0%} of what it can take, {args.minutes:g} minutes; {place}"
+    show("serve_load", title, rows, args.write)
 
 
 if __name__ == "__main__": main()

@@ -29,13 +29,18 @@ from ..core.errors import CvnbError, UsageError
 from ..core.files import check_trusted
 
 # %% auto #0
-__all__ = ['FLUSH_SECONDS', 'PAUSE_SECONDS', 'MAX_RECORDS', 'MAX_IMAGE_BYTES', 'RequestLog', 'read_request_log']
+__all__ = ['FLUSH_SECONDS', 'PAUSE_SECONDS', 'MAX_RECORDS', 'MAX_IMAGE_BYTES', 'MEMBER_RECORDS', 'SLICE_RECORDS', 'RequestLog',
+           'read_request_log']
 
 # %% ../../nbs/serve/05_request_log.ipynb #b96d8f47
 FLUSH_SECONDS = 1.0      # between two writes
 PAUSE_SECONDS = 60.0     # that a log rests after a write has failed
 MAX_RECORDS = 10_000     # that wait to be written
 MAX_IMAGE_BYTES = 2**26  # of images that wait to be written
+MEMBER_RECORDS = 100     # of a gzip member, at most
+SLICE_RECORDS = 10       # that are formatted before requests run again
+
+_ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
 
 def _hour(
     seconds: float,   # since 1970
@@ -128,16 +133,16 @@ def _work(self: RequestLog) -> None:
     ending = False
     while not ending:
         ending = self._ending.wait(self.flush_seconds)
-        while batch := self._take():
-            self._write(batch, ending)
+        slices = 1 + self.waiting / SLICE_RECORDS
+        while batch := self._take(): self._write(batch, ending, self.flush_seconds / 2 / slices)
         with contextlib.suppress(OSError): self._delete_old()
 
 @patch
 def _take(self: RequestLog) -> list[tuple]:
-    "Take what waits, a thousand records at most."
+    "Take what waits, up to the records of a member."
     batch = []
     with contextlib.suppress(queue.Empty):
-        while len(batch) < 1000: batch.append(self._queue.get_nowait())
+        while len(batch) < MEMBER_RECORDS: batch.append(self._queue.get_nowait())
     with self._lock: self._image_bytes -= sum(size for _, _, size in batch)
     return batch
 
@@ -145,21 +150,22 @@ def _take(self: RequestLog) -> list[tuple]:
 def _write(self: RequestLog,
     batch: list[tuple],   # from `_take`
     last: bool,           # whether the log ends, so that it does not rest
+    pause: float,         # seconds after a slice, unless the log ends
 ) -> None:
     "Write a batch; count it as lost if that fails."
     if not (self.active or last): return self._count("write_failed", len(batch))
-    by_hour: dict[str, list[dict]] = {}
+    by_hour: dict[str, list[str]] = {}
     try:
-        for record, image, _ in batch:
+        for i, (record, image, _) in enumerate(batch):
             hour = _hour(record["time"])
             if image is not None: record["file"] = self._write_image(hour, record["id"], image)
             record["time"] = datetime.fromtimestamp(record["time"], timezone.utc).isoformat(timespec="milliseconds")
-            by_hour.setdefault(hour, []).append(record)
-        for hour, records in list(by_hour.items()):
-            _append_member(self.folder/f"requests-{hour}.jsonl.gz", records)
-            del by_hour[hour]
-            self._count("written", len(records))
-            batch = batch[len(records):]
+            by_hour.setdefault(hour, []).append(_ENCODER.encode(record) + "\n")
+            if (i + 1) % SLICE_RECORDS == 0: self._ending.wait(pause)
+        for hour, lines in by_hour.items():
+            _append_member(self.folder/f"requests-{hour}.jsonl.gz", lines)
+            self._count("written", len(lines))
+            batch = batch[len(lines):]
     except Exception as e:   # a thread that ends would lose all that follows
         reason = getattr(e, "strerror", None) or repr(e)[:200]
         print(f"! the request log rests for {self.pause_seconds:g} s: {self.folder} cannot be written ({reason})",
@@ -170,10 +176,9 @@ def _write(self: RequestLog,
 # %% ../../nbs/serve/05_request_log.ipynb #735754cb
 def _append_member(
     path: Path,             # of one hour
-    records: list[dict],
+    lines: list[str],       # JSON
 ) -> None:
-    "Append records as one gzip member; leave the file as it was if that fails."
-    lines = [json.dumps(r, separators=(",", ":"), ensure_ascii=False) + "\n" for r in records]
+    "Append lines as one gzip member; leave the file as it was if that fails."
     member = gzip.compress("".join(lines).encode("utf-8", "replace"), 6)
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     try:

@@ -209,8 +209,10 @@ def describe_nothing(self: ServedModel) -> dict[str, None]:   # the keys of `des
 
 # %% ../../nbs/serve/06_served_model.ipynb #bfd675e1
 def _trim_memory() -> None:
-    "Give back to the system what opening and checking a model no longer needs: a fifth of a small service's memory."
+    "Give back what opening a model no longer needs, a fifth of a small service's memory; collections pass over the rest."
+    gc.unfreeze()   # of an earlier model
     gc.collect()
+    gc.freeze()     # else a collection stops all requests for 50 ms
     with contextlib.suppress(OSError, AttributeError): ctypes.CDLL(None).malloc_trim(0)   # of glibc
 
 # %% ../../nbs/serve/06_served_model.ipynb #a9981618
