@@ -49,6 +49,7 @@ const TILE = { width: 156, height: 208 };
 
 const percent = (x, digits = 1) => (x == null || Number.isNaN(x) ? '–' : (100 * x).toFixed(digits) + ' %');
 const count = (n) => n.toLocaleString('en');
+const images = (n) => `${count(n)} image${n === 1 ? '' : 's'}`;
 const clamp = (x, low, high) => Math.min(Math.max(x, low), high);
 const range = (e) => (e.low == null ? 'no interval' : `${percent(e.low)} … ${percent(e.high)}`);
 const groups = (e) => (e.n_groups ? `, ${count(e.n_groups)} groups` : '');
@@ -94,13 +95,22 @@ function choice(name, options, act) {
 }
 
 function fill(select, options) {
-  select.replaceChildren(
-    ...options.map(([value, text]) => {
-      const option = make('option', '', text);
-      option.value = value;
-      return option;
-    }),
-  );
+  // options: [value, text], or [value, text, name of a group]
+  const groups = new Map();
+  const nodes = [];
+  for (const [value, text, group] of options) {
+    const option = make('option', '', text);
+    option.value = value;
+    if (!group) nodes.push(option);
+    else if (groups.has(group)) groups.get(group).append(option);
+    else {
+      const node = make('optgroup', '', option);
+      node.label = group;
+      groups.set(group, node);
+      nodes.push(node);
+    }
+  }
+  select.replaceChildren(...nodes);
 }
 
 class Data {
@@ -239,7 +249,7 @@ class Page {
     state.mode = known(state.mode, p.classes);
     state.change = known(state.change, Object.keys(CHANGES));
     state.open = this.data.index.has(state.open) ? state.open : NONE;
-    if (state.low > state.high) state.low = 0;
+    if (state.low > state.high) [state.low, state.high] = [state.high, state.low];
     this.state = state;
   }
 
@@ -522,14 +532,18 @@ class Page {
       const input = (c[key] = make('input'));
       Object.assign(input, { type: 'number', min: 0, max: 100, step: 1 });
       input.setAttribute('aria-label', key === 'low' ? 'lowest confidence' : 'highest confidence');
-      input.addEventListener('change', () => this.set({ [key]: clamp(+input.value / 100, 0, 1) }));
+      input.addEventListener('change', () => {
+        const other = this.state[key === 'low' ? 'high' : 'low'],
+          own = clamp(+input.value / 100, 0, 1);
+        this.set({ low: Math.min(own, other), high: Math.max(own, other) });
+      });
     }
     bar.append(make('label', 'choice', make('span', '', 'Confidence, %'), make('span', 'pair', c.low, '–', c.high)));
     const slices = p.slices.filter((s) => s.label < 0); // a class has a filter of its own
     if (slices.length)
       add('slice', 'Slice', [
         ...all,
-        ...slices.map((s) => [s.key, (p.splits.length > 1 ? `${s.split} · ` : '') + `${s.kind}: ${s.name}`]),
+        ...slices.map((s) => [s.key, s.name, (p.splits.length > 1 ? `${s.split} · ` : '') + s.kind]),
       ]);
     if (p.findings.length) add('finding', 'Audit finding', [...all, ...names(p.findings)]);
     if (p.columns.length) {
@@ -611,7 +625,7 @@ class Page {
       this.card(
         'Errors in the selection',
         count(selection.length - right),
-        `of ${count(selection.length)} images`,
+        `of ${images(selection.length)}`,
         'chosen',
       ),
     );
@@ -708,7 +722,7 @@ class Page {
     hit.append(tip);
     hit.addEventListener('mousemove', (event) => {
       const [r, c] = where(event);
-      tip.textContent = `${count(counts[r * m + c])} of ${count(totals[r])} images\ntrue: ${names[r]}\npredicted: ${names[c]}`;
+      tip.textContent = `${count(counts[r * m + c])} of ${images(totals[r])}\ntrue: ${names[r]}\npredicted: ${names[c]}`;
     });
     hit.addEventListener('click', (event) => {
       const [r, c] = where(event),
@@ -1222,9 +1236,12 @@ class Page {
 
   showGrid(keep = false) {
     const n = this.found.length,
-      what = { all: 'images', correct: 'correct predictions', wrong: 'errors' }[this.state.show];
+      words = { all: 'images', correct: 'correct predictions', wrong: 'errors' }[this.state.show],
+      what = n === 1 ? words.slice(0, -1) : words;
+    const hidden = this.marked.size && this.marked.size - this.found.reduce((k, i) => k + this.marked.has(i), 0);
     const chosen = this.marked.size ? ` · ${count(this.marked.size)} selected` : '';
-    const title = make('h2', '', make('span', 'count', count(n)), ' ' + what, make('span', 'soft', chosen));
+    const unseen = hidden ? `, ${count(hidden)} of them outside of these filters (Esc clears)` : '';
+    const title = make('h2', '', make('span', 'count', count(n)), ' ' + what, make('span', 'soft', chosen + unseen));
     this.parts.title.replaceChildren(title);
     const grid = this.parts.grid;
     const top = keep || this.gridOf === this.found ? grid.scrollTop : 0;

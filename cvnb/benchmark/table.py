@@ -46,8 +46,6 @@ def _candidate_reasons(
         excluded = f"package {r.package} is excluded" if r.package in exclude else ""
         if not r.is_offered(run, model): continue
         candidate = Candidate(model, r, str(r.model_path(run, model)))
-        if not r.is_here and not excluded and r.installed:
-            excluded = f"package {r.package} is not in this environment, and another one's time cannot be compared"
         reasons[candidate] = excluded or refused.get(candidate.name) or r.missing_reason(run, model)
     return reasons
 

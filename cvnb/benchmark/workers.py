@@ -20,6 +20,7 @@ import numpy as np
 
 from ..core.workers import WorkerProcess, serve_requests
 from ..data.images import DEFAULT_DECODING, Decoding
+from ..export.environments import add_packages
 from ..export.pixels import decode_pixels
 from ..export.runtimes import RUNTIMES, Runtime, predict_files
 from ..metrics.decision import DecisionRule
@@ -108,8 +109,10 @@ class RuntimeServer:
             self.images = [file[f"image_{i}"] for i in range(len(file.files))]
         self.contents = [Path(name).read_bytes() for name in files]
         self.decoding = Decoding.from_json(decoding or {})
+        chosen = RUNTIMES[runtime]
+        if not chosen.is_here: add_packages(chosen.environment)   # in this process, so that its CPU time is counted
         begin = time.perf_counter()
-        self.predict = RUNTIMES[runtime].load(path, threads)
+        self.predict = chosen.load(path, threads)
         self.predict(self.images[0][None])
         return time.perf_counter() - begin
 

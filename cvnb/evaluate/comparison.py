@@ -106,6 +106,8 @@ class RunComparison:
             found.append(f"Left out: {alone[0]:,} images of the run and {alone[1]:,} of the reference alone.")
         return found
 
+    def __repr__(self) -> str: return f"RunComparison({' '.join(self.lines[:2])})"
+
     def _repr_html_(self) -> str:
         words = self.objective_words
         rows = [(words, self.run, self.value), (words, self.reference, self.reference_value),

@@ -384,6 +384,9 @@ class ErrorAnalysis:
         return [*apart, f"{len(self.slices_below)} of {len(self.slices)} slices lie below the accuracy of "
                 f"{self.accuracy.value:.1%}, the lowest is {worst.slice} {worst['name']} with {interval}"]
 
+    def __repr__(self) -> str:
+        return f"ErrorAnalysis({self.split}: {self.n_errors:,} errors of {self.n:,} images, accuracy {self.accuracy})"
+
     def _repr_html_(self) -> str:
         other = [(self.objective_words, self.objective)] if self.objective_words != "accuracy" else []
         more = [("balanced accuracy", self.balanced), *((f"top-{k} accuracy", e) for k, e in self.top_k.items()),

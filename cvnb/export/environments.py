@@ -10,6 +10,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 import uuid
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from ..core.project import asset_folder
 from ..core.records import printable
 
 # %% auto #0
-__all__ = ['environment_folder', 'environment_python', 'clean_environment', 'make_environment', 'run_converter']
+__all__ = ['environment_folder', 'environment_python', 'add_packages', 'clean_environment', 'make_environment', 'run_converter']
 
 # %% ../../nbs/export/14_environments.ipynb #87f8d941
 def environment_folder(
@@ -40,6 +41,14 @@ def environment_python(
     return python if python.exists() else None
 
 # %% ../../nbs/export/14_environments.ipynb #9e5a1217
+def add_packages(
+    name: str,   # of a converter whose environment exists
+) -> None:
+    "Let this process import the packages of a converter's environment, behind its own: for one that measures them."
+    folder = str(environment_folder(name))
+    path = sysconfig.get_path("purelib", vars=dict(base=folder, platbase=folder))
+    if path not in sys.path: sys.path.append(path)
+
 def clean_environment() -> dict[str, str]:   # variables
     "Copy the environment's variables without those that lead another Python to cvnb's packages."
     return {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}

@@ -21,7 +21,7 @@ from ..core.records import printable
 from .environments import clean_environment, environment_python
 
 # %% auto #0
-__all__ = ['LITERT_PACKAGE', 'resize_weights', 'resize_with_products', 'litert_ready', 'open_litert', 'load_litert']
+__all__ = ['LITERT_PACKAGE', 'resize_weights', 'resize_with_products', 'open_litert', 'load_litert']
 
 # %% ../../nbs/export/15_litert.ipynb #0d34c9c0
 @lru_cache(256)
@@ -50,10 +50,6 @@ def resize_with_products(
 
 # %% ../../nbs/export/15_litert.ipynb #0cffcb52
 LITERT_PACKAGE = "ai_edge_litert"
-
-def litert_ready() -> bool:
-    "Tell whether LiteRT can run here, in this environment or in the converter's."
-    return find_spec(LITERT_PACKAGE) is not None or environment_python("litert") is not None
 
 class _Process:
     "LiteRT in the converter's environment."

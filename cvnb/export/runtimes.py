@@ -26,7 +26,8 @@ from ..core.project import shell_path
 from ..core.records import printable
 from ..core.system import machine_info, memory_bytes, n_cores
 from ..data.images import DEFAULT_DECODING, Decoding, UnreadableImage
-from .litert import LITERT_PACKAGE, litert_ready, load_litert
+from .environments import environment_python
+from .litert import LITERT_PACKAGE, load_litert
 from .pixels import decode_pixels
 
 if TYPE_CHECKING:
@@ -308,7 +309,7 @@ class Runtime:
     stage: str = "export"     # that writes its file
     on_request: bool = False   # whether its file is written only where a user asks for it
     lacks: Callable[[], str] = lambda: ""   # says what this machine lacks for it
-    elsewhere: Callable[[], bool] = lambda: False   # whether it can run in another environment than this one
+    environment: str = ""     # of the converter that has its package, where this environment does not; "": none
     reference_tolerance: float = 1e-3   # difference of a probability between machines that `Bundle.verify` accepts
 
     @property
@@ -318,11 +319,11 @@ class Runtime:
 
     @property
     def installed(self) -> bool:   # whether it can be loaded here
-        "Look for its package without importing it, and for another environment that has it."
-        return self.is_here or self.elsewhere()
+        "Look for its package without importing it, and for the converter's environment that has it."
+        return self.is_here or bool(self.environment and environment_python(self.environment))
 
     @property
-    def is_here(self) -> bool:   # whether it runs in this environment, so that its time can be measured
+    def is_here(self) -> bool:   # whether it runs in this environment
         "Look for its package without importing it."
         return find_spec(self.package) is not None
 
@@ -389,7 +390,7 @@ _ENTRIES = [
     Runtime("onnx static int8", OnnxModel, "{model}_static_int8.onnx", "onnxruntime", "int8",
             metric_suffix="onnx_static_int8", marker=">", is_peer=True, stage="benchmark"),   # ONNX Runtime's own
     Runtime("litert fp32", load_litert, "{model}.tflite", LITERT_PACKAGE, "fp32", metric_suffix="litert_fp32",
-            marker="X", in_parity=True, on_request=True, elsewhere=litert_ready),
+            marker="X", in_parity=True, on_request=True, environment="litert"),
 ]
 RUNTIMES: dict[str, Runtime] = {runtime.name: runtime for runtime in _ENTRIES}
 

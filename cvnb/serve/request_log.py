@@ -133,8 +133,7 @@ def _work(self: RequestLog) -> None:
     ending = False
     while not ending:
         ending = self._ending.wait(self.flush_seconds)
-        slices = 1 + self.waiting / SLICE_RECORDS
-        while batch := self._take(): self._write(batch, ending, self.flush_seconds / 2 / slices)
+        while batch := self._take(): self._write(batch, ending)
         with contextlib.suppress(OSError): self._delete_old()
 
 @patch
@@ -147,10 +146,17 @@ def _take(self: RequestLog) -> list[tuple]:
     return batch
 
 @patch
+def _pause(self: RequestLog,
+    rest: int,   # records of the batch that are not formatted yet
+) -> None:
+    "Let requests run between two slices, the longer the fewer records wait, unless the queue fills up or the log ends."
+    if self.waiting > self._queue.maxsize / 4: return
+    self._ending.wait(self.flush_seconds / 2 / (1 + (self.waiting + rest) / SLICE_RECORDS))
+
+@patch
 def _write(self: RequestLog,
     batch: list[tuple],   # from `_take`
     last: bool,           # whether the log ends, so that it does not rest
-    pause: float,         # seconds after a slice, unless the log ends
 ) -> None:
     "Write a batch; count it as lost if that fails."
     if not (self.active or last): return self._count("write_failed", len(batch))
@@ -161,7 +167,7 @@ def _write(self: RequestLog,
             if image is not None: record["file"] = self._write_image(hour, record["id"], image)
             record["time"] = datetime.fromtimestamp(record["time"], timezone.utc).isoformat(timespec="milliseconds")
             by_hour.setdefault(hour, []).append(_ENCODER.encode(record) + "\n")
-            if (i + 1) % SLICE_RECORDS == 0: self._ending.wait(pause)
+            if (i + 1) % SLICE_RECORDS == 0: self._pause(len(batch) - i - 1)
         for hour, lines in by_hour.items():
             _append_member(self.folder/f"requests-{hour}.jsonl.gz", lines)
             self._count("written", len(lines))

@@ -218,6 +218,42 @@ def test_robustness_and_flips_select_their_images(page, table: pd.DataFrame) -> 
     assert "3 answers flip" in page.inner_text(".panels")
 
 
+@pytest.mark.browser
+def test_slices_of_a_kind_are_one_group_of_the_menu(page) -> None:
+    groups = page.eval_on_selector_all("select[aria-label=Slice] optgroup", """groups => groups.map(
+        g => [g.label, [...g.children].map(o => o.value)])""")
+    assert len(dict(groups)) == len(groups) > 2   # each kind once
+    assert "test/camera/old" in dict(groups)["camera"] and "test/tag/near_duplicate" in dict(groups)["tag"]
+
+
+@pytest.mark.browser
+def test_limits_of_confidence_are_put_in_order(page, table: pd.DataFrame) -> None:
+    choose(page, "Show", "all")
+    low, high = page.get_by_label("lowest confidence"), page.get_by_label("highest confidence")
+    high.fill("60")
+    high.press("Enter")
+    low.fill("80")
+    low.press("Enter")
+    assert (low.input_value(), high.input_value()) == ("60", "80")
+    assert agrees(page, table[table.confidence.between(0.6, 0.8)])
+    page.evaluate("location.hash = '#show=all&low=0.8&high=0.6'")
+    page.wait_for_timeout(300)
+    assert agrees(page, table[table.confidence.between(0.6, 0.8)])
+
+
+@pytest.mark.browser
+def test_title_counts_selected_images_outside_of_the_filters(page, table: pd.DataFrame) -> None:
+    choose(page, "Show", "all")
+    page.locator(".tile .check").first.click()
+    right = bool(table.correct.iloc[0])
+    assert page.inner_text(".gallery .title").endswith("· 1 selected")
+    choose(page, "Show", "wrong" if right else "correct")
+    assert "1 selected, 1 of them outside of these filters" in page.inner_text(".gallery .title")
+    page.locator(".grid").focus()
+    page.keyboard.press("Escape")
+    assert "selected" not in page.inner_text(".gallery .title")
+
+
 IN_VIEW = """selector => { const box = document.querySelector(selector).getBoundingClientRect();
   return box.top < innerHeight / 2 && box.bottom > innerHeight / 2 }"""
 

@@ -3,7 +3,10 @@ from __future__ import annotations
 
 import shutil
 import sys
+import sysconfig
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +16,16 @@ import torch
 from hard_images import CLASSES, DECODING, FILES, READER_FAULTS, SIDE, TOLERANCE, write_images
 
 from cvnb.benchmark.table import list_candidates, list_left_out
+from cvnb.benchmark.workers import Candidate, RuntimeWorker
 from cvnb.core.errors import CvnbError
 from cvnb.data.images import resize_images
 from cvnb.export import environments, pixels
 from cvnb.export.bundle import Bundle, verify_bundle, write_bundle
-from cvnb.export.litert import litert_ready, load_litert, resize_with_products
+from cvnb.export.litert import load_litert, resize_with_products
 from cvnb.export.onnx import export_models
 from cvnb.export.other_formats import describe_formats, write_litert, write_other_formats
 from cvnb.export.parity import ParityReport, check_parity
-from cvnb.export.runtimes import MODELS, RUNTIMES, read_pixels
+from cvnb.export.runtimes import MODELS, RUNTIMES, load_torch, predict_files, read_pixels
 from cvnb.models.vision_model import Preprocess, VisionModel
 from cvnb.models.weights import create_model, save_model
 
@@ -70,9 +74,22 @@ def test_without_uv_or_network_one_line_per_model_is_said_and_the_stage_goes_on(
 
 def test_file_is_refused_where_nothing_runs_it(no_environment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cvnb.export.litert.find_spec", lambda name: None)
-    assert not litert_ready()
+    assert not RUNTIMES["litert fp32"].installed
     with pytest.raises(CvnbError, match="package ai_edge_litert is not installed. pip install ai-edge-litert"):
         load_litert(no_environment/"x.tflite")
+
+
+def test_packages_of_the_environment_come_behind_those_of_the_process(
+    no_environment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    folder = environments.environment_folder("litert")
+    where = Path(sysconfig.get_path("purelib", vars=dict(base=str(folder), platbase=str(folder))))
+    (where/"numpy").mkdir(parents=True)
+    (where/"only_there.py").write_text("value = 7\n")
+    environments.add_packages("litert")
+    environments.add_packages("litert")
+    assert sys.path.count(str(where)) == 1 and import_module("only_there").value == 7
+    assert Path(find_spec("numpy").origin) == Path(np.__file__)
 
 
 def test_pins_name_every_package_once_and_no_address() -> None:
@@ -158,3 +175,19 @@ def test_damaged_file_is_one_line(whole, tmp_path: Path) -> None:
     with pytest.raises(CvnbError, match=r"LiteRT cannot run .*x\.tflite") as e: load_litert(tmp_path/"x.tflite")
     assert "\n" not in str(e.value)
     assert RUNTIMES[NAME].is_offered(whole[0], "trained") and not RUNTIMES[NAME].is_offered(tmp_path, "trained")
+
+
+@pytest.mark.long
+def test_time_of_litert_is_measured_in_one_process(whole, tmp_path: Path) -> None:
+    run = whole[0]
+    images = [read_pixels(run/name, DECODING) for name in FILES[1:4]]
+    np.savez(tmp_path/"images.npz", **{f"image_{i}": image for i, image in enumerate(images)})
+    candidate = Candidate("trained", RUNTIMES[NAME], str(run/"export/trained.tflite"))
+    assert candidate in list_candidates(run)
+    files = [str(run/name) for name in FILES]
+    with RuntimeWorker(candidate, tmp_path/"images.npz", files, DECODING) as worker:
+        worker.load()
+        wall, cpu = np.array(worker.call("time", n=20, batch_size=1, warm_up=2, round_number=0)).sum(0)
+        found = worker.call("classify", paths=files, decoding=DECODING.to_json())
+    assert cpu > wall / 2   # a process of its own would take the time, and none would be counted
+    assert found == predict_files(load_torch(run/"train"), files, DECODING).argmax(1).tolist()

@@ -8,6 +8,7 @@ import resource
 import signal
 import stat
 import tempfile
+import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -164,3 +165,23 @@ def test_full_queue_loses_records_and_counts_them(tmp_path: Path) -> None:
     log.close()
     assert len([*read_request_log(tmp_path/"log")]) == 10 and counted["written"] == 10
     assert json.loads(json.dumps(counted)) == dict(queue_full=990, written=10)
+
+
+def test_log_keeps_up_while_requests_keep_python_busy(tmp_path: Path) -> None:
+    counts: Counter = Counter()
+    ends = time.monotonic() + 4
+
+    def compute() -> None:
+        while time.monotonic() < ends: sum(range(2000))
+
+    log = RequestLog(tmp_path, lambda kind, n: counts.update({kind: n}), flush_seconds=0.5, max_records=1500)
+    busy = [threading.Thread(target=compute) for _ in range(2)]
+    for thread in busy: thread.start()
+    n = 0
+    while time.monotonic() < ends:
+        for _ in range(20): log.add(dict(time=time.time(), id=str(n := n + 1), probabilities=[0.1] * 10))
+        time.sleep(0.01)
+    for thread in busy: thread.join()
+    log.close()
+    assert counts == dict(written=n), counts
+    assert [r["id"] for r in read_request_log(tmp_path)] == [str(i + 1) for i in range(n)]
