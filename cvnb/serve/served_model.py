@@ -209,7 +209,7 @@ def describe_nothing(self: ServedModel) -> dict[str, None]:   # the keys of `des
 
 # %% ../../nbs/serve/06_served_model.ipynb #bfd675e1
 def _trim_memory() -> None:
-    "Give back what opening a model no longer needs, a fifth of a small service's memory; collections pass over the rest."
+    "Give back what opening a model no longer needs, a fifth of a small service; collections pass over the rest."
     gc.unfreeze()   # of an earlier model
     gc.collect()
     gc.freeze()     # else a collection stops all requests for 50 ms

@@ -126,6 +126,8 @@ def test_page_shows_two_runs_side_by_side(runs: tuple[Path, Path], playwright_pa
         worse = now[~now.correct & (then == now.label)]
         page.locator(".comparison button", has_text="worse").click()
         assert agrees(page, worse)
+        table = page.locator(".classes")
+        assert table.evaluate("box => box.scrollWidth <= box.clientWidth"), "a column is cut off"
         shown = page.locator(".tile .reference .name").all_inner_texts()
         assert set(shown) <= set(CLASSES) and len(shown) == page.locator(".tile").count()
         assert compare_runs(runs[1], runs[0]).lines[0] in page.locator(".comparison").first.inner_text()

@@ -223,7 +223,8 @@ def test_slices_of_a_kind_are_one_group_of_the_menu(page) -> None:
     groups = page.eval_on_selector_all("select[aria-label=Slice] optgroup", """groups => groups.map(
         g => [g.label, [...g.children].map(o => o.value)])""")
     assert len(dict(groups)) == len(groups) > 2   # each kind once
-    assert "test/camera/old" in dict(groups)["camera"] and "test/tag/near_duplicate" in dict(groups)["tag"]
+    assert "test/camera/old" in dict(groups)["test · camera"]
+    assert "test/tag/near_duplicate" in dict(groups)["test · tag"]
 
 
 @pytest.mark.browser
