@@ -6,10 +6,14 @@
 from __future__ import annotations
 
 import ast
+import base64
+import contextlib
 import html
+import io
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +29,8 @@ __all__ = ['MAX_OUTPUT_MB', 'find_metric_cells', 'run_report_html', 'write_run_r
 
 # %% ../../nbs/benchmark/09_run_report.ipynb #a5915eee
 MAX_OUTPUT_MB = 3.0   # an output that is larger is named instead of shown
-_IMAGES = {"image/png": "data:image/png;base64,", "image/jpeg": "data:image/jpeg;base64,"}
+_WEBP_QUALITY = 90    # of plots
+_IMAGES = "image/png", "image/jpeg"
 _ACTIVE = re.compile(r"<\s*(script|iframe|object|embed|link|base|form|meta)\b|\bon\w+\s*=|javascript:", re.I)
 
 @dataclass(frozen=True)
@@ -54,14 +59,30 @@ def _read_cells(
             cells.append(_Cell(len(cells) + 1, cell.get("id", str(len(cells))), heading, cell.source, cell.outputs))
     return cells
 
+@lru_cache(256)
+def _image_address(
+    kind: str,      # of `_IMAGES`
+    content: str,   # base64
+) -> str:           # a data: address
+    "Write a PNG as WebP where that is smaller: a report has dozens of plots."
+    from PIL import Image
+    if kind == "image/png":
+        stream = io.BytesIO()
+        with contextlib.suppress(OSError, ValueError):   # damaged: it stays as it is
+            with Image.open(io.BytesIO(base64.b64decode(content))) as image:
+                image.save(stream, "WEBP", quality=_WEBP_QUALITY)
+            small = base64.b64encode(stream.getvalue()).decode()
+            if len(small) < len(content): return f"data:image/webp;base64,{small}"
+    return f"data:{kind};base64,{html.escape(content)}"
+
 def _output_html(
     output: dict[str, Any],   # of a cell
 ) -> str:                     # HTML; empty for what is no result
     "Show an output: a plot, a table, or text."
     data = output.get("data", {})
     join = lambda value: "".join(value) if isinstance(value, list) else str(value)
-    for kind, prefix in _IMAGES.items():
-        if kind in data: return f'<img alt="plot" src="{prefix}{html.escape(join(data[kind]).strip())}">'
+    for kind in _IMAGES:
+        if kind in data: return f'<img alt="plot" src="{_image_address(kind, join(data[kind]).strip())}">'
     for kind in "image/svg+xml", "text/html":
         shown = join(data.get(kind, ""))
         if shown and not _ACTIVE.search(shown): return f"<div class=scroll>{shown}</div>"
