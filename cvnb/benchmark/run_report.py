@@ -31,6 +31,7 @@ __all__ = ['MAX_OUTPUT_MB', 'find_metric_cells', 'run_report_html', 'write_run_r
 MAX_OUTPUT_MB = 3.0   # an output that is larger is named instead of shown
 _WEBP_QUALITY = 90    # of plots
 _IMAGES = "image/png", "image/jpeg"
+_PNG = re.compile(r"data:image/png;base64,([A-Za-z0-9+/=]+)")   # in a table
 _ACTIVE = re.compile(r"<\s*(script|iframe|object|embed|link|base|form|meta)\b|\bon\w+\s*=|javascript:", re.I)
 
 @dataclass(frozen=True)
@@ -85,7 +86,9 @@ def _output_html(
         if kind in data: return f'<img alt="plot" src="{_image_address(kind, join(data[kind]).strip())}">'
     for kind in "image/svg+xml", "text/html":
         shown = join(data.get(kind, ""))
-        if shown and not _ACTIVE.search(shown): return f"<div class=scroll>{shown}</div>"
+        if not shown or _ACTIVE.search(shown): continue
+        small = _PNG.sub(lambda found: _image_address("image/png", found[1]), shown)
+        return f"<div class=scroll>{small}</div>"
     if "text/markdown" in data: return f"<p>{html.escape(join(data['text/markdown'])).replace('**', '')}</p>"
     text = join(data.get("text/plain", "")) or (join(output.get("text", "")) if output.get("name") == "stdout" else "")
     return f"<pre>{html.escape(text)}</pre>" if text.strip() else ""
