@@ -10,8 +10,9 @@
 `run` is `cvnb run` with the set's recipe and a front of several levels, at the smallest margin that the test images
 can prove (CIFAR-10: one point); a call that was stopped goes on. `stock` prunes the same trained model to the MACs of
 the candidate nearest to a quarter by torch-pruning's own loop (`BasePruner`, L2 magnitude of groups, the same ratio in
-every layer), trains it on the labels for as many epochs as a candidate was distilled, and predicts the same test
-images. `report` makes the table of what is finished.
+every layer), trains it on the labels for as many epochs as one candidate is distilled in a round, and predicts the same
+test images. A candidate of a later level begins with the one before it, so it has had more epochs in all: the rows
+`epochs` and `stock_epochs` have both numbers. `report` makes the table of what is finished.
 
 CIFAR-10: `--teacher` is the ResNet-18 of PyPI's pyautoattack, which has seen all 50,000 training images. `--data` is a
 folder with train/CLASS/*.png and test/CLASS/*.png. Of the training images `--train-images` teach the students; of the
@@ -170,7 +171,11 @@ def gather(run: Path) -> dict[str, object]:
     stock = run.parent/f"{run.name}-stock.json"
     if stock.exists():
         found = read_json(stock)
-        near = front.iloc[int((front.macs - found["goal"]).abs().argmin())]
+        place = int((front.macs - found["goal"]).abs().argmin())
+        near = front.iloc[place]
+        curves = pd.read_csv(run/"compress/history.csv")
+        row |= dict(epochs=int(curves.candidate.isin(front.candidate[:place + 1]).sum()),
+                    stock_epochs=found.get("epochs", ""))
         trained = front.iloc[0]
         row |= dict(at_macs=found["goal"] / trained.macs, drop_val=percent(trained.accuracy - near.accuracy),
                     stock_drop_val=percent(trained.accuracy - found["val"]),

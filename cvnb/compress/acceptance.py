@@ -197,7 +197,8 @@ def compression_advice(
     if stops.empty: return f"less pruning (compress.macs_fraction) or {longer} can change that"
     if within.empty:
         least = f"{stops.macs.max() / trained:.0%}"
-        return f"prune less: no stop up to {least} of the MACs stays within the margin on the validation images"
+        return (f"{longer}, more training images or a larger margin (compress.margin) can change that; pruning less "
+                f"cannot: already {least} of the MACs loses more than the margin on the validation images")
     stop = within.loc[within.macs.idxmin()]
     fraction = ceil(1000 * stop.macs / trained) / 1000
     points = lambda x: f"{100 * x:+.1f}"

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['FrontPlan', 'Front', 'build_front', 'few_images_notes', 'measure_front', 'candidates_to_test', 'plot_front',
-           'FrontTest', 'accept_fastest', 'save_front', 'find_candidate']
+           'FrontTest', 'accept_fastest', 'front_note', 'save_front', 'find_candidate']
 
 # %% ../../nbs/compress/08_front.ipynb #176b819f
 @dataclass(frozen=True)
@@ -113,10 +113,10 @@ class Front:
         return {name: self.latency["trained"].value / self.latency[name].value for name in self.models}
 
     @property
-    def smallest(self) -> VisionModel:   # the candidate with the fewest MACs
-        "Find the smallest candidate."
+    def smallest(self) -> VisionModel:   # with the fewest MACs
+        "Find the smallest candidate that was pruned from the trained model."
         macs = self.tradeoffs.set_index("step").macs
-        return self.models[min(self.models, key=lambda name: macs[self.steps[name]])]
+        return self.models[min(self.models.keys() - {"student"}, key=lambda name: macs[self.steps[name]])]
 
     @property
     def last_history(self) -> pd.DataFrame:   # a row per epoch
@@ -206,15 +206,28 @@ def _add_level(
     return not pruning.notes
 
 # %% ../../nbs/compress/08_front.ipynb #834b1ea1
+def _make_student(
+    trained: VisionModel,   # the teacher
+    backbone: str,          # of the student
+    announce: Callable[[str], Any],   # called where it is no smaller than the teacher
+) -> VisionModel:           # untrained or with ImageNet's weights, in eval mode
+    "Make a network of another architecture."
+    spec = trained.spec
+    weights = "imagenet" if backbone == "tf_efficientnet_lite0" else ""   # whose weights are installed
+    student = create_model(backbone, spec.classes, spec.image_size, weights=weights).eval()
+    times = count_macs(student) / count_macs(trained)
+    if times >= 1:
+        announce(f"the student {backbone} takes {times:.3g} times the multiply-accumulates of the trained "
+                 f"{spec.backbone}: it is tested if it turns out to be faster; compress.student names a smaller one")
+    return student
+
 def _add_student(
     builder: _FrontBuilder,   # gets the candidate
+    student: VisionModel,     # from `_make_student`
     progress: Callable[..., None],    # of this candidate
     announce: Callable[[str], Any],   # called before training with why it does not resume
 ) -> None:
     "Distil a network of another architecture."
-    spec = builder.trained.spec
-    weights = "imagenet" if builder.plan.student == "tf_efficientnet_lite0" else ""   # whose weights are installed
-    student = create_model(builder.plan.student, spec.classes, spec.image_size, weights=weights).eval()
     answers = _front_answers(builder.trained, builder.val)
     objective = builder.options.objective
     points = [measure_tradeoff("trained", builder.trained, builder.val, builder.options.device, None, objective),
@@ -246,6 +259,9 @@ def build_front(
     _check_split_sizes(train, val)
     builder = _FrontBuilder(criterion, train, val, options, Path(folder), plan, decide)
     builder.notes += few_images_notes(len(val.images))
+    student = _make_student(builder.trained, plan.student, announce) if plan.student else None
+    if plan.macs_fraction == 1 and not student:
+        builder.notes.append("compress.macs_fraction=1 prunes nothing, so INT8 alone can make the model faster")
     n = plan.levels + bool(plan.student)
     part = lambda i: lambda done, text="", **curves: progress((i + done) / n, text, **curves)
     for i, fraction in enumerate(plan.fractions):
@@ -254,9 +270,9 @@ def build_front(
                                  "are over")
             break
         if not _add_level(builder, fraction, i == 0, part(i), announce): break
-    if plan.student and builder.is_late():
+    if student and builder.is_late():
         builder.notes.append(f"{plan.student} was not distilled: compress.minutes are over")
-    elif plan.student: _add_student(builder, part(n - 1), announce)
+    elif student: _add_student(builder, student, part(n - 1), announce)
     return _finish_front(builder)
 
 def _check_split_sizes(
@@ -354,7 +370,7 @@ def _int8_rows(
     return table.assign(candidate=table.candidate + ", INT8", latency_ms=table.int8_latency_ms,
                         objective=table.objective + table.int8_difference, expected=table.expected & table.int8_within,
                         objective_low=table.objective + table.int8_low,
-                        objective_high=table.objective + table.int8_high)
+                        objective_high=(table.objective + table.int8_high).clip(upper=1))
 
 # %% ../../nbs/compress/08_front.ipynb #0b5dd6dc
 @dataclass(frozen=True)
@@ -397,6 +413,19 @@ def accept_fastest(
     return FrontTest(name, result, predictions, tests)
 
 # %% ../../nbs/compress/08_front.ipynb #d6ecaa45
+def front_note(
+    front: Front,        # from `measure_front`
+    tested: FrontTest,   # from `accept_fastest`
+) -> list[str]:          # at most one sentence
+    "Name the candidates of a front of several, and what became of them."
+    if len(front.models) < 2: return []
+    results = {name: "accepted" if test.accepted else "not accepted" for name, test in tested.tests}
+    unlikely = "not tested, because the validation images do not expect it within the margin"
+    about = {name: results.get(name) or ("not tested" if front.expected[name] else unlikely) for name in front.models}
+    whole = f"trained {front.best_latency('trained'):.3g} ms"
+    listed = [f"{name} {front.best_latency(name):.3g} ms ({found})" for name, found in about.items()]
+    return [f"the front: {'; '.join([whole, *listed])}. export.candidate chooses one by hand"]
+
 def save_front(
     stage: Stage,    # declares the files
     front: Front,    # from `measure_front`
@@ -406,6 +435,8 @@ def save_front(
     from cvnb.models.weights import save_model
     write_table(stage.path("front.parquet"), front.table)
     front.history.to_csv(stage.path("history.csv"), index=False)
+    for folder in (stage.dir/"front").glob("*/"):   # of an earlier front
+        if folder.name not in front.models: shutil.rmtree(folder)
     for name, model in front.models.items():
         clear_checkpoints(stage.dir/"front"/name)
         shutil.rmtree(stage.dir/"front"/name/"rounds", ignore_errors=True)
@@ -418,7 +449,8 @@ def find_candidate(
 ) -> Path:             # the folder of its model
     "Find a candidate of a run's front; raise `UsageError` that names the nearest one."
     folder = run/"compress"/"front"
-    known = sorted(path.parent.name for path in folder.glob("*/model.json"))
+    table = run/"compress"/"front.parquet"
+    known = sorted({*pd.read_parquet(table, columns=["candidate"]).candidate} - {"trained"}) if table.is_file() else []
     if candidate in known: return folder/candidate
     if not known: raise UsageError(f"{run.name} has no front to choose '{candidate}' from", "Run the compress stage.")
     raise UsageError(f"no candidate '{candidate}' in the front of {run.name}", did_you_mean(candidate, known))

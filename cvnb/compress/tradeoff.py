@@ -73,11 +73,13 @@ def plot_objective(
     "Plot the objective on the validation images against a cost, with intervals."
     import matplotlib.pyplot as plt
     figure, ax = plt.subplots(figsize=(6, 3.2))
+    colours = plt.get_cmap("tab10" if len(points) <= 10 else "tab20").colors
     for i, (p, x, name) in enumerate(zip(points.itertuples(), costs, names)):
+        colour = colours[i % len(colours)]
         ends = [p.objective if np.isnan(end) else end for end in (p.objective_low, p.objective_high)]
         error = [[max(0, p.objective - ends[0])], [max(0, ends[1] - p.objective)]]
-        fill = "white" if i < len(hollow) and hollow[i] else f"C{i}"
-        ax.errorbar(x, p.objective, error, fmt="o", color=f"C{i}", capsize=3, label=name, markerfacecolor=fill)
+        fill = "white" if i < len(hollow) and hollow[i] else colour
+        ax.errorbar(x, p.objective, error, fmt="o", color=colour, capsize=3, label=name, markerfacecolor=fill)
     ax.set(xlabel=cost, ylabel=f"validation {words}", xlim=(0, None))
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, .5))
@@ -167,7 +169,8 @@ def _stop_note(
         step, f"the model {step} is distilled")
     found = f"{point['step']}, the validation {words} differs by {points(point['difference'])} points {interval}"
     limits = f"margin {100 * margin:g} and compress.repair {100 * repair:g}"
-    return f"pruning stopped: {found}, beyond repair ({limits}); {instead}"
+    return (f"pruning stopped: {found}, beyond repair ({limits}); {instead}; "
+            "more compress.levels prune in smaller steps, with a distillation after each")
 
 # %% ../../nbs/compress/03_tradeoff.ipynb #91a1516c
 @dataclass(frozen=True)

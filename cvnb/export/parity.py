@@ -335,10 +335,10 @@ def open_models(
     names = ("model.safetensors", "model.json")
     for source in MODELS.values():
         for name in names: stage.input(source, name)
+    folder = find_candidate(stage.run, candidate) if candidate else None   # raises before an earlier choice is deleted
     models = {name: load_classifier(stage.run/source, "export") for name, source in MODELS.items()}
     shutil.rmtree(stage.dir/"compressed", ignore_errors=True)   # of an earlier choice
-    if not candidate: return models
-    folder = find_candidate(stage.run, candidate)
+    if not folder: return models
     for name in names: stage.input("compress", f"front/{candidate}/{name}")
     models["compressed"] = load_classifier(folder, "export")
     for name in names: stage.path(f"compressed/{name}")
@@ -368,7 +368,8 @@ def export_notes(
     shipped: dict[str, Any],   # from `choose_shipped_model`
 ) -> list[str]:                # sentences
     "Collect what a user should know about an export."
-    ships = [] if shipped["model"] == "compressed" else [f"the {shipped['model']} model ships: {shipped['why']}"]
+    expected = shipped["model"] == "compressed" and not shipped.get("by_hand")
+    ships = [] if expected else [f"the {shipped['model']} model ships: {shipped['why']}"]
     return [*ships, *int8.notes, *parity.notes]
 
 # %% ../../nbs/export/04_parity.ipynb #e9083ab5

@@ -4,6 +4,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -35,6 +36,7 @@ def bench(tmp_path: Path) -> Bench:
     torch.manual_seed(0)
     for name in "macs-50", "macs-25":
         save_model(create_model("test_resnet", ["cat", "dog"], 24).eval(), tmp_path/"compress/front"/name)
+    pd.DataFrame(dict(candidate=["trained", "macs-50", "macs-25"])).to_parquet(tmp_path/"compress/front.parquet")
     rng = np.random.default_rng(0)
     for i in range(6): Image.fromarray(rng.integers(0, 256, (90, 30 + i, 3), dtype=np.uint8)).save(tmp_path/f"{i}.png")
     return Bench(tmp_path)

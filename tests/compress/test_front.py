@@ -24,18 +24,21 @@ from cvnb.compress.front import (
     candidates_to_test,
     few_images_notes,
     find_candidate,
+    front_note,
     measure_front,
+    plot_front,
     save_front,
 )
 from cvnb.compress.int8_point import Int8Point
+from cvnb.compress.prune import compare_layers
 from cvnb.core.errors import CvnbError, UsageError
 from cvnb.core.stage import Stage
-from cvnb.export.parity import ParityReport, choose_shipped_model, confirm_candidate
+from cvnb.export.parity import ParityReport, choose_shipped_model, confirm_candidate, open_models
 from cvnb.metrics.estimates import Estimate
 from cvnb.models.cost import count_macs
 from cvnb.models.inference import predict_logits
 from cvnb.models.vision_model import VisionModel
-from cvnb.models.weights import create_model, load_model
+from cvnb.models.weights import create_model, load_model, save_model
 from cvnb.training.loaders import LabelledImages
 from cvnb.training.options import FitOptions
 
@@ -119,10 +122,30 @@ def test_no_level_begins_after_the_time_is_over(make, monkeypatch):
     assert "compress.minutes=1 are over" in front.notes[0] and "test_vit was not distilled" in front.notes[1]
 
 
-def test_student_of_another_architecture_is_a_candidate(make):
+def test_student_of_another_architecture_is_a_candidate(sure, make):
     front, started = make(FrontPlan(0.5, student="test_convnext"))
     assert list(front.models)[1] == "student" and started[1].spec.backbone == "test_convnext"
     assert front.models["student"].spec.classes == CLASSES
+    macs = front.tradeoffs.step.eq(front.steps["student"])
+    least = replace(front, tradeoffs=front.tradeoffs.assign(macs=front.tradeoffs.macs.mask(macs, 1)))
+    assert least.smallest is not front.models["student"], "its layers are others than the trained model's"
+    assert len(compare_layers(sure[0], least.smallest))
+
+
+def test_larger_student_is_announced_before_pruning(make, monkeypatch):
+    def stop(*args: object) -> None: raise CvnbError("stop", "")
+
+    monkeypatch.setattr(module, "prune_in_steps", stop)
+    said = []
+    with pytest.raises(CvnbError, match="stop"): make(FrontPlan(0.5, student="test_vit"), announce=said.append)
+    assert len(said) == 1 and "test_vit takes 3.63 times the multiply-accumulates" in said[0]
+    with pytest.raises(CvnbError, match="stop"): make(FrontPlan(0.5, student="lcnet_035"), announce=said.append)
+    assert len(said) == 1
+
+
+def test_front_that_prunes_nothing_says_so(make):
+    front, _ = make(FrontPlan(1))
+    assert any("prunes nothing, so INT8 alone" in note for note in front.notes)
 
 
 class Times:
@@ -187,6 +210,41 @@ def test_every_candidate_is_kept_and_an_unknown_one_is_named(tmp_path):
     assert table.candidate.tolist() == ["trained", "slow", "fast"] and "latency_ms" in table
     with pytest.raises(UsageError, match="no candidate 'slw'.*slow"): find_candidate(tmp_path, "slw")
     with pytest.raises(UsageError, match="has no front"): find_candidate(tmp_path/"other", "slow")
+    save_front(Stage("compress", tmp_path), planted(other=0))
+    with pytest.raises(UsageError, match="no candidate 'slow'.*other"): find_candidate(tmp_path, "slow")
+    assert [p.name for p in (tmp_path/"compress/front").iterdir()] == ["other"]
+
+
+def test_note_says_what_became_of_each_candidate(tmp_path):
+    front = planted(slow=0, middle=1, fast=100)
+    predict = lambda model: predictions(800, 0)
+    tested = accept_fastest(Stage("compress", tmp_path), front, 1, predictions(800, 0), predict, 0.02)
+    (note,) = front_note(front, tested)
+    assert "trained 9 ms; slow 5 ms (not tested); middle 4 ms (accepted); fast 3 ms (not tested, because" in note
+    alone = planted(only=0)
+    tested = accept_fastest(Stage("compress", tmp_path/"alone"), alone, 1, predictions(800, 0), predict, 0.02)
+    assert front_note(alone, tested) == []
+
+
+def test_wrong_choice_by_hand_leaves_the_earlier_one(tmp_path):
+    front = planted(slow=0, fast=1)
+    stage = Stage("compress", tmp_path)
+    save_front(stage, front)
+    for other in stage, Stage("train", tmp_path):
+        for name in "model.safetensors", "model.json": other.path(name)
+        save_model(front.models["slow"], other.dir)
+        other.finish()
+    open_models(Stage("export", tmp_path), "fast")
+    with pytest.raises(UsageError, match="no candidate 'fst'"): open_models(Stage("export", tmp_path), "fst")
+    assert (tmp_path/"export/compressed/model.safetensors").is_file()
+
+
+def test_intervals_of_int8_points_end_at_one():
+    front = planted(larger=0, smaller=0)
+    point = Int8Point(Estimate(1.0, 0, 9, 1), 0.0, -0.01, 0.05, True)
+    front = replace(front, int8=dict.fromkeys(["trained", "larger", "smaller"], point))
+    ends = [line.get_ydata().max() for line in plot_front(front).axes[0].lines]
+    assert ends and max(ends) <= 1
 
 
 def test_choice_by_hand_takes_the_same_test_and_is_recorded(tmp_path):
