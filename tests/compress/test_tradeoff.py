@@ -98,5 +98,5 @@ def test_advice_for_a_small_loss_is_more_images():
 
 def test_advice_names_no_stop_where_none_holds():
     rejected = check_acceptance(*tables(600, 324), margin=0.02)
-    assert "no stop up to 79%" in compression_advice(rejected, STOPS.assign(difference_low=-0.5))
+    assert "pruning less cannot: already 79%" in compression_advice(rejected, STOPS.assign(difference_low=-0.5))
     assert "less pruning" in compression_advice(rejected, STOPS[STOPS.step.isin(["trained", "distilled"])])
