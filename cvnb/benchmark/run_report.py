@@ -70,7 +70,7 @@ def _image_address(
     if kind == "image/png":
         stream = io.BytesIO()
         with contextlib.suppress(OSError, ValueError):   # damaged: it stays as it is
-            with Image.open(io.BytesIO(base64.b64decode(content))) as image:
+            with Image.open(io.BytesIO(base64.b64decode(content)), formats=["PNG"]) as image:
                 image.save(stream, "WEBP", quality=_WEBP_QUALITY)
             small = base64.b64encode(stream.getvalue()).decode()
             if len(small) < len(content): return f"data:image/webp;base64,{small}"

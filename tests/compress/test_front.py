@@ -117,13 +117,13 @@ def test_level_beyond_repair_ends_the_front(make):
 def test_no_level_begins_after_the_time_is_over(make, monkeypatch):
     clock = count(0, 61)  # seconds; of this module alone, other threads read the real one
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    front, started = make(FrontPlan(0.25, levels=3, minutes=1, student="test_vit"))
+    front, started = make(FrontPlan(0.25, levels=3, minutes=1, student="test_vit"), announce=list)
     assert len(started) == 1 and len(front.models) == 1
     assert "compress.minutes=1 are over" in front.notes[0] and "test_vit was not distilled" in front.notes[1]
 
 
 def test_student_of_another_architecture_is_a_candidate(sure, make):
-    front, started = make(FrontPlan(0.5, student="test_convnext"))
+    front, started = make(FrontPlan(0.5, student="test_convnext"), announce=list)
     assert list(front.models)[1] == "student" and started[1].spec.backbone == "test_convnext"
     assert front.models["student"].spec.classes == CLASSES
     macs = front.tradeoffs.step.eq(front.steps["student"])
