@@ -168,6 +168,7 @@ def main() -> None:
     parser.add_argument("--any-core", action="store_true", help="let servers and client share all cores")
     parser.add_argument("--write", action="store_true", help="write the table to benchmarks/results/")
     args = parser.parse_args()
+    if (os.cpu_count() or 1) < 2 and not args.any_core: parser.error("one core is not enough: give --any-core")
     with tempfile.TemporaryDirectory() as folder:
         everything = list(range(os.cpu_count() or 1))
         cores = (everything, everything) if args.any_core else ([0], [1])

@@ -13,7 +13,6 @@ import io
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ __all__ = ['MAX_OUTPUT_MB', 'find_metric_cells', 'run_report_html', 'write_run_r
 
 # %% ../../nbs/benchmark/09_run_report.ipynb #a5915eee
 MAX_OUTPUT_MB = 3.0   # an output that is larger is named instead of shown
-_WEBP_QUALITY = 90    # of plots
+_WEBP_QUALITY = 80    # of plots
 _IMAGES = "image/png", "image/jpeg"
 _PNG = re.compile(r"data:image/png;base64,([A-Za-z0-9+/=]+)")   # in a table
 _ACTIVE = re.compile(r"<\s*(script|iframe|object|embed|link|base|form|meta)\b|\bon\w+\s*=|javascript:", re.I)
@@ -60,7 +59,6 @@ def _read_cells(
             cells.append(_Cell(len(cells) + 1, cell.get("id", str(len(cells))), heading, cell.source, cell.outputs))
     return cells
 
-@lru_cache(256)
 def _image_address(
     kind: str,      # of `_IMAGES`
     content: str,   # base64
@@ -145,11 +143,11 @@ def _figure_table(
 def _cell_html(
     stage: str,      # its name
     cell: _Cell,     # with outputs, or with figures
+    outputs: list[str],   # from `_output_html`
 ) -> str:            # HTML
     "Show what a cell showed, and its code on request."
     shown = []
-    for output in cell.outputs:
-        text = _output_html(output)
+    for text in outputs:
         size = len(text) / 1e6
         large = f"<p class=note>An output of {size:.1f} MB is in the notebook.</p>"
         shown.append(text if size <= MAX_OUTPUT_MB else large)
@@ -168,13 +166,14 @@ def _stage_section(
     where = find_metric_cells(cells, list(manifest["metrics"]))
     notes = "".join(f"<li>{html.escape(note['text'] if isinstance(note, dict) else str(note))}</li>"
                     for note in manifest.get("notes", []))
-    shown = [cell for cell in cells if any(map(_output_html, cell.outputs)) or cell in where.values()]
     parts = []
     heading = ""
-    for cell in shown:
+    for cell in cells:
+        outputs = list(map(_output_html, cell.outputs))
+        if not any(outputs) and cell not in where.values(): continue
         if cell.heading != heading: parts.append(f"<h3>{html.escape(cell.heading)}</h3>")
         heading = cell.heading
-        parts.append(_cell_html(stage, cell))
+        parts.append(_cell_html(stage, cell, outputs))
     unread = "" if cells else "<p class=missing>The executed notebook is missing or damaged.</p>"
     about = f"<p class=note>Started {html.escape(str(manifest['started']))}, took {manifest['seconds']:,.0f} s.</p>"
     return (f"{title}{about}{f'<ul>{notes}</ul>' if notes else ''}{_figure_table(stage, manifest['metrics'], where)}"

@@ -107,6 +107,12 @@ class Front:
         fp32 = self.latency[name].value
         return min(fp32, point.latency.value) if point and point.within else fp32
 
+    def is_faster(self,
+        name: str,   # of a candidate
+    ) -> bool:
+        "Say whether a candidate would ship with less latency than the trained model."
+        return self.best_latency(name) < self.best_latency("trained")
+
     @property
     def speed(self) -> dict[str, float]:   # candidate -> how many times as fast as the trained model it is
         "Compare latencies."
@@ -116,7 +122,8 @@ class Front:
     def smallest(self) -> VisionModel:   # with the fewest MACs
         "Find the smallest candidate that was pruned from the trained model."
         macs = self.tradeoffs.set_index("step").macs
-        return self.models[min(self.models.keys() - {"student"}, key=lambda name: macs[self.steps[name]])]
+        pruned = [name for name in self.models if name != "student"]
+        return self.models[min(pruned, key=lambda name: macs[self.steps[name]])]
 
     @property
     def last_history(self) -> pd.DataFrame:   # a row per epoch
@@ -218,7 +225,7 @@ def _make_student(
     times = count_macs(student) / count_macs(trained)
     if times >= 1:
         announce(f"the student {backbone} takes {times:.3g} times the multiply-accumulates of the trained "
-                 f"{spec.backbone}: it is tested if it turns out to be faster; compress.student names a smaller one")
+                 f"{spec.backbone}, and ships only if it is faster all the same: give compress.student a smaller one")
     return student
 
 def _add_student(
@@ -345,11 +352,12 @@ def candidates_to_test(
     front: Front,   # from `measure_front`
     n: int,         # tests, at most
 ) -> list[str]:     # in the order of the tests; never empty
-    "Order the candidates that are expected to be accepted by latency; if there are none, take the most accurate."
-    hopeful = [name for name in front.models if front.expected.get(name)]
+    "Order the faster candidates that are expected to be accepted by latency; without one, take the most accurate."
+    useful = [name for name in front.models if front.is_faster(name)] or list(front.models)
+    hopeful = [name for name in useful if front.expected.get(name)]
     if not hopeful:
         measured = front.tradeoffs.set_index("step").objective
-        return [max(front.models, key=lambda name: measured[front.steps[name]])]
+        return [max(useful, key=lambda name: measured[front.steps[name]])]
     return sorted(hopeful, key=front.best_latency)[:n]
 
 # %% ../../nbs/compress/08_front.ipynb #36c4f7de
@@ -420,11 +428,15 @@ def front_note(
     "Name the candidates of a front of several, and what became of them."
     if len(front.models) < 2: return []
     results = {name: "accepted" if test.accepted else "not accepted" for name, test in tested.tests}
-    unlikely = "not tested, because the validation images do not expect it within the margin"
-    about = {name: results.get(name) or ("not tested" if front.expected[name] else unlikely) for name in front.models}
-    whole = f"trained {front.best_latency('trained'):.3g} ms"
-    listed = [f"{name} {front.best_latency(name):.3g} ms ({found})" for name, found in about.items()]
-    return [f"the front: {'; '.join([whole, *listed])}. export.candidate chooses one by hand"]
+
+    def describe(name: str) -> str:
+        if name in results: return results[name]
+        if not front.is_faster(name): return "not tested: it is not faster"
+        return "not tested" if front.expected[name] else "not tested: by the validation images it would lose too much"
+
+    listed = [f"{name} {front.best_latency(name):.3g} ({describe(name)})" for name in front.models]
+    return [f"ms for an image, in INT8 where that is faster: trained {front.best_latency('trained'):.3g}; "
+            f"{'; '.join(listed)}. export.candidate chooses one by hand"]
 
 def save_front(
     stage: Stage,    # declares the files

@@ -33,7 +33,7 @@ __all__ = ['FLUSH_SECONDS', 'PAUSE_SECONDS', 'MAX_RECORDS', 'MAX_IMAGE_BYTES', '
            'read_request_log']
 
 # %% ../../nbs/serve/05_request_log.ipynb #b96d8f47
-FLUSH_SECONDS = 1.0      # between two writes
+FLUSH_SECONDS = 1.0      # after which the records that wait are written
 PAUSE_SECONDS = 60.0     # that a log rests after a write has failed
 MAX_RECORDS = 10_000     # that wait to be written
 MAX_IMAGE_BYTES = 2**26  # of images that wait to be written

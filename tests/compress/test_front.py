@@ -176,6 +176,16 @@ def test_candidates_are_tested_from_the_fastest_that_should_be_accepted():
     assert candidates_to_test(planted(slow=100, fast=200), 5) == ["slow"], "the best of those without a chance"
 
 
+def test_candidate_that_is_not_faster_is_tested_only_where_none_is():
+    front = planted(slow=0, fast=1)
+    late = replace(front, latency=front.latency | dict(slow=Estimate(9.5, 0, 9, 1)))
+    assert late.expected == dict(slow=True, fast=True) and candidates_to_test(late, 5) == ["fast"]
+    inaccurate = replace(late, expected=dict(slow=True, fast=False))
+    assert candidates_to_test(inaccurate, 5) == ["fast"], "it is tested: the other would make nothing faster"
+    none = replace(front, latency=dict.fromkeys(["trained", "slow", "fast"], Estimate(9.0, 0, 9, 1)))
+    assert candidates_to_test(none, 1) == ["slow"]
+
+
 def test_few_test_images_let_no_candidate_be_expected():
     front = planted(same=0)
     again = measure_front(front, lambda models: Times(trained=1, same=1), front.models["same"], 0.01, 100)
@@ -220,7 +230,7 @@ def test_note_says_what_became_of_each_candidate(tmp_path):
     predict = lambda model: predictions(800, 0)
     tested = accept_fastest(Stage("compress", tmp_path), front, 1, predictions(800, 0), predict, 0.02)
     (note,) = front_note(front, tested)
-    assert "trained 9 ms; slow 5 ms (not tested); middle 4 ms (accepted); fast 3 ms (not tested, because" in note
+    assert "trained 9; slow 5 (not tested); middle 4 (accepted); fast 3 (not tested: by the validation images" in note
     alone = planted(only=0)
     tested = accept_fastest(Stage("compress", tmp_path/"alone"), alone, 1, predictions(800, 0), predict, 0.02)
     assert front_note(alone, tested) == []
