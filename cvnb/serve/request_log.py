@@ -29,11 +29,12 @@ from ..core.errors import CvnbError, UsageError
 from ..core.files import check_trusted
 
 # %% auto #0
-__all__ = ['FLUSH_SECONDS', 'PAUSE_SECONDS', 'MAX_RECORDS', 'MAX_IMAGE_BYTES', 'MEMBER_RECORDS', 'SLICE_RECORDS', 'RequestLog',
-           'read_request_log']
+__all__ = ['FLUSH_SECONDS', 'MAX_PAUSE_SECONDS', 'PAUSE_SECONDS', 'MAX_RECORDS', 'MAX_IMAGE_BYTES', 'MEMBER_RECORDS',
+           'SLICE_RECORDS', 'RequestLog', 'read_request_log']
 
 # %% ../../nbs/serve/05_request_log.ipynb #b96d8f47
-FLUSH_SECONDS = 1.0      # after which the records that wait are written
+FLUSH_SECONDS = 0.5      # after which the records that wait are written
+MAX_PAUSE_SECONDS = 0.02 # between two slices of records
 PAUSE_SECONDS = 60.0     # that a log rests after a write has failed
 MAX_RECORDS = 10_000     # that wait to be written
 MAX_IMAGE_BYTES = 2**26  # of images that wait to be written
@@ -129,7 +130,7 @@ def _prepare_folder(
 # %% ../../nbs/serve/05_request_log.ipynb #5c8171eb
 @patch
 def _work(self: RequestLog) -> None:
-    "Write every second until the log is closed, and then what is left."
+    "Write what waits until the log is closed, and then what is left."
     ending = False
     while not ending:
         ending = self._ending.wait(self.flush_seconds)
@@ -151,7 +152,8 @@ def _pause(self: RequestLog,
 ) -> None:
     "Let requests run between two slices, the longer the fewer records wait, unless the queue fills up or the log ends."
     if self.waiting > self._queue.maxsize / 4: return
-    self._ending.wait(self.flush_seconds / 2 / (1 + (self.waiting + rest) / SLICE_RECORDS))
+    spread = self.flush_seconds / 2 / (1 + (self.waiting + rest) / SLICE_RECORDS)
+    self._ending.wait(min(MAX_PAUSE_SECONDS, spread))
 
 @patch
 def _write(self: RequestLog,
