@@ -1483,6 +1483,10 @@ class Page {
         make('h3', '', 'What argues for the answer and against the label'),
         picture(message.saliency, message.types[message.saliency], 'saliency'),
       );
+    else
+      more.push(
+        make('p', 'hint', 'No saliency: the errors stage makes it for the most confident errors (errors.n_images).'),
+      );
     if (message.neighbors.length)
       more.push(
         make('h3', '', 'Nearest training images'),

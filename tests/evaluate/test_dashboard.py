@@ -282,6 +282,7 @@ def test_image_of_the_address_is_the_one_that_keys_act_on(page, served: Served, 
     third, fourth = table.path.iloc[2], table.path.iloc[3]
     page.evaluate("hash => { location.hash = hash }", f"#show=all&open={quote(third)}")
     page.wait_for_selector(f'.detail [aria-label="{third}"]', timeout=SECONDS)
+    page.wait_for_selector(".detail >> text=No saliency: the errors stage makes it", timeout=SECONDS)
     page.keyboard.press("ArrowRight")
     page.wait_for_selector(f'.detail [aria-label="{fourth}"]', timeout=SECONDS)
     page.keyboard.press("m")
